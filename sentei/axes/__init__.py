@@ -1,0 +1,20 @@
+"""The rooms. A new one is a file here, a line below, a row in the README and an example."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from sentei.axes import connections
+from sentei.axes.axis import Axis
+
+
+class Room(NamedTuple):
+    """One row of the table."""
+
+    config: type
+    axis: type[Axis]
+    from_dense: Callable
+
+
+AXES = {
+    "connections": Room(connections.Config, connections.Connections, connections.from_dense),
+}

@@ -1,0 +1,230 @@
+"""connections: tokens keep earlier tokens.
+
+| query | candidate | score used to choose | value if kept | usual rule |
+| token, or a block | earlier token, or a block of them | q·k, or an estimate of it | the row v | All, TopK, Mass, Threshold |
+
+    o_i = Σ_j softmax_j(scale · q_i·k_j) v_j      over the keys j of the blocks kept for i
+
+Soft pruning is the softmax itself; this room makes it hard, block by block (token by token with a tile of 1 × 1).
+A query block shares its choice, so the choice of its first rows has seen its later rows' queries; which keys are
+*permitted* is never affected. The last query block of a call is always whole.
+References: Vaswani et al. 2017 (attention); XAttention 2503.16428, FlashPrefill 2603.06199, Quest 2406.10774
+(estimates); Twilight 2502.02770 (mass instead of count).
+"""
+
+from dataclasses import asdict, dataclass, field
+
+import torch
+from torch import nn
+
+from sentei.axes.axis import Axis
+from sentei.core.cost import Cost
+from sentei.core.errors import FileError, RuleError, ShapeError
+from sentei.core.rules import All, Rule, rule_from_json
+from sentei.core.selection import Selection
+from sentei.kernels.attention import Grid, Tiles, attend, choose_impl, merge
+from sentei.kernels.attention.compensate import attend_dropped
+from sentei.kernels.attention.select import (
+    Estimator,
+    Pooled,
+    always_kept,
+    estimate,
+    estimator_from_json,
+    see_values,
+    share_in_group,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """How connections are chosen.
+
+    Args:
+        rule: All is the dense layer.
+        estimator: of the mass of a tile.
+        criterion: "mass" chooses by share of attention, "output" by expected change of the output.
+        tile: tokens of a query block and of a key block.
+        window: tokens before a query block that are always kept.
+        dense_below: query blocks that end before this position keep everything.
+        share: one choice a query "head", or one a KV "group".
+        compensate: replace each dropped block by its mean key and value.
+    """
+
+    rule: Rule = field(default_factory=All)
+    estimator: Estimator = field(default_factory=Pooled)
+    criterion: str = "mass"
+    tile: tuple[int, int] = (128, 64)
+    window: int = 128
+    dense_below: int = 0
+    share: str = "head"
+    compensate: bool = False
+
+    def __post_init__(self):
+        sizes = (*self.tile, self.window, self.dense_below)
+        whole = all(isinstance(size, int) and not isinstance(size, bool) and size >= 0 for size in sizes)
+        checks = {
+            "rule a Rule": isinstance(self.rule, Rule),
+            "estimator an Estimator": isinstance(self.estimator, Estimator),
+            "criterion 'mass' or 'output'": self.criterion in ("mass", "output"),
+            "tile two sizes from 1, window and dense_below from 0": whole and len(self.tile) == 2 and min(self.tile) > 0,
+            "share 'head' or 'group'": self.share in ("head", "group"),
+            "compensate a bool": isinstance(self.compensate, bool),
+        }
+        for expected, holds in checks.items():
+            if not holds:
+                raise RuleError("connections.Config", expected=expected, got=repr(self), do="change that field")
+
+    def to_json(self) -> dict:
+        """The configuration as a JSON object."""
+        return {**asdict(self), "rule": self.rule.to_json(), "estimator": self.estimator.to_json(),
+                "tile": list(self.tile)}
+
+    @classmethod
+    def from_json(cls, value: dict) -> "Config":
+        """The configuration written by `to_json`; unknown or missing keys are refused with a FileError."""
+        if not isinstance(value, dict) or set(value) != set(cls.__dataclass_fields__):
+            raise FileError("connections.Config", expected=f"the keys {', '.join(cls.__dataclass_fields__)}",
+                            got=repr(value)[:200], do="write plans with sentei")
+        tile = value["tile"]
+        return cls(**{**value, "rule": rule_from_json(value["rule"]),
+                      "estimator": estimator_from_json(value["estimator"]),
+                      "tile": tuple(tile) if isinstance(tile, list) else (0, 0)})
+
+
+class Connections(Axis):
+    """Attention that computes only the tiles its rule keeps. It has no parameters.
+
+    Inputs: query [B, Tq, H, D], key [B, Tk, G, D], value [B, Tk, G, Dv] and optionally lengths int64 [B, 2] (start
+    and stop of the real keys); returns [B, Tq, H, Dv]. Gradients flow through what is kept, not through the choice.
+
+    Args:
+        config: how to choose.
+        causal: a query sees no later position.
+        scale: on the scores; D**-0.5 by default.
+        impl: the attention kernel, see `attend`.
+    """
+
+    def __init__(self, config: Config, *, causal: bool = True, scale: float | None = None, impl: str = "auto"):
+        super().__init__(config.rule, unit=config.tile[1])
+        self.config = config
+        self.causal = causal
+        self.scale = scale
+        self.impl = impl
+
+    def score(self, query, key, value, lengths=None):
+        grid, groups = self.grid(query, key, lengths), key.shape[2]
+        heads = groups if self.config.share == "group" else query.shape[2]
+        permitted = grid.permitted(query.device).expand(query.shape[0], heads, -1, -1)
+        if self.is_dense(query, key, value, lengths):
+            zeros = torch.zeros(permitted.shape, device=query.device)
+            return zeros.masked_fill(~permitted, -torch.inf)
+        scores = estimate(self.config.estimator, query, key, grid, self.scale_of(query))
+        if self.config.criterion == "output":
+            scores = see_values(scores, value, grid)
+        return share_in_group(scores, groups) if self.config.share == "group" else scores
+
+    def forced(self, query, key, value, lengths=None):
+        return always_kept(self.grid(query, key, lengths), query.device, window=self.config.window,
+                           dense_below=self.config.dense_below)
+
+    def weigh(self, selection, scores):
+        return selection.weigh(scores.exp())
+
+    def apply(self, selection, query, key, value, lengths=None):
+        tiles, scale = self.tiles(selection, query, key, lengths), self.scale_of(query)
+        if tiles.is_everything or not self.config.compensate:
+            return attend(query, key, value, tiles, scale=scale, impl=self.impl)
+        kept = attend(query, key, value, tiles, scale=scale, impl=self.impl, return_lse=True)
+        return merge(*kept, *attend_dropped(query, key, value, tiles, scale=scale))[0]
+
+    def account(self, selection, query, key, value, lengths=None):
+        grid = self.grid(query, key, lengths)
+        per_tile = grid.query_block * grid.key_block * (query.shape[-1] + value.shape[-1])
+        per_choice = query.shape[2] // selection.ids.shape[1]
+        kept, permitted = int(selection.count().sum()), int(selection.permitted.sum())
+        choosing = 0
+        if not self.is_dense(query, key, value, lengths):
+            choosing = permitted * per_choice * grid.query_block * query.shape[-1]
+        moved = sum(tensor.numel() * tensor.element_size() for tensor in (query, query, key, value))
+        cost = Cost(multiply_adds=kept * per_choice * per_tile, dense_multiply_adds=permitted * per_choice * per_tile,
+                    bytes=moved, choosing=choosing)
+        return cost, *choose_impl(self.impl)
+
+    def grid(self, query: torch.Tensor, key: torch.Tensor, lengths: torch.Tensor | None) -> Grid:
+        """The grid of one call."""
+        return Grid(num_queries=query.shape[1], num_keys=key.shape[1], query_block=self.config.tile[0],
+                    key_block=self.config.tile[1], causal=self.causal, lengths=lengths)
+
+    def is_dense(self, query, key, value, lengths=None) -> bool:
+        """True when nothing can be dropped, whatever the scores."""
+        if isinstance(self.rule, All):
+            return True
+        permitted = self.grid(query, key, lengths).permitted(query.device)
+        return bool((self.forced(query, key, value, lengths) | ~permitted).all())
+
+    def tiles(self, selection: Selection, query: torch.Tensor, key: torch.Tensor, lengths=None) -> Tiles:
+        """The kernel's plan for a selection; a selection that keeps everything is the dense plan."""
+        grid = self.grid(query, key, lengths)
+        if bool((selection.count() == selection.permitted).all()):
+            return Tiles(grid=grid)
+        return Tiles.from_mask(selection.mask(), grid)
+
+    def scale_of(self, query: torch.Tensor) -> float:
+        """The factor on the scores."""
+        return query.shape[-1] ** -0.5 if self.scale is None else self.scale
+
+
+class SelfAttention(nn.Module):
+    """A trainable self-attention layer around `Connections`: x [B, T, width] → [B, T, width].
+
+    Args:
+        config: how connections are chosen.
+        width: of the input and the output.
+        num_heads, num_kv_heads: H and G; G divides H.
+        head_dim: D; width / H by default.
+        causal: a token sees no later one.
+        bias: on the four projections.
+    """
+
+    def __init__(self, config: Config, *, width: int, num_heads: int, num_kv_heads: int | None = None,
+                 head_dim: int | None = None, causal: bool = True, bias: bool = False):
+        super().__init__()
+        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        if num_heads % num_kv_heads or (head_dim is None and width % num_heads):
+            raise ShapeError("connections", expected="KV heads that divide the heads, heads that divide the width",
+                             got=f"{num_kv_heads}, {num_heads}, {width}", do="choose other sizes")
+        self.head_dim = width // num_heads if head_dim is None else head_dim
+        self.query = nn.Linear(width, num_heads * self.head_dim, bias=bias)
+        self.key = nn.Linear(width, num_kv_heads * self.head_dim, bias=bias)
+        self.value = nn.Linear(width, num_kv_heads * self.head_dim, bias=bias)
+        self.output = nn.Linear(num_heads * self.head_dim, width, bias=bias)
+        self.connections = Connections(config, causal=causal)
+
+    def forward(self, x: torch.Tensor, lengths: torch.Tensor | None = None) -> torch.Tensor:
+        """Attends within x [B, T, width]; lengths int64 [B, 2] mark the real tokens."""
+        heads = (project(x).unflatten(-1, (-1, self.head_dim)) for project in (self.query, self.key, self.value))
+        return self.output(self.connections(*heads, lengths).flatten(-2))
+
+
+def from_dense(layer: nn.MultiheadAttention, config: Config, *, causal: bool = True) -> SelfAttention:
+    """The same layer with chosen connections; with the rule All it computes the same function.
+
+    Raises:
+        ShapeError: a layer with its own key or value width, bias_k, zero_attn or dropout.
+    """
+    plain = (layer._qkv_same_embed_dim and layer.bias_k is None and not layer.add_zero_attn and not layer.dropout)
+    if not plain:
+        raise ShapeError("connections", expected="plain self-attention without dropout", got=repr(layer),
+                         do="convert it by hand with SelfAttention")
+    bias = layer.in_proj_bias is not None
+    converted = SelfAttention(config, width=layer.embed_dim, num_heads=layer.num_heads, causal=causal, bias=bias)
+    converted.to(device=layer.in_proj_weight.device, dtype=layer.in_proj_weight.dtype)
+    with torch.no_grad():
+        for index, project in enumerate((converted.query, converted.key, converted.value)):
+            project.weight.copy_(layer.in_proj_weight.chunk(3)[index])
+            if bias:
+                project.bias.copy_(layer.in_proj_bias.chunk(3)[index])
+        converted.output.weight.copy_(layer.out_proj.weight)
+        if bias:
+            converted.output.bias.copy_(layer.out_proj.bias)
+    return converted

@@ -1,0 +1,1 @@
+"""One measured budget: where the slack is, and the plan that spends it where it costs least."""

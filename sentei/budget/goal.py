@@ -1,0 +1,76 @@
+"""What the user asks for: a workload, and a bound on quality or on speed."""
+
+import re
+from dataclasses import dataclass
+
+from sentei.budget.judge import Judgement
+from sentei.core.errors import SenteiError
+from sentei.measurement.latency import Comparison
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """What is to become faster.
+
+    Args:
+        kind: "prefill".
+        tokens: of the prompt.
+    """
+
+    kind: str
+    tokens: int
+
+    @classmethod
+    def parse(cls, text: str) -> "Workload":
+        """From "prefill:4096".
+
+        Raises:
+            SenteiError: another form, or fewer than 2 tokens.
+        """
+        match = re.fullmatch(r"(prefill):([0-9]{1,9})", text)
+        if match is None or int(match[2]) < 2:
+            raise SenteiError("--workload", expected="prefill:TOKENS with at least 2 tokens", got=repr(text),
+                              do="name one, e.g. --workload prefill:4096")
+        return cls(kind=match[1], tokens=int(match[2]))
+
+    def __str__(self) -> str:
+        return f"{self.kind}:{self.tokens}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Goal:
+    """The bound: at least this quality, as fast as possible; or at least this speed-up, as good as possible.
+
+    Args:
+        quality: dense perplexity ÷ pruned perplexity, above 0 and at most 1; or None.
+        speed: dense seconds ÷ pruned seconds, at least 1; or None.
+    """
+
+    quality: float | None = None
+    speed: float | None = None
+
+    def __post_init__(self):
+        if (self.quality is None) == (self.speed is None):
+            raise SenteiError("goal", expected="either a quality or a speed", got=repr(self), do="name one of them")
+        if self.quality is not None and not 0 < self.quality <= 1:
+            raise SenteiError("--quality", expected="a number above 0 and at most 1", got=str(self.quality),
+                              do="0.99 means at most about 1 % more perplexity")
+        if self.speed is not None and not 1 <= self.speed < float("inf"):
+            raise SenteiError("--speed", expected="a number from 1", got=str(self.speed),
+                              do="1.5 means half again as fast as dense")
+
+    def is_good(self, judgement: Judgement) -> bool:
+        """Whether a plan may be chosen: its quality less one standard error keeps the bound."""
+        quality = judgement.quality
+        return (quality.value + quality.low) / 2 >= self.quality
+
+    def shortfall(self, judgement: Judgement, comparison: Comparison) -> str:
+        """Why the bound is not met; empty when it is."""
+        if self.speed is not None:
+            missed = comparison.speedup() < self.speed
+            return f"the sparsest plan tried is {comparison.speedup():.2f} times as fast, not {self.speed}" if missed else ""
+        if judgement.quality.value < self.quality:
+            return f"quality {judgement.quality.value:.4f} on held-out text, below {self.quality}"
+        if comparison.speedup() <= 1:
+            return f"no plan that keeps quality {self.quality} is faster than the dense model on this machine"
+        return ""

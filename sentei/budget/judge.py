@@ -1,0 +1,121 @@
+"""The judge: what a whole plan does to the real model, on text kept for that use, by the clock and by the loss."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import nn
+
+from sentei.conversion import wrapper
+from sentei.conversion.plan import Plan, attention_path, convert
+from sentei.core.storage import Stages
+from sentei.core.tracing import Trace, trace
+from sentei.measurement.latency import Comparison, interleave
+from sentei.measurement.quality import Quality, compare, token_losses
+
+Step = Callable[[], object]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judgement:
+    """What a plan did.
+
+    Args:
+        quality: against the dense model, on the same tokens.
+        density: kept ÷ permitted a head, by layer, of the layers the plan names.
+    """
+
+    quality: Quality
+    density: dict[int, list[float]]
+
+    def mean_density(self, layers: tuple[int, ...]) -> float:
+        """The mean over `layers`; those the plan does not name count 1."""
+        means = [sum(heads) / len(heads) for heads in (self.density.get(layer, [1.0]) for layer in layers)]
+        return sum(means) / len(means)
+
+
+class Judge:
+    """Judges plans on windows of text, each plan once; the judgements of an earlier run are remembered.
+
+    Args:
+        model: a transformers model; it is dense again after every judgement.
+        windows: int64 [N, T] tokens a use, e.g. {"choose": …, "verify": …}.
+        stages: where judgements are kept.
+        inputs: what every judgement depends on beside the plan, JSON-able.
+    """
+
+    def __init__(self, model: nn.Module, windows: dict[str, torch.Tensor], stages: Stages, inputs: dict):
+        self.model, self.windows, self.stages, self.inputs = model, windows, stages, inputs
+        self.dense: dict[str, torch.Tensor] = {}
+
+    def prepare(self, use: str, step: Step) -> None:
+        """Reads the windows of one use with the dense model; a step a window."""
+        def work() -> dict:
+            convert(self.model, Plan())
+            return {"losses": [self._losses(row, step) for row in self.windows[use]]}
+
+        result = self.stages.run(f"dense-{use}", {**self.inputs, "use": use}, work)
+        self.dense[use] = torch.tensor(result["losses"], dtype=torch.float64)
+
+    def judge(self, plan: Plan, use: str, step: Step) -> Judgement:
+        """The plan on the windows of one use; a step a window."""
+        def work() -> dict:
+            convert(self.model, plan)
+            try:
+                with trace(self.model) as records:
+                    losses = [self._losses(row, step) for row in self.windows[use]]
+                density = {entry.layer: _per_head(records, attention_path(self.model, entry.layer))
+                           for entry in plan.entries}
+            finally:
+                convert(self.model, Plan())
+            quality = compare(self.dense[use], torch.tensor(losses, dtype=torch.float64))
+            return {"quality": asdict(quality), "density": density}
+
+        inputs = {**self.inputs, "use": use, "plan": plan.to_json()}
+        result = self.stages.run(f"{use}-{short_key(plan)}", inputs, work)
+        return Judgement(quality=Quality(**result["quality"]),
+                         density={int(layer): heads for layer, heads in result["density"].items()})
+
+    def time(self, plan: Plan, use: str, runs: int, step: Step) -> Comparison:
+        """Seconds of prefilling the first window of `use`, dense (transformers' sdpa) and pruned, in turn.
+
+        A prefill fills the cache and makes the logits of the last token, as `generate` does.
+        """
+        tokens = self.windows[use][:1]
+
+        @torch.no_grad()
+        def prefill() -> None:
+            self.model(input_ids=tokens, use_cache=True, logits_to_keep=1)
+
+        def work() -> dict:
+            convert(self.model, plan)
+            pruned = wrapper.IMPLEMENTATION if plan.entries else "sdpa"
+            try:
+                return asdict(interleave(prefill, prefill, runs=runs, step=step,
+                                         before=(lambda: wrapper.use(self.model, "sdpa"),
+                                                 lambda: wrapper.use(self.model, pruned))))
+            finally:
+                convert(self.model, Plan())
+
+        inputs = {**self.inputs, "use": use, "plan": plan.to_json(), "runs": runs}
+        return Comparison(**self.stages.run(f"time-{short_key(plan)}", inputs, work))
+
+    def _losses(self, row: torch.Tensor, step: Step) -> list[float]:
+        losses = token_losses(self.model, row[None])[0].tolist()
+        step()
+        return losses
+
+
+def short_key(plan: Plan) -> str:
+    """Sixteen hexadecimal digits that differ for different plans."""
+    return hashlib.sha256(json.dumps(plan.to_json(), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _per_head(records: Trace, path: str) -> list[float]:
+    """Kept ÷ permitted for every head (or KV group) of one attention module, over all its records."""
+    selections = [record.selection for record in records.at(f"{path}.connections")]
+    kept = sum(selection.count().sum((0, 2)).double() for selection in selections)
+    permitted = sum(selection.permitted.sum((0, 2)).double() for selection in selections)
+    return (kept / permitted).tolist()

@@ -1,0 +1,145 @@
+"""Where the slack is: for every layer and head, how little attention costs how much.
+
+One dense pass over calibration text. In each layer every option is tried on the dense model's own queries, keys and
+values: its density a head, the change of the layer's output, and the seconds it takes here. The error of head h is
+
+    e_h = ‖W_o,h (o_h - õ_h)‖² / ‖x‖²
+
+the change it makes in what the layer adds to the residual stream, against that stream.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+
+import torch
+from torch import nn
+
+from sentei.axes.connections import Config, Connections
+from sentei.conversion.plan import Entry, Plan, attention_path, convert
+from sentei.core.rules import All, Mass, Rule, rule_from_json
+
+
+@dataclass(frozen=True, kw_only=True)
+class Option:
+    """One rule in one layer.
+
+    Args:
+        rule: the same for every head.
+        density: kept ÷ permitted tiles, a head.
+        error: e_h, a head.
+        seconds: of choosing and attending, the median over the calibration windows.
+    """
+
+    rule: Rule
+    density: list[float]
+    error: list[float]
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerSlack:
+    """A layer's options, from the dearest to the cheapest; the first is the dense layer."""
+
+    layer: int
+    options: list[Option]
+
+
+def to_json(slack: list[LayerSlack]) -> list[dict]:
+    """The slack as a JSON array."""
+    return [{"layer": layer.layer, "options": [{**asdict(option), "rule": option.rule.to_json()}
+                                               for option in layer.options]} for layer in slack]
+
+
+def from_json(value: list[dict]) -> list[LayerSlack]:
+    """The slack written by `to_json`."""
+    return [LayerSlack(layer=layer["layer"],
+                       options=[Option(**{**option, "rule": rule_from_json(option["rule"])})
+                                for option in layer["options"]]) for layer in value]
+
+
+def options(masses: tuple[float, ...] = (0.98, 0.95, 0.9, 0.85, 0.8, 0.7, 0.6)) -> list[Rule]:
+    """The rules tried in every layer, dense first."""
+    return [All(), *(Mass(mass) for mass in masses)]
+
+
+@torch.no_grad()
+def measure(
+    model: nn.Module, tokens: torch.Tensor, layers: tuple[int, ...], config: Config, *,
+    rules: list[Rule], step: Callable[[], object] = lambda: None
+) -> list[LayerSlack]:
+    """Tries every rule in every layer of `layers`.
+
+    Args:
+        model: a transformers model; it is dense again afterwards.
+        tokens: int64 [N, T] calibration windows, read one by one.
+        layers: the prunable ones.
+        config: everything but the rule.
+        rules: dense first.
+        step: called after every layer of every window (N · len(layers) times).
+    Cost: N passes, each with every rule's attention on top.
+    """
+    convert(model, Plan(tuple(Entry(layer=layer, room="connections", config=replace(config, rule=All()))
+                              for layer in layers)))
+    found = {layer: [] for layer in layers}
+    handles = []
+    try:
+        for layer in layers:
+            attention = model.get_submodule(attention_path(model, layer))
+            probe = _Probe(attention, config, rules, found[layer], step)
+            handles.append(attention.register_forward_pre_hook(probe.before, with_kwargs=True))
+            handles.append(attention.connections.register_forward_pre_hook(probe))
+        for row in tokens:
+            model.get_decoder()(input_ids=row[None], use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+        convert(model, Plan())
+    return [LayerSlack(layer=layer, options=_average(rules, found[layer])) for layer in layers]
+
+
+class _Probe:
+    """Tries every rule on the inputs one layer's room receives."""
+
+    def __init__(self, attention: nn.Module, config: Config, rules: list[Rule], found: list, step: Callable):
+        self.attention, self.config, self.rules, self.found, self.step = attention, config, rules, found, step
+        self.stream = 1.0
+
+    def before(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        """Notes the size of what the attention module is given: normalised, so about the width of the stream."""
+        hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        self.stream = hidden.float().square().sum(-1).mean().item()
+
+    def __call__(self, module: Connections, inputs: tuple) -> None:
+        """Measures every rule; called before the room itself runs, dense."""
+        measured, dense = [], None
+        for rule in self.rules:
+            room = Connections(replace(self.config, rule=rule), causal=module.causal, scale=module.scale)
+            start = time.perf_counter()
+            scores = room.score(*inputs)
+            selection = rule(scores, forced=room.forced(*inputs), unit=room.unit)
+            output = room.apply(selection, *inputs)
+            seconds = time.perf_counter() - start
+            dense = output if dense is None else dense
+            kept = selection.count().double().mean(0).sum(-1) / selection.permitted.double().mean(0).sum(-1)
+            per_head = output.shape[2] // len(kept)
+            measured.append((kept.repeat_interleave(per_head), self._error(dense - output), seconds))
+        self.found.append(measured)
+        self.step()
+
+    def _error(self, change: torch.Tensor) -> torch.Tensor:
+        """Float64 [H]: what the change [B, T, H, D] of each head adds to the stream, squared, against the stream."""
+        weight = self.attention.o_proj.weight.unflatten(1, (change.shape[2], -1))
+        moments = torch.einsum("bthd,bthe->hde", change, change).float() / (change.shape[0] * change.shape[1])
+        gram = torch.einsum("ohd,ohe->hde", weight, weight).float()
+        return ((moments * gram).sum((1, 2)) / self.stream).double()
+
+
+def _average(rules: list[Rule], found: list) -> list[Option]:
+    """The means over the windows, and the median seconds."""
+    averaged = []
+    for index, rule in enumerate(rules):
+        densities, errors, seconds = zip(*(window[index] for window in found), strict=True)
+        averaged.append(Option(rule=rule, density=torch.stack(densities).mean(0).tolist(),
+                               error=torch.stack(errors).mean(0).tolist(), seconds=sorted(seconds)[len(seconds) // 2]))
+    return averaged

@@ -1,0 +1,173 @@
+"""From slack to plans: at each price of a second, the cheapest choice for every head.
+
+A layer's attention takes about `a + b · density` seconds (fitted to what was measured here), so with a price λ on a
+second every head picks the option with the least  error + λ · b · density / H  and the layer stays dense where that
+costs less. Sweeping λ gives a family of plans from dense to sparsest. Errors of layers do not add up, so which of
+them is good enough is for the real model to say: `search` judges whole plans and halves the interval between the
+last good one and the first bad one.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from sentei.axes.connections import Config
+from sentei.budget.goal import Goal
+from sentei.budget.judge import Judgement
+from sentei.budget.slack import LayerSlack
+from sentei.conversion.plan import Entry, Plan
+from sentei.core.rules import Mass
+
+PRICES = 24
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """A plan with what is foreseen of it.
+
+    Args:
+        name: how it was made.
+        plan: what to convert.
+        seconds: of all prunable layers' attention, foreseen.
+        density: mean over all prunable layers and heads, foreseen.
+    """
+
+    name: str
+    plan: Plan
+    seconds: float
+    density: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Layer:
+    """A layer's measured options and its fitted time."""
+
+    slack: LayerSlack
+    fixed: float
+    per_density: float
+
+    @property
+    def dense_seconds(self) -> float:
+        return self.slack.options[0].seconds
+
+    def seconds(self, density: float) -> float:
+        return self.fixed + self.per_density * density
+
+
+def family(slack: list[LayerSlack], config: Config) -> list[Candidate]:
+    """The plans for growing prices of a second, dense first and sparsest last, without repetitions."""
+    layers = [_fit(layer) for layer in slack]
+    errors = [max(option.error) for layer in slack for option in layer.options[1:]]
+    seconds = max(sum(layer.dense_seconds for layer in layers), 1e-9)
+    low, high = math.log(1e-6 * max(errors) / seconds), math.log(1e3 * sum(errors) / seconds)
+    candidates = [Candidate(name="dense", plan=Plan(), seconds=sum(layer.dense_seconds for layer in layers), density=1.0)]
+    for number in range(PRICES):
+        price = math.exp(low + (high - low) * number / (PRICES - 1))
+        candidate = _at_price(layers, config, price)
+        if candidate.plan != candidates[-1].plan and candidate.seconds < candidates[-1].seconds:
+            candidates.append(candidate)
+    return candidates
+
+
+def uniform(slack: list[LayerSlack], config: Config) -> list[Candidate]:
+    """The same rule in every layer, for comparison: dense first and sparsest last."""
+    layers = [_fit(layer) for layer in slack]
+    candidates = []
+    for number, option in enumerate(slack[0].options):
+        densities = [_mean(layer.slack.options[number].density) for layer in layers]
+        entries = tuple(Entry(layer=layer.slack.layer, room="connections", config=replace(config, rule=option.rule))
+                        for layer in layers) if number else ()
+        seconds = [layer.slack.options[number].seconds for layer in layers]
+        candidates.append(Candidate(name=f"uniform {option.rule}" if number else "dense", plan=Plan(entries),
+                                    seconds=sum(seconds), density=_mean(densities)))
+    return candidates
+
+
+def search(candidates: list[Candidate], good: Callable[[Candidate], bool]) -> int:
+    """The place of the last candidate that is good, by bisection; 0 when none after the first is.
+
+    Assumes what holds up to noise: after a bad candidate none is good. About log2(len) judgements.
+    """
+    low, high = 0, len(candidates)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if good(candidates[middle]) else (low, middle)
+    return low
+
+
+def _at_price(layers: list[_Layer], config: Config, price: float) -> Candidate:
+    entries, seconds, densities = [], 0.0, []
+    for layer in layers:
+        picks = [_pick(layer, head, price) for head in range(len(layer.slack.options[0].density))]
+        density = _mean([layer.slack.options[pick].density[head] for head, pick in enumerate(picks)])
+        error = sum(layer.slack.options[pick].error[head] for head, pick in enumerate(picks))
+        if error + price * layer.seconds(density) >= price * layer.dense_seconds:
+            seconds, density = seconds + layer.dense_seconds, 1.0
+        else:
+            masses = tuple(1.0 if pick == 0 else layer.slack.options[pick].rule.mass for pick in picks)
+            entries.append(Entry(layer=layer.slack.layer, room="connections",
+                                 config=replace(config, rule=Mass(masses))))
+            seconds += layer.seconds(density)
+        densities.append(density)
+    return Candidate(name=f"price {price:.3g}", plan=Plan(tuple(entries)), seconds=seconds, density=_mean(densities))
+
+
+def _pick(layer: _Layer, head: int, price: float) -> int:
+    """The option with the least error plus priced time for one head."""
+    heads = len(layer.slack.options[0].density)
+    per_head = price * layer.per_density / heads
+    return min(range(len(layer.slack.options)),
+               key=lambda pick: layer.slack.options[pick].error[head] + per_head * layer.slack.options[pick].density[head])
+
+
+def _fit(layer: LayerSlack) -> _Layer:
+    """Least squares of seconds over mean density for the options that choose, with a slope of at least 0."""
+    points = [(_mean(option.density), option.seconds) for option in layer.options[1:]]
+    mean_x, mean_y = _mean([x for x, _ in points]), _mean([y for _, y in points])
+    spread = sum((x - mean_x) ** 2 for x, _ in points)
+    slope = max(0.0, sum((x - mean_x) * (y - mean_y) for x, y in points) / spread) if spread else 0.0
+    return _Layer(slack=layer, fixed=max(0.0, mean_y - slope * mean_x), per_density=slope)
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Solution:
+    """What the solver found.
+
+    Args:
+        ladder: candidates in the order to try them; each next one is safer (quality bound) or faster (speed bound).
+        judged: every candidate judged on the way, with its judgement.
+    """
+
+    ladder: list[Candidate]
+    judged: list[tuple[Candidate, Judgement]]
+
+
+def solve(goal: Goal, slack: list[LayerSlack], config: Config, judge: Callable[[Candidate], Judgement],
+          dense_seconds: float) -> Solution:
+    """The plans to try for a goal.
+
+    For a quality bound: of the graded family and of the uniform one the fastest plan that `judge` finds good, and
+    below it the safer ones. For a speed bound: the graded plans that are foreseen to be fast enough, densest first.
+
+    Args:
+        judge: judges a candidate on text kept for choosing.
+        dense_seconds: of the whole dense workload.
+    """
+    judged: list[tuple[Candidate, Judgement]] = []
+
+    def good(candidate: Candidate) -> bool:
+        judged.append((candidate, judge(candidate)))
+        return goal.is_good(judged[-1][1])
+
+    graded = family(slack, config)
+    if goal.speed is not None:
+        wanted = graded[0].seconds - dense_seconds * (1 - 1 / goal.speed)
+        ladder = [candidate for candidate in graded if candidate.seconds <= wanted] or graded[-1:]
+        judged.append((ladder[0], judge(ladder[0])))
+        return Solution(ladder=ladder, judged=judged)
+    ladders = [candidates[:search(candidates, good) + 1] for candidates in (graded, uniform(slack, config))]
+    return Solution(ladder=min(ladders, key=lambda ladder: ladder[-1].seconds)[::-1], judged=judged)

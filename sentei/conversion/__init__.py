@@ -1,0 +1,1 @@
+"""Pretrained models: found, checked, loaded and given prunable attention."""

@@ -1,0 +1,151 @@
+"""A pruned model on disk: plain weights that load anywhere, and beside them `sentei.json`, the policy.
+
+Without sentei the folder is the dense model. With it, `load` gives the pruned one, and `receipt.safetensors` holds
+logits to compare with: the proof is made in a fresh process.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from sentei.conversion.checkpoints import DTYPES, load_model, locate
+from sentei.conversion.plan import Plan, convert
+from sentei.core.errors import FileError, SenteiError
+from sentei.core.storage import cannot_write, read_json, sync_folder, write_json
+
+POLICY, RECEIPT = "sentei.json", "receipt.safetensors"
+SCHEMA = "sentei.policy/1"
+# A fresh process runs the same kernels on the same numbers; another machine may sum in another order.
+TOLERANCE = {"float32": 1e-3, "bfloat16": 0.25}
+ROWS = 8
+
+
+def export(model: nn.Module, tokenizer, plan: Plan, folder: Path, *, tokens: torch.Tensor, facts: dict) -> None:
+    """Writes the model, its tokenizer, the policy and the receipt into `folder`, the policy last.
+
+    Args:
+        model: converted with `plan`.
+        tokenizer: its tokenizer, or None.
+        tokens: int64 [T]; the receipt holds the logits of their last ROWS positions.
+        facts: more for the policy, e.g. where the weights come from; JSON-able.
+    Raises:
+        ResourceError: the disk is full; files of an earlier export are then still whole.
+    Cost: the weights once on disk, beside those of an earlier export until these are whole.
+    """
+    from safetensors.torch import save_file
+
+    temporary = folder / ".export"
+    dtype = str(model.dtype).removeprefix("torch.")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        model.save_pretrained(temporary)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(temporary)
+        save_file({"tokens": tokens, "logits": _logits(model, tokens)}, temporary / RECEIPT)
+        _clean_config(temporary / "config.json")
+        for path in sorted(temporary.iterdir()):
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+        (folder / POLICY).unlink(missing_ok=True)
+        for path in sorted(temporary.iterdir()):
+            os.replace(path, folder / path.name)
+        sync_folder(folder)
+    except OSError as error:
+        raise cannot_write(folder, error) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    write_json(folder / POLICY, {"schema": SCHEMA, "dtype": dtype, "threads": torch.get_num_threads(),
+                                 "facts": facts, "plan": plan.to_json()})
+
+
+def load(folder: str | Path) -> nn.Module:
+    """The pruned model in a folder written by `sentei prune`: an ordinary transformers model, in eval mode.
+
+    Raises:
+        FileError: the folder, its policy or its weights are missing, malformed or not to be trusted.
+        UnsupportedError: the model's family is not supported.
+    """
+    policy = read_policy(Path(folder))
+    plan = Plan.from_json(policy["plan"])
+    return convert(load_model(locate(str(folder)), policy["dtype"]), plan)
+
+
+def read_policy(folder: Path) -> dict:
+    """The checked contents of `sentei.json`.
+
+    Raises:
+        FileError: not there, or not a policy this version understands.
+    """
+    policy = read_json(folder / POLICY)
+    if policy.get("schema") != SCHEMA or policy.get("dtype") not in DTYPES or "plan" not in policy:
+        raise FileError(str(folder / POLICY), expected=f"a policy of schema {SCHEMA}", got=repr(policy)[:200],
+                        do="write the folder again with sentei prune")
+    return policy
+
+
+def check(folder: Path) -> dict:
+    """Loads the folder and compares it with its receipt: {"difference", "tolerance", "met", "generated"}.
+
+    "difference" is the largest absolute difference of the logits; "generated" are 16 greedily generated tokens.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    torch.set_num_threads(_threads(read_policy(folder)))
+    model = load(folder)
+    try:
+        receipt = load_file(folder / RECEIPT)
+        tokens, logits = receipt["tokens"], receipt["logits"]
+    except (OSError, SafetensorError, KeyError) as error:
+        raise FileError(str(folder / RECEIPT), expected="a receipt with tokens and logits", got=str(error),
+                        do="write the folder again with sentei prune") from error
+    found = _logits(model, tokens)
+    difference = (found - logits).abs().max().item() if found.shape == logits.shape else float("inf")
+    tolerance = TOLERANCE[read_policy(folder)["dtype"]]
+    generated = model.generate(tokens[None, -64:], attention_mask=torch.ones(1, min(64, len(tokens)), dtype=torch.int64),
+                               max_new_tokens=16, do_sample=False, pad_token_id=0)[0, -16:]
+    return {"difference": difference if difference < float("inf") else -1.0, "tolerance": tolerance,
+            "met": difference <= tolerance, "generated": generated.tolist()}
+
+
+def check_afresh(folder: Path) -> dict:
+    """`check` in a process of its own.
+
+    Raises:
+        FileError: the process could not load the folder.
+    """
+    code = ("import json, pathlib, sys; from sentei.conversion.export import check; "
+            "print(json.dumps(check(pathlib.Path(sys.argv[1]))))")
+    ran = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True, check=False)
+    if ran.returncode:
+        raise FileError(str(folder), expected="a folder that loads in a fresh process",
+                        got=(ran.stderr.strip().splitlines() or ["no message"])[-1],
+                        do="write the folder again with sentei prune")
+    return json.loads(ran.stdout.strip().splitlines()[-1])
+
+
+def _threads(policy: dict) -> int:
+    """The threads the receipt was made with, when this machine may use as many: sums then run in the same order."""
+    threads = policy.get("threads")
+    return threads if type(threads) is int and 1 <= threads <= (os.cpu_count() or 1) else torch.get_num_threads()
+
+
+@torch.no_grad()
+def _logits(model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+    """Float32 [ROWS, vocabulary]: the logits of the last ROWS positions, from one pass over tokens [T]."""
+    if not len(tokens):
+        raise SenteiError("receipt", expected="at least one token", got="none", do="give a longer text")
+    return model(input_ids=tokens[None], use_cache=False, logits_to_keep=ROWS).logits[0].float().contiguous()
+
+
+def _clean_config(path: Path) -> None:
+    """Drops what transformers writes for itself: keys that begin with an underscore, which no loader should trust."""
+    config = {key: value for key, value in read_json(path).items() if not key.startswith("_")}
+    write_json(path, config)

@@ -1,0 +1,203 @@
+"""The model families sentei can convert: one row each, and what their config.json may say.
+
+A config.json is data from a stranger. Only the keys listed here reach transformers, and their values are bounded first.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from sentei.core.errors import FileError, UnsupportedError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+_DECODER_KEYS = frozenset({
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "head_dim", "hidden_act", "max_position_embeddings", "initializer_range", "rms_norm_eps",
+    "use_cache", "tie_word_embeddings", "rope_theta", "rope_scaling", "rope_parameters", "attention_bias",
+    "attention_dropout", "pad_token_id", "bos_token_id", "eos_token_id",
+})
+
+# Accepted because published files carry them, and dropped because they do not change what the model computes here.
+NOT_PASSED = frozenset({
+    "model_type", "architectures", "torch_dtype", "dtype", "transformers_version", "_name_or_path", "_commit_hash",
+    "_sliding_window_pattern", "cache_implementation", "is_llama_config", "transformers.js_config", "unsloth_fixed",
+    "unsloth_version", "rope_interleaved", "use_mrope", "max_sequence_length", "dual_chunk_attention_config",
+    "temperature", "top_p", "top_k", "do_sample", "max_length", "max_new_tokens", "repetition_penalty",
+    "return_dict", "output_attentions", "output_hidden_states", "unk_token_id",
+})
+
+# Keys sentei understands at these values only; anything else would change the attention it replaces.
+_ONLY = {
+    "rope_interleaved": (False, None),
+    "use_mrope": (False, None),
+    "use_bidirectional_attention": (False, None),
+    "attn_logit_softcapping": (None,),
+    "quantization_config": (None,),
+}
+
+_CODE_KEYS = ("auto_map", "trust_remote_code", "custom_pipelines", "custom_generate")
+
+_REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+_LARGEST = {
+    "vocab_size": 1 << 22, "hidden_size": 1 << 17, "intermediate_size": 1 << 20, "num_hidden_layers": 1000,
+    "num_attention_heads": 1 << 12, "num_key_value_heads": 1 << 12, "head_dim": 1 << 13,
+    "max_position_embeddings": 1 << 30, "sliding_window": 1 << 30, "max_window_layers": 1 << 30,
+    "sliding_window_pattern": 1 << 30, "no_rope_layer_interval": 1 << 30, "query_pre_attn_scalar": 1 << 20,
+}
+_MAY_BE_ZERO = ("max_window_layers",)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """One row of the table.
+
+    Args:
+        model_type: the name in config.json.
+        architecture: the causal language model class of transformers.
+        config: its config class.
+        attention: the class of its attention modules.
+        window: where sliding-window attention is said: "none", "layer_types", or "every" (one window for all layers).
+        config_keys: every key that config.json may hold, passed on or not (`NOT_PASSED`).
+    """
+
+    model_type: str
+    architecture: str
+    config: str
+    attention: str
+    window: str
+    config_keys: frozenset[str]
+
+    def prunable_layers(self, config: PreTrainedConfig) -> tuple[int, ...]:
+        """Indices of the layers whose attention sees the whole past; layers with a sliding window are left out.
+
+        A model whose every layer slides (Mistral 7B v0.1) gives an empty tuple.
+        """
+        if self.window == "layer_types":
+            return tuple(index for index, kind in enumerate(config.layer_types) if kind == "full_attention")
+        if self.window == "every" and config.sliding_window is not None:
+            return ()
+        return tuple(range(config.num_hidden_layers))
+
+    def build_config(self, raw: dict, where: str = "config.json") -> PreTrainedConfig:
+        """The transformers config object made from the whitelisted keys of `raw`, which `family_of` has accepted.
+
+        Raises:
+            FileError: transformers does not accept the values.
+        """
+        import transformers
+        from huggingface_hub.errors import StrictDataclassError
+
+        settings = {key: value for key, value in raw.items() if key in self.config_keys - NOT_PASSED}
+        try:
+            return getattr(transformers, self.config)(**settings)
+        except (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, StrictDataclassError) as error:
+            raise FileError(where, expected=f"the settings of a {self.model_type} model", got=shown(error),
+                            do="download the file again from where it was published") from error
+
+
+def _family(model_type: str, prefix: str, *, window: str, keys: tuple[str, ...]) -> Family:
+    return Family(model_type=model_type, architecture=f"{prefix}ForCausalLM", attention=f"{prefix}Attention",
+                  config=f"{prefix}{'Text' if prefix == 'Gemma3' else ''}Config", window=window,
+                  config_keys=_DECODER_KEYS | NOT_PASSED | frozenset(keys))
+
+
+_QWEN_WINDOW = ("sliding_window", "use_sliding_window", "max_window_layers", "layer_types")
+FAMILIES: dict[str, Family] = {
+    "llama": _family("llama", "Llama", window="none", keys=("mlp_bias", "pretraining_tp")),
+    "smollm3": _family("smollm3", "SmolLM3", window="layer_types",
+                       keys=(*_QWEN_WINDOW, "mlp_bias", "pretraining_tp", "no_rope_layers", "no_rope_layer_interval")),
+    "qwen2": _family("qwen2", "Qwen2", window="layer_types", keys=_QWEN_WINDOW),
+    "qwen3": _family("qwen3", "Qwen3", window="layer_types", keys=_QWEN_WINDOW),
+    "mistral": _family("mistral", "Mistral", window="every", keys=("sliding_window",)),
+    "gemma3_text": _family("gemma3_text", "Gemma3", window="layer_types", keys=(
+        "sliding_window", "sliding_window_pattern", "layer_types", "hidden_activation", "rope_local_base_freq",
+        "query_pre_attn_scalar", "final_logit_softcapping", "attn_logit_softcapping", "use_bidirectional_attention")),
+}
+
+
+def family_of(raw: dict, where: str = "config.json") -> Family:
+    """The family of a config.json, after its keys and sizes have been checked; no memory is taken and nothing is run.
+
+    Args:
+        raw: the parsed file.
+        where: what to call the file in an error.
+    Raises:
+        FileError: a key that names code, a private or unknown key, a size missing or out of bounds.
+        UnsupportedError: another family, another head, quantised weights, or a setting sentei has no kernel for.
+    """
+    for key in _CODE_KEYS:
+        if key in raw:
+            raise FileError(where, expected="settings only", got=f"the key {key!r}, which names code to run",
+                            do="use a model whose architecture is part of transformers; "
+                               "sentei never runs code from a model")
+    _check_values_of(_ONLY, raw, where)
+    family = FAMILIES.get(raw["model_type"]) if isinstance(raw.get("model_type"), str) else None
+    if family is None:
+        raise _unsupported(where, f"model_type {shown(raw.get('model_type'))}")
+    architectures = raw.get("architectures")
+    if architectures is not None and architectures != [family.architecture]:
+        raise _unsupported(where, f"architectures {shown(architectures)} with model_type {family.model_type}")
+    for key in sorted(raw.keys() - family.config_keys - _ONLY.keys()):
+        kind = "the private key" if key.startswith("_") else "the unknown key"
+        raise FileError(where, expected=f"the settings of a {family.model_type} model", got=f"{kind} {shown(key)}",
+                        do="remove the key if you know that it does not change the model")
+    _check_sizes(raw, where)
+    return family
+
+
+def _check_values_of(allowed: dict[str, tuple], raw: dict, where: str) -> None:
+    for key, values in allowed.items():
+        if key in raw and not any(raw[key] is value for value in values):
+            raise UnsupportedError(where, expected=f"{key!r} absent or one of {list(values)}", got=shown(raw[key]),
+                                   do="use an unquantised, causal version of this model")
+
+
+def _check_sizes(raw: dict, where: str) -> None:
+    for key in _REQUIRED:
+        if key not in raw:
+            raise FileError(where, expected=f"the key {key!r}", got="none",
+                            do="download the file again from where it was published")
+    for key, largest in _LARGEST.items():
+        value = raw.get(key)
+        if value is None and key not in _REQUIRED:
+            continue
+        smallest = 0 if key in _MAY_BE_ZERO else 1
+        if type(value) is not int or not smallest <= value <= largest:
+            raise FileError(where, expected=f"{key!r} as a whole number between {smallest} and {largest:,}",
+                            got=shown(value), do="download the file again from where it was published")
+    if raw["num_attention_heads"] % (raw.get("num_key_value_heads") or 1):
+        raise FileError(where, expected="num_attention_heads divisible by num_key_value_heads",
+                        got=f"{raw['num_attention_heads']} and {raw['num_key_value_heads']}",
+                        do="download the file again from where it was published")
+    for key in ("layer_types", "no_rope_layers"):
+        value, kind = raw.get(key), str if key == "layer_types" else int
+        if value is not None and not (isinstance(value, list) and len(value) == raw["num_hidden_layers"]
+                                      and all(isinstance(entry, kind) for entry in value)):
+            raise FileError(where, expected=f"{key!r} with one entry for each layer", got=shown(value),
+                            do="download the file again from where it was published")
+    if not _finite(raw):
+        raise FileError(where, expected="finite numbers", got="NaN or infinity",
+                        do="download the file again from where it was published")
+
+
+def _finite(value: object) -> bool:
+    if isinstance(value, dict):
+        return all(_finite(entry) for entry in value.values())
+    if isinstance(value, list):
+        return all(_finite(entry) for entry in value)
+    return not isinstance(value, float) or math.isfinite(value)
+
+
+def _unsupported(where: str, got: str) -> UnsupportedError:
+    return UnsupportedError(where, expected=f"a causal language model of one of: {', '.join(FAMILIES)}", got=got,
+                            do="choose a model of one of these families")
+
+
+def shown(value: object, longest: int = 120) -> str:
+    """A stranger's value made safe for a terminal: printable ASCII, shortened to `longest` characters."""
+    text = ascii(str(value) if isinstance(value, Exception) else value)
+    return text if len(text) <= longest else text[:longest] + "…"

@@ -1,0 +1,139 @@
+"""Rooms inside transformers models, through transformers' own doors.
+
+The attention function and the mask function are registered under one name: with the first alone transformers drops
+the causal mask silently. Modules without a room run transformers' sdpa path, unchanged.
+"""
+
+import torch
+from torch import nn
+
+from sentei.axes.connections import Connections
+from sentei.core.errors import UnsupportedError
+from sentei.core.tracing import trace
+
+IMPLEMENTATION = "sentei"
+
+
+def install(model: nn.Module, rooms: dict[str, Connections]) -> None:
+    """Puts rooms into attention modules and makes the model's attention ours.
+
+    Args:
+        model: a transformers model of a known family.
+        rooms: by the attention module's path, e.g. "model.layers.3.self_attn"; each takes the module's scale.
+    Raises:
+        UnsupportedError: transformers did not take our attention, or a room was not reached by a forward pass; the
+            model is then as it was.
+    """
+    register()
+    remove(model)
+    for path, room in rooms.items():
+        module = model.get_submodule(path)
+        room.scale = module.scaling
+        module.connections = room.to(next(module.parameters()).device)
+    use(model, IMPLEMENTATION)
+    missed = set(rooms) - _reached(model)
+    if missed or model.config._attn_implementation != IMPLEMENTATION:
+        remove(model)
+        raise UnsupportedError("convert", expected="every converted layer to call transformers' attention interface",
+                               got=f"{len(missed)} of {len(rooms)} layers that do not, e.g. {min(missed, default='?')}",
+                               do="use a model of a supported family from transformers itself")
+
+
+def remove(model: nn.Module) -> None:
+    """Takes all rooms out again; the model is transformers' own, on its sdpa path."""
+    for module in list(model.modules()):
+        if isinstance(getattr(module, "connections", None), Connections):
+            del module.connections
+    use(model, "sdpa")
+
+
+def use(model: nn.Module, implementation: str) -> None:
+    """Switches the whole model between "sdpa" (transformers' own) and "sentei"."""
+    model.set_attn_implementation(implementation)
+
+
+def rooms(model: nn.Module) -> dict[str, Connections]:
+    """The rooms of a converted model, by the path of their attention module."""
+    return {path.removesuffix(".connections"): module for path, module in model.named_modules()
+            if isinstance(module, Connections)}
+
+
+def register() -> None:
+    """Makes "sentei" known to transformers; calling it again changes nothing."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    AttentionInterface.register(IMPLEMENTATION, attention_forward)
+    AttentionMaskInterface.register(IMPLEMENTATION, mask_forward)
+
+
+def attention_forward(module, query, key, value, attention_mask, scaling=None, dropout=0.0, is_causal=None, **extra):
+    """Attention of one layer as transformers calls it.
+
+    Args:
+        module: the attention module; its room, if any, is `module.connections`.
+        query: [B, H, Tq, D] after rotary embedding; key, value: [B, G, Tk, D] with the cache in front.
+        attention_mask: None (plain causal), bool [B, Tk] (padding), or a 4-D mask of another pattern.
+    Returns:
+        output [B, Tq, H, D] and None, as transformers expects.
+    """
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    room = getattr(module, "connections", None)
+    special = dropout or extra.get("softcap") or extra.get("s_aux") is not None or is_causal is False
+    lengths, understood = _lengths(attention_mask)
+    if room is None or special or not understood:
+        mask = _dense_mask(attention_mask, query.shape[2], key.shape[2])
+        return sdpa_attention_forward(module, query, key, value, mask, dropout=dropout, scaling=scaling,
+                                      is_causal=is_causal, **extra)
+    query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
+    return room(query, key, value, lengths).contiguous(), None
+
+
+def mask_forward(batch_size, q_length, kv_length, q_offset=0, kv_offset=0, mask_function=None, attention_mask=None,
+                 **extra):
+    """The mask transformers hands to `attention_forward`.
+
+    Returns:
+        None for plain causal attention, the padding bool [B, Tk] when some keys are padding, and transformers' own
+        4-D mask for every other pattern (sliding windows, packed or prefix sequences, static caches).
+    """
+    from transformers.masking_utils import causal_mask_function, sdpa_mask
+
+    is_plain = (mask_function is causal_mask_function and isinstance(q_offset, int) and not kv_offset
+                and q_offset + q_length == kv_length)
+    if not is_plain or (attention_mask is not None and attention_mask.shape[-1] != kv_length):
+        return sdpa_mask(batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset,
+                         kv_offset=kv_offset, mask_function=mask_function, attention_mask=attention_mask, **extra)
+    return None if attention_mask is None or attention_mask.all() else attention_mask
+
+
+def _lengths(mask: torch.Tensor | None) -> tuple[torch.Tensor | None, bool]:
+    """Start and stop of the real keys, int64 [B, 2], and whether the mask is no more than that."""
+    if mask is None:
+        return None, True
+    if mask.dim() != 2:
+        return None, False
+    positions = torch.arange(mask.shape[1], device=mask.device)
+    stop = torch.where(mask, positions + 1, 0).amax(-1)
+    start = torch.minimum(torch.where(mask, positions, mask.shape[1]).amin(-1), stop)
+    return torch.stack([start, stop], -1), bool((mask.sum(-1) == stop - start).all())
+
+
+def _dense_mask(mask: torch.Tensor | None, num_queries: int, num_keys: int) -> torch.Tensor | None:
+    """The 4-D mask transformers' sdpa path needs where ours is None or 2-D."""
+    if mask is not None and mask.dim() == 4:
+        return mask
+    if mask is None and num_queries in (1, num_keys):
+        return None
+    device = "cpu" if mask is None else mask.device
+    causal = torch.ones(num_queries, num_keys, dtype=torch.bool, device=device).tril(num_keys - num_queries)
+    return causal[None, None] if mask is None else causal[None, None] & mask[:, None, None]
+
+
+@torch.no_grad()
+def _reached(model: nn.Module) -> set[str]:
+    """The attention modules whose room a forward pass of two tokens went through."""
+    token = torch.zeros(1, 2, dtype=torch.int64, device=next(model.parameters()).device)
+    with trace(model) as records:
+        model(input_ids=token, use_cache=False)
+    return {path.removesuffix(".connections") for path in records.paths()}

@@ -1,0 +1,140 @@
+"""Files that are either whole or absent: read with a size limit, written beside and renamed."""
+
+import errno
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from sentei.core.errors import FileError, ResourceError
+
+MAX_JSON_BYTES = 64 << 20
+
+
+def write_whole(path: Path, write: Callable[[Path], None]) -> None:
+    """Calls `write(temporary)` beside `path`, syncs the result and renames it into place.
+
+    A crash at any moment leaves either the old file or the new one, never a part.
+
+    Raises:
+        ResourceError: the disk is full or the folder cannot be written; `path` is then as it was before (or whole
+            and new, where nothing but the folder's own sync failed).
+    """
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        os.close(handle)
+        temporary = Path(name)
+        write(temporary)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        temporary.chmod(0o644)
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    except OSError as error:
+        raise cannot_write(path, error) from error
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes the names inside `folder` survive a loss of power."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def cannot_write(path: Path, error: OSError) -> ResourceError:
+    """The error to raise when writing `path` failed with `error`."""
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return ResourceError(
+        str(path),
+        expected="a file that can be written",
+        got="a full disk" if full else f"{error.strerror or error}",
+        do="free some space and run the same command again" if full else "choose another folder with --out",
+    )
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes `text` as UTF-8, whole or not at all."""
+    write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def write_json(path: Path, value: object) -> None:
+    """Writes `value` as indented JSON, whole or not at all; NaN and infinity are refused."""
+    write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES) -> dict:
+    """Reads one JSON object, refusing files that are too large, malformed or hold duplicate keys.
+
+    Raises:
+        FileError: the file is missing, too large, not UTF-8, not JSON, or not an object.
+    """
+    try:
+        size = path.stat().st_size
+        if size > max_bytes:
+            raise FileError(str(path), expected=f"at most {max_bytes:,} bytes of JSON", got=f"{size:,} bytes",
+                            do="check that this is the file you meant")
+        value = json.loads(path.read_bytes().decode("utf-8-sig"), object_pairs_hook=_unique_keys)
+    except OSError as error:
+        raise FileError(str(path), expected="a file that can be read", got=str(error.strerror or error),
+                        do="check the path") from error
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, FileError):
+            raise
+        raise FileError(str(path), expected="one well-formed JSON object", got=str(error),
+                        do="download or write the file again") from error
+    if not isinstance(value, dict):
+        raise FileError(str(path), expected="one JSON object", got=f"a {type(value).__name__}",
+                        do="check that this is the file you meant")
+    return value
+
+
+def _unique_keys(pairs: list[tuple[str, object]]) -> dict:
+    value = dict(pairs)
+    if len(value) != len(pairs):
+        raise ValueError("a key that appears twice")
+    return value
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file's bytes, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class Stages:
+    """The results of finished stages, so that a run that was cut off goes on where it stopped.
+
+    Args:
+        folder: one JSON file a stage; None keeps nothing.
+    """
+
+    def __init__(self, folder: Path | None):
+        self.folder = folder
+
+    def run(self, name: str, inputs: dict, work: Callable[[], dict]) -> dict:
+        """The result of `work()`, or of an earlier run of the stage with the same inputs.
+
+        Args:
+            name: of the stage; the name of its file.
+            inputs: everything the result depends on, JSON-able; a result of other inputs is replaced.
+            work: returns a JSON object.
+        """
+        key = hashlib.sha256(json.dumps(inputs, sort_keys=True, allow_nan=False).encode()).hexdigest()
+        path = None if self.folder is None else self.folder / f"{name}.json"
+        if path is not None and path.exists():
+            stored = read_json(path)
+            if stored.get("key") == key and isinstance(stored.get("result"), dict):
+                return stored["result"]
+        result = work()
+        if path is not None:
+            write_json(path, {"key": key, "result": result})
+        return result

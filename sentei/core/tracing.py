@@ -1,0 +1,97 @@
+"""Taps and traces: every selection a model makes, by module path, for as long as a `with` block lasts."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from torch import nn
+
+from sentei.core.cost import Cost
+from sentei.core.selection import Selection
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """One selection as it was made.
+
+    Args:
+        path: the tap's room in the model, e.g. "model.layers.3.self_attn.connections".
+        selection: detached from the graph.
+        cost: of computing what was kept, and of choosing it.
+        impl: the kernel that ran.
+        reason: why that kernel, when it was chosen automatically.
+    """
+
+    path: str
+    selection: Selection
+    cost: Cost
+    impl: str
+    reason: str
+
+
+class Tap(nn.Module):
+    """The point in a room through which its selections pass. It holds no state beyond who is listening."""
+
+    def __init__(self):
+        super().__init__()
+        self._listeners: list[Callable[[Selection, Cost, str, str], None]] = []
+
+    def forward(self, selection: Selection, measure: Callable[[], tuple[Cost, str, str]]) -> Selection:
+        """Returns the selection unchanged; `measure()` → (cost, impl, reason) is only called when someone listens."""
+        if self._listeners:
+            cost, impl, reason = measure()
+            for listen in self._listeners:
+                listen(selection, cost, impl, reason)
+        return selection
+
+
+class Trace(list[Record]):
+    """The records of one `with trace(model)` block, in the order they were made."""
+
+    def at(self, path: str) -> list[Record]:
+        """The records of one room."""
+        return [record for record in self if record.path == path]
+
+    def paths(self) -> list[str]:
+        """The rooms that made a selection, in order of first use."""
+        return list(dict.fromkeys(record.path for record in self))
+
+    def cost(self) -> Cost:
+        """The sum over all records."""
+        return sum((record.cost for record in self), Cost(multiply_adds=0, dense_multiply_adds=0))
+
+    def density(self) -> float:
+        """Multiply-adds performed ÷ dense, over all records."""
+        return self.cost().density()
+
+
+@contextmanager
+def trace(model: nn.Module) -> Iterator[Trace]:
+    """Records every selection made by `model` inside the block.
+
+        with trace(model) as t:
+            model(**inputs)
+        t.density(), t.paths()
+
+    Cost: memory for the selections (ids and weights); nothing is recomputed.
+    """
+    records = Trace()
+    attached = []
+    for path, tap in model.named_modules():
+        if isinstance(tap, Tap):
+            listener = _listener(records, f".{path}".removesuffix(".tap").removeprefix("."))
+            tap._listeners.append(listener)
+            attached.append((tap, listener))
+    try:
+        yield records
+    finally:
+        for tap, listener in attached:
+            tap._listeners.remove(listener)
+
+
+def _listener(records: Trace, path: str) -> Callable[[Selection, Cost, str, str], None]:
+    def listen(selection: Selection, cost: Cost, impl: str, reason: str) -> None:
+        detached = Selection(ids=selection.ids, weights=selection.weights.detach(), permitted=selection.permitted,
+                             num_candidates=selection.num_candidates, unit=selection.unit)
+        records.append(Record(path=path, selection=detached, cost=cost, impl=impl, reason=reason))
+    return listen

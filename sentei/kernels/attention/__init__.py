@@ -1,0 +1,102 @@
+"""Attention over chosen tiles: one operation, several implementations of one signature."""
+
+import torch
+
+from sentei.core.errors import ImplError, ShapeError
+from sentei.kernels.attention import eager, reference
+from sentei.kernels.attention.tiles import Grid, Tiles
+
+__all__ = ["IMPLS", "Grid", "Tiles", "attend", "choose_impl", "merge"]
+
+IMPLS = {"reference": reference.attend, "eager": eager.attend}
+
+
+def attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    tiles: Tiles,
+    *,
+    scale: float | None = None,
+    impl: str = "auto",
+    return_lse: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Returns softmax attention over the permitted keys of the kept tiles.
+
+        o_i = Σ_j softmax_j(scale · q_i·k_j) v_j
+
+    Shapes: B batch, T tokens, H query heads, G key/value heads (G divides H), D width.
+
+    Args:
+        query: [B, Tq, H, D], any float dtype and strides.
+        key, value: [B, Tk, G, D] and [B, Tk, G, Dv], of the query's dtype.
+        tiles: which tiles to compute; its grid says what is permitted (causality, padding).
+        scale: on the scores; D**-0.5 by default.
+        impl: "auto", or one of IMPLS, which then runs or raises.
+        return_lse: also return the log-sum-exp of the scaled scores, for `merge`.
+    Returns:
+        output [B, Tq, H, Dv]; a query that sees no key gives 0. With `return_lse` also lse [B, Tq, H], -inf there.
+    Raises:
+        ShapeError: shapes, dtypes or grid do not fit.
+        ImplError: an unknown implementation.
+    Cost: kept pairs · (D + Dv) multiply-adds; the dense plan is torch's own kernel.
+    """
+    _check(query, key, value, tiles)
+    name, _ = choose_impl(impl)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    return IMPLS[name](query, key, value, tiles, scale=scale, return_lse=return_lse)
+
+
+def choose_impl(impl: str) -> tuple[str, str]:
+    """The implementation that will run and why.
+
+    Raises:
+        ImplError: an unknown name.
+    """
+    if impl == "auto":
+        return "eager", "the fastest implementation there is"
+    if impl not in IMPLS:
+        raise ImplError("attend", expected=f"impl 'auto', {', '.join(map(repr, IMPLS))}", got=repr(impl),
+                        do="choose one of these")
+    return impl, "asked for by name"
+
+
+def merge(
+    output: torch.Tensor, lse: torch.Tensor, other: torch.Tensor, other_lse: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention over the union of two disjoint sets of keys, from the attention over each.
+
+    Args:
+        output, other: [B, T, H, D].
+        lse, other_lse: [B, T, H]; -inf where a set is empty.
+    Returns:
+        output and lse of the union.
+    """
+    total = torch.logaddexp(lse, other_lse)
+    weight = torch.where(torch.isneginf(total), torch.zeros_like(total), (other_lse - total).exp()).unsqueeze(-1)
+    kept = torch.where(torch.isneginf(total), torch.zeros_like(total), (lse - total).exp()).unsqueeze(-1)
+    return kept.to(output.dtype) * output + weight.to(output.dtype) * other, total
+
+
+def _check(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, tiles: Tiles) -> None:
+    grid = tiles.grid
+    fits = (query.dim() == key.dim() == value.dim() == 4 and query.shape[0] == key.shape[0] == value.shape[0]
+            and key.shape[1:3] == value.shape[1:3] and query.shape[3] == key.shape[3]
+            and key.shape[2] > 0 and query.shape[2] % key.shape[2] == 0)
+    if not fits:
+        raise ShapeError("attend", expected="query [B, Tq, H, D], key [B, Tk, G, D], value [B, Tk, G, Dv], G dividing H",
+                         got=f"{list(query.shape)}, {list(key.shape)}, {list(value.shape)}",
+                         do="bring the heads to dimension 2")
+    if not query.dtype == key.dtype == value.dtype or not query.is_floating_point():
+        raise ShapeError("attend", expected="one floating dtype", got=f"{query.dtype}, {key.dtype}, {value.dtype}",
+                         do="convert them to the same dtype")
+    if (grid.num_queries, grid.num_keys) != (query.shape[1], key.shape[1]):
+        raise ShapeError("attend", expected=f"a grid of {query.shape[1]} queries and {key.shape[1]} keys",
+                         got=f"{grid.num_queries} and {grid.num_keys}", do="build the tiles for these tensors")
+    if grid.lengths is not None and grid.lengths.shape != (query.shape[0], 2):
+        raise ShapeError("attend", expected=f"lengths [{query.shape[0]}, 2]", got=str(list(grid.lengths.shape)),
+                         do="give one (start, stop) a row of the batch")
+    if not tiles.is_everything and (tiles.full_count.shape[0] != query.shape[0]
+                                    or tiles.full_count.shape[1] not in (query.shape[2], key.shape[2])):
+        raise ShapeError("attend", expected=f"tiles of {query.shape[0]} rows and {query.shape[2]} or {key.shape[2]} heads",
+                         got=str(list(tiles.full_count.shape)), do="build the tiles for these tensors")

@@ -1,0 +1,240 @@
+"""Estimates of the attention mass of each tile, from which a rule chooses.
+
+An estimator scores every tile; what to keep is a rule's business (`core/rules.py`). The score of query block I and
+key block J is the logarithm of the mean, over the block's rows, of the share of the row's softmax that falls on J:
+
+    score_IJ = log mean_{i∈I} Σ_{j∈J} exp(s_ij) / Σ_j exp(s_ij)
+
+Estimators differ only in how they guess log Σ_{j∈J} exp(s_ij) for tiles wholly in the past. Tiles on the edge of
+what is permitted (the diagonal) are scored exactly, so no score ever looks at a key the row may not see.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import asdict, dataclass
+
+import torch
+from torch.nn.functional import pad
+
+from sentei.core.errors import FileError, RuleError
+from sentei.kernels.attention.tiles import Grid
+
+# Query blocks are scored in slabs whose dense scores would number about this many: the oracle then holds 128 MB in
+# fp32, a pooled estimate stays in cache.
+PAIRS_AT_ONCE = 1 << 25
+
+
+class Estimator(ABC):
+    """Guesses the log mass of tiles. `stride` rows of a query block are scored for every one that is skipped."""
+
+    @abstractmethod
+    def log_mass(self, query: torch.Tensor, key: torch.Tensor, grid: Grid) -> torch.Tensor:
+        """Log Σ_{j∈J} exp(q_i·k_j) for full tiles.
+
+        Args:
+            query: [B, G, P, S, R, D]; P heads of a KV group, S query blocks, R rows, already scaled.
+            key: [B, G, KB, key_block, D]; the ragged block filled with zeros.
+            grid: the whole grid.
+        Returns:
+            [B, G, P, S, R', KB]; R' ≤ R rows, each standing for R / R' of them.
+        """
+
+    def rows(self, exact: torch.Tensor) -> torch.Tensor:
+        """Brings exact row scores [..., R, slots] to the R' rows of `log_mass`."""
+        return exact
+
+    def to_json(self) -> dict:
+        """The estimator as a JSON object."""
+        return {"name": type(self).__name__.lower(), **asdict(self)}
+
+
+@dataclass(frozen=True)
+class Pooled(Estimator):
+    """Every row against the mean key of the block: n · exp(q·k̄) (a lower bound of the mass, by Jensen).
+
+    Cost: 1 / key_block of the dense scores. Reference: pooled keys as in FlashPrefill, arXiv 2603.06199.
+    """
+
+    def log_mass(self, query, key, grid):
+        mean = key.mean(-2)
+        return torch.einsum("bgpsrd,bgkd->bgpsrk", query, mean).add_(_log(grid.key_block))
+
+
+@dataclass(frozen=True)
+class Antidiagonal(Estimator):
+    """Sums of scores along antidiagonals of stride × stride squares, which every row and column crosses once.
+
+    Cost: 1 / stride of the dense scores. Reference: XAttention, arXiv 2503.16428.
+    """
+
+    stride: int = 8
+
+    def __post_init__(self):
+        if not isinstance(self.stride, int) or self.stride < 1:
+            raise RuleError("Antidiagonal", expected="a stride of at least 1", got=repr(self.stride),
+                            do="choose a stride that divides both blocks, e.g. 8")
+
+    def log_mass(self, query, key, grid):
+        stride = self.stride
+        if query.shape[-2] % stride or grid.key_block % stride:
+            raise RuleError("Antidiagonal", expected=f"blocks that {stride} divides",
+                            got=f"{query.shape[-2]} x {grid.key_block}", do="choose another stride or other blocks")
+        folded_query = query.unflatten(-2, (-1, stride)).flip(-2).flatten(-2)
+        folded_key = key.unflatten(-2, (-1, stride)).flatten(-2) / stride
+        scores = torch.einsum("bgpsrd,bgkud->bgpsrku", folded_query, folded_key)
+        return scores.logsumexp(-1).add_(_log(stride))
+
+    def rows(self, exact):
+        return exact.unflatten(-2, (-1, self.stride)).logsumexp(-2).sub_(_log(self.stride))
+
+
+@dataclass(frozen=True)
+class PageBounds(Estimator):
+    """An upper bound of every score in the block from its per-channel minimum and maximum.
+
+    q⁺·max + q⁻·min ≥ q·k for every key of the block. Cost: 2 / key_block of the dense scores.
+    Reference: Quest, arXiv 2406.10774.
+    """
+
+    def log_mass(self, query, key, grid):
+        low, high = key.amin(-2), key.amax(-2)
+        bound = torch.einsum("bgpsrd,bgkd->bgpsrk", query.clamp(min=0), high)
+        return bound.add_(torch.einsum("bgpsrd,bgkd->bgpsrk", query.clamp(max=0), low)).add_(_log(grid.key_block))
+
+
+@dataclass(frozen=True)
+class Exact(Estimator):
+    """The true mass, from every score: the oracle the others are compared with. Cost: the dense scores."""
+
+    def log_mass(self, query, key, grid):
+        return torch.einsum("bgpsrd,bgkud->bgpsrku", query, key).logsumexp(-1)
+
+
+ESTIMATORS = {"pooled": Pooled, "antidiagonal": Antidiagonal, "pagebounds": PageBounds, "exact": Exact}
+
+
+def estimator_from_json(value: dict) -> Estimator:
+    """The estimator written by `Estimator.to_json`; unknown names and keys are refused with a FileError."""
+    parameters = dict(value) if isinstance(value, dict) else {}
+    name = parameters.pop("name", None)
+    kind = ESTIMATORS.get(name) if isinstance(name, str) else None
+    if kind is None or set(parameters) != set(kind.__dataclass_fields__):
+        raise FileError("estimator", expected=f"one of {', '.join(ESTIMATORS)} with its parameters",
+                        got=repr(value)[:200], do="write plans with sentei")
+    return kind(**parameters)
+
+
+@torch.no_grad()
+def estimate(
+    estimator: Estimator, query: torch.Tensor, key: torch.Tensor, grid: Grid, scale: float
+) -> torch.Tensor:
+    """Log share of the attention mass of every tile, float32 or wider [B, H, QB, KB]; -inf where not permitted.
+
+    Args:
+        query: [B, Tq, H, D].
+        key: [B, Tk, G, D].
+        scale: on the scores.
+    Cost: the estimator's, plus the edge tiles exactly; memory as PAIRS_AT_ONCE says.
+    """
+    wide = torch.promote_types(query.dtype, torch.float32)
+    groups = key.shape[2]
+    queries = pad(query, (0, 0, 0, 0, 0, -query.shape[1] % grid.query_block)).transpose(1, 2)
+    queries = (queries.to(wide) * scale).unflatten(1, (groups, -1)).unflatten(3, (-1, grid.query_block))
+    keys = pad(key, (0, 0, 0, 0, 0, -key.shape[1] % grid.key_block)).transpose(1, 2)
+    keys = keys.to(wide).unflatten(2, (-1, grid.key_block))
+    full, edge = grid.full(query.device), grid.permitted(query.device) & ~grid.full(query.device)
+    size = max(1, PAIRS_AT_ONCE // max(1, query.shape[0] * query.shape[2] * grid.query_block * grid.num_keys))
+    slabs = [
+        _slab(estimator, queries[:, :, :, start:start + size], keys, grid, start,
+              full[:, :, start:start + size], edge[:, :, start:start + size])
+        for start in range(0, grid.num_query_blocks, size)
+    ]
+    return torch.cat(slabs, 3).flatten(1, 2)
+
+
+def _slab(estimator, queries, keys, grid, start, full, edge):
+    """Log shares [B, G, P, S, KB] of some query blocks."""
+    mass = estimator.log_mass(queries, keys, grid)
+    mass = mass.masked_fill_(~full[:, :, None, :, None], -torch.inf)
+    ids, exact = _edge_mass(queries, keys, grid, start, edge)
+    if ids.shape[-1]:
+        slots = ids[:, None, None, :, None].expand(*mass.shape[:-1], -1)
+        # An empty slot points past the last tile, to a column that is cut off again.
+        mass = pad(mass, (0, 1), value=-torch.inf).scatter(-1, slots, estimator.rows(exact))[..., :-1]
+    shares = torch.nan_to_num(mass.softmax(-1), nan=0.0)
+    shares = shares.mean(-2)
+    permitted = (full | edge)[:, :, None]
+    tiny = torch.finfo(shares.dtype).tiny
+    return shares.clamp(min=tiny).log().masked_fill(~permitted, -torch.inf)
+
+
+def _edge_mass(queries, keys, grid, start, edge):
+    """The tiles that need an element mask, by number and exactly.
+
+    Returns:
+        ids int64 [B or 1, S, slots] (KB where empty) and log mass [B, G, P, S, R, slots].
+    """
+    edge = edge[:, 0]
+    slots = int(edge.sum(-1).max()) if edge.numel() else 0
+    ids = torch.sort(~edge, dim=-1, stable=True).indices[..., :slots]
+    ids = ids.where(torch.arange(slots, device=ids.device) < edge.sum(-1, keepdim=True), grid.num_key_blocks)
+    batch, _, _, size, rows, _ = queries.shape
+    rows_of_batch = torch.arange(batch, device=ids.device)
+    gathered = keys.transpose(1, 2)[rows_of_batch[:, None, None], ids.clamp(max=grid.num_key_blocks - 1)]
+    scores = torch.einsum("bgpsrd,bstgud->bgpsrtu", queries, gathered)
+    within = torch.arange(grid.key_block, device=ids.device)
+    key_positions = torch.where(ids[..., None] < grid.num_key_blocks, ids[..., None] * grid.key_block + within, -1)
+    blocks = torch.arange(start, start + size, device=ids.device)
+    positions = grid.offset + blocks[:, None] * grid.query_block + torch.arange(rows, device=ids.device)
+    seen = grid.pairs(positions[None, :, :, None, None], key_positions[:, :, None],
+                      rows_of_batch.view(-1, 1, 1, 1, 1))
+    return ids, scores.masked_fill(~seen[:, None, None], -torch.inf).logsumexp(-1)
+
+
+@torch.no_grad()
+def see_values(scores: torch.Tensor, value: torch.Tensor, grid: Grid) -> torch.Tensor:
+    """From mass to the expected change of the output: score + log ‖v̄_J − ō_I‖.
+
+    Dropping tile J from a row of output o moves the output by about share · (v̄_J − o); ō_I is guessed from the
+    same shares and mean values.
+
+    Args:
+        scores: log shares [B, H, QB, KB].
+        value: [B, Tk, G, Dv].
+    Returns:
+        the same shape; -inf stays -inf.
+    """
+    heads, groups = scores.shape[1], value.shape[2]
+    values = pad(value, (0, 0, 0, 0, 0, -value.shape[1] % grid.key_block)).transpose(1, 2)
+    mean = values.to(scores.dtype).unflatten(2, (-1, grid.key_block)).mean(-2).repeat_interleave(heads // groups, 1)
+    output = scores.exp() @ mean
+    distance = torch.cdist(output, mean)
+    return scores + distance.clamp(min=torch.finfo(scores.dtype).tiny).log()
+
+
+def share_in_group(scores: torch.Tensor, groups: int) -> torch.Tensor:
+    """One choice a KV group: log of the mean share over its query heads, [B, H, QB, KB] → [B, G, QB, KB]."""
+    per_group = scores.shape[1] // groups
+    return scores.unflatten(1, (groups, per_group)).logsumexp(2) - _log(per_group)
+
+
+def always_kept(grid: Grid, device: torch.device, *, window: int, dense_below: int) -> torch.Tensor:
+    """Bool [B or 1, 1, QB, KB]: tiles no rule may drop.
+
+    The block of the first real key (the sink), every edge tile (the diagonal), tiles within `window` tokens of the
+    block's first query, the last query block whole (it makes the next token), and everything for query blocks that
+    end before position `dense_below`.
+    """
+    start, _ = grid.bounds(device)
+    first, last = grid.query_span(device)
+    key_first, key_last = grid.key_span(device)
+    sink = (key_first <= start) & (start <= key_last)
+    local = key_last >= (first - window)[:, None]
+    early = (last < dense_below)[:, None]
+    final = (torch.arange(grid.num_query_blocks, device=device) == grid.num_query_blocks - 1)[:, None]
+    permitted = grid.permitted(device)
+    edge = permitted & ~grid.full(device)
+    return (sink | local | early | final | edge) & permitted
+
+
+def _log(number: float) -> float:
+    return float(torch.tensor(number, dtype=torch.float64).log())

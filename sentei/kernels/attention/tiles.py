@@ -1,0 +1,170 @@
+"""The plan every attention kernel reads: which tiles of the score matrix to compute.
+
+A tile is `query_block` rows by `key_block` columns. Tiles whose every pair is permitted are *full*; those that
+causality, padding or a ragged end cuts are *partial* and need an element mask. The layout (a count and ascending
+int32 indices, full and partial apart) is the one FlexAttention's BlockMask and FlashAttention 4 use.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from sentei.core.errors import ShapeError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grid:
+    """How queries and keys are cut into tiles, and which pairs are permitted at all.
+
+    Query row i stands at position `num_keys - num_queries + i` (bottom-right causal).
+
+    Args:
+        num_queries, num_keys: tokens; the last block of either may be ragged.
+        query_block, key_block: tokens a block.
+        causal: a query sees no later position.
+        lengths: int64 [B, 2] or None; the real keys of each row are positions start ≤ j < stop.
+    """
+
+    num_queries: int
+    num_keys: int
+    query_block: int
+    key_block: int
+    causal: bool = True
+    lengths: torch.Tensor | None = None
+
+    @property
+    def num_query_blocks(self) -> int:
+        """QB, the ragged one included."""
+        return -(-self.num_queries // self.query_block)
+
+    @property
+    def num_key_blocks(self) -> int:
+        """KB, the ragged one included."""
+        return -(-self.num_keys // self.key_block)
+
+    @property
+    def offset(self) -> int:
+        """The position of the first query."""
+        return self.num_keys - self.num_queries
+
+    def query_span(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Int64 [QB]: the positions of the first and last real query of each block."""
+        first = torch.arange(self.num_query_blocks, device=device) * self.query_block
+        last = (first + self.query_block).clamp(max=self.num_queries) - 1
+        return first + self.offset, last + self.offset
+
+    def key_span(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Int64 [KB]: the first and last position of each key block, as if none were ragged."""
+        first = torch.arange(self.num_key_blocks, device=device) * self.key_block
+        return first, first + self.key_block - 1
+
+    def bounds(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Int64 [B or 1, 1, 1, 1]: start and stop of the real keys."""
+        if self.lengths is None:
+            stop = torch.tensor(self.num_keys, device=device).view(1, 1, 1, 1)
+            return torch.zeros_like(stop), stop
+        start, stop = self.lengths.to(device).unbind(-1)
+        return start.view(-1, 1, 1, 1), stop.clamp(max=self.num_keys).view(-1, 1, 1, 1)
+
+    def permitted(self, device: torch.device) -> torch.Tensor:
+        """Bool [B or 1, 1, QB, KB]: tiles that hold at least one permitted pair."""
+        start, stop = self.bounds(device)
+        _, query_last = self.query_span(device)
+        key_first, key_last = self.key_span(device)
+        lowest = torch.maximum(key_first, start)
+        some_key = (lowest <= key_last) & (lowest < stop)
+        if not self.causal:
+            return some_key.expand(-1, -1, self.num_query_blocks, -1)
+        return some_key & (lowest <= query_last[:, None])
+
+    def full(self, device: torch.device) -> torch.Tensor:
+        """Bool [B or 1, 1, QB, KB]: tiles whose every pair is permitted."""
+        start, stop = self.bounds(device)
+        query_first, _ = self.query_span(device)
+        key_first, key_last = self.key_span(device)
+        every_key = (key_first >= start) & (key_last < stop)
+        if not self.causal:
+            return every_key.expand(-1, -1, self.num_query_blocks, -1)
+        return every_key & (key_last <= query_first[:, None])
+
+    def pairs(self, positions: torch.Tensor, key_positions: torch.Tensor, batch: torch.Tensor) -> torch.Tensor:
+        """Bool, broadcast of the arguments: may the query at `positions` see the key at `key_positions`?
+
+        Args:
+            positions, key_positions: int64 token positions; a key position below 0 is never permitted.
+            batch: int64 row of the batch each pair belongs to.
+        """
+        start, stop = (bound.flatten() for bound in self.bounds(positions.device))
+        batch = batch if self.lengths is not None else torch.zeros_like(batch)
+        seen = (key_positions >= start[batch]) & (key_positions < stop[batch])
+        return seen & (key_positions <= positions) if self.causal else seen
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tiles:
+    """The tiles to compute.
+
+    Args:
+        grid: the cut and what is permitted.
+        full_count, partial_count: int32 [B, H, QB]; H query heads, or G when a KV group shares its choice.
+            None: everything that is permitted, the dense plan.
+        full_ids, partial_ids: int32 [B, H, QB, slots]; ascending key blocks, -1 beyond the count.
+    """
+
+    grid: Grid
+    full_count: torch.Tensor | None = None
+    full_ids: torch.Tensor | None = None
+    partial_count: torch.Tensor | None = None
+    partial_ids: torch.Tensor | None = None
+
+    @classmethod
+    def from_mask(cls, keep: torch.Tensor, grid: Grid) -> "Tiles":
+        """The plan that computes the permitted tiles of `keep`, bool [B, H, QB, KB].
+
+        Raises:
+            ShapeError: `keep` does not have the grid's blocks.
+        """
+        if keep.dim() != 4 or keep.shape[2:] != (grid.num_query_blocks, grid.num_key_blocks):
+            raise ShapeError("Tiles", expected=f"keep [B, H, {grid.num_query_blocks}, {grid.num_key_blocks}]",
+                             got=str(list(keep.shape)), do="build keep from the same grid")
+        keep = keep & grid.permitted(keep.device)
+        full = grid.full(keep.device)
+        full_count, full_ids = _pack(keep & full)
+        partial_count, partial_ids = _pack(keep & ~full)
+        return cls(grid=grid, full_count=full_count, full_ids=full_ids,
+                   partial_count=partial_count, partial_ids=partial_ids)
+
+    @property
+    def is_everything(self) -> bool:
+        """True for the dense plan, which names no tile."""
+        return self.full_count is None
+
+    def listed(self, batch: int, heads: int, device: torch.device) -> "Tiles":
+        """The same plan with every tile named, for kernels that need the list."""
+        if not self.is_everything:
+            return self
+        shape = (batch, heads, self.grid.num_query_blocks, self.grid.num_key_blocks)
+        return Tiles.from_mask(torch.ones(shape, dtype=torch.bool, device=device), self.grid)
+
+    def to(self, device: torch.device) -> "Tiles":
+        """The same plan on another device."""
+        if self.is_everything:
+            return self
+        return replace(self, full_count=self.full_count.to(device), full_ids=self.full_ids.to(device),
+                       partial_count=self.partial_count.to(device), partial_ids=self.partial_ids.to(device))
+
+    def mask(self) -> torch.Tensor:
+        """Bool [B, H, QB, KB]: the tiles that are named."""
+        shape = (*self.full_count.shape, self.grid.num_key_blocks + 1)
+        mask = torch.zeros(shape, dtype=torch.bool, device=self.full_count.device)
+        for ids in (self.full_ids, self.partial_ids):
+            mask.scatter_(-1, torch.where(ids < 0, self.grid.num_key_blocks, ids).long(), True)
+        return mask[..., :-1]
+
+
+def _pack(keep: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Counts and ascending indices of the true entries along the last dimension."""
+    count = keep.sum(-1, dtype=torch.int32)
+    slots = int(count.max()) if count.numel() else 0
+    ids = torch.sort(~keep, dim=-1, stable=True).indices[..., :slots].int()
+    return count, torch.where(torch.arange(slots, device=keep.device) < count.unsqueeze(-1), ids, -1)

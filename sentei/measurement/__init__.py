@@ -1,0 +1,1 @@
+"""Text, quality, latency and the report."""

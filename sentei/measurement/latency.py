@@ -1,0 +1,56 @@
+"""Seconds, dense against pruned, in one interleaved run."""
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+Action = Callable[[], object]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """Two ways of doing the same work, timed in turn.
+
+    Args:
+        dense, pruned: seconds of every run, in order.
+    """
+
+    dense: list[float]
+    pruned: list[float]
+
+    def seconds(self) -> tuple[float, float]:
+        """The two medians."""
+        return statistics.median(self.dense), statistics.median(self.pruned)
+
+    def speedup(self) -> float:
+        """The median of the pair-by-pair ratios dense ÷ pruned."""
+        return statistics.median(self.ratios())
+
+    def ratios(self) -> list[float]:
+        """Dense ÷ pruned, pair by pair: neighbours in time, so a machine that drifts cancels."""
+        return [dense / pruned for dense, pruned in zip(self.dense, self.pruned, strict=True)]
+
+
+def interleave(
+    dense: Action, pruned: Action, *, runs: int, before: tuple[Action, Action] = (lambda: None, lambda: None),
+    step: Action = lambda: None
+) -> Comparison:
+    """Times both in turn, `runs` times each, after one untimed run of each.
+
+    Args:
+        dense, pruned: do the work once.
+        runs: timed runs of each, at least 1; the order alternates, so that neither always goes first.
+        before: called, untimed, before every run of the one and of the other.
+        step: called after every run, timed or not (2 · runs + 2 times).
+    """
+    seconds: tuple[list[float], list[float]] = ([], [])
+    for number in range(runs + 1):
+        for which in (0, 1) if number % 2 else (1, 0):
+            before[which]()
+            start = time.perf_counter()
+            (dense, pruned)[which]()
+            if number:
+                seconds[which].append(time.perf_counter() - start)
+            step()
+    return Comparison(dense=seconds[0], pruned=seconds[1])

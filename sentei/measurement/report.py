@@ -1,0 +1,260 @@
+"""The report of a pruning run: one HTML page that loads nothing, runs nothing and can be sent by mail.
+
+Every string that came from a model, a file or a user passes through `_words`, which shows hidden characters and escapes
+the rest; every number passes through a numeric format. The page's policy allows its own style, by hash, and nothing
+else.
+"""
+
+import base64
+import hashlib
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from html import escape
+from importlib import resources
+from pathlib import Path
+from string import Template
+
+from sentei.core.storage import write_text
+from sentei.measurement import drawing
+from sentei.measurement.drawing import LABEL_LIMIT, counted, drawable, finite, percent, visible
+from sentei.measurement.plots import write_plots
+
+STYLE = ("<style>", "</style>")
+
+
+def write_report(out: Path, result: dict, details: dict) -> Path:
+    """Writes `out/report.html` and the same plots as files under `out/plots/` (slack and frontier, SVG and PNG).
+
+    Args:
+        out: the run's folder; made if missing.
+        result: the public object of the run, schema "sentei.prune/1".
+        details: what stands behind it: goal, met, reason, intervals, text, slack, density, points, timings,
+            environment, command, date and seconds, as the pipeline gathers them.
+
+    Returns:
+        The path of the page. Each file is written whole or not at all, the page last.
+
+    Raises:
+        ResourceError: the disk is full or the folder cannot be written.
+    """
+    page = render(result, details)
+    write_plots(out / "plots", result, details)
+    path = out / "report.html"
+    write_text(path, page)
+    return path
+
+
+def render(result: dict, details: dict) -> str:
+    """The report as HTML text; arguments as for `write_report`."""
+    template = resources.files("sentei.measurement").joinpath("report.html").read_text(encoding="utf-8")
+    style = template.split(STYLE[0])[1].split(STYLE[1])[0]
+    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
+    sections = (_comparison(result, details), _tried(result, details), _slack(details), _plan(result, details),
+                _method(details), _repeat(details))
+    return Template(template).substitute(
+        policy=f"default-src 'none'; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'",
+        title=escape(visible(f"{result['model']}, pruned by sentei")),
+        state="met" if details["met"] else "unmet",
+        kicker=f"<b>sentei prune</b> · {_words(details['date'])} · {_words(result['workload'])} · "
+               f"{_words(result['dtype'])} · {counted(result['threads'], 'thread')}",
+        sentence=_words(summary(result, details), limit=None),
+        verdict=_verdict(result, details),
+        sections="\n".join(filter(None, sections)),
+        footer=f"{_words(result['schema'])}. This page loads nothing and runs no script. The plots also lie beside it, "
+               "as files in <code>plots/</code>.",
+    )
+
+
+def summary(result: dict, details: dict) -> str:
+    """The result in one sentence of plain text, for the head of the page and for a terminal."""
+    kind, _, size = str(result["workload"]).partition(":")
+    task = f"prefills {int(size):,} tokens" if kind == "prefill" and size.isascii() and size.isdigit() else \
+        f"runs {visible(result['workload'])}"
+    goal = details["goal"]
+    quality = percent(result["quality"], goal.get("quality"))
+    speed = result["speedup"]
+    pace = f"{speed:.2f}× faster" if speed >= 1 else f"at {speed:.2f}× the dense speed, which is slower,"
+    sentence = f"{visible(result['model'])} {task} {pace} at {quality} of the dense quality"
+    if details["met"]:
+        return f"{sentence}."
+    asked = f"{100 * goal['quality']:g} %" if "quality" in goal else f"{goal['speed']:g}×"
+    return f"{sentence}, where {asked} was asked."
+
+
+def _words(value: object, limit: int | None = LABEL_LIMIT) -> str:
+    """Any string, safe in HTML text, its direction kept to itself, its per cent signs kept with their numbers."""
+    return f"<bdi>{escape(visible(value, limit)).replace(' %', '&nbsp;%')}</bdi>"
+
+
+def _number(value: object, form: str) -> str:
+    return format(value, form) if finite(value) else "not measured"
+
+
+def _percents(interval: Sequence[float]) -> str:
+    low, high = interval
+    return f"{100 * low:.2f}–{100 * high:.2f}&nbsp;%" if finite(low) and finite(high) else "not measured"
+
+
+def _times(interval: Sequence[float]) -> str:
+    low, high = interval
+    return f"{low:.2f}–{high:.2f}×" if finite(low) and finite(high) else "not measured"
+
+
+def _section(title: str, text: str, *parts: str) -> str:
+    return f"<section>\n<h2>{title}</h2>\n<p>{text}</p>\n{''.join(parts)}\n</section>"
+
+
+def _row(first: str, *cells: str, kind: str = "") -> str:
+    return f'<tr class="{kind}"><th scope="row">{first}</th>{"".join(f"<td>{cell}</td>" for cell in cells)}</tr>'
+
+
+def _table(head: Sequence[str], rows: Iterable[str], caption: str = "", kind: str = "") -> str:
+    """A table whose first column is its row headers; cells and heads are HTML already."""
+    columns = "".join(f'<th scope="col">{name}</th>' for name in head)
+    above = f"<caption>{caption}</caption>" if caption else ""
+    return f'<table class="{kind}">{above}<thead><tr>{columns}</tr></thead><tbody>{"".join(rows)}</tbody></table>'
+
+
+def _pairs(pairs: Iterable[tuple[str, str]]) -> str:
+    return f"<dl>{''.join(f'<dt>{name}</dt><dd>{value}</dd>' for name, value in pairs)}</dl>"
+
+
+def _verdict(result: dict, details: dict) -> str:
+    goal = details["goal"]
+    asked = f"quality of at least {100 * goal['quality']:g} %" if "quality" in goal else \
+        f"speed-up of at least {goal['speed']:g}×"
+    reason = f" {_words(details['reason'], None)}" if details["reason"] else ""
+    measured = (f" Quality {percent(result['quality'], goal.get('quality'))}, confidence interval "
+                f"{_percents(details['quality_interval'])}; density {_number(result['density'], '.2f')}.")
+    word = "Bound met" if details["met"] else "Bound not met"
+    return f"<b>{word}</b> ({asked}).{reason}{measured}".replace(" %", "&nbsp;%")
+
+
+def _comparison(result: dict, details: dict) -> str:
+    forms = {"perplexity": ",.4g", "seconds": ",.3f", "tokens_per_second": ",.0f"}
+    rows = [_row(name, *(_number(result[name][key], form) for key, form in forms.items()))
+            for name in ("dense", "pruned")]
+    quality = percent(result["quality"], details["goal"].get("quality")).replace(" %", "&nbsp;%")
+    rows.append(_row("pruned against dense",
+                     f"<strong>{quality}</strong><small>{_percents(details['quality_interval'])}</small>",
+                     f"<strong>{result['speedup']:.2f}×</strong><small>{_times(details['speedup_interval'])}</small>",
+                     "", kind="total"))
+    table = _table(("model", "perplexity", "seconds", "tokens/s"), rows)
+    strip = drawing.timing_strip(details["timings"])
+    counts = ", ".join(f"{len(values):,} {_words(name)}" for name, values in details["timings"].items())
+    caption = f"Every timed run, dense and pruned taking turns ({counts}); upright strokes are medians."
+    figure = f"<figure>{strip}<figcaption>{caption}</figcaption></figure>" if strip else ""
+    return _section("Dense against pruned",
+                    "Same weights, same tokens, same threads. Dense is the attention of transformers itself (scaled "
+                    "dot product). Small print: confidence intervals.",
+                    f'<div class="pair even"><div>{table}</div>{figure}</div>')
+
+
+def _tried(result: dict, details: dict) -> str:
+    points = drawable(details["points"])
+    if not points or not drawable([result]):
+        return ""
+    plots = "".join(f'<div class="{kind}">{drawing.frontier(points, result, details, width)}</div>'
+                    for kind, width in (("wide", 1000), ("narrow", 350)))
+    below = " Arrows on the lower edge: qualities below the picture." if 'class="below"' in plots else ""
+    caption = (f"{counted(len(points), 'point')} tried. Filled red: the chosen plan as measured on text it was not "
+               "chosen on, with its confidence intervals; ring: that plan as foreseen when it was chosen. Thin line: "
+               f"the points that no other beats in both.{below}")
+    rows = (_row(_words(point["name"]) + (" <strong>(chosen)</strong>" if point["chosen"] else ""),
+                 f"{point['speedup']:.3f}×", percent(point["quality"]), f"{point['density']:.3f}")
+            for point in sorted(points, key=lambda point: point["speedup"]))
+    table = _table(("plan", "speed-up", "quality", "density"), rows, kind="compact points")
+    return _section("Quality against speed", "Quality is dense perplexity over pruned perplexity, on the same tokens.",
+                    f"<figure>{plots}<figcaption>{caption}</figcaption></figure>",
+                    f"<details><summary>The same as a table</summary>{table}</details>")
+
+
+def _slack(details: dict) -> str:
+    picture = drawing.heat_map(details["density"])
+    panels = drawing.curve_panels(details["slack"], details["density"])
+    if not picture and not panels:
+        return ""
+    unpruned = sum(row is None for row in details["density"])
+    dashed = f" Dashed: {counted(unpruned, 'layer')} that cannot be pruned, left as they are." if unpruned else ""
+    left = (f"<figure>{picture}<figcaption>{drawing.density_scale()}Density of the chosen plan: the share of permitted "
+            f"candidates kept, layers from top to bottom, heads from left to right.{dashed}</figcaption></figure>"
+            ) if picture else ""
+    many = "panels many" if len(panels) > 40 else "panels"
+    listed = "".join(f"<li>{panel}</li>" for panel in panels)
+    caption = ("Slack, one panel a layer (its number at the right): the error if only a share of the candidates is "
+               "kept. Thin: each head; strong: their mean; dots: what was chosen for each head. The first panel names "
+               "the axes.")
+    right = f'<figure><ul class="{many}">{listed}</ul><figcaption>{caption}</figcaption></figure>' if panels else ""
+    return _section("Where the slack is", "Full colour is work still done; pale is work no longer done.",
+                    f'<div class="pair map">{left}{right}</div>', _heads_table(details["density"]))
+
+
+def _heads_table(density: Sequence[Sequence[float] | None]) -> str:
+    heads = max((len(row) for row in density if row), default=0)
+    if not heads:
+        return ""
+    rows = (_row(f"{layer}", *(f"{value:.2f}" for value in row)) if row else
+            f'<tr><th scope="row">{layer}</th><td class="word" colspan="{heads}">not prunable</td></tr>'
+            for layer, row in enumerate(density))
+    table = _table(("layer", *(f"head {head}" for head in range(heads))), rows, kind="compact")
+    return ("<details><summary>Density of every head as a table</summary>"
+            f'<div class="scroll" tabindex="0" role="region" aria-label="Density of heads">{table}</div></details>')
+
+
+def rule_words(rule: object) -> str:
+    """A rule as a few words of plain text: {"name": "mass", "mass": 0.9, "unit": 64} is "mass 0.9, unit 64".
+
+    A list of rules, one a head, is told as its distinct rules with their counts, most frequent first.
+    """
+    if isinstance(rule, list):
+        counts = Counter(rule_words(each) for each in rule)
+        return "; ".join(words if len(counts) == 1 else f"{words} ({number})" for words, number in counts.most_common())
+    if not isinstance(rule, dict):
+        return f"{rule:g}" if isinstance(rule, float) else str(rule)
+    name = str(rule.get("name", "rule"))
+    first = f"{name} {rule_words(rule[name])}" if name in rule else name
+    rest = (f"{key} {rule_words(value)}" for key, value in rule.items() if key not in ("name", name))
+    return ", ".join([first, *rest])
+
+
+def _plan(result: dict, details: dict) -> str:
+    rows = []
+    for entry in result["plan"]:
+        layer, share, density = entry["layer"], entry["density"], details["density"]
+        heads = density[layer] if isinstance(layer, int) and 0 <= layer < len(density) else None
+        spread = f"{min(heads):.2f}–{max(heads):.2f}" if heads else ""
+        rows.append(f'<tr><th scope="row">{_words(layer)}</th><td class="word">{_words(entry["room"])}</td>'
+                    f'<td class="word">{_words(rule_words(entry["rule"]))}</td>'
+                    f"<td>{_number(share, '.2f')}{drawing.density_bar(share)}</td><td>{spread}</td></tr>")
+    if not rows:
+        return _section("The plan", "Empty: every layer stays dense.")
+    intro = (f"Mean density of the model: {_number(result['density'], '.3f')}. A number in brackets counts heads. "
+             "What is not listed stays dense.")
+    head = ("layer", "room", "rule", "density", "over heads")
+    return _section("The plan", intro, _table(head, rows, kind="compact plan"))
+
+
+def _method(details: dict) -> str:
+    text = details["text"]
+    uses = {"calibrate": "to measure slack", "choose": "to choose the plan", "verify": "to check the bound"}
+    tokens = [f"{number:,} {uses.get(use) or _words(use)}" for use, number in text["tokens"].items()]
+    quality = _pairs([
+        ("measure", "dense perplexity ÷ pruned perplexity; 100&nbsp;% is no loss"),
+        ("comparison", "paired: the dense and the pruned model read the same tokens"),
+        ("interval", f"{_percents(details['quality_interval'])}, confidence interval of the paired comparison"),
+        ("tokens", "; ".join(tokens) + ". No token has two uses."),
+        ("text", f"{_words(text['name'])}<br><code>sha256 {_words(text['sha256'])}</code>"),
+        ("weights", _words(details["source"])),
+    ])
+    surroundings = _pairs((_words(name), _words(value)) for name, value in details["environment"].items())
+    took = [(_words(name), f"{_number(seconds, ',.1f')} s") for name, seconds in details["seconds"].items()]
+    total = sum(filter(finite, details["seconds"].values()))
+    stages = f"<details><summary>By stage: {total:,.0f} s in all</summary>{_pairs(took)}</details>" if took else ""
+    left = _section("How quality was measured", "On text the plan was not chosen on.", quality)
+    right = _section("Environment", "Numbers of speed belong to this machine.", surroundings, stages)
+    return f'<div class="pair even">{left}{right}</div>'
+
+
+def _repeat(details: dict) -> str:
+    return _section("To repeat it", "The run continues where it stopped if its folder is still there.",
+                    f"<pre><code>{_words(details['command'], None)}</code></pre>")

@@ -1,0 +1,97 @@
+"""Text to calibrate and judge on: read with checks, and cut into windows that never share a token."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from sentei.core.errors import FileError, SenteiError
+
+MAX_TEXT_BYTES = 1 << 28
+CHARACTERS_PER_TOKEN = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Text:
+    """A text with its name for reports and the SHA-256 of its UTF-8 bytes."""
+
+    name: str
+    sha256: str
+    text: str
+
+
+def read_text(path: Path | None) -> Text:
+    """The plain text in `path`, or, for None, the interpreter's own documentation of the Python language.
+
+    The default is `pydoc_data.topics`: every topic in sorted order under its heading, about 460,000 characters
+    (110,000 tokens); its digest depends on the version of Python.
+
+    Raises:
+        FileError: nothing there, not a regular file, empty, not UTF-8, or above 256 MB.
+    """
+    if path is None:
+        from pydoc_data.topics import topics
+
+        text = "\n\n".join(f"{name}\n{'=' * len(name)}\n\n{topics[name].strip()}" for name in sorted(topics)) + "\n"
+        return _text("Python's language documentation (pydoc_data.topics)", text)
+    try:
+        if path.exists() and not path.is_file():
+            raise FileError(str(path), expected="a plain text file", got="a folder" if path.is_dir() else "a device",
+                            do="give one file; join several with `cat`")
+        size = path.stat().st_size
+        if size > MAX_TEXT_BYTES:
+            raise FileError(str(path), expected=f"at most {MAX_TEXT_BYTES:,} bytes", got=f"{size:,}",
+                            do="cut out the part to measure on")
+        text = path.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise FileError(str(path), expected="a text file that can be read", got=str(error.strerror or error),
+                        do="check the path") from error
+    except UnicodeDecodeError as error:
+        raise FileError(str(path), expected="text in UTF-8", got=f"byte {error.object[error.start]:#04x} "
+                        f"at position {error.start:,}", do="convert it, e.g. `iconv -f LATIN1 -t UTF-8`") from error
+    if not text.strip():
+        raise FileError(str(path), expected="a text", got="an empty file", do="check the path")
+    return _text(path.name, text)
+
+
+def _text(name: str, text: str) -> Text:
+    return Text(name=name, sha256=hashlib.sha256(text.encode("utf-8")).hexdigest(), text=text)
+
+
+def cut(tokens: Sequence[int], *, length: int, needed: dict[str, int]) -> dict[str, torch.LongTensor]:
+    """Disjoint windows for each use, [n, length] int64, spread evenly over the text.
+
+    The uses are interleaved, so that each sees the whole text; the same input always gives the same windows.
+
+        >>> {use: windows.tolist() for use, windows in cut(range(6), length=2, needed={"a": 1, "b": 2}).items()}
+        {'a': [[2, 3]], 'b': [[0, 1], [4, 5]]}
+
+    Args:
+        tokens: the whole text's token ids.
+        length: tokens of a window.
+        needed: windows of each use, e.g. {"calibrate": 1, "choose": 2, "verify": 2}.
+    Raises:
+        FileError: the text is too short.
+        SenteiError: a length below 1, or a count below 0.
+    """
+    if length < 1 or any(count < 0 for count in needed.values()):
+        raise SenteiError("workload", expected="windows of at least one token, counts of at least zero",
+                          got=f"length {length}, windows {needed}", do="choose a longer workload")
+    total = sum(needed.values())
+    if total * length > len(tokens):
+        raise FileError(
+            "--text", expected=f"at least {total * length:,} tokens ({total} windows of {length:,}), "
+                               f"roughly {total * length * CHARACTERS_PER_TOKEN:,} characters",
+            got=f"{len(tokens):,} tokens", do="give a longer text, or choose a shorter workload")
+    # Window j of n sits at (j + 1/2) / n of the text; sorting those places interleaves the uses.
+    order = sorted(((2 * j + 1) / (2 * count), rank, use)
+                   for rank, (use, count) in enumerate(needed.items()) for j in range(count))
+    rows: dict[str, list[torch.Tensor]] = {use: [] for use in needed}
+    for place, (_, _, use) in enumerate(order):
+        # The last window ends with the text; floors of equal steps >= length keep the windows apart.
+        start = place * (len(tokens) - length) // max(total - 1, 1)
+        rows[use].append(torch.tensor(list(tokens[start:start + length]), dtype=torch.int64))
+    return {use: torch.stack(windows) if windows else torch.empty((0, length), dtype=torch.int64)
+            for use, windows in rows.items()}

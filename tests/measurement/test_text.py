@@ -1,0 +1,82 @@
+"""Text is read with checks, and its windows never share a token."""
+
+import hashlib
+import os
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sentei.core.errors import FileError, SenteiError
+from sentei.measurement.text import cut, read_text
+
+
+def test_the_default_text_is_long_and_the_same_each_time():
+    text = read_text(None)
+    assert text == read_text(None)
+    assert len(text.text) > 300_000
+    assert text.sha256 == hashlib.sha256(text.text.encode()).hexdigest()
+    assert text.text.startswith("assert\n======\n\n")
+    assert text.text.index("\nassignment\n==========\n") < text.text.index("\nwhile\n=====\n")
+
+
+def test_a_file_is_read_as_it_is(tmp_path):
+    (tmp_path / "my text.txt").write_bytes("\ufeffnaïve ✓\r\n".encode())
+    text = read_text(tmp_path / "my text.txt")
+    assert (text.name, text.text) == ("my text.txt", "naïve ✓\r\n")
+
+
+@pytest.mark.parametrize(("make", "words"), [
+    pytest.param(lambda path: None, "No such file", id="missing"),
+    pytest.param(lambda path: path.write_bytes(b""), "empty", id="empty"),
+    pytest.param(lambda path: path.write_bytes(b" \n\t"), "empty", id="blank"),
+    pytest.param(lambda path: path.write_bytes(b"caf\xe9 au lait"), "0xe9 at position 3", id="not-utf8"),
+    pytest.param(lambda path: path.mkdir(), "a folder", id="folder"),
+    pytest.param(os.mkfifo, "a device", id="pipe"),
+    pytest.param(lambda path: os.truncate(os.open(path, os.O_CREAT | os.O_WRONLY), 1 << 29), "bytes", id="huge"),
+])
+def test_a_text_that_cannot_be_used_is_a_file_error(tmp_path, make, words):
+    make(tmp_path / "text")
+    with pytest.raises(FileError, match=words) as error:
+        read_text(tmp_path / "text")
+    assert error.value.exit_code == 3
+
+
+@given(length=st.integers(1, 7), counts=st.lists(st.integers(0, 5), max_size=4), spare=st.integers(0, 40))
+def test_windows_are_disjoint_and_of_the_right_shape(length, counts, spare):
+    needed = {f"use {index}": count for index, count in enumerate(counts)}
+    windows = cut(range(sum(counts) * length + spare), length=length, needed=needed)
+    assert {use: tuple(rows.shape) for use, rows in windows.items()} == {
+        use: (count, length) for use, count in needed.items()}
+    assert all(rows.dtype == torch.int64 for rows in windows.values())
+    tokens = torch.cat([rows.flatten() for rows in windows.values()]) if windows else torch.empty(0)
+    assert len(tokens.unique()) == len(tokens)
+    for rows in windows.values():
+        assert (rows.diff(dim=1) == 1).all()
+
+
+def test_every_use_sees_the_whole_text():
+    windows = cut(range(10_000), length=100, needed={"calibrate": 1, "choose": 4, "verify": 4})
+    assert torch.equal(windows["verify"], cut(range(10_000), length=100, needed={
+        "calibrate": 1, "choose": 4, "verify": 4})["verify"])
+    for use in ("choose", "verify"):
+        starts = windows[use][:, 0]
+        assert starts[0] < 2500 and starts[-1] > 7400 and starts.diff().max() < 4000
+    every = torch.cat(list(windows.values()))
+    assert (every.min(), every.max()) == (0, 9999)
+
+
+def test_a_text_that_is_too_short_says_how_long_it_must_be():
+    with pytest.raises(FileError) as error:
+        cut(range(499), length=100, needed={"calibrate": 1, "choose": 2, "verify": 2})
+    assert "at least 500 tokens (5 windows of 100)" in error.value.expected
+    assert "2,000 characters" in error.value.expected
+    assert error.value.got == "499 tokens"
+    cut(range(500), length=100, needed={"calibrate": 1, "choose": 2, "verify": 2})
+
+
+@pytest.mark.parametrize(("length", "needed"), [(0, {"a": 1}), (4, {"a": -1})])
+def test_impossible_windows_are_a_usage_error(length, needed):
+    with pytest.raises(SenteiError):
+        cut(range(10), length=length, needed=needed)
