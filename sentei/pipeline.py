@@ -4,10 +4,12 @@ Every stage leaves its result in OUT/stages; the same command again goes on from
 """
 
 import fcntl
+import hashlib
 import shlex
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -17,14 +19,14 @@ from torch import nn
 from sentei.axes.connections import Config
 from sentei.budget import slack as slack_of
 from sentei.budget.goal import Goal, Workload
-from sentei.budget.judge import Judge, Judgement
-from sentei.budget.solver import Candidate, Solution, solve
+from sentei.budget.judge import Judge
+from sentei.budget.proof import RUNS, Proof, first_proven
+from sentei.budget.solver import Solution, solve
 from sentei.conversion import export
 from sentei.conversion.checkpoints import DTYPES, load_model, load_tokenizer, locate
 from sentei.conversion.plan import Plan, convert, prunable_layers
-from sentei.core.errors import ResourceError, SenteiError, UnsupportedError
-from sentei.core.storage import Stages, read_json, write_json
-from sentei.measurement.latency import Comparison
+from sentei.core.errors import FileError, ResourceError, SenteiError, UnsupportedError
+from sentei.core.storage import Stages, cannot_write, write_json
 from sentei.measurement.outcome import environment, public, today
 from sentei.measurement.report import write_report
 from sentei.measurement.text import Text, cut, read_text
@@ -32,7 +34,10 @@ from sentei.measurement.text import Text, cut, read_text
 MARKER = "sentei-run.json"
 # Windows of the workload's length for each use; no two uses share a token.
 WINDOWS = {"calibrate": 1, "choose": 2, "verify": 2}
-RUNS = 3
+# About how many plans the solver judges; only the length of a progress bar.
+JUDGEMENTS = 8
+# The receipt compares logits after this many tokens: enough that blocks are dropped.
+RECEIPT_TOKENS = 2048
 
 
 class Progress(Protocol):
@@ -193,32 +198,149 @@ def verify(folder: Path) -> dict:
     return export.check_afresh(folder)
 
 
+class Clock(dict):
+    """Seconds by stage."""
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        """Adds the time of the block to the stage."""
+        start = time.perf_counter()
+        yield
+        self[stage] = self.get(stage, 0.0) + time.perf_counter() - start
+
+
 def _prune(subject: Subject, text: Text, windows: dict[str, torch.Tensor], request: Request, out: Path | None,
            progress: Progress) -> Outcome:
     """The job itself, once its input is accepted."""
-    goal, workload = Goal(quality=request.quality, speed=request.speed), Workload.parse(request.workload)
-    layers, config = prunable_layers(subject.model), Config()
-    inputs = {"model": subject.fingerprint, "text": text.sha256, "workload": str(workload), "dtype": request.dtype,
-              "threads": torch.get_num_threads(), "environment": environment(), "version": 1}
-    stages = Stages(out and out / "stages")
+    goal, layers, config = Goal(quality=request.quality, speed=request.speed), prunable_layers(subject.model), Config()
+    inputs = {"model": subject.fingerprint, "text": text.sha256, "workload": request.workload, "dtype": request.dtype,
+              "environment": environment(), "config": config.to_json(), "windows": WINDOWS}
+    stages, clock = Stages(out and out / "stages"), Clock()
     judge = Judge(subject.model, windows, stages, inputs)
-    clock = Clock()
-
     with clock("calibrate"), progress.stage("calibrate", len(windows["choose"]) + len(windows["verify"]) + 1) as step:
         judge.prepare("choose", step)
         judge.prepare("verify", step)
-        dense_seconds = judge.time_dense("calibrate", step)
+        dense_seconds = judge.dense_seconds("calibrate", step)
     with clock("slack"), progress.stage("slack", len(layers) * len(windows["calibrate"])) as step:
-        slack = slack_of.from_json(stages.run("slack", inputs, lambda: {"slack": slack_of.to_json(
-            slack_of.measure(subject.model, windows["calibrate"], layers, config, rules=slack_of.options(), step=step)
-        )})["slack"])
-    with clock("solve"), progress.stage("solve", 8 * len(windows["choose"])) as step:
+        slack = slack_of.from_json(stages.run("slack", inputs, lambda: {"layers": slack_of.to_json(slack_of.measure(
+            subject.model, windows["calibrate"], layers, config, rules=slack_of.options(), step=step))})["layers"])
+    with clock("solve"), progress.stage("solve", JUDGEMENTS * len(windows["choose"])) as step:
         solution = solve(goal, slack, config, lambda candidate: judge.judge(candidate.plan, "choose", step),
                          dense_seconds)
     with clock("measure"), progress.stage("measure", 2 * RUNS + 2 + len(windows["verify"])) as step:
-        for candidate in solution.ladder:
-            judgement, comparison = _prove(judge, goal, candidate, step)
-            reason = goal.shortfall(judgement, comparison) if comparison else "unproven"
-            if not reason:
-                break
-    convert(subject.model, candidate.plan)
+        proof = first_proven(goal, solution, judge, step)
+    convert(subject.model, proof.candidate.plan)
+    result = _result(request, subject, proof, layers, out)
+    report = None
+    if out is not None:
+        with clock("export"), progress.stage("export", 2) as step:
+            _export(subject, proof, windows["verify"][0], out, result, step)
+        with progress.stage("report", 1) as step:
+            details = _details(subject, text, request, proof, layers)
+            details |= {"slack": slack_of.to_json(slack), "points": _points(solution, proof, layers, dense_seconds),
+                        "seconds": dict(clock)}
+            report = write_report(out, result, details)
+            step()
+    quality = proof.judgement.quality
+    return Outcome(result=result, met=not proof.reason, reason=proof.reason, report=report, model=subject.model,
+                   quality_interval=(quality.low, quality.high), plan=proof.candidate.plan)
+
+
+def _windows(subject: Subject, text: Text, workload: Workload) -> dict[str, torch.Tensor]:
+    """The text as tokens, cut for each use; checks that model and workload fit."""
+    if not prunable_layers(subject.model):
+        raise UnsupportedError(subject.name, expected="at least one layer of full attention",
+                               got="sliding windows in every layer", do="choose another model")
+    context = subject.model.config.max_position_embeddings
+    if workload.tokens > context:
+        raise SenteiError("--workload", expected=f"at most the model's context of {context:,} tokens",
+                          got=f"{workload.tokens:,}", do="choose a shorter workload")
+    tokens = subject.tokenizer(text.text, add_special_tokens=False, verbose=False)["input_ids"]
+    return cut(tokens, length=workload.tokens, needed=WINDOWS)
+
+
+@contextmanager
+def _claimed(out: Path) -> Iterator[None]:
+    """Makes `out` ours for the length of a block: a new or empty folder, or one an earlier run made.
+
+    Raises:
+        SenteiError: a file, or a folder with other things in it.
+        ResourceError: it cannot be written, or another process is working in it.
+    """
+    marker = out / MARKER
+    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not marker.is_file())):
+        raise SenteiError("--out", expected="a new or empty folder, or one that sentei prune made",
+                          got=f"{out}, which holds something else", do="name another folder")
+    write_json(marker, {"schema": "sentei.run/1"})
+    try:
+        lock = open(out / ".lock", "w")
+    except OSError as error:
+        raise cannot_write(out, error) from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ResourceError(str(out), expected="a folder no other process works in", got="one that is locked",
+                                do="wait for the other run, or name another folder with --out") from error
+        yield
+
+
+def _fingerprint(model: nn.Module) -> str:
+    """64 hexadecimal digits that differ for different weights. Cost: one SHA-256 pass."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _result(request: Request, subject: Subject, proof: Proof, layers: tuple[int, ...], out: Path | None) -> dict:
+    """The public object."""
+    quality, density = proof.judgement.quality, proof.judgement.density
+    tokens = Workload.parse(request.workload).tokens
+    result = public(model=subject.name, workload=request.workload, dtype=request.dtype, tokens=tokens,
+                    perplexity=(quality.dense, quality.pruned), seconds=proof.comparison.seconds(),
+                    speedup=proof.comparison.speedup())
+    plan = [{"layer": entry.layer, "room": entry.room, "rule": entry.config.rule.to_json(),
+             "density": sum(density[entry.layer]) / len(density[entry.layer])} for entry in proof.candidate.plan.entries]
+    return {**result, "density": proof.judgement.mean_density(layers), "plan": plan, "out": out and str(out)}
+
+
+def _export(subject: Subject, proof: Proof, tokens: torch.Tensor, out: Path, result: dict, step: Callable) -> None:
+    """Writes the model and proves in a fresh process that it gives the same logits."""
+    measured = {key: result[key] for key in ("workload", "speedup", "quality", "density", "threads")}
+    export.export(subject.model, subject.tokenizer, proof.candidate.plan, out, tokens=tokens[:RECEIPT_TOKENS],
+                  facts={"source": subject.source, **measured})
+    step("written")
+    receipt = verify(out)
+    if not receipt["met"]:
+        raise FileError(str(out), expected=f"the same logits in a fresh process, within {receipt['tolerance']}",
+                        got=f"a difference of {receipt['difference']}", do="report this: it is a bug in sentei")
+    write_json(out / "sentei-receipt.json", receipt)
+    step("verified")
+
+
+def _details(subject: Subject, text: Text, request: Request, proof: Proof, layers: tuple[int, ...]) -> dict:
+    """What stands behind the result, for the report."""
+    quality, comparison = proof.judgement.quality, proof.comparison
+    ratios = comparison.ratios()
+    heads = subject.model.config.num_attention_heads
+    density = [[1.0] * heads if layer in layers else None for layer in range(subject.model.config.num_hidden_layers)]
+    for layer, kept in proof.judgement.density.items():
+        density[layer] = kept
+    tokens = Workload.parse(request.workload).tokens
+    return {"goal": {"quality": request.quality} if request.speed is None else {"speed": request.speed},
+            "met": not proof.reason, "reason": proof.reason, "quality_interval": [quality.low, quality.high],
+            "speedup_interval": [min(ratios), max(ratios)], "source": subject.source, "density": density,
+            "text": {"name": text.name, "sha256": text.sha256,
+                     "tokens": {use: count * tokens for use, count in WINDOWS.items()}},
+            "timings": {"dense": comparison.dense, "pruned": comparison.pruned}, "environment": environment(),
+            "command": request.command(), "date": today()}
+
+
+def _points(solution: Solution, proof: Proof, layers: tuple[int, ...], dense_seconds: float) -> list[dict]:
+    """Every plan judged while choosing, with its speed-up as foreseen."""
+    return [{"name": candidate.name, "quality": judgement.quality.value,
+             "speedup": dense_seconds / max(dense_seconds - solution.dense_attention + candidate.seconds, 1e-9),
+             "density": judgement.mean_density(layers), "chosen": candidate.plan == proof.candidate.plan}
+            for candidate, judgement in solution.judged]

@@ -127,8 +127,9 @@ def save_tiny_gguf(path: Path, architecture: str, **values) -> torch.nn.Module:
         tensors[f"{layer}{known}.{suffix}"] = (tuple(tensor.shape), 0, offset, data)
         offset += len(data) + -len(data) % 32
     tokens = tiny_tokenizer().convert_ids_to_tokens(range(len(tiny_tokenizer())))
-    # Readers want at least one merge; this one joins two tokens that no text contains.
-    tokens += [f"[unused{index}]" for index in range(VOCABULARY - len(tokens) - 1)] + ["[unused0][unused1]"]
+    # Readers want merges, and more than one; these join tokens that no text contains.
+    merged = ["[unused0][unused1]", "[unused2][unused3]"]
+    tokens += [f"[unused{index}]" for index in range(VOCABULARY - len(tokens) - len(merged))] + merged
     shape = {"block_count": config.num_hidden_layers, "context_length": config.max_position_embeddings,
              "embedding_length": config.hidden_size, "feed_forward_length": config.intermediate_size,
              "attention.head_count": 4, "attention.head_count_kv": 2, "attention.key_length": 16,
@@ -138,7 +139,7 @@ def save_tiny_gguf(path: Path, architecture: str, **values) -> torch.nn.Module:
     path.write_bytes(gguf_bytes(
         {"general.architecture": architecture, **{f"{architecture}.{key}": value for key, value in shape.items()},
          "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.tokens": tokens,
-         "tokenizer.ggml.merges": ["[unused0] [unused1]"],
+         "tokenizer.ggml.merges": ["[unused0] [unused1]", "[unused2] [unused3]"],
          "tokenizer.ggml.token_type": [3] * 3 + [1] * (VOCABULARY - 3), "tokenizer.ggml.bos_token_id": 1,
          "tokenizer.ggml.eos_token_id": 2, **values}, tensors))
     return model

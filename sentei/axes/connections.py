@@ -26,7 +26,7 @@ from sentei.kernels.attention import Grid, Tiles, attend, choose_impl, merge
 from sentei.kernels.attention.compensate import attend_dropped
 from sentei.kernels.attention.select import (
     Estimator,
-    Pooled,
+    Sampled,
     always_kept,
     estimate,
     estimator_from_json,
@@ -42,7 +42,8 @@ class Config:
     Args:
         rule: All is the dense layer.
         estimator: of the mass of a tile.
-        criterion: "mass" chooses by share of attention, "output" by expected change of the output.
+        criterion: what a tile is worth to the rows of its query block: "mass", their mean share of attention; "peak",
+            the root mean square, which a few rows can raise; "output", the expected change of their output.
         tile: tokens of a query block and of a key block.
         window: tokens before a query block that are always kept.
         dense_below: query blocks that end before this position keep everything.
@@ -51,9 +52,9 @@ class Config:
     """
 
     rule: Rule = field(default_factory=All)
-    estimator: Estimator = field(default_factory=Pooled)
-    criterion: str = "mass"
-    tile: tuple[int, int] = (128, 64)
+    estimator: Estimator = field(default_factory=Sampled)
+    criterion: str = "peak"
+    tile: tuple[int, int] = (64, 64)
     window: int = 128
     dense_below: int = 0
     share: str = "head"
@@ -65,7 +66,7 @@ class Config:
         checks = {
             "rule a Rule": isinstance(self.rule, Rule),
             "estimator an Estimator": isinstance(self.estimator, Estimator),
-            "criterion 'mass' or 'output'": self.criterion in ("mass", "output"),
+            "criterion 'mass', 'peak' or 'output'": self.criterion in ("mass", "peak", "output"),
             "tile two sizes from 1, window and dense_below from 0": whole and len(self.tile) == 2 and min(self.tile) > 0,
             "share 'head' or 'group'": self.share in ("head", "group"),
             "compensate a bool": isinstance(self.compensate, bool),
@@ -118,7 +119,8 @@ class Connections(Axis):
         if self.is_dense(query, key, value, lengths):
             zeros = torch.zeros(permitted.shape, device=query.device)
             return zeros.masked_fill(~permitted, -torch.inf)
-        scores = estimate(self.config.estimator, query, key, grid, self.scale_of(query))
+        pool = "rms" if self.config.criterion == "peak" else "mean"
+        scores = estimate(self.config.estimator, query, key, grid, self.scale_of(query), pool=pool)
         if self.config.criterion == "output":
             scores = see_values(scores, value, grid)
         return share_in_group(scores, groups) if self.config.share == "group" else scores

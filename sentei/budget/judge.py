@@ -2,8 +2,10 @@
 
 import hashlib
 import json
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 
 import torch
 from torch import nn
@@ -83,15 +85,10 @@ class Judge:
 
         A prefill fills the cache and makes the logits of the last token, as `generate` does.
         """
-        tokens = self.windows[use][:1]
-
-        @torch.no_grad()
-        def prefill() -> None:
-            self.model(input_ids=tokens, use_cache=True, logits_to_keep=1)
-
         def work() -> dict:
             convert(self.model, plan)
             pruned = wrapper.IMPLEMENTATION if plan.entries else "sdpa"
+            prefill = partial(self._prefill, use)
             try:
                 return asdict(interleave(prefill, prefill, runs=runs, step=step,
                                          before=(lambda: wrapper.use(self.model, "sdpa"),
@@ -101,6 +98,21 @@ class Judge:
 
         inputs = {**self.inputs, "use": use, "plan": plan.to_json(), "runs": runs}
         return Comparison(**self.stages.run(f"time-{short_key(plan)}", inputs, work))
+
+    def dense_seconds(self, use: str, step: Step) -> float:
+        """Seconds of one dense prefill, for forecasts; what is reported comes from `time`."""
+        def work() -> dict:
+            convert(self.model, Plan())
+            start = time.perf_counter()
+            self._prefill(use)
+            step()
+            return {"seconds": time.perf_counter() - start}
+
+        return self.stages.run("dense-seconds", {**self.inputs, "use": use}, work)["seconds"]
+
+    @torch.no_grad()
+    def _prefill(self, use: str) -> None:
+        self.model(input_ids=self.windows[use][:1], use_cache=True, logits_to_keep=1)
 
     def _losses(self, row: torch.Tensor, step: Step) -> list[float]:
         losses = token_losses(self.model, row[None])[0].tolist()

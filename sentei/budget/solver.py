@@ -140,9 +140,11 @@ class Solution:
     Args:
         ladder: candidates in the order to try them; each next one is safer (quality bound) or faster (speed bound).
         judged: every candidate judged on the way, with its judgement.
+        dense_attention: seconds of all prunable layers' attention when nothing is pruned.
     """
 
     ladder: list[Candidate]
+    dense_attention: float
     judged: list[tuple[Candidate, Judgement]]
 
 
@@ -168,6 +170,7 @@ def solve(goal: Goal, slack: list[LayerSlack], config: Config, judge: Callable[[
         wanted = graded[0].seconds - dense_seconds * (1 - 1 / goal.speed)
         ladder = [candidate for candidate in graded if candidate.seconds <= wanted] or graded[-1:]
         judged.append((ladder[0], judge(ladder[0])))
-        return Solution(ladder=ladder, judged=judged)
+        return Solution(ladder=ladder, judged=judged, dense_attention=graded[0].seconds)
     ladders = [candidates[:search(candidates, good) + 1] for candidates in (graded, uniform(slack, config))]
-    return Solution(ladder=min(ladders, key=lambda ladder: ladder[-1].seconds)[::-1], judged=judged)
+    return Solution(ladder=min(ladders, key=lambda ladder: ladder[-1].seconds)[::-1], judged=judged,
+                    dense_attention=graded[0].seconds)

@@ -95,7 +95,7 @@ def locate(model: str | None = None, *, online: bool = False, cache: Path | None
 def load_model(checkpoint: Checkpoint, dtype: str = "float32") -> PreTrainedModel:
     """The model on the CPU, in eval mode, with transformers' own "sdpa" attention.
 
-    Costs 0.2 s for 135 million weights once the file is in the page cache; memory is one copy of the weights in
+    Costs 0.4 s for 135 million weights once the file is in the page cache; memory is one copy of the weights in
     `dtype` and the largest tensor once more.
 
     Args:

@@ -29,7 +29,7 @@ def dequantise(path: Path, cache: Path) -> tuple[Path, GgufHeader, dict]:
     """The plain model folder made from a GGUF file, its header, and the record of the conversion.
 
     The record holds "format", "gguf" (SHA-256 of the GGUF file), "dtype" and "files" (bytes and SHA-256 of each).
-    The first use converts (about 25 s for 135 million weights on two cores, four bytes of disk a weight); later ones
+    The first use converts (about 5 s for 135 million weights on two cores, four bytes of disk a weight); later ones
     only hash the files (about 0.5 s). Two processes that need the same file wait for each other.
 
     Raises:

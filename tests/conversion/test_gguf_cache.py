@@ -13,8 +13,6 @@ from sentei.conversion.gguf_cache import DONE, dequantise
 from sentei.core.errors import FileError, ResourceError
 from sentei.core.storage import sha256
 
-pytest.importorskip("gguf")
-
 
 @pytest.fixture
 def model(tmp_path):

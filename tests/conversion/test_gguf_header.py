@@ -31,7 +31,8 @@ def test_a_tiny_model_is_read(tmp_path):
 
 
 def test_the_table_of_types_is_that_of_the_gguf_package():
-    gguf = pytest.importorskip("gguf")
+    import gguf
+
     for number, (name, block, block_bytes) in QUANTISATIONS.items():
         kind = gguf.GGMLQuantizationType(number)
         assert (kind.name, gguf.GGML_QUANT_SIZES[kind]) == (name, (block, block_bytes))

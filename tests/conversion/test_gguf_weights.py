@@ -10,8 +10,6 @@ from sentei.conversion.gguf_header import read_header
 from sentei.conversion.gguf_weights import ARCHITECTURES, settings, weights
 from sentei.core.errors import FileError, UnsupportedError
 
-pytest.importorskip("gguf")
-
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_weights_and_settings_come_back(tmp_path, architecture):

@@ -8,7 +8,15 @@ import torch
 from safetensors.torch import save_file
 
 from sentei.conversion.model_folder import (
-    INDEX, PICKLES, WEIGHTS, check_side_files, member, read_config, refuse_pickle, weight_files)
+    INDEX,
+    PICKLES,
+    WEIGHTS,
+    check_side_files,
+    member,
+    read_config,
+    refuse_pickle,
+    weight_files,
+)
 from sentei.core.errors import FileError, UnsupportedError
 
 

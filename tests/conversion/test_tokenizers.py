@@ -39,7 +39,6 @@ def test_other_exceptions_pass(tmp_path, monkeypatch):
 
 
 def test_a_gguf_vocabulary_keeps_its_special_tokens(tmp_path):
-    pytest.importorskip("gguf")
     save_tiny_gguf(tmp_path / "model.gguf", "llama")
     tokenizer = read_gguf_tokenizer(tmp_path, "model.gguf", read_header(tmp_path / "model.gguf"))
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (1, 2)
@@ -49,7 +48,6 @@ def test_a_gguf_vocabulary_keeps_its_special_tokens(tmp_path):
 
 
 def test_a_broken_gguf_vocabulary_is_a_file_error(tmp_path):
-    pytest.importorskip("gguf")
-    save_tiny_gguf(tmp_path / "model.gguf", "llama", **{"tokenizer.ggml.merges": ["a b"]})  # there is no token "ab"
-    with pytest.raises(FileError, match="out of vocabulary"):
+    save_tiny_gguf(tmp_path / "model.gguf", "llama", **{"tokenizer.ggml.merges": ["a b", "c d"]})  # no token "ab"
+    with pytest.raises(FileError, match="transformers can read"):
         read_gguf_tokenizer(tmp_path, "model.gguf", read_header(tmp_path / "model.gguf"))

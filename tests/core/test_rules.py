@@ -47,6 +47,14 @@ def test_topk_keeps_the_k_highest_and_ties_go_to_the_lower_number(x, k):
         assert kept.nonzero().flatten().tolist() == sorted(ranked(row)[:k])
 
 
+def test_ties_go_to_the_lower_number_in_long_rows_too():
+    """Beyond 16 elements a sort that is not stable shows it."""
+    x = torch.arange(1000).remainder(3).float().expand(2, -1)
+    best = list(range(2, 1000, 3))
+    assert TopK(100)(x).ids.tolist() == [best[:100]] * 2
+    assert Mass(0.5)(torch.zeros(1, 1024)).ids.tolist() == [list(range(512))]
+
+
 @SETTINGS
 @given(scores(), st.floats(0, 1), st.floats(0, 1))
 def test_a_larger_mass_keeps_a_superset(x, a, b):

@@ -45,6 +45,11 @@ def test_ids_ascend_and_empty_slots_come_last_with_weight_0(pair):
     assert selection.ids.shape[-1] == width
 
 
+def test_ids_ascend_in_long_rows_too():
+    keep = (torch.arange(1000) % 3 == 0).expand(2, -1)
+    assert Selection.from_mask(keep, torch.ones_like(keep)).ids.tolist() == [list(range(0, 1000, 3))] * 2
+
+
 @SETTINGS
 @given(masks())
 def test_counts_density_and_load_are_those_of_the_mask(pair):

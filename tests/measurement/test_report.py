@@ -226,6 +226,14 @@ def test_frontier_marks_the_points_the_choice_and_the_bound():
     assert len(picture.findall("line[@class='interval']")) == 2
 
 
+def test_frontier_keeps_wide_intervals_inside_the_picture():
+    picture = frontier_of(quality_interval=[0.2, 3.0], speedup_interval=[0.1, 9.0])
+    _, _, width, height = map(float, picture.get("viewBox").split())
+    for line in picture.findall("line[@class='interval']"):
+        assert all(0 <= float(line.get(end)) <= width for end in ("x1", "x2"))
+        assert all(0 <= float(line.get(end)) <= height for end in ("y1", "y2"))
+
+
 def test_frontier_draws_a_speed_bound_upright():
     bound = frontier_of(goal={"speed": 1.5}).find("line[@class='bound']")
     assert bound.get("x1") == bound.get("x2")

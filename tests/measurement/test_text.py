@@ -5,7 +5,7 @@ import os
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sentei.core.errors import FileError, SenteiError
@@ -43,6 +43,7 @@ def test_a_text_that_cannot_be_used_is_a_file_error(tmp_path, make, words):
     assert error.value.exit_code == 3
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # the machine may be busy
 @given(length=st.integers(1, 7), counts=st.lists(st.integers(0, 5), max_size=4), spare=st.integers(0, 40))
 def test_windows_are_disjoint_and_of_the_right_shape(length, counts, spare):
     needed = {f"use {index}": count for index, count in enumerate(counts)}

@@ -49,6 +49,9 @@ def _dense(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, grid: Gr
 def _gathered(query, key, value, tiles, scale, return_lse):
     """The kept tiles only."""
     batch, num_queries, heads, _ = query.shape
+    if not batch * num_queries * heads:
+        output = value.new_zeros(batch, num_queries, heads, value.shape[-1])
+        return (output, query.new_zeros(query.shape[:-1])) if return_lse else output
     grid, plan = tiles.grid, _Plan(tiles, heads, key.shape[2])
     query_blocks = _blocks(query * scale, grid.query_block)
     key_blocks, value_blocks = _blocks(key, grid.key_block), _blocks(value, grid.key_block)

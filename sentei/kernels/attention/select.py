@@ -3,9 +3,9 @@
 An estimator scores every tile; what to keep is a rule's business (`core/rules.py`). The score of query block I and
 key block J is the logarithm of the mean, over the block's rows, of the share of the row's softmax that falls on J:
 
-    score_IJ = log mean_{i∈I} Σ_{j∈J} exp(s_ij) / Σ_j exp(s_ij)
+    share_iJ = Σ_{j∈J} exp(s_ij) / Σ_j exp(s_ij)          score_IJ = log mean_{i∈I} share_iJ
 
-Estimators differ only in how they guess log Σ_{j∈J} exp(s_ij) for tiles wholly in the past. Tiles on the edge of
+or of their root mean square, which a few rows that need J badly can raise (`pool`). Estimators differ only in how they guess log Σ_{j∈J} exp(s_ij) for tiles wholly in the past. Tiles on the edge of
 what is permitted (the diagonal) are scored exactly, so no score ever looks at a key the row may not see.
 """
 
@@ -102,14 +102,30 @@ class PageBounds(Estimator):
 
 
 @dataclass(frozen=True)
-class Exact(Estimator):
-    """The true mass, from every score: the oracle the others are compared with. Cost: the dense scores."""
+class Sampled(Estimator):
+    """The true mass, for one row in `stride`: every score of the sampled rows. With stride 1 it is the oracle.
+
+    It sees single sharp keys (copying, induction), which estimates from mean keys do not.
+    Cost: 1 / stride of the dense scores.
+    """
+
+    stride: int = 8
+
+    def __post_init__(self):
+        if not isinstance(self.stride, int) or isinstance(self.stride, bool) or self.stride < 1:
+            raise RuleError("Sampled", expected="a stride of at least 1", got=repr(self.stride),
+                            do="choose a stride below the query block, e.g. 8")
 
     def log_mass(self, query, key, grid):
-        return torch.einsum("bgpsrd,bgkud->bgpsrku", query, key).logsumexp(-1)
+        scores = self.rows(query).flatten(2, 4) @ key.flatten(2, 3).transpose(-1, -2)
+        mass = scores.unflatten(-1, key.shape[2:4]).logsumexp(-1)
+        return mass.unflatten(2, (*query.shape[2:4], -1))
+
+    def rows(self, exact):
+        return exact[..., self.stride // 2::self.stride, :] if exact.shape[-2] > self.stride // 2 else exact
 
 
-ESTIMATORS = {"pooled": Pooled, "antidiagonal": Antidiagonal, "pagebounds": PageBounds, "exact": Exact}
+ESTIMATORS = {"pooled": Pooled, "antidiagonal": Antidiagonal, "pagebounds": PageBounds, "sampled": Sampled}
 
 
 def estimator_from_json(value: dict) -> Estimator:
@@ -125,7 +141,7 @@ def estimator_from_json(value: dict) -> Estimator:
 
 @torch.no_grad()
 def estimate(
-    estimator: Estimator, query: torch.Tensor, key: torch.Tensor, grid: Grid, scale: float
+    estimator: Estimator, query: torch.Tensor, key: torch.Tensor, grid: Grid, scale: float, *, pool: str = "mean"
 ) -> torch.Tensor:
     """Log share of the attention mass of every tile, float32 or wider [B, H, QB, KB]; -inf where not permitted.
 
@@ -133,6 +149,7 @@ def estimate(
         query: [B, Tq, H, D].
         key: [B, Tk, G, D].
         scale: on the scores.
+        pool: how the rows of a block are joined, "mean" or "rms".
     Cost: the estimator's, plus the edge tiles exactly; memory as PAIRS_AT_ONCE says.
     """
     wide = torch.promote_types(query.dtype, torch.float32)
@@ -145,33 +162,36 @@ def estimate(
     size = max(1, PAIRS_AT_ONCE // max(1, query.shape[0] * query.shape[2] * grid.query_block * grid.num_keys))
     slabs = [
         _slab(estimator, queries[:, :, :, start:start + size], keys, grid, start,
-              full[:, :, start:start + size], edge[:, :, start:start + size])
+              (full[:, :, start:start + size], edge[:, :, start:start + size]), pool)
         for start in range(0, grid.num_query_blocks, size)
     ]
     return torch.cat(slabs, 3).flatten(1, 2)
 
 
-def _slab(estimator, queries, keys, grid, start, full, edge):
-    """Log shares [B, G, P, S, KB] of some query blocks."""
-    mass = estimator.log_mass(queries, keys, grid)
-    mass = mass.masked_fill_(~full[:, :, None, :, None], -torch.inf)
-    ids, exact = _edge_mass(queries, keys, grid, start, edge)
-    if ids.shape[-1]:
-        slots = ids[:, None, None, :, None].expand(*mass.shape[:-1], -1)
-        # An empty slot points past the last tile, to a column that is cut off again.
-        mass = pad(mass, (0, 1), value=-torch.inf).scatter(-1, slots, estimator.rows(exact))[..., :-1]
-    shares = torch.nan_to_num(mass.softmax(-1), nan=0.0)
-    shares = shares.mean(-2)
+def _slab(estimator, queries, keys, grid, start, kinds, pool):
+    """Log shares [B, G, P, S, KB] of some query blocks; no key block beyond their last permitted one is touched."""
+    full, edge = kinds
     permitted = (full | edge)[:, :, None]
-    tiny = torch.finfo(shares.dtype).tiny
-    return shares.clamp(min=tiny).log().masked_fill(~permitted, -torch.inf)
+    past = int(permitted.any(-2).flatten(0, -2).any(0).sum())
+    seen = slice(0, max(1, past)) if grid.causal else slice(None)
+    mass = estimator.log_mass(queries, keys[:, :, seen], grid)
+    mass = mass.masked_fill_(~full[:, :, None, :, None, seen], -torch.inf)
+    ids, exact = _edge_mass(estimator, queries, keys, grid, start, edge)
+    if ids.shape[-1]:
+        slots = ids.clamp(max=mass.shape[-1])[:, None, None, :, None].expand(*mass.shape[:-1], -1)
+        # An empty slot points past the last tile, to a column that is cut off again.
+        mass = pad(mass, (0, 1), value=-torch.inf).scatter(-1, slots, exact)[..., :-1]
+    shares = torch.nan_to_num(mass.softmax(-1), nan=0.0)
+    shares = shares.mean(-2) if pool == "mean" else shares.square_().mean(-2).sqrt_()
+    shares = pad(shares.clamp(min=torch.finfo(shares.dtype).tiny), (0, keys.shape[2] - shares.shape[-1]), value=1.0)
+    return shares.log().masked_fill(~permitted, -torch.inf)
 
 
-def _edge_mass(queries, keys, grid, start, edge):
+def _edge_mass(estimator, queries, keys, grid, start, edge):
     """The tiles that need an element mask, by number and exactly.
 
     Returns:
-        ids int64 [B or 1, S, slots] (KB where empty) and log mass [B, G, P, S, R, slots].
+        ids int64 [B or 1, S, slots] (KB where empty) and log mass [B, G, P, S, R', slots].
     """
     edge = edge[:, 0]
     slots = int(edge.sum(-1).max()) if edge.numel() else 0
@@ -187,7 +207,7 @@ def _edge_mass(queries, keys, grid, start, edge):
     positions = grid.offset + blocks[:, None] * grid.query_block + torch.arange(rows, device=ids.device)
     seen = grid.pairs(positions[None, :, :, None, None], key_positions[:, :, None],
                       rows_of_batch.view(-1, 1, 1, 1, 1))
-    return ids, scores.masked_fill(~seen[:, None, None], -torch.inf).logsumexp(-1)
+    return ids, estimator.rows(scores.masked_fill(~seen[:, None, None], -torch.inf).logsumexp(-1))
 
 
 @torch.no_grad()

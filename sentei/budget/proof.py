@@ -1,0 +1,49 @@
+"""The proof of a plan: its quality on text it was not chosen on, and its time against dense in one run."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from sentei.budget.goal import Goal
+from sentei.budget.judge import Judge, Judgement
+from sentei.budget.solver import Candidate, Solution
+from sentei.measurement.latency import Comparison
+
+RUNS = 3
+# Steps down the ladder before giving up; each costs a judgement or a timing of the whole workload.
+STEPS = 6
+
+
+@dataclass(frozen=True, kw_only=True)
+class Proof:
+    """What was measured of one candidate.
+
+    Args:
+        candidate: the plan.
+        judgement: on held-out text.
+        comparison: its seconds and dense seconds.
+        reason: why the goal is not met; empty when it is.
+    """
+
+    candidate: Candidate
+    judgement: Judgement
+    comparison: Comparison
+    reason: str
+
+
+def first_proven(goal: Goal, solution: Solution, judge: Judge, step: Callable[[], object]) -> Proof:
+    """The first candidate of the ladder that meets the goal, or the last one tried with the reason it does not.
+
+    A candidate that fails on held-out text makes way for the next safer one, judged on the same text: the step is
+    towards dense, so a lucky text cannot be hunted for.
+    """
+    ladder = solution.ladder[:STEPS]
+    for candidate in ladder:
+        last = candidate is ladder[-1]
+        judgement = judge.judge(candidate.plan, "verify", step)
+        if goal.quality is not None and judgement.quality.value < goal.quality and not last:
+            continue
+        comparison = judge.time(candidate.plan, "verify", RUNS, step)
+        reason = goal.shortfall(judgement, comparison)
+        if not reason or last:
+            break
+    return Proof(candidate=candidate, judgement=judgement, comparison=comparison, reason=reason)

@@ -1,0 +1,212 @@
+"""Every implementation of `attend` against masked attention, outputs and gradients, and its doors."""
+
+from dataclasses import replace
+from functools import partial
+
+import oracle
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracle import CASES, Case, check_attend
+
+from sentei.core.errors import ImplError, ShapeError
+from sentei.kernels.attention import IMPLS, Grid, Tiles, attend, choose_impl, eager, merge
+
+every_impl = pytest.mark.parametrize("impl", IMPLS)
+every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+
+
+def case_named(name: str) -> Case:
+    return next(case for case in CASES if case.name == name)
+
+
+@every_impl
+@every_case
+def test_equals_masked_attention(impl, case):
+    check_attend(partial(attend, impl=impl), case)
+
+
+@every_impl
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@every_case
+def test_is_as_near_to_fp64_as_masked_attention_in_the_same_dtype(impl, case, dtype):
+    check_attend(partial(attend, impl=impl), case, dtype)
+
+
+@st.composite
+def drawn_cases(draw) -> Case:
+    keys, groups = draw(st.integers(1, 9)), draw(st.integers(1, 2))
+    span = st.tuples(st.integers(0, keys), st.integers(0, keys)).map(sorted).map(tuple)
+    return Case(name="drawn", queries=draw(st.integers(0, 9)), keys=keys, groups=groups,
+                heads=groups * draw(st.integers(1, 3)), choices=draw(st.sampled_from([None, groups])),
+                tile=(draw(st.integers(1, 5)), draw(st.integers(1, 5))), causal=draw(st.booleans()),
+                lengths=draw(st.none() | st.lists(span, min_size=1, max_size=3).map(tuple)),
+                kept=draw(st.sampled_from([None, 0.0, 0.3, 0.7, 1.0])))
+
+
+@every_impl
+@settings(deadline=None, max_examples=40, derandomize=True)
+@given(case=drawn_cases())
+def test_equals_masked_attention_whatever_the_sizes(impl, case):
+    check_attend(partial(attend, impl=impl), case)
+
+
+@every_impl
+@pytest.mark.parametrize("case", [case for case in CASES if case.kept != 0 and 0 < case.queries <= 10],
+                         ids=lambda case: case.name)
+def test_gradients_are_those_of_finite_differences(impl, case):
+    small = replace(case, heads=min(case.heads, 3), groups=1, choices=None)
+    tiles = small.tiles()
+    pick = small.tensors()[0].new_tensor([1.0, -0.5, 2.0, 0.3, -1.0])
+
+    def loss(query, key, value):
+        output, lse = attend(query, key, value, tiles, impl=impl, return_lse=True)
+        return (output * pick).sum() + lse.masked_fill(lse.isneginf(), 0).square().sum()
+
+    leaves = [tensor.requires_grad_() for tensor in small.tensors()]
+    assert torch.autograd.gradcheck(loss, leaves, fast_mode=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
+@pytest.mark.parametrize("groups", [4, 2, 1], ids=["multi-head", "grouped", "multi-query"])
+def test_the_dense_plan_is_torchs_own_attention_bit_for_bit(dtype, causal, groups):
+    case = Case(name="", queries=33, keys=33, tile=(8, 4), heads=4, groups=groups, causal=causal, kept=None)
+    query, key, value = case.tensors(dtype)
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), is_causal=causal, enable_gqa=groups != 4)
+    assert torch.equal(attend(query, key, value, case.tiles()), expected.transpose(1, 2))
+
+
+@every_impl
+@pytest.mark.parametrize("name", ["ragged tails", "one choice a group", "padding both, grouped", "dense padded"])
+def test_strides_do_not_matter(impl, name):
+    case = case_named(name)
+    tensors = case.tensors()
+    strided = [tensor.permute(3, 1, 0, 2).contiguous().permute(2, 1, 3, 0) for tensor in tensors]
+    strided[1] = torch.stack([strided[1], strided[1]], -1)[..., 0]
+    assert not any(tensor.is_contiguous() for tensor in strided)
+    torch.testing.assert_close(attend(*strided, case.tiles(), impl=impl), attend(*tensors, case.tiles(), impl=impl),
+                               rtol=1e-12, atol=1e-12)
+
+
+@pytest.fixture
+def poison():
+    """Uninitialised memory is NaN."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(before[0])
+    torch.utils.deterministic.fill_uninitialized_memory = before[1]
+
+
+@every_impl
+@every_case
+def test_nothing_uninitialised_is_read(impl, case, poison):
+    check_attend(partial(attend, impl=impl), case)
+
+
+@every_impl
+def test_a_tile_that_is_dropped_is_not_read(impl):
+    case = case_named("causal")
+    query, key, value = case.tensors()
+    keep = torch.ones(1, 2, 3, 4, dtype=torch.bool)
+    keep[..., 1] = False
+    tiles = Tiles.from_mask(keep, case.grid())
+    expected = attend(query, key, value, tiles, impl=impl)
+    key[:, 3:6], value[:, 3:6] = torch.nan, torch.nan
+    assert torch.equal(attend(query, key, value, tiles, impl=impl), expected)
+
+
+@every_impl
+@pytest.mark.parametrize("name", ["padding left", "padding both, grouped", "some queries keep nothing"])
+def test_a_row_of_nan_stays_in_its_row(impl, name):
+    case = case_named(name)
+    case = replace(case, lengths=case.lengths or ((0, 12), (0, 12)))
+    tensors = case.tensors()
+    expected = attend(*tensors, case.tiles(), impl=impl)
+    for tensor in tensors:
+        tensor[0] = torch.nan
+    assert torch.equal(attend(*tensors, case.tiles(), impl=impl)[1:], expected[1:])
+
+
+@every_impl
+def test_the_slot_in_the_batch_does_not_matter(impl):
+    case = case_named("padding left")
+    tensors, whole = case.tensors(), attend(*case.tensors(), case.tiles(), impl=impl)
+    for row in range(case.batch):
+        grid = replace(case.grid(), lengths=case.grid().lengths[row:row + 1])
+        alone = attend(*(tensor[row:row + 1] for tensor in tensors), Tiles.from_mask(case.keep()[row:row + 1], grid),
+                       impl=impl)
+        torch.testing.assert_close(alone, whole[row:row + 1], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("at_once", [1, 100, 500])
+@pytest.mark.parametrize("name", ["causal", "padding left", "some queries keep nothing", "one choice a group"])
+def test_the_size_of_the_runs_does_not_matter(name, at_once, monkeypatch):
+    monkeypatch.setattr(eager, "SCORES_AT_ONCE", at_once)
+    check_attend(partial(attend, impl="eager"), case_named(name))
+
+
+@every_impl
+@every_case
+def test_two_disjoint_plans_merge_into_their_union(impl, case):
+    half = torch.rand(case.keep().shape) < 0.5
+    plans = [Tiles.from_mask(case.keep() & part, case.grid()) for part in (half, ~half)]
+
+    def merged(*qkv):
+        return merge(*(x for tiles in plans for x in attend(*qkv, tiles, impl=impl, return_lse=True)))
+
+    expected = oracle.outcome(lambda *qkv: oracle.masked_attention(*qkv, case.pairs(), 6 ** -0.5), case.tensors())
+    for got, true in zip(oracle.outcome(merged, case.tensors()), expected, strict=True):
+        torch.testing.assert_close(got, true, rtol=1e-9, atol=1e-9)
+
+
+def test_merging_keeps_the_dtype_and_nothing_with_nothing_is_nothing():
+    output, lse = torch.zeros(1, 1, 1, 2, dtype=torch.bfloat16), torch.full((1, 1, 1), -torch.inf)
+    both, total = merge(output, lse, output, lse)
+    assert both.dtype == torch.bfloat16 and both.tolist() == [[[[0.0, 0.0]]]] and total.tolist() == [[[-torch.inf]]]
+
+
+Q, K, V = torch.ones(2, 8, 4, 6), torch.ones(2, 8, 2, 6), torch.ones(2, 8, 2, 5)
+GRID = Grid(num_queries=8, num_keys=8, query_block=4, key_block=4)
+DENSE = Tiles(grid=GRID)
+
+
+def three_heads(batch: int = 2, heads: int = 3) -> Tiles:
+    return Tiles.from_mask(torch.ones(batch, heads, 2, 2, dtype=torch.bool), GRID)
+
+
+@pytest.mark.parametrize("query, key, value, tiles, message", [
+    (Q[0], K, V, DENSE, r"expected query \[B, Tq, H, D\].*got \[8, 4, 6\].*bring the heads to dimension 2"),
+    (Q, K[:1], V, DENSE, r"got \[2, 8, 4, 6\], \[1, 8, 2, 6\]"),
+    (Q, K, V[:, :7], DENSE, r"\[2, 7, 2, 5\]"),
+    (Q, K[..., :5], V, DENSE, r"\[2, 8, 2, 5\], \[2, 8, 2, 5\]"),
+    (Q[:, :, :3], K, V, DENSE, "G dividing H"),
+    (Q, K[:, :, :0], V[:, :, :0], DENSE, "G dividing H"),
+    (Q.double(), K, V, DENSE, "expected one floating dtype, got torch.float64, torch.float32, torch.float32; convert"),
+    (Q.long(), K.long(), V.long(), DENSE, "expected one floating dtype, got torch.int64"),
+    (Q[:, :7], K, V, DENSE, "expected a grid of 7 queries and 8 keys, got 8 and 8; build the tiles"),
+    (Q, K, V, Tiles(grid=replace(GRID, lengths=torch.zeros(3, 2, dtype=torch.int64))),
+     r"expected lengths \[2, 2\], got \[3, 2\]; give one \(start, stop\)"),
+    (Q, K, V, three_heads(), r"expected tiles of 2 rows and 4 or 2 heads, got \[2, 3, 2\]; build the tiles"),
+    (Q, K, V, three_heads(batch=1, heads=4), r"expected tiles of 2 rows and 4 or 2 heads, got \[1, 4, 2\]"),
+], ids=["dimensions", "batch", "values", "width", "heads", "no heads", "dtype", "integers", "grid", "lengths",
+        "heads of the tiles", "rows of the tiles"])
+def test_what_does_not_fit_is_refused(query, key, value, tiles, message):
+    with pytest.raises(ShapeError, match="^attend: .*" + message):
+        attend(query, key, value, tiles)
+
+
+def test_auto_says_what_it_chose_and_why():
+    name, reason = choose_impl("auto")
+    assert name in IMPLS and reason
+    assert [choose_impl(impl) for impl in IMPLS] == [(impl, "asked for by name") for impl in IMPLS]
+
+
+def test_an_unknown_implementation_is_refused():
+    with pytest.raises(ImplError, match="attend: expected impl 'auto', 'reference', 'eager', got 'fast'; choose one"):
+        attend(Q, K, V, DENSE, impl="fast")

@@ -1,0 +1,160 @@
+"""Attention written a second time, with a boolean mask, and the one comparison every attention kernel must pass."""
+
+from dataclasses import dataclass
+
+import torch
+
+from sentei.kernels.attention import Grid, Tiles
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One call of `attend`: sizes, what is permitted and what is kept.
+
+    Args:
+        lengths: (start, stop) of the real keys, one a row; its number is the batch. None: one row without padding.
+        choices: heads that choose for themselves, H or G.
+        kept: chance of a tile to be kept; None is the dense plan.
+        logits: standard deviation of the scaled scores.
+    """
+
+    name: str
+    queries: int
+    keys: int
+    tile: tuple[int, int]
+    heads: int = 2
+    groups: int = 2
+    choices: int | None = None
+    causal: bool = True
+    lengths: tuple[tuple[int, int], ...] | None = None
+    kept: float | None = 0.5
+    logits: float = 1.0
+
+    @property
+    def batch(self) -> int:
+        return 1 if self.lengths is None else len(self.lengths)
+
+    def tensors(self, dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:
+        """Query, key and value; 6 and 5 wide, so that no two sizes are mixed up unseen."""
+        generator = torch.Generator().manual_seed(7)
+        shapes = (self.queries, self.heads, 6), (self.keys, self.groups, 6), (self.keys, self.groups, 5)
+        tensors = [torch.randn(self.batch, *shape, generator=generator, dtype=torch.float64) for shape in shapes]
+        tensors[0] *= self.logits
+        return [tensor.to(dtype) for tensor in tensors]
+
+    def grid(self) -> Grid:
+        lengths = None if self.lengths is None else torch.tensor(self.lengths)
+        return Grid(num_queries=self.queries, num_keys=self.keys, query_block=self.tile[0], key_block=self.tile[1],
+                    causal=self.causal, lengths=lengths)
+
+    def keep(self) -> torch.Tensor:
+        """Bool [B, H or G, QB, KB]: the tiles drawn, permitted or not."""
+        blocks = -(-self.queries // self.tile[0]), -(-self.keys // self.tile[1])
+        draw = torch.rand(self.batch, self.choices or self.heads, *blocks, generator=torch.Generator().manual_seed(8))
+        return draw < (1 if self.kept is None else self.kept)
+
+    def tiles(self) -> Tiles:
+        return Tiles(grid=self.grid()) if self.kept is None else Tiles.from_mask(self.keep(), self.grid())
+
+    def pairs(self) -> torch.Tensor:
+        """Bool [B, H, Tq, Tk]: the pairs that count, from the definitions and not from the grid."""
+        keep = self.keep().repeat_interleave(self.heads // (self.choices or self.heads), 1)
+        keep = keep.repeat_interleave(self.tile[0], 2).repeat_interleave(self.tile[1], 3)
+        keep = keep[:, :, :self.queries, :self.keys].clone()
+        for b in range(self.batch):
+            start, stop = (0, self.keys) if self.lengths is None else self.lengths[b]
+            for i in range(self.queries):
+                last = i + self.keys - self.queries if self.causal else self.keys
+                for j in range(self.keys):
+                    keep[b, :, i, j] &= start <= j < stop and j <= last
+        return keep
+
+
+CASES = [
+    Case(name="causal", queries=12, keys=12, tile=(4, 3)),
+    Case(name="bidirectional", queries=12, keys=12, tile=(4, 3), causal=False),
+    Case(name="dense", queries=12, keys=12, tile=(4, 3), kept=None),
+    Case(name="dense bidirectional", queries=12, keys=9, tile=(4, 3), kept=None, causal=False),
+    Case(name="dense cross", queries=5, keys=12, tile=(4, 3), kept=None),
+    Case(name="dense padded", queries=6, keys=6, tile=(4, 3), kept=None, lengths=((2, 6), (0, 6), (0, 4))),
+    Case(name="every tile by name", queries=10, keys=10, tile=(4, 3), kept=1.0),
+    Case(name="more keys than queries", queries=5, keys=13, tile=(2, 4)),
+    Case(name="one query", queries=1, keys=11, tile=(4, 4)),
+    Case(name="one query dense", queries=1, keys=11, tile=(4, 4), kept=None),
+    Case(name="one query, cut by padding", queries=1, keys=11, tile=(4, 4), lengths=((3, 11), (0, 11))),
+    Case(name="ragged tails", queries=11, keys=14, tile=(4, 5)),
+    Case(name="ragged bidirectional", queries=11, keys=14, tile=(4, 5), causal=False),
+    Case(name="a tile larger than the text", queries=3, keys=3, tile=(16, 8), kept=1.0),
+    Case(name="padding left", queries=9, keys=9, tile=(4, 2), lengths=((3, 9), (0, 9), (5, 9))),
+    Case(name="padding right", queries=9, keys=9, tile=(4, 2), lengths=((0, 9), (0, 4), (0, 7))),
+    Case(name="padding both, grouped", queries=9, keys=11, tile=(4, 2), heads=4, lengths=((2, 7), (0, 11)), choices=2),
+    Case(name="padding bidirectional", queries=9, keys=9, tile=(4, 2), lengths=((3, 9), (0, 6)), causal=False),
+    Case(name="a row of padding alone", queries=6, keys=6, tile=(2, 2), lengths=((3, 3), (0, 6)), kept=1.0),
+    Case(name="a row of padding alone, dense", queries=6, keys=6, tile=(2, 2), lengths=((6, 6), (0, 6)), kept=None),
+    Case(name="grouped 3 to 1", queries=10, keys=10, tile=(4, 3), heads=6, groups=2),
+    Case(name="grouped dense", queries=10, keys=10, tile=(4, 3), heads=6, groups=2, kept=None),
+    Case(name="one choice a group", queries=10, keys=10, tile=(4, 3), heads=6, groups=2, choices=2),
+    Case(name="multi-query", queries=10, keys=10, tile=(4, 3), heads=4, groups=1),
+    Case(name="multi-query, one choice", queries=10, keys=10, tile=(4, 3), heads=4, groups=1, choices=1),
+    Case(name="token by token", queries=9, keys=9, tile=(1, 1)),
+    Case(name="token by token, cross", queries=3, keys=9, tile=(1, 1), causal=False),
+    Case(name="some queries keep nothing", queries=12, keys=12, tile=(2, 2), kept=0.15),
+    Case(name="nothing kept", queries=8, keys=8, tile=(4, 4), kept=0.0),
+    Case(name="huge logits", queries=12, keys=12, tile=(4, 3), logits=1e4),
+    Case(name="queries before the first key", queries=9, keys=5, tile=(2, 2), kept=1.0),
+    Case(name="no query", queries=0, keys=6, tile=(2, 2)),
+    Case(name="no query, dense", queries=0, keys=6, tile=(2, 2), kept=None),
+]
+
+
+def masked_attention(query, key, value, pairs, scale):
+    """Every score, then the mask: output [B, Tq, H, Dv] and lse [B, Tq, H]; softmax in fp32 or wider."""
+    per_group = query.shape[2] // key.shape[2]
+    query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
+    key, value = key.repeat_interleave(per_group, 1), value.repeat_interleave(per_group, 1)
+    scores = (query @ key.transpose(-1, -2) * scale).masked_fill(~pairs, -torch.inf)
+    some = pairs.any(-1, keepdim=True)
+    safe = torch.where(some, scores, torch.zeros_like(scores))
+    shares = safe.softmax(-1, dtype=torch.promote_types(query.dtype, torch.float32)).to(query.dtype)
+    output = torch.where(some, shares, torch.zeros_like(shares)) @ value
+    lse = torch.where(some[..., 0], safe.logsumexp(-1), -torch.inf)
+    return output.transpose(1, 2), lse.transpose(1, 2)
+
+
+def outcome(attend, tensors) -> list[torch.Tensor]:
+    """Output, finite lse, and the gradients of one fixed loss of both; `attend(q, k, v)` returns output and lse."""
+    leaves = [tensor.detach().clone().requires_grad_() for tensor in tensors]
+    output, lse = attend(*leaves)
+    assert output.dtype == tensors[0].dtype, f"output is {output.dtype}"
+    assert not lse.isnan().any() and not lse.isposinf().any(), "NaN or +inf in the lse"
+    finite = lse.masked_fill(lse.isneginf(), 0)
+    generator = torch.Generator().manual_seed(9)
+    loss = sum((part * torch.randn(part.shape, generator=generator, dtype=torch.float64).to(part.dtype)).sum()
+               for part in (output, finite)) + sum(leaf.sum() * 0 for leaf in leaves)
+    gradients = torch.autograd.grad(loss, leaves)
+    return [output.detach(), lse.detach(), *gradients]
+
+
+def check_attend(attend, case: Case, dtype: torch.dtype = torch.float64) -> None:
+    """Raises AssertionError unless `attend` computes the case, gradients included.
+
+    Its error against fp64 may be twice that of plain masked attention in the same dtype, and one rounding step.
+    """
+    tensors, pairs, scale = case.tensors(dtype), case.pairs(), 6 ** -0.5
+    exact = outcome(lambda *qkv: masked_attention(*qkv, pairs, scale), [tensor.double() for tensor in tensors])
+    plain = outcome(lambda *qkv: masked_attention(*qkv, pairs, scale), tensors)
+    got = outcome(lambda *qkv: attend(*qkv, case.tiles(), scale=scale, return_lse=True), tensors)
+    alone = attend(*tensors, case.tiles(), scale=scale)
+    for name, value, other, true in zip(("output", "lse", "dq", "dk", "dv", "output without lse"),
+                                        (*got, alone), (*plain, plain[0]), (*exact, exact[0]), strict=True):
+        assert value.shape == true.shape, f"{name}: {list(value.shape)} instead of {list(true.shape)}"
+        if not value.numel():
+            continue
+        assert torch.equal(value.isneginf(), true.isneginf()), f"{name}: -inf in the wrong places"
+        finite = ~true.isneginf()
+        true = true.masked_fill(~finite, 0)
+        error, allowed = ((x.double().masked_fill(~finite, 0) - true).abs().amax() for x in (value, other))
+        step = torch.finfo(dtype).eps * true.abs().amax().clamp(min=1) * (16 if dtype == torch.float64 else 1)
+        assert error <= 2 * allowed + step, f"{name}: error {error:.3g}, plain attention {allowed:.3g} + {step:.3g}"
+    empty = ~pairs.any(-1).transpose(1, 2)
+    assert (got[0][empty] == 0).all() and got[1][empty].isneginf().all(), "a query without keys must give 0 and -inf"
