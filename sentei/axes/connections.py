@@ -87,9 +87,13 @@ class Config:
             raise FileError("connections.Config", expected=f"the keys {', '.join(cls.__dataclass_fields__)}",
                             got=repr(value)[:200], do="write plans with sentei")
         tile = value["tile"]
-        return cls(**{**value, "rule": rule_from_json(value["rule"]),
-                      "estimator": estimator_from_json(value["estimator"]),
-                      "tile": tuple(tile) if isinstance(tile, list) else (0, 0)})
+        parts = {"rule": rule_from_json(value["rule"]), "estimator": estimator_from_json(value["estimator"]),
+                 "tile": tuple(tile) if isinstance(tile, list) else (0, 0)}
+        try:
+            return cls(**{**value, **parts})
+        except RuleError as error:
+            raise FileError("connections.Config", expected=error.expected, got=repr(value)[:200],
+                            do="write plans with sentei") from error
 
 
 class Connections(Axis):

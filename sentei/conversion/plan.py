@@ -35,7 +35,8 @@ class Entry:
     def from_json(cls, value: dict) -> "Entry":
         """The entry written by `to_json`; anything else is refused with a FileError."""
         layer, room = (value.get("layer"), value.get("room")) if isinstance(value, dict) else (None, None)
-        good = type(layer) is int and 0 <= layer < MAX_LAYERS and room in AXES and set(value) == {"layer", "room", "config"}
+        good = (type(layer) is int and 0 <= layer < MAX_LAYERS and isinstance(room, str) and room in AXES
+                and set(value) == {"layer", "room", "config"})
         if not good:
             raise FileError("plan", expected=f"entries with layer, room ({', '.join(AXES)}) and config",
                             got=repr(value)[:200], do="write plans with sentei")

@@ -61,7 +61,7 @@ def _gathered(query, key, value, tiles, scale, return_lse):
         shares = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(value.dtype)
         if plan.fewest(items) == 0:
             shares = shares.masked_fill(torch.isneginf(scores).all(-1, keepdim=True), 0)
-        values = value_blocks[plan.slots(items).clamp(min=0)].flatten(1, 2)
+        values = value_blocks[plan.slots(items)].flatten(1, 2)
         outputs.append(torch.bmm(shares, values))
         if return_lse:
             lses.append(scores.logsumexp(-1, keepdim=True))
@@ -85,8 +85,9 @@ class _Plan:
         self.row = head // heads
         group = self.row * kv_heads + head % heads // (heads // kv_heads)
         self.ids = torch.cat(ids, 1)
-        # Key blocks are numbered over the whole batch; empty slots stay -1.
-        self.places = torch.where(self.ids < 0, -1, self.ids + group[:, None] * grid.num_key_blocks)
+        # Key blocks are numbered over the whole batch; an empty slot reads a block of its own row and head, so that
+        # a NaN of another row cannot reach it through a weight of 0.
+        self.places = self.ids.clamp(min=0) + group[:, None] * grid.num_key_blocks
         self.count = tiles.full_count.repeat_interleave(per_head, 1).flatten().long()
         self.order = torch.argsort(self.count, descending=True, stable=True)
         assert len(self.count) == batch * heads * grid.num_query_blocks
@@ -106,14 +107,14 @@ class _Plan:
         return int(self.count[items[-1]])
 
     def slots(self, items: torch.Tensor) -> torch.Tensor:
-        """Int64 [N, slots]: partial then full key blocks of these items, -1 where an item has fewer than the run."""
+        """Int64 [N, slots]: partial then full key blocks of these items; some block where an item has fewer."""
         return self.places[items, :self.num_partial + int(self.count[items[0]])]
 
 
 def _scores(queries, key_blocks, plan, items):
     """Float [N, query_block, slots · key_block]: scaled scores, -inf where a pair is not permitted."""
     grid, slots = plan.grid, plan.slots(items)
-    keys = key_blocks[slots.clamp(min=0)].flatten(1, 2)
+    keys = key_blocks[slots].flatten(1, 2)
     scores = torch.bmm(queries, keys.transpose(1, 2))
     if plan.num_partial:
         ids = plan.ids[items, :plan.num_partial]
@@ -125,7 +126,7 @@ def _scores(queries, key_blocks, plan, items):
         scores[:, :, :plan.num_partial * grid.key_block].masked_fill_(~seen, -torch.inf)
     fewest = plan.num_partial + plan.fewest(items)
     if fewest < slots.shape[1]:
-        absent = (slots[:, fewest:] < 0).repeat_interleave(grid.key_block, 1)[:, None]
+        absent = (plan.ids[items, fewest:slots.shape[1]] < 0).repeat_interleave(grid.key_block, 1)[:, None]
         scores[:, :, fewest * grid.key_block:].masked_fill_(absent, -torch.inf)
     return scores
 

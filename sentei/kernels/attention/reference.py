@@ -22,7 +22,9 @@ def attend(
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """See `sentei.kernels.attention.attend`."""
     batch, num_queries, heads, _ = query.shape
-    kv_heads = key.shape[2]
+    kv_heads, dtype = key.shape[2], query.dtype
+    # Sums over queries (the gradients of keys and values) need more than half precision.
+    query, key, value = (tensor.to(torch.promote_types(dtype, torch.float32)) for tensor in (query, key, value))
     tiles = tiles.listed(batch, kv_heads, query.device)
     outputs, lses = [], []
     for b in range(batch):
@@ -35,9 +37,11 @@ def attend(
                 outputs.append(scores.softmax(0) @ value[b, keys, g])
     output = torch.stack(outputs).view(batch, num_queries, heads, -1) if outputs else value.new_zeros(
         batch, num_queries, heads, value.shape[-1])
+    output = output.to(dtype)
     if not return_lse:
         return output
-    return output, torch.stack(lses).view(batch, num_queries, heads) if lses else query.new_zeros(query.shape[:-1])
+    lse = torch.stack(lses).view(batch, num_queries, heads) if lses else query.new_zeros(query.shape[:-1])
+    return output, lse.to(dtype)
 
 
 def _kept_keys(tiles: Tiles, b: int, h: int, i: int) -> torch.Tensor:

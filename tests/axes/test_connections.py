@@ -1,0 +1,209 @@
+"""connections: the choice, what is always kept, compensation, and its doors."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from sentei.axes.connections import Config, Connections, SelfAttention, from_dense
+from sentei.core.errors import RuleError, ShapeError
+from sentei.core.rules import All, Mass, Threshold, TopK
+from sentei.core.tracing import trace
+from sentei.kernels.attention import attend
+from sentei.kernels.attention.select import ESTIMATORS, always_kept
+
+SMALL = Config(rule=TopK(2), tile=(4, 2), window=0)
+
+
+def qkv(batch: int = 1, queries: int = 24, keys: int = 24, heads: int = 4, groups: int = 2) -> list[torch.Tensor]:
+    shapes = (queries, heads, 8), (keys, groups, 8), (keys, groups, 6)
+    return [torch.randn(batch, *shape, dtype=torch.float64) for shape in shapes]
+
+
+def selection_of(room: Connections, *inputs):
+    with trace(room) as records:
+        room(*inputs)
+    return records[0].selection
+
+
+def softmax_over(query, key, value, pairs, scale: float) -> torch.Tensor:
+    """Attention over the pairs, bool [B, H, Tq, Tk]."""
+    key, value = (x.repeat_interleave(query.shape[2] // x.shape[2], 2) for x in (key, value))
+    scores = torch.einsum("bihd,bjhd->bhij", query, key) * scale
+    return torch.einsum("bhij,bjhd->bihd", scores.masked_fill(~pairs, -torch.inf).softmax(-1), value)
+
+
+@pytest.mark.parametrize("share", ["head", "group"])
+@pytest.mark.parametrize("criterion", ["mass", "output"])
+@pytest.mark.parametrize("rule", [All(), TopK(3), Mass(0.4), Threshold(0.6)], ids=str)
+def test_is_softmax_over_the_tiles_selected(rule, criterion, share):
+    room, inputs = Connections(replace(SMALL, rule=rule, criterion=criterion, share=share)), qkv(2)
+    selection = selection_of(room, *inputs)
+    assert selection.ids.shape[:3] == (2, 2 if share == "group" else 4, 6) and selection.unit == 2
+    pairs = selection.mask().repeat_interleave(4 // selection.ids.shape[1], 1)
+    pairs = pairs.repeat_interleave(4, 2).repeat_interleave(2, 3) & torch.ones(24, 24, dtype=torch.bool).tril()
+    torch.testing.assert_close(room(*inputs), softmax_over(*inputs, pairs, 8 ** -0.5))
+
+
+@pytest.mark.parametrize("impl", ["reference", "eager"])
+def test_a_named_kernel_runs_and_is_recorded(impl):
+    room, inputs = Connections(SMALL, impl=impl), qkv()
+    with trace(room) as records:
+        output = room(*inputs)
+    assert (records[0].impl, records[0].reason) == (impl, "asked for by name")
+    torch.testing.assert_close(output, Connections(SMALL)(*inputs))
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS.values(), ids=list(ESTIMATORS))
+def test_a_mass_of_1_is_dense_attention_with_any_estimator(estimator):
+    inputs = qkv()
+    kind = estimator(stride=2) if "stride" in estimator.__dataclass_fields__ else estimator()
+    room = Connections(replace(SMALL, rule=Mass(1.0), estimator=kind))
+    assert torch.equal(room(*inputs), Connections(Config(tile=(4, 2)))(*inputs))
+
+
+def test_all_does_not_score_and_costs_no_choosing():
+    with trace(room := Connections(Config(tile=(4, 2)))) as records:
+        room(*qkv())
+    assert records[0].cost.choosing == 0 and records[0].cost.density() == 1
+
+
+def test_what_cannot_drop_anything_is_the_dense_kernel():
+    room, inputs = Connections(replace(SMALL, window=100)), qkv()
+    assert room.is_dense(*inputs)
+    assert torch.equal(room(*inputs), Connections(Config(tile=(4, 2)))(*inputs))
+
+
+@pytest.mark.parametrize("window", [0, 4, 6])
+def test_sink_diagonal_window_and_the_last_block_are_kept(window):
+    kept = selection_of(Connections(replace(SMALL, rule=TopK(0), window=window)), *qkv()).mask()[0, 0]
+    for block in range(6):
+        near = {tile for tile in range(12) if 4 * block - window <= 2 * tile + 1 and 2 * tile <= 4 * block + 3}
+        expected = set(range(12)) if block == 5 else near | {0}
+        assert set(kept[block].nonzero()[:, 0].tolist()) == expected
+
+
+def test_early_blocks_are_dense_when_asked():
+    kept = selection_of(Connections(replace(SMALL, rule=TopK(0), dense_below=13)), *qkv()).count()[0, 0].tolist()
+    assert kept == [2, 4, 6, 3, 3, 12]
+
+
+def test_the_sink_is_the_first_real_key():
+    lengths = torch.tensor([[0, 24], [9, 24]])
+    room = Connections(replace(SMALL, rule=TopK(0)))
+    kept = selection_of(room, *qkv(2), lengths).mask()[:, 0, 4]
+    assert kept[0].nonzero()[:, 0].tolist() == [0, 8, 9] and kept[1].nonzero()[:, 0].tolist() == [4, 8, 9]
+
+
+@pytest.mark.parametrize("lengths", [None, [[0, 24], [7, 24]], [[0, 24], [3, 20]]], ids=["none", "left", "both sides"])
+@pytest.mark.parametrize("rule", [TopK(2), Mass(0.3)], ids=str)
+def test_compensation_is_attention_with_a_mean_key_for_every_dropped_tile(rule, lengths):
+    lengths = None if lengths is None else torch.tensor(lengths)
+    room, inputs = Connections(replace(SMALL, rule=rule, compensate=True)), qkv(2)
+    query, key, value = inputs
+    selection = selection_of(room, *inputs, lengths)
+    grid = room.grid(query, key, lengths)
+    dropped = grid.full(query.device) & ~selection.mask()
+    assert dropped.any()
+    pairs = selection.mask().repeat_interleave(4, 2).repeat_interleave(2, 3)
+    pairs &= torch.ones(24, 24, dtype=torch.bool).tril()
+    if lengths is not None:
+        positions = torch.arange(24)
+        real = (positions >= lengths[:, :1]) & (positions < lengths[:, 1:])
+        pairs &= real[:, None, None]
+    key, value = (x.repeat_interleave(2, 2) for x in (key, value))
+    scores = torch.einsum("bihd,bjhd->bhij", query, key) * 8 ** -0.5
+    pooled_key, pooled_value = (x.unflatten(1, (12, 2)).mean(2) for x in (key, value))
+    pooled = torch.einsum("bihd,bjhd->bhij", query, pooled_key) * 8 ** -0.5 + torch.tensor(2.0).log()
+    both = torch.cat([scores.masked_fill(~pairs, -torch.inf),
+                      pooled.masked_fill(~dropped.repeat_interleave(4, 2), -torch.inf)], -1)
+    shares = torch.nan_to_num(both.softmax(-1), nan=0.0)
+    expected = torch.einsum("bhij,bjhd->bihd", shares, torch.cat([value, pooled_value], 1))
+    torch.testing.assert_close(room(*inputs, lengths), expected)
+
+
+def test_gradients_with_compensation_are_finite_where_a_row_sees_nothing():
+    inputs = [tensor.requires_grad_() for tensor in qkv(2)]
+    room = Connections(replace(SMALL, compensate=True))
+    room(*inputs, torch.tensor([[0, 24], [7, 24]])).sum().backward()
+    assert all(tensor.grad.isfinite().all() for tensor in inputs)
+
+
+def test_a_dropped_value_counts_again_when_compensated():
+    query, key, value = qkv()
+    value.requires_grad_()
+    selection = selection_of(Connections(SMALL), query, key, value)
+    tile = int((~selection.mask()[0, 0, 3, :6]).nonzero()[0])
+    for compensate in (False, True):
+        output = Connections(replace(SMALL, compensate=compensate))(query, key, value)
+        gradient, = torch.autograd.grad(output[0, 12:16, 0].sum(), value)
+        assert bool(gradient[0, 2 * tile:2 * tile + 2, 0].abs().max() > 0) == compensate
+
+
+def test_cross_lengths_and_bidirectional():
+    inputs = qkv(queries=7, keys=24)
+    room = Connections(replace(SMALL, rule=Mass(0.2)), causal=False)
+    selection = selection_of(room, *inputs)
+    assert selection.permitted.unique().tolist() == [12] and selection.density() < 1
+    dense = Connections(Config(tile=(4, 2)), causal=False)
+    everything = torch.ones(1, 4, 7, 24, dtype=torch.bool)
+    torch.testing.assert_close(dense(*inputs), softmax_over(*inputs, everything, 8 ** -0.5))
+
+
+def test_the_scale_reaches_the_kernel_and_the_choice():
+    inputs = qkv()
+    room = Connections(Config(tile=(4, 2)), scale=0.05)
+    assert torch.equal(room(*inputs), attend(*inputs, room.tiles(selection_of(room, *inputs), *inputs[:2]), scale=0.05))
+    flat, sharp = (selection_of(Connections(replace(SMALL, rule=Mass(0.8)), scale=scale), *inputs).density()
+                   for scale in (0.0, 3.0))
+    assert sharp < flat
+
+
+def test_always_kept_is_what_the_room_forces():
+    room, inputs = Connections(replace(SMALL, window=3, dense_below=9)), qkv()
+    assert torch.equal(room.forced(*inputs), always_kept(room.grid(*inputs[:2], None), inputs[0].device, window=3,
+                                                         dense_below=9))
+
+
+@pytest.mark.parametrize("settings, expected", [
+    ({"rule": "all"}, "rule a Rule"), ({"estimator": "pooled"}, "estimator an Estimator"),
+    ({"criterion": "loss"}, "criterion 'mass'"), ({"tile": (0, 4)}, "tile two sizes from 1"),
+    ({"tile": (4,)}, "tile two sizes from 1"), ({"tile": (4.0, 4)}, "tile two sizes from 1"),
+    ({"tile": (True, 4)}, "tile two sizes from 1"), ({"window": -1}, "window and dense_below from 0"),
+    ({"dense_below": 1.5}, "window and dense_below from 0"), ({"share": "layer"}, "share 'head' or 'group'"),
+    ({"compensate": 1}, "compensate a bool"),
+], ids=str)
+def test_a_bad_field_is_named(settings, expected):
+    with pytest.raises(RuleError, match=f"connections.Config: expected .*{expected}.*change that field"):
+        Config(**settings)
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
+def test_from_dense_copies_the_layer(bias, causal):
+    layer = nn.MultiheadAttention(16, 4, bias=bias, batch_first=True, dtype=torch.float64)
+    x = torch.randn(2, 10, 16, dtype=torch.float64)
+    mask = torch.ones(10, 10, dtype=torch.bool).triu(1) if causal else None
+    converted = from_dense(layer, Config(tile=(4, 2)), causal=causal)
+    torch.testing.assert_close(converted(x), layer(x, x, x, attn_mask=mask, need_weights=False)[0])
+    lengths = torch.tensor([[0, 10], [4, 10]])
+    torch.testing.assert_close(converted(x, lengths)[1, 4:], converted(x[1:, 4:])[0])
+
+
+@pytest.mark.parametrize("settings", [{"kdim": 8}, {"add_bias_kv": True}, {"add_zero_attn": True}, {"dropout": 0.1}],
+                         ids=str)
+def test_a_layer_that_is_more_than_self_attention_is_refused(settings):
+    with pytest.raises(ShapeError, match="plain self-attention without dropout"):
+        from_dense(nn.MultiheadAttention(16, 4, **settings), Config())
+
+
+@pytest.mark.parametrize("settings", [{"num_heads": 3}, {"num_heads": 4, "num_kv_heads": 3}], ids=str)
+def test_heads_that_do_not_divide_are_refused(settings):
+    with pytest.raises(ShapeError, match="KV heads that divide the heads, heads that divide the width"):
+        SelfAttention(Config(), width=16, **settings)
+
+
+def test_grouped_heads_of_their_own_width():
+    layer = SelfAttention(SMALL, width=16, num_heads=6, num_kv_heads=2, head_dim=8)
+    assert layer(torch.randn(1, 12, 16)).shape == (1, 12, 16) and layer.key.weight.shape == (16, 16)
