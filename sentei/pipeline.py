@@ -302,7 +302,8 @@ def _result(request: Request, subject: Subject, proof: Proof, layers: tuple[int,
                     perplexity=(quality.dense, quality.pruned), seconds=proof.comparison.seconds(),
                     speedup=proof.comparison.speedup())
     plan = [{"layer": entry.layer, "room": entry.room, "rule": entry.config.rule.to_json(),
-             "density": sum(density[entry.layer]) / len(density[entry.layer])} for entry in proof.candidate.plan.entries]
+             "density": sum(density[entry.layer]) / len(density[entry.layer])}
+            for entry in proof.candidate.plan.entries]
     return {**result, "density": proof.judgement.mean_density(layers), "plan": plan, "out": out and str(out)}
 
 

@@ -1,7 +1,7 @@
 """connections: tokens keep earlier tokens.
 
 | query | candidate | score used to choose | value if kept | usual rule |
-| token, or a block | earlier token, or a block of them | q·k, or an estimate of it | the row v | All, TopK, Mass, Threshold |
+| token (block) | earlier token (block) | q·k, or an estimate of it | the row v | All, TopK, Mass, Threshold |
 
     o_i = Σ_j softmax_j(scale · q_i·k_j) v_j      over the keys j of the blocks kept for i
 
@@ -63,11 +63,12 @@ class Config:
     def __post_init__(self):
         sizes = (*self.tile, self.window, self.dense_below)
         whole = all(isinstance(size, int) and not isinstance(size, bool) and size >= 0 for size in sizes)
+        tiled = whole and len(self.tile) == 2 and min(self.tile) > 0
         checks = {
             "rule a Rule": isinstance(self.rule, Rule),
             "estimator an Estimator": isinstance(self.estimator, Estimator),
             "criterion 'mass', 'peak' or 'output'": self.criterion in ("mass", "peak", "output"),
-            "tile two sizes from 1, window and dense_below from 0": whole and len(self.tile) == 2 and min(self.tile) > 0,
+            "tile two sizes from 1, window and dense_below from 0": tiled,
             "share 'head' or 'group'": self.share in ("head", "group"),
             "compensate a bool": isinstance(self.compensate, bool),
         }
@@ -154,7 +155,7 @@ class Connections(Axis):
         moved = sum(tensor.numel() * tensor.element_size() for tensor in (query, query, key, value))
         cost = Cost(multiply_adds=kept * per_choice * per_tile, dense_multiply_adds=permitted * per_choice * per_tile,
                     bytes=moved, choosing=choosing)
-        return cost, *choose_impl(self.impl)
+        return cost, *choose_impl(self.impl, query, key, value, self.tiles(selection, query, key, lengths))
 
     def grid(self, query: torch.Tensor, key: torch.Tensor, lengths: torch.Tensor | None) -> Grid:
         """The grid of one call."""

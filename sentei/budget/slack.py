@@ -17,7 +17,7 @@ from torch import nn
 
 from sentei.axes.connections import Config, Connections
 from sentei.conversion.plan import Entry, Plan, attention_path, convert
-from sentei.core.rules import All, Mass, Rule, rule_from_json
+from sentei.core.rules import All, Rule, Threshold, rule_from_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,9 +58,9 @@ def from_json(value: list[dict]) -> list[LayerSlack]:
                                 for option in layer["options"]]) for layer in value]
 
 
-def options(masses: tuple[float, ...] = (0.98, 0.95, 0.9, 0.85, 0.8, 0.7, 0.6)) -> list[Rule]:
+def options(ratios: tuple[float, ...] = (0.003, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32)) -> list[Rule]:
     """The rules tried in every layer, dense first."""
-    return [All(), *(Mass(mass) for mass in masses)]
+    return [All(), *(Threshold(ratio) for ratio in ratios)]
 
 
 @torch.no_grad()

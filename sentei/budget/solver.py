@@ -16,7 +16,7 @@ from sentei.budget.goal import Goal
 from sentei.budget.judge import Judgement
 from sentei.budget.slack import LayerSlack
 from sentei.conversion.plan import Entry, Plan
-from sentei.core.rules import Mass
+from sentei.core.rules import Threshold
 
 PRICES = 24
 
@@ -60,7 +60,7 @@ def family(slack: list[LayerSlack], config: Config) -> list[Candidate]:
     errors = [max(option.error) for layer in slack for option in layer.options[1:]]
     seconds = max(sum(layer.dense_seconds for layer in layers), 1e-9)
     low, high = math.log(1e-6 * max(errors) / seconds), math.log(1e3 * sum(errors) / seconds)
-    candidates = [Candidate(name="dense", plan=Plan(), seconds=sum(layer.dense_seconds for layer in layers), density=1.0)]
+    candidates = [Candidate(name="dense", plan=Plan(), seconds=seconds, density=1.0)]
     for number in range(PRICES):
         price = math.exp(low + (high - low) * number / (PRICES - 1))
         candidate = _at_price(layers, config, price)
@@ -104,9 +104,9 @@ def _at_price(layers: list[_Layer], config: Config, price: float) -> Candidate:
         if error + price * layer.seconds(density) >= price * layer.dense_seconds:
             seconds, density = seconds + layer.dense_seconds, 1.0
         else:
-            masses = tuple(1.0 if pick == 0 else layer.slack.options[pick].rule.mass for pick in picks)
+            ratios = tuple(0.0 if pick == 0 else layer.slack.options[pick].rule.ratio for pick in picks)
             entries.append(Entry(layer=layer.slack.layer, room="connections",
-                                 config=replace(config, rule=Mass(masses))))
+                                 config=replace(config, rule=Threshold(ratios))))
             seconds += layer.seconds(density)
         densities.append(density)
     return Candidate(name=f"price {price:.3g}", plan=Plan(tuple(entries)), seconds=seconds, density=_mean(densities))
@@ -114,10 +114,10 @@ def _at_price(layers: list[_Layer], config: Config, price: float) -> Candidate:
 
 def _pick(layer: _Layer, head: int, price: float) -> int:
     """The option with the least error plus priced time for one head."""
-    heads = len(layer.slack.options[0].density)
-    per_head = price * layer.per_density / heads
-    return min(range(len(layer.slack.options)),
-               key=lambda pick: layer.slack.options[pick].error[head] + per_head * layer.slack.options[pick].density[head])
+    options = layer.slack.options
+    per_head = price * layer.per_density / len(options[0].density)
+    return min(range(len(options)),
+               key=lambda pick: options[pick].error[head] + per_head * options[pick].density[head])
 
 
 def _fit(layer: LayerSlack) -> _Layer:

@@ -109,8 +109,9 @@ def check(folder: Path) -> dict:
     found = _logits(model, tokens)
     difference = (found - logits).abs().max().item() if found.shape == logits.shape else float("inf")
     tolerance = TOLERANCE[read_policy(folder)["dtype"]]
-    generated = model.generate(tokens[None, -64:], attention_mask=torch.ones(1, min(64, len(tokens)), dtype=torch.int64),
-                               max_new_tokens=16, do_sample=False, pad_token_id=0)[0, -16:]
+    prompt = tokens[None, -64:]
+    generated = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=16, do_sample=False,
+                               pad_token_id=0)[0, prompt.shape[1]:]
     return {"difference": difference if difference < float("inf") else -1.0, "tolerance": tolerance,
             "met": difference <= tolerance, "generated": generated.tolist()}
 

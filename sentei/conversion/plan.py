@@ -63,7 +63,8 @@ class Plan:
     def from_json(cls, value: list) -> "Plan":
         """The plan written by `to_json`; anything else is refused with a FileError."""
         if not isinstance(value, list):
-            raise FileError("plan", expected="a JSON array of entries", got=repr(value)[:200], do="write plans with sentei")
+            raise FileError("plan", expected="a JSON array of entries", got=repr(value)[:200],
+                            do="write plans with sentei")
         return cls(tuple(Entry.from_json(item) for item in value))
 
 

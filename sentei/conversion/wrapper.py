@@ -66,7 +66,7 @@ def register() -> None:
     AttentionMaskInterface.register(IMPLEMENTATION, mask_forward)
 
 
-def attention_forward(module, query, key, value, attention_mask, scaling=None, dropout=0.0, is_causal=None, **extra):
+def attention_forward(module, query, key, value, attention_mask, scaling=None, **extra):
     """Attention of one layer as transformers calls it.
 
     Args:
@@ -79,12 +79,12 @@ def attention_forward(module, query, key, value, attention_mask, scaling=None, d
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     room = getattr(module, "connections", None)
-    special = dropout or extra.get("softcap") or extra.get("s_aux") is not None or is_causal is False
+    special = (extra.get("dropout") or extra.get("softcap") or extra.get("s_aux") is not None
+               or extra.get("is_causal") is False)
     lengths, understood = _lengths(attention_mask)
     if room is None or special or not understood:
         mask = _dense_mask(attention_mask, query.shape[2], key.shape[2])
-        return sdpa_attention_forward(module, query, key, value, mask, dropout=dropout, scaling=scaling,
-                                      is_causal=is_causal, **extra)
+        return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, **extra)
     query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
     return room(query, key, value, lengths).contiguous(), None
 

@@ -36,8 +36,8 @@ def processor() -> str:
     name = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
-        lines = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-        name = lines[0] if lines else name
+        lines = [line for line in info.read_text().splitlines() if line.startswith("model name")]
+        name = lines[0].partition(":")[2].strip() if lines else name
     return f"{name}, {torch.backends.cpu.get_cpu_capability()}"
 
 

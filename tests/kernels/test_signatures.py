@@ -52,7 +52,7 @@ def test_the_door_alone_chooses_the_implementation(operation):
 
 def test_every_operation_is_looked_at():
     folders = {path.parent.name for path in Path(sentei.kernels.__path__[0]).glob("*/__init__.py")}
-    assert folders == set(OPERATIONS)
+    assert folders - {"native"} == set(OPERATIONS)
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)

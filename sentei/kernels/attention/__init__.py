@@ -1,14 +1,16 @@
 """Attention over chosen tiles: one operation, several implementations of one signature."""
 
+import math
+
 import torch
 
 from sentei.core.errors import ImplError, ShapeError
-from sentei.kernels.attention import eager, reference
+from sentei.kernels.attention import eager, fused_cpp, reference
 from sentei.kernels.attention.tiles import Grid, Tiles
 
 __all__ = ["IMPLS", "Grid", "Tiles", "attend", "choose_impl", "merge"]
 
-IMPLS = {"reference": reference.attend, "eager": eager.attend}
+IMPLS = {"reference": reference.attend, "eager": eager.attend, "fused_cpp": fused_cpp.attend}
 
 
 def attend(
@@ -42,23 +44,28 @@ def attend(
     Cost: kept pairs · (D + Dv) multiply-adds; the dense plan is torch's own kernel.
     """
     _check(query, key, value, tiles)
-    name, _ = choose_impl(impl)
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    name, _ = choose_impl(impl, query, key, value, tiles)
+    scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
     return IMPLS[name](query, key, value, tiles, scale=scale, return_lse=return_lse)
 
 
-def choose_impl(impl: str) -> tuple[str, str]:
-    """The implementation that will run and why.
+def choose_impl(
+    impl: str, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, tiles: Tiles
+) -> tuple[str, str]:
+    """The implementation that will run for these arguments of `attend`, and why.
 
     Raises:
         ImplError: an unknown name.
     """
-    if impl == "auto":
-        return "eager", "the fastest implementation there is"
-    if impl not in IMPLS:
+    if impl in IMPLS:
+        return impl, "asked for by name"
+    if impl != "auto":
         raise ImplError("attend", expected=f"impl 'auto', {', '.join(map(repr, IMPLS))}", got=repr(impl),
                         do="choose one of these")
-    return impl, "asked for by name"
+    if tiles.is_everything:
+        return "eager", "the dense plan is torch's own kernel"
+    reason = fused_cpp.refusal(query, key, value)
+    return ("eager", f"fused_cpp cannot take {reason}") if reason else ("fused_cpp", "the fastest there is")
 
 
 def merge(
@@ -84,7 +91,8 @@ def _check(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, tiles: T
             and key.shape[1:3] == value.shape[1:3] and query.shape[3] == key.shape[3]
             and key.shape[2] > 0 and query.shape[2] % key.shape[2] == 0)
     if not fits:
-        raise ShapeError("attend", expected="query [B, Tq, H, D], key [B, Tk, G, D], value [B, Tk, G, Dv], G dividing H",
+        raise ShapeError("attend",
+                         expected="query [B, Tq, H, D], key [B, Tk, G, D], value [B, Tk, G, Dv], G dividing H",
                          got=f"{list(query.shape)}, {list(key.shape)}, {list(value.shape)}",
                          do="bring the heads to dimension 2")
     if not query.dtype == key.dtype == value.dtype or not query.is_floating_point():
@@ -98,5 +106,6 @@ def _check(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, tiles: T
                          do="give one (start, stop) a row of the batch")
     if not tiles.is_everything and (tiles.full_count.shape[0] != query.shape[0]
                                     or tiles.full_count.shape[1] not in (query.shape[2], key.shape[2])):
-        raise ShapeError("attend", expected=f"tiles of {query.shape[0]} rows and {query.shape[2]} or {key.shape[2]} heads",
+        raise ShapeError("attend",
+                         expected=f"tiles of {query.shape[0]} rows and {query.shape[2]} or {key.shape[2]} heads",
                          got=str(list(tiles.full_count.shape)), do="build the tiles for these tensors")

@@ -5,8 +5,9 @@ key block J is the logarithm of the mean, over the block's rows, of the share of
 
     share_iJ = Σ_{j∈J} exp(s_ij) / Σ_j exp(s_ij)          score_IJ = log mean_{i∈I} share_iJ
 
-or of their root mean square, which a few rows that need J badly can raise (`pool`). Estimators differ only in how they guess log Σ_{j∈J} exp(s_ij) for tiles wholly in the past. Tiles on the edge of
-what is permitted (the diagonal) are scored exactly, so no score ever looks at a key the row may not see.
+or of their root mean square, which a few rows that need J badly can raise (`pool`). Estimators differ only in how
+they guess log Σ_{j∈J} exp(s_ij) for tiles wholly in the past. Tiles on the edge of what is permitted (the diagonal)
+are scored exactly, so no score ever looks at a key the row may not see.
 """
 
 from abc import ABC, abstractmethod
@@ -16,6 +17,7 @@ import torch
 from torch.nn.functional import pad
 
 from sentei.core.errors import FileError, RuleError
+from sentei.kernels.attention import fused_cpp
 from sentei.kernels.attention.tiles import Grid
 
 # Query blocks are scored in slabs whose dense scores would number about this many: the oracle then holds 128 MB in
@@ -152,6 +154,11 @@ def estimate(
         pool: how the rows of a block are joined, "mean" or "rms".
     Cost: the estimator's, plus the edge tiles exactly; memory as PAIRS_AT_ONCE says.
     """
+    if not grid.num_queries:
+        return query.new_zeros(query.shape[0], query.shape[2], 0, grid.num_key_blocks)
+    if isinstance(estimator, Sampled) and query.dtype != torch.float64 and not fused_cpp.refusal(query, key, key):
+        mean, square = fused_cpp.shares(query, key, grid, scale=scale, sample=estimator.stride)
+        return _log_shares(mean if pool == "mean" else square.sqrt_(), grid.permitted(query.device))
     wide = torch.promote_types(query.dtype, torch.float32)
     groups = key.shape[2]
     queries = pad(query, (0, 0, 0, 0, 0, -query.shape[1] % grid.query_block)).transpose(1, 2)
@@ -172,8 +179,8 @@ def _slab(estimator, queries, keys, grid, start, kinds, pool):
     """Log shares [B, G, P, S, KB] of some query blocks; no key block beyond their last permitted one is touched."""
     full, edge = kinds
     permitted = (full | edge)[:, :, None]
-    past = int(permitted.any(-2).flatten(0, -2).any(0).sum())
-    seen = slice(0, max(1, past)) if grid.causal else slice(None)
+    some = permitted.flatten(0, -2).any(0).nonzero()
+    seen = slice(0, int(some[-1]) + 1 if len(some) else 1)
     mass = estimator.log_mass(queries, keys[:, :, seen], grid)
     mass = mass.masked_fill_(~full[:, :, None, :, None, seen], -torch.inf)
     ids, exact = _edge_mass(estimator, queries, keys, grid, start, edge)
@@ -183,8 +190,12 @@ def _slab(estimator, queries, keys, grid, start, kinds, pool):
         mass = pad(mass, (0, 1), value=-torch.inf).scatter(-1, slots, exact)[..., :-1]
     shares = torch.nan_to_num(mass.softmax(-1), nan=0.0)
     shares = shares.mean(-2) if pool == "mean" else shares.square_().mean(-2).sqrt_()
-    shares = pad(shares.clamp(min=torch.finfo(shares.dtype).tiny), (0, keys.shape[2] - shares.shape[-1]), value=1.0)
-    return shares.log().masked_fill(~permitted, -torch.inf)
+    return _log_shares(pad(shares, (0, keys.shape[2] - shares.shape[-1])), permitted)
+
+
+def _log_shares(shares, permitted):
+    """The logarithm of shares; -inf only where a tile is not permitted."""
+    return shares.clamp(min=torch.finfo(shares.dtype).tiny).log().masked_fill(~permitted, -torch.inf)
 
 
 def _edge_mass(estimator, queries, keys, grid, start, edge):
