@@ -85,9 +85,10 @@ def measure(
     handles = []
     try:
         for layer in layers:
-            attention = model.get_submodule(attention_path(model, layer))
+            path = attention_path(model, layer)
+            attention, block = model.get_submodule(path), model.get_submodule(path.rpartition(".")[0])
             probe = _Probe(attention, config, rules, found[layer], step)
-            handles.append(attention.register_forward_pre_hook(probe.before, with_kwargs=True))
+            handles.append(block.register_forward_pre_hook(probe.before, with_kwargs=True))
             handles.append(attention.connections.register_forward_pre_hook(probe))
         for row in tokens:
             model.get_decoder()(input_ids=row[None], use_cache=False)
@@ -106,7 +107,7 @@ class _Probe:
         self.stream = 1.0
 
     def before(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        """Notes the size of what the attention module is given: normalised, so about the width of the stream."""
+        """Notes the size of the residual stream the layer is given, before any norm."""
         hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
         self.stream = hidden.float().square().sum(-1).mean().item()
 

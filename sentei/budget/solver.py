@@ -18,7 +18,7 @@ from sentei.budget.slack import LayerSlack
 from sentei.conversion.plan import Entry, Plan
 from sentei.core.rules import Threshold
 
-PRICES = 24
+PRICES = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +57,8 @@ class _Layer:
 def family(slack: list[LayerSlack], config: Config) -> list[Candidate]:
     """The plans for growing prices of a second, dense first and sparsest last, without repetitions."""
     layers = [_fit(layer) for layer in slack]
-    errors = [max(option.error) for layer in slack for option in layer.options[1:]]
+    # Where dropping costs nothing at all, any price sweeps from dense to sparsest.
+    errors = [max(option.error) for layer in slack for option in layer.options[1:] if max(option.error)] or [1.0]
     seconds = max(sum(layer.dense_seconds for layer in layers), 1e-9)
     low, high = math.log(1e-6 * max(errors) / seconds), math.log(1e3 * sum(errors) / seconds)
     candidates = [Candidate(name="dense", plan=Plan(), seconds=seconds, density=1.0)]

@@ -95,6 +95,14 @@ def test_threshold_compares_with_the_largest_share(x, ratio):
         assert bool(kept[ranked(row)[0]])
 
 
+def test_a_threshold_of_1_keeps_the_largest_and_its_equals():
+    assert Threshold(1)(torch.tensor([[2.0, 1.0, 2.0], [0.0, 3.0, 1.0]])).ids.tolist() == [[0, 2], [1, -1]]
+
+
+def test_a_threshold_of_0_keeps_even_a_share_of_0():
+    assert Threshold(0)(torch.tensor([[0.0, -1e4]])).count().item() == 2
+
+
 @pytest.mark.parametrize("num_queries", [1, 7, 13, 21, 49, 300])
 def test_a_capacity_of_k_nths_of_n_queries_is_k(num_queries):
     x = torch.randn(num_queries, 2, generator=torch.Generator().manual_seed(0))

@@ -95,8 +95,8 @@ def test_the_order_of_the_slots_does_not_matter_and_an_expert_may_be_kept_twice(
 def test_the_dtype_is_that_of_the_experts_and_the_sum_is_wide(impl, dtype):
     """256 times 1 + 1/128: a running sum in bfloat16 would stop at 256."""
     hidden = torch.full((1, 2), 1 + 2**-7, dtype=dtype)
-    ids, weights = torch.zeros(1, 256, dtype=torch.int64), torch.ones(1, 256, dtype=dtype)
-    y = route(hidden, ids, weights, [lambda x: x], impl=impl)
+    ids, weights = torch.arange(256)[None], torch.ones(1, 256, dtype=dtype)
+    y = route(hidden, ids, weights, [lambda x: x] * 256, impl=impl)
     assert y.dtype == dtype and y.tolist() == [[258.0, 258.0]]
 
 

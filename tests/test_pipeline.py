@@ -1,0 +1,147 @@
+"""The main job end to end, on a tiny random model: what it writes, how it goes on, and what it refuses."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import save_tiny
+
+import sentei
+from sentei import pipeline
+from sentei.conversion import wrapper
+from sentei.core.errors import FileError, ResourceError, SenteiError
+
+KEYS = {"schema", "model", "workload", "dtype", "threads", "dense", "pruned", "speedup", "quality", "density", "plan",
+        "out"}
+
+
+@pytest.fixture(scope="module")
+def subject(tmp_path_factory) -> dict:
+    """A tiny Llama in a folder and a text long enough for five windows of 512 tokens."""
+    folder = tmp_path_factory.mktemp("model") / "tiny"
+    save_tiny(folder, "llama")
+    text = folder.parent / "text.txt"
+    text.write_text(" ".join(f"{number} squared is {number * number}." for number in range(3000)))
+    return {"model": str(folder), "text": text, "workload": "prefill:512"}
+
+
+@pytest.fixture(scope="module")
+def done(subject, tmp_path_factory):
+    """A finished run."""
+    out = tmp_path_factory.mktemp("run") / "out"
+    return pipeline.run(pipeline.Request(**subject, quality=0.5, out=out), pipeline.Silent())
+
+
+def test_the_public_object_has_the_keys_of_its_schema(done):
+    assert set(done.result) == KEYS
+    assert done.result["schema"] == "sentei.prune/1"
+    assert set(done.result["dense"]) == set(done.result["pruned"]) == {"perplexity", "seconds", "tokens_per_second"}
+    assert all(set(entry) == {"layer", "room", "rule", "density"} for entry in done.result["plan"])
+    json.dumps(done.result, allow_nan=False)
+
+
+def test_the_folder_loads_and_generates(done):
+    model = sentei.load(done.result["out"])
+    prompt = torch.arange(2, 12)[None]
+    tokens = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=4, do_sample=False)
+    assert 10 < tokens.shape[1] <= 14
+    assert len(wrapper.rooms(model)) == len(done.plan.entries)
+
+
+def test_the_folder_proves_itself_in_a_fresh_process(done):
+    receipt = pipeline.verify(Path(done.result["out"]))
+    assert receipt["met"] and 0 <= receipt["difference"] <= receipt["tolerance"]
+
+
+def test_a_changed_weight_is_seen_by_the_receipt(done, tmp_path):
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    folder = shutil.copytree(done.result["out"], tmp_path / "copy")
+    weights = load_file(folder / "model.safetensors")
+    name = next(name for name in weights if "o_proj" in name)
+    weights[name] += 1.0
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    assert not pipeline.verify(folder)["met"]
+
+
+def test_the_same_request_does_nothing_twice(subject, done, monkeypatch):
+    def never(*arguments):
+        raise AssertionError("a finished stage was done again")
+
+    monkeypatch.setattr("sentei.budget.judge.token_losses", never)
+    monkeypatch.setattr("sentei.budget.slack.measure", never)
+    monkeypatch.setattr("sentei.budget.judge.interleave", never)
+    again = pipeline.run(pipeline.Request(**subject, quality=0.5, out=Path(done.result["out"])), pipeline.Silent())
+    assert again.result == done.result
+
+
+def test_an_interrupted_run_goes_on(subject, tmp_path, monkeypatch):
+    request = pipeline.Request(**subject, quality=0.5, out=tmp_path / "out")
+    with monkeypatch.context() as broken:
+        def stop(*arguments, **settings):
+            raise KeyboardInterrupt
+
+        broken.setattr("sentei.budget.slack.measure", stop)
+        with pytest.raises(KeyboardInterrupt):
+            pipeline.run(request, pipeline.Silent())
+    kept = {path: path.read_bytes() for path in (tmp_path / "out" / "stages").iterdir()}
+    assert kept and not (tmp_path / "out" / "sentei.json").exists()
+    assert pipeline.run(request, pipeline.Silent()).report.is_file()
+    assert all(path.read_bytes() == content for path, content in kept.items())
+
+
+def test_a_model_in_memory_is_converted_and_nothing_is_written(subject, tmp_path, monkeypatch):
+    from sentei.conversion.checkpoints import load_model, load_tokenizer, locate
+
+    monkeypatch.chdir(tmp_path)
+    checkpoint = locate(subject["model"])
+    model = load_model(checkpoint)
+    outcome = sentei.prune(model, load_tokenizer(checkpoint), text=subject["text"], workload="prefill:512", quality=0.5)
+    assert outcome.model is model and outcome.report is None and outcome.result["out"] is None
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_speed_out_of_reach_is_not_met_and_says_how_far_it_came(subject, tmp_path):
+    outcome = pipeline.run(pipeline.Request(**subject, speed=1000.0, out=tmp_path / "out"), pipeline.Silent())
+    assert not outcome.met and "times as fast" in outcome.reason
+
+
+@pytest.mark.parametrize("settings, error, message", [
+    ({"quality": 1.5}, SenteiError, "--quality: expected a number above 0 and at most 1, got 1.5"),
+    ({"quality": 0.9, "speed": 2.0}, SenteiError, "goal: expected either a quality or a speed"),
+    ({"speed": 0.5}, SenteiError, "--speed: expected a number from 1, got 0.5"),
+    ({"quality": 0.9, "workload": "prefill:1"}, SenteiError, "--workload: expected prefill:TOKENS"),
+    ({"quality": 0.9, "workload": "decode:64"}, SenteiError, "--workload: expected prefill:TOKENS"),
+    ({"quality": 0.9, "workload": "prefill:999999"}, SenteiError, "--workload: expected at most the model's context"),
+    ({"quality": 0.9, "text": Path("missing.txt")}, FileError, "missing.txt: expected"),
+    ({"quality": 0.9, "model": "missing"}, FileError, "missing: expected a model folder"),
+], ids=lambda value: "")
+def test_bad_input_is_refused_and_nothing_is_written(subject, tmp_path, settings, error, message):
+    out = tmp_path / "out"
+    with pytest.raises(error, match=message):
+        pipeline.run(pipeline.Request(**{**subject, "out": out, **settings}), pipeline.Silent())
+    assert not out.exists()
+
+
+def test_a_text_too_short_says_how_long_it_must_be(subject, tmp_path):
+    short = tmp_path / "short.txt"
+    short.write_text("too short")
+    with pytest.raises(FileError, match="expected at least 2,560 tokens"):
+        pipeline.run(pipeline.Request(**{**subject, "text": short}, quality=0.9, out=tmp_path / "out"),
+                     pipeline.Silent())
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_is_not_ours_is_left_alone(subject, tmp_path):
+    (tmp_path / "letter.txt").write_text("keep me")
+    with pytest.raises(SenteiError, match="--out: expected a new or empty folder"):
+        pipeline.run(pipeline.Request(**subject, quality=0.5, out=tmp_path), pipeline.Silent())
+    assert [path.name for path in tmp_path.iterdir()] == ["letter.txt"]
+
+
+def test_two_runs_do_not_share_a_folder(subject, tmp_path):
+    with pipeline._claimed(tmp_path / "out"), pytest.raises(ResourceError, match="no other process"):
+        pipeline.run(pipeline.Request(**subject, quality=0.5, out=tmp_path / "out"), pipeline.Silent())
