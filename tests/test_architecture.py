@@ -332,9 +332,11 @@ def test_a_good_house_is_left_in_peace(tmp_path):
     assert {guard.__name__: guard(tmp_path) for guard in GUARDS} == {guard.__name__: [] for guard in GUARDS}
 
 
-def test_import_loads_torch_and_nothing_else():
+@pytest.mark.parametrize("which", ["the package", "every module"])
+def test_import_loads_torch_and_nothing_else(which):
     """In a fresh interpreter, so that what other tests imported does not count."""
-    code = ("import sys, torch; before = set(sys.modules); import sentei; assert sentei.__file__; "
+    every = sorted(map(module_name, sources(ROOT, "sentei"))) if which == "every module" else ["sentei"]
+    code = (f"import sys, torch; before = set(sys.modules); import {', '.join(every)}; assert sentei.__file__; "
             "print(*{name.split('.')[0] for name in set(sys.modules) - before} - set(sys.stdlib_module_names))")
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr
