@@ -1,13 +1,14 @@
 """From slack to plans: at each price of a second, the cheapest choice for every head.
 
-A layer's attention takes about `a + b · density` seconds (fitted to what was measured here), so with a price λ on a
-second every head picks the option with the least  error + λ · b · density / H  and the layer stays dense where that
-costs less. Sweeping λ gives a family of plans from dense to sparsest. Errors of layers do not add up, so which of
-them is good enough is for the real model to say: `search` judges whole plans and halves the interval between the
-last good one and the first bad one.
+A layer's attention takes about `a + b · density` seconds (fitted to what was measured here, in all layers), so with a
+price λ on a second every head picks the option with the least error + λ · b · density / H and the layer stays dense
+where that costs less. Sweeping λ gives a family of plans from dense to sparsest. Errors of layers do not add up, so
+which of them is good enough is for the real model to say: `search` judges whole plans and halves the interval between
+the last good one and the first bad one.
 """
 
 import math
+import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -40,15 +41,12 @@ class Candidate:
 
 @dataclass(frozen=True, kw_only=True)
 class _Layer:
-    """A layer's measured options and its fitted time."""
+    """A layer's measured options and the time fitted to all layers."""
 
     slack: LayerSlack
     fixed: float
     per_density: float
-
-    @property
-    def dense_seconds(self) -> float:
-        return self.slack.options[0].seconds
+    dense_seconds: float
 
     def seconds(self, density: float) -> float:
         return self.fixed + self.per_density * density
@@ -56,7 +54,7 @@ class _Layer:
 
 def family(slack: list[LayerSlack], config: Config) -> list[Candidate]:
     """The plans for growing prices of a second, dense first and sparsest last, without repetitions."""
-    layers = [_fit(layer) for layer in slack]
+    layers = _fit(slack)
     # Where dropping costs nothing at all, any price sweeps from dense to sparsest.
     errors = [max(option.error) for layer in slack for option in layer.options[1:] if max(option.error)] or [1.0]
     seconds = max(sum(layer.dense_seconds for layer in layers), 1e-9)
@@ -72,13 +70,14 @@ def family(slack: list[LayerSlack], config: Config) -> list[Candidate]:
 
 def uniform(slack: list[LayerSlack], config: Config) -> list[Candidate]:
     """The same rule in every layer, for comparison: dense first and sparsest last."""
-    layers = [_fit(layer) for layer in slack]
+    layers = _fit(slack)
     candidates = []
     for number, option in enumerate(slack[0].options):
         densities = [_mean(layer.slack.options[number].density) for layer in layers]
         entries = tuple(Entry(layer=layer.slack.layer, room="connections", config=replace(config, rule=option.rule))
                         for layer in layers) if number else ()
-        seconds = [layer.slack.options[number].seconds for layer in layers]
+        seconds = [layer.seconds(density) if number else layer.dense_seconds
+                   for layer, density in zip(layers, densities, strict=True)]
         candidates.append(Candidate(name=f"uniform {option.rule}" if number else "dense", plan=Plan(entries),
                                     seconds=sum(seconds), density=_mean(densities)))
     return candidates
@@ -121,13 +120,19 @@ def _pick(layer: _Layer, head: int, price: float) -> int:
                key=lambda pick: options[pick].error[head] + per_head * options[pick].density[head])
 
 
-def _fit(layer: LayerSlack) -> _Layer:
-    """Least squares of seconds over mean density for the options that choose, with a slope of at least 0."""
-    points = [(_mean(option.density), option.seconds) for option in layer.options[1:]]
+def _fit(slack: list[LayerSlack]) -> list[_Layer]:
+    """Least squares of seconds over mean density for the options that choose, over all layers at once.
+
+    Layers of one model have one shape, so what differs between their clocks is noise: a slope fitted to one layer
+    alone can come out flat, and a flat layer looks as if keeping everything were free.
+    """
+    points = [(_mean(option.density), option.seconds) for layer in slack for option in layer.options[1:]]
     mean_x, mean_y = _mean([x for x, _ in points]), _mean([y for _, y in points])
     spread = sum((x - mean_x) ** 2 for x, _ in points)
     slope = max(0.0, sum((x - mean_x) * (y - mean_y) for x, y in points) / spread) if spread else 0.0
-    return _Layer(slack=layer, fixed=max(0.0, mean_y - slope * mean_x), per_density=slope)
+    dense = statistics.median(layer.options[0].seconds for layer in slack)
+    return [_Layer(slack=layer, fixed=max(0.0, mean_y - slope * mean_x), per_density=slope, dense_seconds=dense)
+            for layer in slack]
 
 
 def _mean(values: list[float]) -> float:
