@@ -8,7 +8,7 @@ import hashlib
 import shlex
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -185,11 +185,10 @@ def prune(model: nn.Module | str | None = None, tokenizer=None, *, text: Path | 
     name = Path(model.name_or_path or type(model).__name__).name
     subject = Subject(model=model.eval(), tokenizer=tokenizer, name=name, source=f"{name} (a model in memory)",
                       fingerprint=_fingerprint(model))
-    windows = _windows(subject, read_text(request.text), Workload.parse(workload))
-    if out is None:
-        return _prune(subject, read_text(request.text), windows, request, None, progress)
-    with _claimed(Path(out)):
-        return _prune(subject, read_text(request.text), windows, request, Path(out), progress)
+    content = read_text(request.text)
+    windows = _windows(subject, content, Workload.parse(workload))
+    with nullcontext() if request.out is None else _claimed(request.out):
+        return _prune(subject, content, windows, request, request.out, progress)
 
 
 def verify(folder: Path) -> dict:

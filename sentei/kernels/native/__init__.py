@@ -13,8 +13,9 @@ from sentei.core.errors import ImplError
 LIBRARY = "_native*.so"
 
 
+@cache
 def present() -> bool:
-    """Whether the native library was built."""
+    """Whether the native library was built; looked up once, because every call of attention asks."""
     return any(Path(__file__).parent.glob(LIBRARY))
 
 
