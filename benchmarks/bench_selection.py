@@ -2,11 +2,11 @@
 
 Run from the repository's root: python -m benchmarks.bench_selection --tokens 4096 --windows 2
 
-Every row keeps the same share of the tiles, so only *which* tiles differs. The one parameter of its rule (k, mass, ratio)
-is the same in every layer and head, and is set on the dense model's own queries and keys to reach the density. Besides
-the rule's choice a row keeps only what it must: the first block, the diagonal and the last query block; the rows called
-"default room" also keep the window of 128 tokens that `Config` has by default. "Sink + window" keeps nothing else, with
-the window grown until the density is reached. The oracle scores every query against every key.
+Every row keeps the same share of the tiles, so only *which* tiles differs. The one parameter of its rule (k, mass,
+ratio) is the same in every layer and head, and is set on the dense model's own queries and keys to reach the density.
+Besides the rule's choice a row keeps only what it must: the first block, the diagonal and the last query block; the
+rows called "default room" also keep the window of 128 tokens that `Config` has by default. "Sink + window" keeps
+nothing else, with the window grown until the density is reached. The oracle scores every query against every key.
 """
 
 import argparse

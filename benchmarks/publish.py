@@ -1,4 +1,4 @@
-"""Writes a benchmark's result as a page that says what was measured, where, when, at which commit and how to repeat it."""
+"""Writes a benchmark's result as a page: what was measured, where, when, at which commit, and how to repeat it."""
 
 import re
 import shlex
