@@ -89,7 +89,7 @@ class Observation:
         """Bool [H, QB, KB] of every layer: what the rule keeps."""
         permitted = ~torch.isneginf(self.scores["oracle, mass"][0])
         forced = self.forced[ROOMS[room].window] & permitted
-        return [rule.keep(scores, permitted, forced) for scores in self.scores[room]]
+        return [rule.keep(scores, permitted, forced) & permitted for scores in self.scores[room]]
 
     def density(self, keep: list[torch.Tensor]) -> float:
         """The mean over layers and heads of kept ÷ permitted tiles, as `Judgement.mean_density` counts."""
