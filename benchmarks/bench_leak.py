@@ -24,7 +24,7 @@ from sentei.conversion.checkpoints import load_model, load_tokenizer, locate
 from sentei.conversion.plan import Entry, Plan, attention_path, convert, prunable_layers
 from sentei.core.rules import Threshold
 from sentei.measurement.quality import compare, token_losses
-from sentei.measurement.text import cut, read_text
+from sentei.measurement.text import read_text, windows_of
 
 BLOCKS = (32, 64, 128)
 DENSITIES = (0.25, 0.125)
@@ -150,8 +150,8 @@ def main() -> None:
     arguments = parser.parse_args()
     checkpoint = locate(arguments.model)
     model, text = load_model(checkpoint), read_text(arguments.text)
-    tokens = load_tokenizer(checkpoint)(text.text, add_special_tokens=False, verbose=False)["input_ids"]
-    windows = cut(tokens, length=arguments.tokens, needed={"judge": arguments.windows})["judge"]
+    windows = windows_of(load_tokenizer(checkpoint), text.text, length=arguments.tokens,
+                         needed={"judge": arguments.windows})["judge"]
     shares, dense, lines = observe(model, windows[0]), token_losses(model, windows), []
     for block in BLOCKS:
         pooled = {name: [choice(layer, block) for layer in shares] for name, choice in CHOICES.items()}

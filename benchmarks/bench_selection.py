@@ -27,7 +27,7 @@ from sentei.core.rules import Mass, Rule, Threshold, TopK
 from sentei.core.storage import Stages
 from sentei.kernels.attention.select import Antidiagonal, PageBounds, Pooled, Sampled, always_kept, estimate
 from sentei.measurement.outcome import environment
-from sentei.measurement.text import cut, read_text
+from sentei.measurement.text import read_text, windows_of
 
 DENSITIES = (0.5, 0.25, 0.125)
 BARE = Config(window=0)
@@ -189,8 +189,8 @@ def main() -> None:
     arguments = parser.parse_args()
     checkpoint = locate(arguments.model)
     model, text = load_model(checkpoint), read_text(arguments.text)
-    tokens = load_tokenizer(checkpoint)(text.text, add_special_tokens=False, verbose=False)["input_ids"]
-    windows = cut(tokens, length=arguments.tokens, needed={"judge": arguments.windows})
+    windows = windows_of(load_tokenizer(checkpoint), text.text, length=arguments.tokens,
+                         needed={"judge": arguments.windows})
     inputs = {"model": checkpoint.fingerprint, "text": text.sha256, "environment": environment(),
               "tokens": arguments.tokens, "windows": arguments.windows}
     judge = Judge(model, windows, Stages(arguments.stages), inputs)

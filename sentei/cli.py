@@ -7,7 +7,6 @@ work starts, so that every `--help` answers at once.
 import argparse
 import contextlib
 import difflib
-import errno
 import importlib
 import json
 import os
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import TextIO
 
 from sentei.core.errors import ResourceError, SenteiError
+from sentei.core.storage import disk_is_full
 
 QUALITY = 0.99
 BOUND_NOT_MET = 1
@@ -298,11 +298,10 @@ class Ending:
 def scarcity(error: BaseException) -> ResourceError | None:
     """The error to show when `error` means that memory or disk ran out; None when it means something else.
 
-    torch reports an allocation that failed as a RuntimeError, safetensors a full disk as an error of its own.
+    torch reports an allocation that failed as a RuntimeError.
     """
     text = str(error)
-    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-    if full or "No space left on device" in text:
+    if disk_is_full(error):
         where = getattr(error, "filename", None) or "the disk"
         return ResourceError(str(where), expected="room for the files of this run", got="a full disk",
                              do="free some space and run the same command again")

@@ -26,12 +26,12 @@ from sentei.conversion import export
 from sentei.conversion.checkpoints import DTYPES, load_model, load_tokenizer, locate
 from sentei.conversion.plan import Plan, convert, prunable_layers
 from sentei.core.errors import FileError, ResourceError, SenteiError, UnsupportedError
-from sentei.core.storage import Stages, cannot_write, write_json
+from sentei.core.storage import Stages, cannot_write, sweep, write_json
 from sentei.measurement.outcome import environment, public, today
 from sentei.measurement.report import write_report
-from sentei.measurement.text import Text, cut, read_text
+from sentei.measurement.text import Text, read_text, windows_of
 
-MARKER = "sentei-run.json"
+MARKER, LOCK = "sentei-run.json", ".lock"
 # Windows of the workload's length for each use; no two uses share a token.
 WINDOWS = {"calibrate": 1, "choose": 2, "verify": 2}
 # About how many plans the solver judges; only the length of a progress bar.
@@ -254,8 +254,7 @@ def _windows(subject: Subject, text: Text, workload: Workload) -> dict[str, torc
     if workload.tokens > context:
         raise SenteiError("--workload", expected=f"at most the model's context of {context:,} tokens",
                           got=f"{workload.tokens:,}", do="choose a shorter workload")
-    tokens = subject.tokenizer(text.text, add_special_tokens=False, verbose=False)["input_ids"]
-    return cut(tokens, length=workload.tokens, needed=WINDOWS)
+    return windows_of(subject.tokenizer, text.text, length=workload.tokens, needed=WINDOWS)
 
 
 @contextmanager
@@ -266,22 +265,29 @@ def _claimed(out: Path) -> Iterator[None]:
         SenteiError: a file, or a folder with other things in it.
         ResourceError: it cannot be written, or another process is working in it.
     """
-    marker = out / MARKER
-    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not marker.is_file())):
-        raise SenteiError("--out", expected="a new or empty folder, or one that sentei prune made",
-                          got=f"{out}, which holds something else", do="name another folder")
-    write_json(marker, {"schema": "sentei.run/1"})
     try:
-        lock = open(out / ".lock", "w")
+        if out.exists() and not _ours(out):
+            raise SenteiError("--out", expected="a new or empty folder, or one that sentei prune made",
+                              got=f"{out}, which holds something else", do="name another folder")
+        out.mkdir(parents=True, exist_ok=True)
+        lock = open(out / LOCK, "a")
     except OSError as error:
-        raise cannot_write(out, error) from error
+        raise cannot_write(out, error, "choose another folder with --out") from error
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise ResourceError(str(out), expected="a folder no other process works in", got="one that is locked",
                                 do="wait for the other run, or name another folder with --out") from error
+        sweep(out)
+        write_json(out / MARKER, {"schema": "sentei.run/1"})
         yield
+
+
+def _ours(out: Path) -> bool:
+    """Whether `out` is a folder with our marker, or with nothing but what a run killed before it leaves."""
+    return out.is_dir() and ((out / MARKER).is_file() or all(
+        path.name == LOCK or path.name.startswith(f".{MARKER}.") for path in out.iterdir()))
 
 
 def _fingerprint(model: nn.Module) -> str:

@@ -5,25 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import save_tiny
 
 import sentei
 from sentei import pipeline
 from sentei.conversion import wrapper
-from sentei.core.errors import FileError, ResourceError, SenteiError
+from sentei.core.errors import ResourceError, SenteiError
 
 KEYS = {"schema", "model", "workload", "dtype", "threads", "dense", "pruned", "speedup", "quality", "density", "plan",
         "out"}
-
-
-@pytest.fixture(scope="module")
-def subject(tmp_path_factory) -> dict:
-    """A tiny Llama in a folder and a text long enough for five windows of 512 tokens."""
-    folder = tmp_path_factory.mktemp("model") / "tiny"
-    save_tiny(folder, "llama")
-    text = folder.parent / "text.txt"
-    text.write_text(" ".join(f"{number} squared is {number * number}." for number in range(3000)))
-    return {"model": str(folder), "text": text, "workload": "prefill:512"}
 
 
 @pytest.fixture(scope="module")
@@ -78,21 +67,6 @@ def test_the_same_request_does_nothing_twice(subject, done, monkeypatch):
     assert again.result == done.result
 
 
-def test_an_interrupted_run_goes_on(subject, tmp_path, monkeypatch):
-    request = pipeline.Request(**subject, quality=0.5, out=tmp_path / "out")
-    with monkeypatch.context() as broken:
-        def stop(*arguments, **settings):
-            raise KeyboardInterrupt
-
-        broken.setattr("sentei.budget.slack.measure", stop)
-        with pytest.raises(KeyboardInterrupt):
-            pipeline.run(request, pipeline.Silent())
-    kept = {path: path.read_bytes() for path in (tmp_path / "out" / "stages").iterdir()}
-    assert kept and not (tmp_path / "out" / "sentei.json").exists()
-    assert pipeline.run(request, pipeline.Silent()).report.is_file()
-    assert all(path.read_bytes() == content for path, content in kept.items())
-
-
 def test_a_model_in_memory_is_converted_and_nothing_is_written(subject, tmp_path, monkeypatch):
     from sentei.conversion.checkpoints import load_model, load_tokenizer, locate
 
@@ -109,37 +83,16 @@ def test_a_speed_out_of_reach_is_not_met_and_says_how_far_it_came(subject, tmp_p
     assert not outcome.met and "times as fast" in outcome.reason
 
 
-@pytest.mark.parametrize("settings, error, message", [
-    ({"quality": 1.5}, SenteiError, "--quality: expected a number above 0 and at most 1, got 1.5"),
-    ({"quality": 0.9, "speed": 2.0}, SenteiError, "goal: expected either a quality or a speed"),
-    ({"speed": 0.5}, SenteiError, "--speed: expected a number from 1, got 0.5"),
-    ({"quality": 0.9, "workload": "prefill:1"}, SenteiError, "--workload: expected prefill:TOKENS"),
-    ({"quality": 0.9, "workload": "decode:64"}, SenteiError, "--workload: expected prefill:TOKENS"),
-    ({"quality": 0.9, "workload": "prefill:999999"}, SenteiError, "--workload: expected at most the model's context"),
-    ({"quality": 0.9, "text": Path("missing.txt")}, FileError, "missing.txt: expected"),
-    ({"quality": 0.9, "model": "missing"}, FileError, "missing: expected a model folder"),
+@pytest.mark.parametrize("settings, message", [
+    ({"quality": 1.5}, "--quality: expected a number above 0 and at most 1, got 1.5"),
+    ({"quality": 0.9, "speed": 2.0}, "goal: expected either a quality or a speed"),
+    ({"speed": 0.5}, "--speed: expected a number from 1, got 0.5"),
+    ({"quality": 0.9, "workload": "prefill:1"}, "--workload: expected prefill:TOKENS"),
+    ({"quality": 0.9, "workload": "decode:64"}, "--workload: expected prefill:TOKENS"),
 ], ids=lambda value: "")
-def test_bad_input_is_refused_and_nothing_is_written(subject, tmp_path, settings, error, message):
-    out = tmp_path / "out"
-    with pytest.raises(error, match=message):
-        pipeline.run(pipeline.Request(**{**subject, "out": out, **settings}), pipeline.Silent())
-    assert not out.exists()
-
-
-def test_a_text_too_short_says_how_long_it_must_be(subject, tmp_path):
-    short = tmp_path / "short.txt"
-    short.write_text("too short")
-    with pytest.raises(FileError, match="expected at least 2,560 tokens"):
-        pipeline.run(pipeline.Request(**{**subject, "text": short}, quality=0.9, out=tmp_path / "out"),
-                     pipeline.Silent())
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_folder_that_is_not_ours_is_left_alone(subject, tmp_path):
-    (tmp_path / "letter.txt").write_text("keep me")
-    with pytest.raises(SenteiError, match="--out: expected a new or empty folder"):
-        pipeline.run(pipeline.Request(**subject, quality=0.5, out=tmp_path), pipeline.Silent())
-    assert [path.name for path in tmp_path.iterdir()] == ["letter.txt"]
+def test_a_request_made_in_python_is_checked_too(settings, message):
+    with pytest.raises(SenteiError, match=message):
+        pipeline.Request(**settings)
 
 
 def test_two_runs_do_not_share_a_folder(subject, tmp_path):

@@ -6,6 +6,7 @@ Safetensors, JSON and GGUF are read; pickles never are. The hub is asked only wh
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distribution
@@ -72,11 +73,12 @@ def locate(model: str | None = None, *, online: bool = False, cache: Path | None
         package = _default_package()
         path = Path(str(package.locate_file(DEFAULT_FILE)))
         return _from_gguf(path, cache, f"package {DEFAULT_PACKAGE} {package.version}, ")
-    path = Path(model).expanduser()
-    if path.is_dir():
+    # These functions of os.path answer where those of Path raise: a name that is too long, a home of nobody.
+    path = Path(os.path.expanduser(model))
+    if os.path.isdir(path):
         folder = path.resolve()
         return _from_folder(folder, folder.name, f"{folder.name} (folder {folder})")
-    if path.exists():
+    if os.path.exists(path):
         refuse_pickle(path)
         if path.suffix.lower() != ".gguf" or not path.is_file():
             raise FileError(str(path), expected="a model folder or a .gguf file", got="something else",

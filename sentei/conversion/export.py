@@ -38,6 +38,7 @@ def export(model: nn.Module, tokenizer, plan: Plan, folder: Path, *, tokens: tor
         ResourceError: the disk is full; files of an earlier export are then still whole.
     Cost: the weights once on disk, beside those of an earlier export until these are whole.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     temporary = folder / ".export"
@@ -57,7 +58,7 @@ def export(model: nn.Module, tokenizer, plan: Plan, folder: Path, *, tokens: tor
         for path in sorted(temporary.iterdir()):
             os.replace(path, folder / path.name)
         sync_folder(folder)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise cannot_write(folder, error) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -125,7 +125,7 @@ def _convert(path: Path, header: GgufHeader, dtype: str, temporary: Path, target
     try:
         save_file(tensors, target / WEIGHTS, metadata={"format": "pt"})
     except SafetensorError as error:
-        raise cannot_write(target / WEIGHTS, OSError(str(error))) from error
+        raise cannot_write(target / WEIGHTS, error) from error
     write_json(target / "config.json", raw | {"dtype": dtype})
     # A folder that holds nothing but the GGUF file: whatever lies beside the original is never looked at.
     source = temporary / "source"

@@ -11,6 +11,8 @@ from pathlib import Path
 from sentei.core.errors import FileError, ResourceError
 
 MAX_JSON_BYTES = 64 << 20
+# The end of the name of a file that is still being written; its name begins with a dot.
+UNFINISHED = ".part"
 
 
 def write_whole(path: Path, write: Callable[[Path], None]) -> None:
@@ -25,7 +27,7 @@ def write_whole(path: Path, write: Callable[[Path], None]) -> None:
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=UNFINISHED, dir=path.parent)
         os.close(handle)
         temporary = Path(name)
         write(temporary)
@@ -50,14 +52,27 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def cannot_write(path: Path, error: OSError) -> ResourceError:
-    """The error to raise when writing `path` failed with `error`."""
-    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+def sweep(folder: Path) -> None:
+    """Removes what a process that was killed left unfinished below `folder`, where nobody else may be writing."""
+    for left in folder.rglob(f".*{UNFINISHED}"):
+        left.unlink()
+
+
+def disk_is_full(error: BaseException) -> bool:
+    """Whether `error` means a full disk or quota; safetensors and tokenizers say so in words alone."""
+    return any(getattr(error, "errno", None) == code or os.strerror(code) in str(error)
+               for code in (errno.ENOSPC, errno.EDQUOT))
+
+
+def cannot_write(path: Path, error: Exception, do: str = "make it writable and run the same command again"
+                 ) -> ResourceError:
+    """The error to raise when writing `path` failed with `error`; `do` is the advice unless the disk is full."""
+    full = disk_is_full(error)
     return ResourceError(
         str(path),
-        expected="a file that can be written",
-        got="a full disk" if full else f"{error.strerror or error}",
-        do="free some space and run the same command again" if full else "choose another folder with --out",
+        expected="a path that can be written",
+        got="a full disk" if full else f"{getattr(error, 'strerror', None) or error}",
+        do="free some space and run the same command again" if full else do,
     )
 
 

@@ -7,6 +7,8 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
+from sentei.core.errors import SenteiError
+
 # Rows of logits made at once: 1,024 x a vocabulary of 150,000 in fp32 is 0.6 GB.
 ROWS_AT_ONCE = 1024
 # Losses of neighbouring tokens are not independent: the interval is over means of runs of this many tokens.
@@ -60,12 +62,16 @@ class Quality:
 def compare(dense: torch.Tensor, pruned: torch.Tensor) -> Quality:
     """The quality from token losses [N, T] of both models on the same tokens.
 
-    With a single run of tokens the interval is as wide as it can be: from 0 to infinity.
+    Raises:
+        SenteiError: a single run of tokens, which says nothing about its spread. Two rows are two runs.
     """
     difference = (pruned - dense).flatten()
     mean = difference.mean().item()
     runs = torch.stack([run.mean() for row in (pruned - dense) for run in row.split(RUN)])
-    margin = 1.96 * (runs.std() / math.sqrt(len(runs))).item() if len(runs) > 1 else math.inf
+    if len(runs) < 2:
+        raise SenteiError("quality", expected=f"at least two runs of {RUN} tokens", got="one",
+                          do="measure on more windows")
+    margin = 1.96 * (runs.std() / math.sqrt(len(runs))).item()
     return Quality(value=math.exp(-mean), low=math.exp(-mean - margin), high=math.exp(-mean + margin),
                    dense=math.exp(dense.mean().item()), pruned=math.exp(pruned.mean().item()),
                    tokens=difference.numel())

@@ -25,8 +25,9 @@ class Text:
 def read_text(path: Path | None) -> Text:
     """The plain text in `path`, or, for None, the interpreter's own documentation of the Python language.
 
-    The default is `pydoc_data.topics`: every topic in sorted order under its heading, about 460,000 characters
-    (110,000 tokens); its digest depends on the version of Python.
+    The default is `pydoc_data.topics`: every topic in sorted order under its heading, without the paragraphs that a
+    topic before has said word for word (a fifth of it: text for judging would otherwise repeat text for choosing).
+    About 375,000 characters (90,000 tokens); its digest depends on the version of Python.
 
     Raises:
         FileError: nothing there, not a regular file, empty, not UTF-8, or above 256 MB.
@@ -34,8 +35,8 @@ def read_text(path: Path | None) -> Text:
     if path is None:
         from pydoc_data.topics import topics
 
-        text = "\n\n".join(f"{name}\n{'=' * len(name)}\n\n{topics[name].strip()}" for name in sorted(topics)) + "\n"
-        return _text("Python's language documentation (pydoc_data.topics)", text)
+        pages = [f"{name}\n{'=' * len(name)}\n\n{topics[name].strip()}" for name in sorted(topics)]
+        return _text("Python's language documentation (pydoc_data.topics)", _said_once("\n\n".join(pages)) + "\n")
     try:
         if path.exists() and not path.is_file():
             raise FileError(str(path), expected="a plain text file", got="a folder" if path.is_dir() else "a device",
@@ -56,8 +57,34 @@ def read_text(path: Path | None) -> Text:
     return _text(path.name, text)
 
 
+def _said_once(text: str) -> str:
+    """The text without repeated paragraphs, whatever their indentation."""
+    parts: dict[str, str] = {}
+    for part in text.split("\n\n"):
+        parts.setdefault(" ".join(part.split()), part)
+    return "\n\n".join(parts.values())
+
+
 def _text(name: str, text: str) -> Text:
     return Text(name=name, sha256=hashlib.sha256(text.encode("utf-8")).hexdigest(), text=text)
+
+
+def windows_of(tokenizer, text: str, *, length: int, needed: dict[str, int]) -> dict[str, torch.LongTensor]:
+    """The text as tokens, cut for each use by `cut`.
+
+    A window begins with the model's own first token (<bos>) where the tokenizer puts one before a text: models trained
+    with it keep their attention sink there.
+
+    Args:
+        tokenizer: a transformers tokenizer.
+        length: tokens of a window, the first token included.
+    """
+    tokens = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    first = tokenizer("")["input_ids"][:1]
+    if not first or first[0] != tokenizer.bos_token_id:
+        return cut(tokens, length=length, needed=needed)
+    cuts = cut(tokens, length=length - 1, needed=needed)
+    return {use: torch.cat([torch.full((len(rows), 1), first[0]), rows], 1) for use, rows in cuts.items()}
 
 
 def cut(tokens: Sequence[int], *, length: int, needed: dict[str, int]) -> dict[str, torch.LongTensor]:

@@ -3,9 +3,12 @@
 import pytest
 
 from sentei.axes.connections import Config
+from sentei.budget.goal import Goal
+from sentei.budget.judge import Judgement
 from sentei.budget.slack import LayerSlack, Option
-from sentei.budget.solver import family, search, uniform
+from sentei.budget.solver import family, search, solve, uniform
 from sentei.core.rules import All, Threshold
+from sentei.measurement.quality import Quality
 
 RATIOS, DENSITIES = (0.01, 0.1), (0.6, 0.3)
 
@@ -65,3 +68,85 @@ def test_the_search_finds_the_last_good_candidate_in_few_judgements(last):
 
     assert search(list(range(6)), good) == last
     assert len(judged) <= 3 and 0 not in judged
+
+
+def judged_by_density(least: float, asked: list | None = None):
+    """A judge to whom a candidate is good (quality 1, else 0.5) from a density on."""
+    def judge(candidate) -> Judgement:
+        value = 1.0 if candidate.density >= least else 0.5
+        (asked if asked is not None else []).append(candidate)
+        return Judgement(quality=Quality(value=value, low=value, high=value, dense=1.0, pruned=1.0, tokens=1),
+                         density={})
+
+    return judge
+
+
+SLACK = [layer(0, (1e-6, 1e-5)), layer(1, (1e-3, 1e-1))]
+
+
+def test_seconds_are_foreseen_from_the_density_and_the_fitted_clock():
+    sparsest = family(SLACK, Config())[-1]
+    assert sparsest.seconds == pytest.approx(2 * (0.1 + 0.3)) and family(SLACK, Config())[0].seconds == 2.0
+    assert [candidate.seconds for candidate in uniform(SLACK, Config())] == pytest.approx([2.0, 1.4, 0.8])
+    assert [candidate.density for candidate in uniform(SLACK, Config())] == pytest.approx([1.0, 0.6, 0.3])
+
+
+def test_a_layer_in_which_choosing_saves_no_time_stays_dense():
+    slow = [LayerSlack(layer=0, options=[Option(rule=All(), density=[1.0], error=[0.0], seconds=0.2), *(
+        Option(rule=Threshold(ratio), density=[density], error=[1e-9], seconds=0.1 + density)
+        for ratio, density in zip(RATIOS, DENSITIES, strict=True))])]
+    assert [candidate.name for candidate in family(slow, Config())] == ["dense"]
+
+
+def test_a_head_that_loses_much_keeps_more_than_its_neighbour():
+    options = [Option(rule=All(), density=[1.0, 1.0], error=[0.0, 0.0], seconds=1.0), *(
+        Option(rule=Threshold(ratio), density=[density] * 2, error=[1e-9, error], seconds=0.1 + density)
+        for ratio, density, error in zip(RATIOS, DENSITIES, (1e-3, 1.0), strict=True))]
+    ratios = [candidate.plan.entries[0].config.rule.ratio for candidate in
+              family([LayerSlack(layer=0, options=options)], Config())[1:]]
+    assert (0.1, 0.01) in ratios or (0.1, 0.0) in ratios
+    assert all(first >= second for first, second in ratios)
+
+
+def test_a_quality_goal_gives_the_fastest_good_plan_and_below_it_the_safer_ones():
+    found = solve(Goal(quality=0.9), SLACK, Config(), judged_by_density(0.5), 10.0)
+    seconds = [candidate.seconds for candidate in found.ladder]
+    every = family(SLACK, Config()) + uniform(SLACK, Config())
+    assert seconds[0] == min(candidate.seconds for candidate in every if candidate.density >= 0.5)
+    assert seconds == sorted(seconds) and found.ladder[-1].plan.entries == ()
+    assert found.dense_attention == 2.0
+
+
+@pytest.mark.parametrize("kind", ["price", "uniform"])
+def test_the_ladder_is_of_the_kind_that_is_good_whichever_it_is(kind):
+    def judge(candidate) -> Judgement:
+        return judged_by_density(0.0 if candidate.name.startswith(kind) else 2.0)(candidate)
+
+    assert solve(Goal(quality=0.9), SLACK, Config(), judge, 10.0).ladder[0].name.startswith(kind)
+
+
+def test_all_that_was_judged_is_told_with_its_judgement():
+    asked = []
+    found = solve(Goal(quality=0.9), SLACK, Config(), judged_by_density(0.5, asked), 10.0)
+    assert [candidate for candidate, _ in found.judged] == asked
+    assert all((judgement.quality.value == 1.0) == (candidate.density >= 0.5) for candidate, judgement in found.judged)
+
+
+def test_where_nothing_is_good_the_ladder_is_dense_alone():
+    found = solve(Goal(quality=0.9), SLACK, Config(), judged_by_density(2.0), 10.0)
+    assert [candidate.name for candidate in found.ladder] == ["dense"]
+
+
+def test_a_speed_goal_gives_the_densest_plan_foreseen_to_be_fast_enough_and_then_faster_ones():
+    """Of 10 s the attention is 2 s: 1.05 times as fast leaves it 2 - 10 (1 - 1 / 1.05) = 1.52 s."""
+    asked = []
+    found = solve(Goal(speed=1.05), SLACK, Config(), judged_by_density(0.5, asked), 10.0)
+    graded = family(SLACK, Config())
+    wanted = 2 - 10 * (1 - 1 / 1.05)
+    assert found.ladder == [candidate for candidate in graded if candidate.seconds <= wanted]
+    assert 1 < len(found.ladder) < len(graded) and asked == found.ladder[:1]
+
+
+def test_a_speed_out_of_reach_is_tried_with_the_sparsest_plan():
+    found = solve(Goal(speed=1000.0), SLACK, Config(), judged_by_density(0.5), 10.0)
+    assert found.ladder == family(SLACK, Config())[-1:]

@@ -99,14 +99,14 @@ def test_whatever_else_stops_the_writing_passes_through_and_leaves_nothing(tmp_p
 
 def test_a_folder_in_the_way_is_said_to_be_unwritable(tmp_path):
     (tmp_path / "plan.json").mkdir()
-    with pytest.raises(ResourceError, match="choose another folder with --out"):
+    with pytest.raises(ResourceError, match="make it writable and run the same command again"):
         write_json(tmp_path / "plan.json", {})
     assert names(tmp_path) == ["plan.json"]
 
 
 def test_a_file_where_the_folder_should_be_is_said_to_be_unwritable(tmp_path):
     (tmp_path / "out").write_text("a file")
-    with pytest.raises(ResourceError, match="expected a file that can be written"):
+    with pytest.raises(ResourceError, match="expected a path that can be written"):
         write_json(tmp_path / "out" / "plan.json", {})
 
 

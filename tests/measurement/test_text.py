@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sentei.core.errors import FileError, SenteiError
-from sentei.measurement.text import cut, read_text
+from sentei.measurement.text import cut, read_text, windows_of
 
 
 def test_the_default_text_is_long_and_the_same_each_time():
@@ -19,6 +19,12 @@ def test_the_default_text_is_long_and_the_same_each_time():
     assert text.sha256 == hashlib.sha256(text.text.encode()).hexdigest()
     assert text.text.startswith("assert\n======\n\n")
     assert text.text.index("\nassignment\n==========\n") < text.text.index("\nwhile\n=====\n")
+
+
+def test_no_two_windows_of_the_default_text_share_a_long_passage():
+    words = read_text(None).text.split()
+    passages = [tuple(words[start:start + 64]) for start in range(len(words) - 63)]
+    assert len(set(passages)) == len(passages)
 
 
 def test_a_file_is_read_as_it_is(tmp_path):
@@ -81,3 +87,27 @@ def test_a_text_that_is_too_short_says_how_long_it_must_be():
 def test_impossible_windows_are_a_usage_error(length, needed):
     with pytest.raises(SenteiError):
         cut(range(10), length=length, needed=needed)
+
+
+class Tokenizer:
+    """One token a character; the first token, when it has one, comes before every text."""
+
+    def __init__(self, bos: int | None, marks: bool):
+        self.bos_token_id, self.marks = bos, marks
+
+    def __call__(self, text, add_special_tokens=True, verbose=True):
+        first = [self.bos_token_id] if add_special_tokens and self.marks else []
+        return {"input_ids": first + [ord(letter) for letter in text]}
+
+
+def test_every_window_begins_with_the_first_token_of_a_model_that_has_one():
+    windows = windows_of(Tokenizer(7, True), "abcdefgh", length=3, needed={"choose": 2, "verify": 1})
+    rows = torch.cat(list(windows.values()))
+    assert rows.shape == (3, 3) and (rows[:, 0] == 7).all()
+    assert len(rows[:, 1:].unique()) == 6
+
+
+@pytest.mark.parametrize("bos", [None, 7])
+def test_no_token_is_put_before_a_window_where_the_tokenizer_puts_none(bos):
+    windows = windows_of(Tokenizer(bos, False), "abcdefgh", length=4, needed={"choose": 2})
+    assert sorted(windows["choose"].flatten().tolist()) == [ord(letter) for letter in "abcdefgh"]

@@ -1,0 +1,109 @@
+"""A plan is judged on the real model, in turn with dense, and once only."""
+
+import pytest
+import torch
+from tiny import tiny_model
+
+from sentei.axes.connections import Config
+from sentei.budget import judge as module
+from sentei.budget.judge import Judge, Judgement, short_key
+from sentei.conversion import wrapper
+from sentei.conversion.plan import Entry, Plan
+from sentei.core.rules import All, Threshold
+from sentei.core.storage import Stages
+from sentei.measurement.quality import compare, token_losses
+
+WINDOWS = {use: torch.randint(3, 259, (2, 200), generator=torch.Generator().manual_seed(seed))
+           for seed, use in enumerate(("choose", "verify"))}
+
+
+def plan_of(rule, *layers: int) -> Plan:
+    config = Config(tile=(16, 16), window=0, rule=rule)
+    return Plan(tuple(Entry(layer=layer, room="connections", config=config) for layer in layers))
+
+
+SPARSE = plan_of(Threshold(0.9), 1)
+
+
+@pytest.fixture
+def judge(tmp_path) -> Judge:
+    judge = Judge(tiny_model("llama"), WINDOWS, Stages(tmp_path), {"model": "tiny"})
+    for use in WINDOWS:
+        judge.prepare(use, lambda: None)
+    return judge
+
+
+def test_a_plan_that_keeps_everything_loses_nothing(judge):
+    found = judge.judge(plan_of(All(), 0, 2), "choose", lambda: None)
+    assert found.quality.value == pytest.approx(1.0, abs=1e-5)
+    assert set(found.density) == {0, 2} and set(sum(found.density.values(), [])) == {1.0}
+
+
+@pytest.mark.parametrize("use", WINDOWS)
+def test_quality_is_against_the_dense_model_on_the_same_windows(judge, use):
+    found = judge.judge(SPARSE, use, lambda: None)
+    dense = token_losses(tiny_model("llama"), WINDOWS[use])
+    model = judge.model
+    module.convert(model, SPARSE)
+    assert found.quality == compare(dense, token_losses(model, WINDOWS[use]))
+    assert all(0 < density < 1 for density in found.density[1]) and found.quality.value != 1
+
+
+def test_the_model_is_dense_again_whatever_happens(judge, monkeypatch):
+    judge.judge(SPARSE, "choose", lambda: None)
+    judge.time(SPARSE, "verify", 1, lambda: None)
+    assert not wrapper.rooms(judge.model)
+    monkeypatch.setattr(judge, "_losses", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        judge.judge(plan_of(Threshold(0.4), 1), "choose", lambda: None)
+    assert not wrapper.rooms(judge.model)
+
+
+def test_a_plan_is_judged_once_for_each_use_and_model(judge, tmp_path):
+    def steps_of(judge: Judge, plan: Plan, use: str) -> int:
+        steps = []
+        judge.judge(plan, use, lambda: steps.append(1))
+        return len(steps)
+
+    assert steps_of(judge, SPARSE, "choose") == 2
+    assert steps_of(judge, SPARSE, "choose") == 0
+    assert steps_of(judge, SPARSE, "verify") == 2
+    assert steps_of(judge, SPARSE, "choose") == 0, "a use must not push out another"
+    assert steps_of(judge, plan_of(Threshold(0.9), 2), "choose") == 2
+    again = Judge(judge.model, WINDOWS, Stages(tmp_path), {"model": "another"})
+    again.dense = judge.dense
+    assert steps_of(again, SPARSE, "choose") == 2
+
+
+def test_dense_and_pruned_are_timed_each_with_its_own_attention(judge, monkeypatch):
+    seen = []
+    monkeypatch.setattr(judge, "_prefill", lambda use: seen.append((use, judge.model.config._attn_implementation)))
+    found = judge.time(SPARSE, "verify", 1, lambda: None)
+    sdpa, pruned = ("verify", "sdpa"), ("verify", wrapper.IMPLEMENTATION)
+    assert seen == [pruned, sdpa, sdpa, pruned] and len(found.dense) == 1
+
+
+def test_the_empty_plan_is_timed_as_dense_on_both_sides(judge, monkeypatch):
+    seen = set()
+    monkeypatch.setattr(judge, "_prefill", lambda use: seen.add(judge.model.config._attn_implementation))
+    judge.time(Plan(), "verify", 1, lambda: None)
+    assert seen == {"sdpa"}
+
+
+def test_timing_prefills_one_window_with_a_cache_and_the_last_token_s_logits(judge, monkeypatch):
+    calls = []
+    monkeypatch.setattr(judge.model, "forward", lambda **inputs: calls.append(inputs))
+    assert judge.dense_seconds("verify", lambda: None) >= 0
+    (call,) = calls
+    assert torch.equal(call.pop("input_ids"), WINDOWS["verify"][:1])
+    assert call == {"use_cache": True, "logits_to_keep": 1}
+
+
+def test_layers_the_plan_does_not_name_count_as_whole():
+    quality = compare(torch.zeros(2, 1), torch.zeros(2, 1))
+    assert Judgement(quality=quality, density={1: [0.25, 0.75]}).mean_density((0, 1)) == pytest.approx(0.75)
+
+
+def test_different_plans_have_different_keys():
+    plans = [Plan(), SPARSE, plan_of(Threshold(0.9), 2), plan_of(Threshold(0.4), 1)]
+    assert len({short_key(plan) for plan in plans}) == 4 and all(len(short_key(plan)) == 16 for plan in plans)

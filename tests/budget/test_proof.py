@@ -1,0 +1,76 @@
+"""The ladder is climbed towards dense until a plan keeps the bound on held-out text and is fast."""
+
+import pytest
+
+from sentei.axes.connections import Config
+from sentei.budget import proof
+from sentei.budget.goal import Goal
+from sentei.budget.judge import Judgement
+from sentei.budget.proof import RUNS, first_proven
+from sentei.budget.solver import Candidate, Solution
+from sentei.conversion.plan import Entry, Plan
+from sentei.measurement.latency import Comparison
+from sentei.measurement.quality import Quality
+
+
+def plan_of(number: int) -> Plan:
+    return Plan((Entry(layer=number, room="connections", config=Config()),))
+
+
+class Told:
+    """A judge that is told each plan's held-out quality and speed-up, and notes what it is asked."""
+
+    def __init__(self, *plans: tuple[float, float]):
+        self.ladder = [Candidate(name=str(number), plan=plan_of(number), seconds=1.0, density=1.0)
+                       for number in range(len(plans))]
+        self.plans, self.asked = plans, []
+
+    def judge(self, plan: Plan, use: str, step) -> Judgement:
+        self.asked.append(f"judge {plan.entries[0].layer} {use}")
+        value = self.plans[plan.entries[0].layer][0]
+        return Judgement(quality=Quality(value=value, low=0.0, high=2.0, dense=1.0, pruned=1.0, tokens=1), density={})
+
+    def time(self, plan: Plan, use: str, runs: int, step) -> Comparison:
+        self.asked.append(f"time {plan.entries[0].layer} {use}")
+        return Comparison(dense=[self.plans[plan.entries[0].layer][1]] * runs, pruned=[1.0] * runs)
+
+    def prove(self, goal: Goal):
+        return first_proven(goal, Solution(ladder=self.ladder, dense_attention=1.0, judged=[]), self, lambda: None)
+
+
+def test_the_first_plan_that_keeps_the_bound_and_is_faster_is_taken():
+    judge = Told((0.99, 1.5), (1.0, 1.2))
+    found = judge.prove(Goal(quality=0.98))
+    assert (found.candidate.name, found.reason, found.comparison.dense) == ("0", "", [1.5] * RUNS)
+    assert judge.asked == ["judge 0 verify", "time 0 verify"]
+
+
+def test_a_plan_that_fails_on_held_out_text_is_not_timed_and_makes_way():
+    judge = Told((0.97, 2.0), (0.99, 1.5))
+    found = judge.prove(Goal(quality=0.98))
+    assert (found.candidate.name, found.reason, found.judgement.quality.value) == ("1", "", 0.99)
+    assert judge.asked == ["judge 0 verify", "judge 1 verify", "time 1 verify"]
+
+
+def test_a_plan_that_is_not_faster_makes_way():
+    found = Told((0.99, 0.9), (0.99, 1.1)).prove(Goal(quality=0.98))
+    assert (found.candidate.name, found.reason) == ("1", "")
+
+
+@pytest.mark.parametrize("last, reason", [((0.5, 2.0), "below 0.98"), ((0.99, 0.9), "faster than the dense")])
+def test_the_last_plan_is_measured_whole_and_says_why_it_fails(last, reason):
+    judge = Told((0.5, 2.0), last)
+    found = judge.prove(Goal(quality=0.98))
+    assert found.candidate.name == "1" and reason in found.reason and judge.asked[-1] == "time 1 verify"
+
+
+def test_for_a_speed_the_next_faster_plan_is_tried_whatever_the_quality():
+    found = Told((0.9, 1.1), (0.2, 1.6), (0.1, 9.0)).prove(Goal(speed=1.5))
+    assert (found.candidate.name, found.reason, found.judgement.quality.value) == ("1", "", 0.2)
+
+
+def test_it_gives_up_after_some_steps(monkeypatch):
+    monkeypatch.setattr(proof, "STEPS", 2)
+    judge = Told((0.5, 2.0), (0.6, 2.0), (0.99, 2.0))
+    assert judge.prove(Goal(quality=0.98)).candidate.name == "1"
+    assert len(judge.asked) == 3

@@ -1,0 +1,46 @@
+"""Losses are those of transformers, and quality is what its definition says."""
+
+import math
+
+import pytest
+import torch
+from tiny import tiny_model
+
+from sentei.core.errors import SenteiError
+from sentei.measurement import quality
+from sentei.measurement.quality import RUN, compare, token_losses
+
+
+@pytest.mark.parametrize("rows", [7, 1024], ids=["in slabs", "at once"])
+@pytest.mark.parametrize("family, overrides", [("llama", {}), ("gemma3_text", {"final_logit_softcapping": 0.5})],
+                         ids=["llama", "softcapped"])
+def test_losses_are_those_of_transformers(monkeypatch, family, overrides, rows):
+    monkeypatch.setattr(quality, "ROWS_AT_ONCE", rows)
+    model, tokens = tiny_model(family, **overrides), torch.randint(3, 259, (2, 40))
+    found = token_losses(model, tokens)
+    assert found.shape == (2, 39) and found.dtype == torch.float64 and not found.requires_grad
+    for row, losses in zip(tokens, found, strict=True):
+        assert losses.mean().item() == pytest.approx(model(row[None], labels=row[None]).loss.item(), rel=1e-5)
+
+
+def test_quality_is_dense_over_pruned_perplexity():
+    dense, pruned = torch.full((2, 3), math.log(10.0)).double(), torch.full((2, 3), math.log(12.5)).double()
+    found = compare(dense, pruned)
+    assert (found.dense, found.pruned) == (pytest.approx(10), pytest.approx(12.5))
+    assert found.value == found.low == found.high == pytest.approx(0.8) and found.tokens == 6
+
+
+def test_the_interval_is_over_means_of_runs_of_neighbours():
+    """Four runs of means 0, 1, 2 and 3 nats: mean 1.5, standard error 1.29 / 2, whatever happens inside a run."""
+    inside = torch.tensor([9.0, -9.0]).repeat(RUN // 2).double()
+    change = torch.stack([torch.cat([inside, inside + 1]), torch.cat([inside + 2, inside + 3])])
+    found = compare(torch.zeros(2, 2 * RUN).double(), change)
+    margin = 1.96 * math.sqrt(5 / 3) / 2
+    assert math.log(found.value) == pytest.approx(-1.5)
+    assert (math.log(found.low), math.log(found.high)) == (pytest.approx(-1.5 - margin), pytest.approx(-1.5 + margin))
+
+
+def test_a_single_run_has_no_interval_and_is_refused():
+    with pytest.raises(SenteiError, match="quality: expected at least two runs of 64 tokens, got one"):
+        compare(torch.zeros(1, RUN), torch.zeros(1, RUN))
+    assert compare(torch.zeros(2, 1), torch.ones(2, 1)).low > 0
