@@ -95,6 +95,13 @@ def test_a_request_made_in_python_is_checked_too(settings, message):
         pipeline.Request(**settings)
 
 
+def test_the_shortest_workload_still_has_an_interval(prune, tmp_path):
+    """Two windows of one prediction each: the least from which a spread can be told."""
+    done = prune("--json", workload="prefill:2")
+    assert done.returncode == 0 and json.loads(done.stdout)["workload"] == "prefill:2"
+    assert "not measured" not in (tmp_path / "out" / "report.html").read_text()
+
+
 def test_two_runs_do_not_share_a_folder(subject, tmp_path):
     with pipeline._claimed(tmp_path / "out"), pytest.raises(ResourceError, match="no other process"):
         pipeline.run(pipeline.Request(**subject, quality=0.5, out=tmp_path / "out"), pipeline.Silent())

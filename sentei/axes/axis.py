@@ -27,6 +27,9 @@ class Axis(nn.Module, ABC):
 
     def forward(self, *inputs) -> torch.Tensor:
         """Scores the candidates, selects, and computes what was kept."""
+        dense = None if self.tap.is_heard else self.whole(*inputs)
+        if dense is not None:
+            return dense
         scores = self.score(*inputs)
         selection = self.rule(scores, forced=self.forced(*inputs), unit=self.unit)
         selection = self.tap(self.weigh(selection, scores), lambda: self.account(selection, *inputs))
@@ -43,6 +46,13 @@ class Axis(nn.Module, ABC):
     @abstractmethod
     def account(self, selection: Selection, *inputs) -> tuple[Cost, str, str]:
         """What `apply` costs, the kernel that runs and why."""
+
+    def whole(self, *inputs) -> torch.Tensor | None:
+        """The layer's output where it is plain, before any score, that nothing can be dropped; else None.
+
+        It saves the choice and changes nothing; while a trace listens the room chooses, so that there is a record.
+        """
+        return None
 
     def forced(self, *inputs) -> torch.Tensor | None:
         """Bool [..., Q, C] of candidates no rule may drop; none by default."""

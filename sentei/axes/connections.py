@@ -20,7 +20,7 @@ from torch import nn
 from sentei.axes.axis import Axis
 from sentei.core.cost import Cost
 from sentei.core.errors import FileError, RuleError, ShapeError
-from sentei.core.rules import All, Rule, rule_from_json
+from sentei.core.rules import MAX_K, All, Capacity, Rule, rule_from_json
 from sentei.core.selection import Selection
 from sentei.kernels.attention import Grid, Tiles, attend, choose_impl, merge
 from sentei.kernels.attention.compensate import attend_dropped
@@ -33,6 +33,7 @@ from sentei.kernels.attention.select import (
     see_values,
     share_in_group,
 )
+from sentei.kernels.attention.tiles import MAX_BLOCK
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,13 +63,15 @@ class Config:
 
     def __post_init__(self):
         sizes = (*self.tile, self.window, self.dense_below)
-        whole = all(isinstance(size, int) and not isinstance(size, bool) and size >= 0 for size in sizes)
-        tiled = whole and len(self.tile) == 2 and min(self.tile) > 0
+        whole = all(type(size) is int and 0 <= size <= MAX_K for size in sizes)
+        tiled = whole and len(self.tile) == 2 and all(1 <= size <= MAX_BLOCK for size in self.tile)
         checks = {
-            "rule a Rule": isinstance(self.rule, Rule),
+            # Capacity looks along the queries: what an earlier one keeps would depend on later ones.
+            "rule a Rule that looks at each query alone": (isinstance(self.rule, Rule)
+                                                           and not isinstance(self.rule, Capacity)),
             "estimator an Estimator": isinstance(self.estimator, Estimator),
             "criterion 'mass', 'peak' or 'output'": self.criterion in ("mass", "peak", "output"),
-            "tile two sizes from 1, window and dense_below from 0": tiled,
+            f"tile two sizes from 1 to {MAX_BLOCK}, window and dense_below from 0": tiled,
             "share 'head' or 'group'": self.share in ("head", "group"),
             "compensate a bool": isinstance(self.compensate, bool),
         }
@@ -119,10 +122,11 @@ class Connections(Axis):
 
     def score(self, query, key, value, lengths=None):
         grid, groups = self.grid(query, key, lengths), key.shape[2]
+        grid.check("connections", query, key, value)
         heads = groups if self.config.share == "group" else query.shape[2]
         permitted = grid.permitted(query.device).expand(query.shape[0], heads, -1, -1)
         if self.is_dense(query, key, value, lengths):
-            zeros = torch.zeros(permitted.shape, device=query.device)
+            zeros = torch.zeros(permitted.shape, dtype=torch.float32, device=query.device)
             return zeros.masked_fill(~permitted, -torch.inf)
         pool = "rms" if self.config.criterion == "peak" else "mean"
         scores = estimate(self.config.estimator, query, key, grid, self.scale_of(query), pool=pool)
@@ -144,14 +148,19 @@ class Connections(Axis):
         kept = attend(query, key, value, tiles, scale=scale, impl=self.impl, return_lse=True)
         return merge(*kept, *attend_dropped(query, key, value, tiles, scale=scale))[0]
 
+    def whole(self, query, key, value, lengths=None):
+        if query.shape[1] > self.config.tile[0]:
+            return None
+        return attend(query, key, value, Tiles(grid=self.grid(query, key, lengths)), scale=self.scale_of(query),
+                      impl=self.impl)
+
     def account(self, selection, query, key, value, lengths=None):
         grid = self.grid(query, key, lengths)
         per_tile = grid.query_block * grid.key_block * (query.shape[-1] + value.shape[-1])
         per_choice = query.shape[2] // selection.ids.shape[1]
         kept, permitted = int(selection.count().sum()), int(selection.permitted.sum())
-        choosing = 0
-        if not self.is_dense(query, key, value, lengths):
-            choosing = permitted * per_choice * grid.query_block * query.shape[-1]
+        scores = permitted * per_choice * grid.query_block * grid.key_block * query.shape[-1]
+        choosing = 0 if self.is_dense(query, key, value, lengths) else round(scores * self.config.estimator.cost(grid))
         moved = sum(tensor.numel() * tensor.element_size() for tensor in (query, query, key, value))
         cost = Cost(multiply_adds=kept * per_choice * per_tile, dense_multiply_adds=permitted * per_choice * per_tile,
                     bytes=moved, choosing=choosing)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from sentei.core.cost import Cost
+from sentei.core.errors import SenteiError
 from sentei.core.selection import Selection
 
 
@@ -29,24 +30,56 @@ class Record:
     reason: str
 
 
+@dataclass(frozen=True, kw_only=True)
+class Bypass:
+    """One call that a room could not take, so that the layer ran dense.
+
+    Args:
+        path: the room's, as in a record.
+        reason: what the room has no way to do, in words.
+    """
+
+    path: str
+    reason: str
+
+
 class Tap(nn.Module):
     """The point in a room through which its selections pass. It holds no state beyond who is listening."""
 
     def __init__(self):
         super().__init__()
-        self._listeners: list[Callable[[Selection, Cost, str, str], None]] = []
+        self._listeners: list[tuple[Trace, str]] = []
+
+    @property
+    def is_heard(self) -> bool:
+        """Whether anyone listens."""
+        return bool(self._listeners)
 
     def forward(self, selection: Selection, measure: Callable[[], tuple[Cost, str, str]]) -> Selection:
         """Returns the selection unchanged; `measure()` → (cost, impl, reason) is only called when someone listens."""
-        if self._listeners:
+        if self.is_heard:
             cost, impl, reason = measure()
-            for listen in self._listeners:
-                listen(selection, cost, impl, reason)
+            detached = Selection(ids=selection.ids, weights=selection.weights.detach(), permitted=selection.permitted,
+                                 num_candidates=selection.num_candidates, unit=selection.unit)
+            for records, path in self._listeners:
+                records.append(Record(path=path, selection=detached, cost=cost, impl=impl, reason=reason))
         return selection
+
+    def bypass(self, reason: str) -> None:
+        """Tells whoever listens that the layer runs dense this time, and why."""
+        for records, path in self._listeners:
+            records.bypasses.append(Bypass(path=path, reason=reason))
 
 
 class Trace(list[Record]):
-    """The records of one `with trace(model)` block, in the order they were made."""
+    """The records of one `with trace(model)` block, in the order they were made.
+
+    `bypasses` lists the calls in which a layer with a room ran dense, because the room could not take them.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.bypasses: list[Bypass] = []
 
     def at(self, path: str) -> list[Record]:
         """The records of one room."""
@@ -61,7 +94,16 @@ class Trace(list[Record]):
         return sum((record.cost for record in self), Cost(multiply_adds=0, dense_multiply_adds=0))
 
     def density(self) -> float:
-        """Multiply-adds performed ÷ dense, over all records."""
+        """Multiply-adds performed ÷ dense, over all records; what is in `bypasses` is not counted.
+
+        Raises:
+            SenteiError: no selection was made inside the block, of which a density could be told.
+        """
+        if not self:
+            reasons = ", ".join(dict.fromkeys(bypass.reason for bypass in self.bypasses))
+            raise SenteiError("trace", expected="at least one selection inside the block",
+                              got=f"none; layers ran dense because of {reasons}" if reasons else "none",
+                              do="run a converted model inside the block, in eval mode and with its plain causal mask")
         return self.cost().density()
 
 
@@ -79,19 +121,11 @@ def trace(model: nn.Module) -> Iterator[Trace]:
     attached = []
     for path, tap in model.named_modules():
         if isinstance(tap, Tap):
-            listener = _listener(records, f".{path}".removesuffix(".tap").removeprefix("."))
+            listener = records, f".{path}".removesuffix(".tap").removeprefix(".")
             tap._listeners.append(listener)
             attached.append((tap, listener))
     try:
         yield records
     finally:
         for tap, listener in attached:
-            tap._listeners.remove(listener)
-
-
-def _listener(records: Trace, path: str) -> Callable[[Selection, Cost, str, str], None]:
-    def listen(selection: Selection, cost: Cost, impl: str, reason: str) -> None:
-        detached = Selection(ids=selection.ids, weights=selection.weights.detach(), permitted=selection.permitted,
-                             num_candidates=selection.num_candidates, unit=selection.unit)
-        records.append(Record(path=path, selection=detached, cost=cost, impl=impl, reason=reason))
-    return listen
+            tap._listeners = [other for other in tap._listeners if other is not listener]

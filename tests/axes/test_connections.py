@@ -8,10 +8,10 @@ from torch import nn
 
 from sentei.axes.connections import Config, Connections, SelfAttention, from_dense
 from sentei.core.errors import RuleError, ShapeError
-from sentei.core.rules import All, Mass, Threshold, TopK
+from sentei.core.rules import All, Capacity, Mass, Threshold, TopK
 from sentei.core.tracing import trace
 from sentei.kernels.attention import attend
-from sentei.kernels.attention.select import ESTIMATORS, always_kept
+from sentei.kernels.attention.select import ESTIMATORS, Antidiagonal, PageBounds, Pooled, Sampled, always_kept
 
 SMALL = Config(rule=TopK(2), tile=(4, 2), window=0)
 
@@ -35,7 +35,7 @@ def softmax_over(query, key, value, pairs, scale: float) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("share", ["head", "group"])
-@pytest.mark.parametrize("criterion", ["mass", "output"])
+@pytest.mark.parametrize("criterion", ["mass", "peak", "output"])
 @pytest.mark.parametrize("rule", [All(), TopK(3), Mass(0.4), Threshold(0.6)], ids=str)
 def test_is_softmax_over_the_tiles_selected(rule, criterion, share):
     room, inputs = Connections(replace(SMALL, rule=rule, criterion=criterion, share=share)), qkv(2)
@@ -172,7 +172,8 @@ def test_always_kept_is_what_the_room_forces():
     ({"tile": (4,)}, "tile two sizes from 1"), ({"tile": (4.0, 4)}, "tile two sizes from 1"),
     ({"tile": (True, 4)}, "tile two sizes from 1"), ({"window": -1}, "window and dense_below from 0"),
     ({"dense_below": 1.5}, "window and dense_below from 0"), ({"share": "layer"}, "share 'head' or 'group'"),
-    ({"compensate": 1}, "compensate a bool"),
+    ({"compensate": 1}, "compensate a bool"), ({"rule": Capacity(0.5)}, "rule a Rule that looks at each query alone"),
+    ({"tile": (10**30, 64)}, "tile two sizes from 1 to 4096"), ({"window": 10**30}, "window and dense_below from 0"),
 ], ids=str)
 def test_a_bad_field_is_named(settings, expected):
     with pytest.raises(RuleError, match=f"connections.Config: expected .*{expected}.*change that field"):
@@ -207,3 +208,24 @@ def test_heads_that_do_not_divide_are_refused(settings):
 def test_grouped_heads_of_their_own_width():
     layer = SelfAttention(SMALL, width=16, num_heads=6, num_kv_heads=2, head_dim=8)
     assert layer(torch.randn(1, 12, 16)).shape == (1, 12, 16) and layer.key.weight.shape == (16, 16)
+
+
+@pytest.mark.parametrize("estimator, share", [(Pooled(), 1 / 2), (PageBounds(), 2 / 2), (Antidiagonal(2), 1 / 2),
+                                              (Sampled(1), 1), (Sampled(4), 1 / 4)], ids=str)
+def test_choosing_costs_what_the_estimator_says(estimator, share):
+    room = Connections(replace(SMALL, rule=Threshold(0.1), estimator=estimator))
+    with trace(room) as records:
+        room(*qkv())
+    permitted = int(records[0].selection.permitted.sum())
+    rows, columns = room.config.tile
+    assert records[0].cost.choosing == round(permitted * rows * columns * 8 * share)
+
+
+def test_a_call_within_one_query_block_chooses_nothing_unless_a_trace_listens(monkeypatch):
+    room = Connections(replace(SMALL, rule=Threshold(0.9)))
+    query, key, value = qkv()
+    inputs = query[:, -room.config.tile[0]:], key, value
+    with trace(room) as records:
+        chosen = room(*inputs)
+    monkeypatch.setattr(Connections, "score", None)
+    assert torch.equal(room(*inputs), chosen) and records[0].selection.density() == 1

@@ -11,8 +11,8 @@ from sentei.axes.connections import Config, Connections
 from sentei.conversion import wrapper
 from sentei.conversion.families import FAMILIES
 from sentei.conversion.plan import Entry, Plan, convert, prunable_layers
-from sentei.core.errors import UnsupportedError
-from sentei.core.rules import All, Mass
+from sentei.core.errors import RuleError, SenteiError, UnsupportedError
+from sentei.core.rules import All, Mass, Threshold
 from sentei.core.tracing import trace
 from sentei.kernels.attention import Tiles
 
@@ -107,7 +107,7 @@ def test_a_future_token_changes_no_earlier_logit_when_all_is_kept(family, tile_b
 
 
 @every_family
-@pytest.mark.parametrize("criterion", ["mass", "output"])
+@pytest.mark.parametrize("criterion", ["mass", "peak", "output"])
 @pytest.mark.parametrize("batch", [1, 3], ids=["one row", "three padded rows"])
 def test_a_prefix_is_treated_alike_whatever_follows(family, criterion, batch):
     """At query-block boundaries; the last block of a call is whole, so the blocks before it are compared."""
@@ -139,6 +139,16 @@ def test_the_slot_in_the_batch_does_not_matter(family):
     torch.testing.assert_close(swapped[real], together[real], rtol=0, atol=1e-4)
     alone = logits(model, input_ids=data["input_ids"][:1])
     torch.testing.assert_close(together[:1], alone, rtol=0, atol=1e-4)
+
+
+@every_family
+def test_padding_by_whole_blocks_moves_no_logit(family):
+    """Blocks are cut at absolute positions: padding that is no multiple of the tile is another cut, another choice."""
+    model, ids = converted(family, PRUNED), tokens(1, 64)
+    padded = torch.cat([torch.zeros(1, 8, dtype=torch.int64), ids], 1)
+    mask = (torch.arange(72) >= 8).long()[None]
+    shifted = logits(model, input_ids=padded, attention_mask=mask)[:, 8:]
+    torch.testing.assert_close(shifted, logits(model, input_ids=ids), rtol=0, atol=1e-4)
 
 
 @every_family
@@ -195,8 +205,22 @@ def test_a_mask_the_room_cannot_read_falls_back_to_the_dense_layer(shape):
     if shape == "4-D":
         mask = torch.ones(24, 24, dtype=torch.bool).tril()[None, None] & mask[:, None, None].bool()
     expected = logits(tiny_model("llama"), input_ids=ids, attention_mask=mask)
-    got = logits(converted("llama", PRUNED), input_ids=ids, attention_mask=mask)
+    model = converted("llama", PRUNED)
+    with trace(model) as records:
+        got = logits(model, input_ids=ids, attention_mask=mask)
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
+    assert not records and {bypass.reason for bypass in records.bypasses} == {
+        "a mask that is not causal with padding at the ends"}
+    assert [bypass.path for bypass in records.bypasses] == [f"{path}.connections" for path in wrapper.rooms(model)]
+
+
+def test_dropout_in_training_runs_dense_and_the_trace_says_so():
+    model = converted("llama", PRUNED, attention_dropout=0.5).train()
+    with trace(model) as records:
+        model(input_ids=tokens(1, 24))
+    assert not records and {bypass.reason for bypass in records.bypasses} == {"attention dropout"}
+    with pytest.raises(SenteiError, match="because of attention dropout"):
+        records.density()
 
 
 def test_a_static_cache_gives_the_same_continuation():
@@ -245,6 +269,57 @@ def test_a_model_that_does_not_switch_is_refused(monkeypatch):
     with pytest.raises(UnsupportedError, match="transformers' attention interface"):
         convert(model, Plan((Entry(layer=0, room="connections", config=ALL),)))
     assert wrapper.rooms(model) == {}
+
+
+class Stopped(BaseException):
+    """Ctrl-C."""
+
+
+@pytest.mark.parametrize("earlier", [None, PRUNED], ids=["dense", "converted before"])
+@pytest.mark.parametrize("failure", ["ratios of other heads", "stopped", "not reached"])
+def test_a_conversion_that_fails_leaves_the_model_as_it_was(monkeypatch, earlier, failure):
+    model = tiny_model("llama", attention_dropout=0.5)
+    model.set_attn_implementation("eager")
+    if earlier is not None:
+        convert(model, Plan((Entry(layer=1, room="connections", config=earlier),)))
+    model.train()
+    model.model.layers[2].eval()
+    modes = [module.training for module in model.modules()]
+    rooms, implementation = wrapper.rooms(model), model.config._attn_implementation
+    rule = Threshold((0.1, 0.2)) if failure == "ratios of other heads" else Mass(0.5)
+
+    def stopped(*_, **__):
+        raise Stopped
+
+    with monkeypatch.context() as patch, pytest.raises((RuleError, Stopped, UnsupportedError)):
+        if failure == "stopped":
+            patch.setattr(model.model.layers[2], "forward", stopped)
+        elif failure == "not reached":
+            patch.setattr(model.model.layers[0].self_attn, "forward", lambda hidden_states, **_: (hidden_states, None))
+        convert(model, Plan((Entry(layer=0, room="connections", config=replace(PRUNED, rule=rule)),)))
+    assert wrapper.rooms(model) == rooms and model.config._attn_implementation == implementation
+    assert [module.training for module in model.modules()][:len(modes)] == modes
+    assert convert(model, Plan()).config._attn_implementation == "eager"
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_the_empty_plan_gives_the_attention_back_that_the_model_had(implementation):
+    model = tiny_model("llama")
+    model.set_attn_implementation(implementation)
+    convert(model, Plan())
+    assert model.config._attn_implementation == implementation
+    for layer in (0, 1):
+        convert(model, Plan((Entry(layer=layer, room="connections", config=PRUNED),)))
+    wrapper.use(model, "sdpa")
+    convert(model, Plan())
+    assert model.config._attn_implementation == implementation
+
+
+def test_a_model_in_training_with_dropout_is_converted_and_stays_in_training():
+    model = tiny_model("llama", attention_dropout=0.1).train()
+    model.model.layers[0].eval()
+    convert(model, Plan((Entry(layer=0, room="connections", config=PRUNED),)))
+    assert model.training and not model.model.layers[0].mlp.training and len(wrapper.rooms(model)) == 1
 
 
 def test_switching_to_sdpa_and_back_keeps_the_rooms():

@@ -135,6 +135,33 @@ def test_a_row_of_nan_stays_in_its_row(impl, name):
     assert torch.equal(attend(*tensors, case.tiles(), impl=impl)[1:], expected[1:])
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("name", ["padding left", "padding both, grouped", "dense padded", "padding bidirectional"])
+def test_a_nan_in_the_padding_reaches_no_output(impl, name):
+    case = case_named(name)
+    tensors = case.tensors(torch.float32)
+    expected = attend(*tensors, case.tiles(), impl=impl)
+    for row, (start, stop) in enumerate(case.lengths):
+        for tensor in tensors[1:]:
+            tensor[row, :start], tensor[row, stop:] = torch.nan, torch.nan
+    assert torch.equal(attend(*tensors, case.tiles(), impl=impl), expected)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("name", ["causal", "grouped 3 to 1", "ragged tails", "bidirectional", "padding left"])
+@pytest.mark.parametrize("at", [0, -1], ids=["first key", "last key"])
+def test_a_nan_key_makes_nan_of_the_rows_that_keep_it_and_of_no_other_block(impl, name, at):
+    case = case_named(name)
+    query, key, value = case.tensors(torch.float32)
+    key[:, at] = torch.nan
+    keeps = case.pairs()[..., at].transpose(1, 2)
+    output = attend(query, key, value, case.tiles(), impl=impl)
+    assert output.isnan().all(-1)[keeps].all()
+    touched = case.keep()[..., at // case.tile[1] if at == 0 else -1].repeat_interleave(case.tile[0], 2)
+    touched = touched.repeat_interleave(case.heads // touched.shape[1], 1)[:, :, :case.queries].transpose(1, 2)
+    assert output[~touched].isfinite().all()
+
+
 @every_impl
 def test_the_slot_in_the_batch_does_not_matter(impl):
     case = case_named("padding left")
@@ -213,3 +240,12 @@ def test_an_unknown_implementation_is_refused():
     message = "attend: expected impl 'auto', 'reference', 'eager', 'fused_cpp', got 'fast'; choose one"
     with pytest.raises(ImplError, match=message):
         attend(Q, K, V, DENSE, impl="fast")
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_the_lse_is_float32_or_wider(impl, dtype):
+    for queries in (8, 0):
+        case = Case(name="", queries=queries, keys=8, tile=(4, 2))
+        output, lse = attend(*case.tensors(dtype), case.tiles(), impl=impl, return_lse=True)
+        assert (output.dtype, lse.dtype) == (dtype, torch.float32)

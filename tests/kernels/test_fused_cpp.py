@@ -1,16 +1,21 @@
 """The native kernel against fp64, on every case the others must pass, and the estimate it makes."""
 
+import ctypes
+import shutil
+from dataclasses import replace
+
 import oracle
 import pytest
 import torch
 from oracle import CASES, Case
 
-from sentei.core.errors import ImplError
+from sentei.core.errors import ImplError, ResourceError, ShapeError
 from sentei.kernels import native
 from sentei.kernels.attention import Grid, Tiles, attend, choose_impl, fused_cpp
 from sentei.kernels.attention.select import Sampled, estimate
 
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+needs_library = pytest.mark.skipif(bool(native.missing()), reason=native.missing())
 LARGER = [
     Case(name="three tiles wide", queries=200, keys=200, tile=(64, 64), heads=6, groups=2),
     Case(name="rows left over", queries=77, keys=130, tile=(13, 24), heads=2, groups=1),
@@ -38,22 +43,25 @@ def check_forward(run, case: Case, dtype: torch.dtype = torch.float32) -> None:
     assert (got[0][~pairs.any(-1).transpose(1, 2)] == 0).all(), "a query without keys must give 0"
 
 
-def test_the_native_library_was_built():
-    assert native.present(), "build it: pip install -e . with a C++17 compiler"
+def test_the_native_library_was_built_wherever_there_is_a_compiler():
+    assert not native.missing() or not (shutil.which("c++") or shutil.which("g++")), native.missing()
 
 
+@needs_library
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("case", CASES + LARGER, ids=lambda case: case.name)
 def test_is_as_near_to_fp64_as_masked_attention_in_the_same_dtype(case, dtype):
     check_forward(fused_cpp.attend, case, dtype)
 
 
+@needs_library
 def test_a_forgotten_scale_is_seen():
     with pytest.raises(AssertionError, match="error"):
         check_forward(lambda *tensors, scale, return_lse: fused_cpp.attend(*tensors, scale=1.0, return_lse=return_lse),
                       CASES[0])
 
 
+@needs_library
 def test_strides_do_not_matter():
     case = LARGER[0]
     tensors = case.tensors(torch.float32)
@@ -64,6 +72,7 @@ def test_strides_do_not_matter():
     assert torch.equal(fused_cpp.attend(*spread, case.tiles(), scale=0.3), expected)
 
 
+@needs_library
 def test_one_thread_gives_the_bits_of_two():
     case, threads = LARGER[0], torch.get_num_threads()
     outputs = []
@@ -76,6 +85,7 @@ def test_one_thread_gives_the_bits_of_two():
     assert torch.equal(*outputs)
 
 
+@needs_library
 @pytest.mark.parametrize("pool", ["mean", "rms"])
 @pytest.mark.parametrize("stride", [1, 3, 8])
 @every_case
@@ -89,6 +99,7 @@ def test_shares_are_those_of_the_estimator(case, stride, pool):
     torch.testing.assert_close(found[:, :, :-1].double(), expected[:, :, :-1], atol=2e-5, rtol=1e-3)
 
 
+@needs_library
 def test_what_it_cannot_take_is_refused_by_name_and_left_by_auto():
     query, key, value = CASES[0].tensors(torch.float64)
     tiles = CASES[0].tiles()
@@ -102,3 +113,115 @@ def test_what_it_cannot_take_is_refused_by_name_and_left_by_auto():
         assert choose_impl("auto", leaf, key.float(), value.float(), tiles)[0] == "fused_cpp"
     assert choose_impl("auto", leaf, key.float(), value.float(), Tiles(grid=Grid(
         num_queries=12, num_keys=12, query_block=4, key_block=3)))[0] == "eager"
+
+
+@needs_library
+@every_case
+def test_the_default_dtype_and_device_do_not_matter(case):
+    tensors, tiles, grid = case.tensors(torch.float32), case.tiles(), case.grid()
+    expected = fused_cpp.attend(*tensors, tiles, scale=0.3, return_lse=True)
+    shares = fused_cpp.shares(*tensors[:2], grid, scale=0.3, sample=2)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"):
+            found = fused_cpp.attend(*tensors, tiles, scale=0.3, return_lse=True)
+            again = fused_cpp.shares(*tensors[:2], grid, scale=0.3, sample=2)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(map(torch.equal, (*found, again), (*expected, shares)))
+
+
+@needs_library
+def test_a_tile_that_is_dropped_is_not_read():
+    case = CASES[0]
+    query, key, value = case.tensors(torch.float32)
+    keep = torch.ones(1, 2, 3, 4, dtype=torch.bool)
+    keep[..., 1] = False
+    tiles = Tiles.from_mask(keep, case.grid())
+    expected = fused_cpp.attend(query, key, value, tiles, scale=0.3)
+    key[:, 3:6], value[:, 3:6] = torch.nan, torch.nan
+    assert torch.equal(fused_cpp.attend(query, key, value, tiles, scale=0.3), expected)
+
+
+@needs_library
+@pytest.mark.parametrize("name", ["padding left", "padding both, grouped"])
+def test_a_row_of_the_batch_is_alone(name):
+    case = next(case for case in CASES if case.name == name)
+    tensors = case.tensors(torch.float32)
+    expected = fused_cpp.attend(*tensors, case.tiles(), scale=0.3)
+    alone = Tiles.from_mask(case.keep()[1:], replace(case.grid(), lengths=case.grid().lengths[1:]))
+    assert torch.equal(fused_cpp.attend(*(tensor[1:] for tensor in tensors), alone, scale=0.3), expected[1:])
+    for tensor in tensors:
+        tensor[0] = torch.nan
+    assert torch.equal(fused_cpp.attend(*tensors, case.tiles(), scale=0.3)[1:], expected[1:])
+
+
+@needs_library
+@pytest.mark.parametrize("ids", [[[4]], [[-1]], [[2**30]]], ids=["beyond the last", "empty but counted", "far beyond"])
+def test_a_plan_that_names_other_tiles_is_refused(ids):
+    query, key, value = CASES[0].tensors(torch.float32)
+    count = torch.ones(1, 2, 3, dtype=torch.int32)
+    none = torch.zeros(1, 2, 3, dtype=torch.int32), torch.zeros(1, 2, 3, 0, dtype=torch.int32)
+    tiles = Tiles(grid=CASES[0].grid(), full_count=count, partial_count=none[0], partial_ids=none[1],
+                  full_ids=torch.tensor(ids, dtype=torch.int32).expand(1, 2, 3, 1))
+    with pytest.raises(ShapeError, match="attend: expected 4 key blocks, -1 beyond the count"):
+        fused_cpp.attend(query, key, value, tiles, scale=0.3)
+
+
+@needs_library
+def test_memory_that_cannot_be_had_is_an_error_and_no_crash():
+    """A key of one row seen 2^32 times has no size, its packed copy would have a terabyte."""
+    query, key = torch.ones(1, 1, 1, 64), torch.ones(1, 1, 1, 64).expand(1, 2**32, 1, 64)
+    grid = Grid(num_queries=1, num_keys=2**32, query_block=64, key_block=4096)
+    with pytest.raises(ResourceError, match="expected memory for a packed copy"):
+        fused_cpp.shares(query, key, grid, scale=0.3, sample=1)
+    keep = torch.zeros(1, 1, 1, 2**20, dtype=torch.bool)
+    keep[..., 0] = True
+    with pytest.raises(ResourceError, match="expected memory for a packed copy"):
+        fused_cpp.attend(query, key, key, Tiles.from_mask(keep, grid), scale=0.3)
+
+
+@needs_library
+def test_forward_gradients_and_tensors_without_memory_are_left_to_eager():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    tensors, tiles = CASES[0].tensors(torch.float32), CASES[0].tiles()
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(tensors[0], torch.ones_like(tensors[0]))
+        assert choose_impl("auto", dual, *tensors[1:], tiles) == (
+            "eager", "fused_cpp cannot take tensors that carry a forward gradient")
+    with FakeTensorMode() as mode:
+        fake = [mode.from_tensor(tensor) for tensor in tensors]
+        assert choose_impl("auto", *fake, tiles)[0] == "eager"
+
+
+def test_without_its_library_auto_computes_the_same_in_plain_torch_and_says_so(monkeypatch):
+    tensors, tiles = CASES[0].tensors(torch.float32), CASES[0].tiles()
+    expected = attend(*tensors, tiles)
+    shares = estimate(Sampled(2), *tensors[:2], CASES[0].grid(), 0.3)
+    monkeypatch.setattr(native, "missing", lambda: "a package without its native library")
+    assert choose_impl("auto", *tensors, tiles) == (
+        "eager", "fused_cpp cannot take a package without its native library")
+    torch.testing.assert_close(attend(*tensors, tiles), expected)
+    torch.testing.assert_close(estimate(Sampled(2), *tensors[:2], CASES[0].grid(), 0.3), shares)
+
+
+@pytest.mark.parametrize("content, reason", [
+    (None, "a package without its native library"), (b"no library", "a native library that cannot be loaded"),
+], ids=["none", "damaged"])
+def test_a_library_that_cannot_be_used_is_said_to_be_missing(tmp_path, monkeypatch, content, reason):
+    if content:
+        (tmp_path / "_native.so").write_bytes(content)
+    monkeypatch.setattr(native, "__file__", str(tmp_path / "__init__.py"))
+    assert reason in native.missing.__wrapped__()
+
+
+@needs_library
+def test_a_library_of_another_version_is_not_called(monkeypatch):
+    monkeypatch.setattr(native, "ABI", native.ABI + 1)
+    assert native.missing.__wrapped__() == f"a native library of version {native.ABI - 1}, not {native.ABI}"
+
+
+@needs_library
+def test_python_and_cpp_mean_the_same_struct():
+    assert native.load().sentei_problem_size() == ctypes.sizeof(fused_cpp._Problem)

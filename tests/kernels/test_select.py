@@ -7,7 +7,8 @@ import pytest
 import torch
 from oracle import CASES, Case
 
-from sentei.core.errors import FileError, RuleError
+from sentei.core.errors import FileError, RuleError, ShapeError
+from sentei.core.rules import Threshold
 from sentei.kernels.attention.select import (
     ESTIMATORS,
     Antidiagonal,
@@ -128,10 +129,37 @@ def test_what_is_not_an_estimator_is_refused_as_a_bad_file(value):
 
 
 @pytest.mark.parametrize("kind", [Antidiagonal, Sampled])
-@pytest.mark.parametrize("stride", [0, -1, 1.5, "8"], ids=str)
-def test_a_bad_stride_is_refused(kind, stride):
-    with pytest.raises(RuleError, match=f"{kind.__name__}: expected a stride of at least 1"):
+@pytest.mark.parametrize("stride", [0, -1, 1.5, "8", True, 2**64], ids=str)
+def test_a_bad_stride_is_refused_and_in_a_file_it_is_the_file_s_fault(kind, stride):
+    with pytest.raises(RuleError, match=f"{kind.__name__}: expected a stride from 1 to 4096"):
         kind(stride)
+    with pytest.raises(FileError, match="estimator: expected a stride from 1 to 4096"):
+        estimator_from_json({"name": kind.__name__.lower(), "stride": stride})
+
+
+@pytest.mark.parametrize("query, key, lengths, message", [
+    ((1, 8, 2, 6), (1, 8, 4, 6), None, "G dividing H"),
+    ((1, 8, 4, 6), (1, 8, 2, 5), None, "G dividing H"),
+    ((2, 8, 4, 6), (1, 8, 2, 6), None, "G dividing H"),
+    ((1, 7, 4, 6), (1, 8, 2, 6), None, "a grid of 7 queries and 8 keys, got 8 and 8"),
+    ((2, 8, 4, 6), (2, 8, 2, 6), [[0, 8]], r"lengths \[2, 2\], got \[1, 2\]"),
+], ids=["more groups than heads", "width", "batch", "grid", "lengths"])
+@pytest.mark.parametrize("estimator", [Pooled(), Sampled(2)], ids=str)
+def test_tensors_that_do_not_fit_are_refused_before_they_are_read(query, key, lengths, message, estimator):
+    grid = Grid(num_queries=8, num_keys=8, query_block=4, key_block=2, lengths=lengths and torch.tensor(lengths))
+    with pytest.raises(ShapeError, match="^estimate: .*" + message):
+        estimate(estimator, torch.ones(query), torch.ones(key), grid, SCALE)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("estimator", ALL, ids=str)
+def test_a_nan_among_the_keys_is_refused_by_the_rule_and_not_swallowed(estimator, dtype):
+    query, key, _ = SQUARE.tensors(dtype)
+    key[:, 1] = torch.nan
+    scores = estimate(estimator, query, key, SQUARE.grid(), SCALE)
+    assert scores[:, :, 1:, 0].isnan().all()
+    with pytest.raises(RuleError, match="got NaN"):
+        Threshold(0.1)(scores)
 
 
 def test_an_antidiagonal_that_does_not_fit_the_blocks_is_refused():

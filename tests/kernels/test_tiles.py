@@ -124,3 +124,28 @@ def test_a_mask_of_another_grid_is_refused(shape):
     message = r"Tiles: expected keep \[B, H, 3, 4\], got \[.*\]; build keep from the same grid"
     with pytest.raises(ShapeError, match=message):
         Tiles.from_mask(torch.ones(shape, dtype=torch.bool), grid)
+
+
+@pytest.mark.parametrize("settings", [{"num_queries": -1}, {"num_keys": -1}, {"query_block": 0}, {"key_block": -4},
+                                      {"key_block": 2**32 + 16}], ids=str)
+def test_a_grid_of_impossible_sizes_is_refused(settings):
+    with pytest.raises(ShapeError, match="Grid: expected sizes from 0 and blocks from 1 to 4096"):
+        Grid(**{"num_queries": 8, "num_keys": 8, "query_block": 4, "key_block": 4, **settings})
+
+
+@pytest.mark.parametrize("lengths", [torch.zeros(2), torch.zeros(2, dtype=torch.int64),
+                                     torch.zeros(2, 3, dtype=torch.int64)], ids=["floats", "one dimension", "three"])
+def test_lengths_of_another_shape_or_dtype_are_refused(lengths):
+    with pytest.raises(ShapeError, match=r"Grid: expected lengths int64 \[B, 2\]"):
+        Grid(num_queries=8, num_keys=8, query_block=4, key_block=4, lengths=lengths)
+
+
+@pytest.mark.parametrize("change", [
+    lambda tiles: {"full_ids": tiles.full_ids.long()}, lambda tiles: {"full_count": tiles.full_count[..., :1]},
+    lambda tiles: {"partial_ids": None}, lambda tiles: {"partial_count": tiles.partial_count[:, :1]},
+    lambda tiles: {"grid": replace(tiles.grid, query_block=2)},
+], ids=["int64", "fewer blocks", "half a plan", "fewer heads", "another grid"])
+def test_a_plan_whose_parts_do_not_fit_is_refused(change):
+    tiles = CASES[0].tiles()
+    with pytest.raises(ShapeError, match=r"Tiles: expected int32 counts \[B, H, "):
+        replace(tiles, **change(tiles))

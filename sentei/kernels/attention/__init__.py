@@ -37,7 +37,8 @@ def attend(
         impl: "auto", or one of IMPLS, which then runs or raises.
         return_lse: also return the log-sum-exp of the scaled scores, for `merge`.
     Returns:
-        output [B, Tq, H, Dv]; a query that sees no key gives 0. With `return_lse` also lse [B, Tq, H], -inf there.
+        output [B, Tq, H, Dv]; a query that sees no key gives 0. With `return_lse` also lse [B, Tq, H], -inf there,
+        in float32 or wider. What stands in padding, NaN included, reaches no output.
     Raises:
         ShapeError: shapes, dtypes or grid do not fit.
         ImplError: an unknown implementation.
@@ -46,6 +47,10 @@ def attend(
     _check(query, key, value, tiles)
     name, _ = choose_impl(impl, query, key, value, tiles)
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+    if tiles.grid.lengths is not None:
+        # Neither a weight of 0 nor a score of -inf silences a NaN in every kernel.
+        padding = ~tiles.grid.real_keys(key.device)[..., None, None]
+        key, value = key.masked_fill(padding, 0), value.masked_fill(padding, 0)
     return IMPLS[name](query, key, value, tiles, scale=scale, return_lse=return_lse)
 
 
@@ -86,24 +91,7 @@ def merge(
 
 
 def _check(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, tiles: Tiles) -> None:
-    grid = tiles.grid
-    fits = (query.dim() == key.dim() == value.dim() == 4 and query.shape[0] == key.shape[0] == value.shape[0]
-            and key.shape[1:3] == value.shape[1:3] and query.shape[3] == key.shape[3]
-            and key.shape[2] > 0 and query.shape[2] % key.shape[2] == 0)
-    if not fits:
-        raise ShapeError("attend",
-                         expected="query [B, Tq, H, D], key [B, Tk, G, D], value [B, Tk, G, Dv], G dividing H",
-                         got=f"{list(query.shape)}, {list(key.shape)}, {list(value.shape)}",
-                         do="bring the heads to dimension 2")
-    if not query.dtype == key.dtype == value.dtype or not query.is_floating_point():
-        raise ShapeError("attend", expected="one floating dtype", got=f"{query.dtype}, {key.dtype}, {value.dtype}",
-                         do="convert them to the same dtype")
-    if (grid.num_queries, grid.num_keys) != (query.shape[1], key.shape[1]):
-        raise ShapeError("attend", expected=f"a grid of {query.shape[1]} queries and {key.shape[1]} keys",
-                         got=f"{grid.num_queries} and {grid.num_keys}", do="build the tiles for these tensors")
-    if grid.lengths is not None and grid.lengths.shape != (query.shape[0], 2):
-        raise ShapeError("attend", expected=f"lengths [{query.shape[0]}, 2]", got=str(list(grid.lengths.shape)),
-                         do="give one (start, stop) a row of the batch")
+    tiles.grid.check("attend", query, key, value)
     if not tiles.is_everything and (tiles.full_count.shape[0] != query.shape[0]
                                     or tiles.full_count.shape[1] not in (query.shape[2], key.shape[2])):
         raise ShapeError("attend",

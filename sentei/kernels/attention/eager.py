@@ -49,22 +49,23 @@ def _dense(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, grid: Gr
 def _gathered(query, key, value, tiles, scale, return_lse):
     """The kept tiles only."""
     batch, num_queries, heads, _ = query.shape
+    wide = torch.promote_types(query.dtype, torch.float32)
     if not batch * num_queries * heads:
         output = value.new_zeros(batch, num_queries, heads, value.shape[-1])
-        return (output, query.new_zeros(query.shape[:-1])) if return_lse else output
+        return (output, query.new_zeros(query.shape[:-1], dtype=wide)) if return_lse else output
     grid, plan = tiles.grid, _Plan(tiles, heads, key.shape[2])
     query_blocks = _blocks(query * scale, grid.query_block)
     key_blocks, value_blocks = _blocks(key, grid.key_block), _blocks(value, grid.key_block)
     outputs, lses = [], []
     for items in plan.batches():
         scores = _scores(query_blocks[items], key_blocks, plan, items)
-        shares = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(value.dtype)
+        shares = scores.softmax(-1, dtype=wide).to(value.dtype)
         if plan.fewest(items) == 0:
             shares = shares.masked_fill(torch.isneginf(scores).all(-1, keepdim=True), 0)
         values = value_blocks[plan.slots(items)].flatten(1, 2)
         outputs.append(torch.bmm(shares, values))
         if return_lse:
-            lses.append(scores.logsumexp(-1, keepdim=True))
+            lses.append(scores.to(wide).logsumexp(-1, keepdim=True))
     output = _restore(outputs, plan, batch, heads, value.shape[-1])[:, :num_queries]
     return (output, _restore(lses, plan, batch, heads, 1)[:, :num_queries, :, 0]) if return_lse else output
 

@@ -41,7 +41,7 @@ def attend(
     if not return_lse:
         return output
     lse = torch.stack(lses).view(batch, num_queries, heads) if lses else query.new_zeros(query.shape[:-1])
-    return output, lse.to(dtype)
+    return output, lse
 
 
 def _kept_keys(tiles: Tiles, b: int, h: int, i: int) -> torch.Tensor:

@@ -18,7 +18,7 @@ from torch.nn.functional import pad
 
 from sentei.core.errors import FileError, RuleError
 from sentei.kernels.attention import fused_cpp
-from sentei.kernels.attention.tiles import Grid
+from sentei.kernels.attention.tiles import MAX_BLOCK, Grid
 
 # Query blocks are scored in slabs whose dense scores would number about this many: the oracle then holds 128 MB in
 # fp32, a pooled estimate stays in cache.
@@ -40,6 +40,10 @@ class Estimator(ABC):
             [B, G, P, S, R', KB]; R' ≤ R rows, each standing for R / R' of them.
         """
 
+    @abstractmethod
+    def cost(self, grid: Grid) -> float:
+        """Multiply-adds ÷ those of the dense scores."""
+
     def rows(self, exact: torch.Tensor) -> torch.Tensor:
         """Brings exact row scores [..., R, slots] to the R' rows of `log_mass`."""
         return exact
@@ -56,6 +60,9 @@ class Pooled(Estimator):
     Cost: 1 / key_block of the dense scores. Reference: pooled keys as in FlashPrefill, arXiv 2603.06199.
     """
 
+    def cost(self, grid):
+        return 1 / grid.key_block
+
     def log_mass(self, query, key, grid):
         mean = key.mean(-2)
         return torch.einsum("bgpsrd,bgkd->bgpsrk", query, mean).add_(_log(grid.key_block))
@@ -71,9 +78,10 @@ class Antidiagonal(Estimator):
     stride: int = 8
 
     def __post_init__(self):
-        if not isinstance(self.stride, int) or self.stride < 1:
-            raise RuleError("Antidiagonal", expected="a stride of at least 1", got=repr(self.stride),
-                            do="choose a stride that divides both blocks, e.g. 8")
+        _check_stride("Antidiagonal", self.stride, "choose a stride that divides both blocks, e.g. 8")
+
+    def cost(self, grid):
+        return 1 / self.stride
 
     def log_mass(self, query, key, grid):
         stride = self.stride
@@ -97,6 +105,9 @@ class PageBounds(Estimator):
     Reference: Quest, arXiv 2406.10774.
     """
 
+    def cost(self, grid):
+        return 2 / grid.key_block
+
     def log_mass(self, query, key, grid):
         low, high = key.amin(-2), key.amax(-2)
         bound = torch.einsum("bgpsrd,bgkd->bgpsrk", query.clamp(min=0), high)
@@ -114,9 +125,10 @@ class Sampled(Estimator):
     stride: int = 8
 
     def __post_init__(self):
-        if not isinstance(self.stride, int) or isinstance(self.stride, bool) or self.stride < 1:
-            raise RuleError("Sampled", expected="a stride of at least 1", got=repr(self.stride),
-                            do="choose a stride below the query block, e.g. 8")
+        _check_stride("Sampled", self.stride, "choose a stride below the query block, e.g. 8")
+
+    def cost(self, grid):
+        return 1 / self.stride if grid.query_block > self.stride // 2 else 1.0
 
     def log_mass(self, query, key, grid):
         scores = self.rows(query).flatten(2, 4) @ key.flatten(2, 3).transpose(-1, -2)
@@ -138,7 +150,10 @@ def estimator_from_json(value: dict) -> Estimator:
     if kind is None or set(parameters) != set(kind.__dataclass_fields__):
         raise FileError("estimator", expected=f"one of {', '.join(ESTIMATORS)} with its parameters",
                         got=repr(value)[:200], do="write plans with sentei")
-    return kind(**parameters)
+    try:
+        return kind(**parameters)
+    except RuleError as error:
+        raise FileError("estimator", expected=error.expected, got=error.got, do="write plans with sentei") from error
 
 
 @torch.no_grad()
@@ -152,8 +167,11 @@ def estimate(
         key: [B, Tk, G, D].
         scale: on the scores.
         pool: how the rows of a block are joined, "mean" or "rms".
+    Raises:
+        ShapeError: tensors and grid do not fit.
     Cost: the estimator's, plus the edge tiles exactly; memory as PAIRS_AT_ONCE says.
     """
+    grid.check("estimate", query, key, key)
     if not grid.num_queries:
         return query.new_zeros(query.shape[0], query.shape[2], 0, grid.num_key_blocks)
     if isinstance(estimator, Sampled) and query.dtype != torch.float64 and not fused_cpp.refusal(query, key, key):
@@ -188,7 +206,8 @@ def _slab(estimator, queries, keys, grid, start, kinds, pool):
         slots = ids.clamp(max=mass.shape[-1])[:, None, None, :, None].expand(*mass.shape[:-1], -1)
         # An empty slot points past the last tile, to a column that is cut off again.
         mass = pad(mass, (0, 1), value=-torch.inf).scatter(-1, slots, exact)[..., :-1]
-    shares = torch.nan_to_num(mass.softmax(-1), nan=0.0)
+    # A row that may see nothing has no shares; a NaN among the scores stays one, for the rule to refuse.
+    shares = mass.softmax(-1).masked_fill(torch.isneginf(mass.amax(-1, keepdim=True)), 0)
     shares = shares.mean(-2) if pool == "mean" else shares.square_().mean(-2).sqrt_()
     return _log_shares(pad(shares, (0, keys.shape[2] - shares.shape[-1])), permitted)
 
@@ -265,6 +284,11 @@ def always_kept(grid: Grid, device: torch.device, *, window: int, dense_below: i
     permitted = grid.permitted(device)
     edge = permitted & ~grid.full(device)
     return (sink | local | early | final | edge) & permitted
+
+
+def _check_stride(where: str, stride: int, do: str) -> None:
+    if type(stride) is not int or not 1 <= stride <= MAX_BLOCK:
+        raise RuleError(where, expected=f"a stride from 1 to {MAX_BLOCK}", got=repr(stride)[:200], do=do)
 
 
 def _log(number: float) -> float:

@@ -11,6 +11,9 @@ import torch
 
 from sentei.core.errors import ShapeError
 
+# Larger blocks choose nothing, and a kernel's scratch grows with their square.
+MAX_BLOCK = 4096
+
 
 @dataclass(frozen=True, kw_only=True)
 class Grid:
@@ -23,6 +26,8 @@ class Grid:
         query_block, key_block: tokens a block.
         causal: a query sees no later position.
         lengths: int64 [B, 2] or None; the real keys of each row are positions start ≤ j < stop.
+    Raises:
+        ShapeError: a size below 0, a block outside 1 … MAX_BLOCK, lengths of another shape or dtype.
     """
 
     num_queries: int
@@ -31,6 +36,38 @@ class Grid:
     key_block: int
     causal: bool = True
     lengths: torch.Tensor | None = None
+
+    def __post_init__(self):
+        if min(self.num_queries, self.num_keys) < 0 or not all(
+                1 <= block <= MAX_BLOCK for block in (self.query_block, self.key_block)):
+            raise ShapeError("Grid", expected=f"sizes from 0 and blocks from 1 to {MAX_BLOCK}",
+                             got=f"{self.num_queries} queries by {self.query_block}, {self.num_keys} keys by "
+                             f"{self.key_block}", do="choose other blocks")
+        if self.lengths is not None and (self.lengths.dim() != 2 or self.lengths.shape[1] != 2
+                                         or self.lengths.dtype != torch.int64):
+            raise ShapeError("Grid", expected="lengths int64 [B, 2]",
+                             got=f"{self.lengths.dtype} {list(self.lengths.shape)}",
+                             do="give one (start, stop) a row of the batch")
+
+    def check(self, where: str, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Raises ShapeError unless the tensors fit one another and are what this grid was made for."""
+        fits = (query.dim() == key.dim() == value.dim() == 4 and query.shape[0] == key.shape[0] == value.shape[0]
+                and key.shape[1:3] == value.shape[1:3] and query.shape[3] == key.shape[3]
+                and key.shape[2] > 0 and query.shape[2] % key.shape[2] == 0)
+        if not fits:
+            raise ShapeError(where,
+                             expected="query [B, Tq, H, D], key [B, Tk, G, D], value [B, Tk, G, Dv], G dividing H",
+                             got=f"{list(query.shape)}, {list(key.shape)}, {list(value.shape)}",
+                             do="bring the heads to dimension 2")
+        if not query.dtype == key.dtype == value.dtype or not query.is_floating_point():
+            raise ShapeError(where, expected="one floating dtype", got=f"{query.dtype}, {key.dtype}, {value.dtype}",
+                             do="convert them to the same dtype")
+        if (self.num_queries, self.num_keys) != (query.shape[1], key.shape[1]):
+            raise ShapeError(where, expected=f"a grid of {query.shape[1]} queries and {key.shape[1]} keys",
+                             got=f"{self.num_queries} and {self.num_keys}", do="build the tiles for these tensors")
+        if self.lengths is not None and len(self.lengths) != query.shape[0]:
+            raise ShapeError(where, expected=f"lengths [{query.shape[0]}, 2]", got=str(list(self.lengths.shape)),
+                             do="give one (start, stop) a row of the batch")
 
     @property
     def num_query_blocks(self) -> int:
@@ -65,6 +102,12 @@ class Grid:
             return torch.zeros_like(stop), stop
         start, stop = self.lengths.to(device).unbind(-1)
         return start.view(-1, 1, 1, 1), stop.clamp(max=self.num_keys).view(-1, 1, 1, 1)
+
+    def real_keys(self, device: torch.device) -> torch.Tensor:
+        """Bool [B or 1, Tk]: the keys that are no padding."""
+        start, stop = (bound.flatten(1) for bound in self.bounds(device))
+        positions = torch.arange(self.num_keys, device=device)
+        return (start <= positions) & (positions < stop)
 
     def permitted(self, device: torch.device) -> torch.Tensor:
         """Bool [B or 1, 1, QB, KB]: tiles that hold at least one permitted pair."""
@@ -109,6 +152,8 @@ class Tiles:
         full_count, partial_count: int32 [B, H, QB]; H query heads, or G when a KV group shares its choice.
             None: everything that is permitted, the dense plan.
         full_ids, partial_ids: int32 [B, H, QB, slots]; ascending key blocks, -1 beyond the count.
+    Raises:
+        ShapeError: shapes or dtypes that are not these.
     """
 
     grid: Grid
@@ -116,6 +161,19 @@ class Tiles:
     full_ids: torch.Tensor | None = None
     partial_count: torch.Tensor | None = None
     partial_ids: torch.Tensor | None = None
+
+    def __post_init__(self):
+        parts = (self.full_count, self.full_ids, self.partial_count, self.partial_ids)
+        if all(part is None for part in parts):
+            return
+        good = all(part is not None and part.dtype == torch.int32 for part in parts) and (
+            self.full_count.shape == self.partial_count.shape == self.full_ids.shape[:-1] == self.partial_ids.shape[:-1]
+            and self.full_count.dim() == 3 and self.full_count.shape[2] == self.grid.num_query_blocks)
+        if not good:
+            raise ShapeError("Tiles", expected=f"int32 counts [B, H, {self.grid.num_query_blocks}] and ids of that "
+                             "and slots, full and partial", got=", ".join(
+                                 "none" if part is None else f"{part.dtype} {list(part.shape)}" for part in parts),
+                             do="build plans with Tiles.from_mask")
 
     @classmethod
     def from_mask(cls, keep: torch.Tensor, grid: Grid) -> "Tiles":

@@ -1,7 +1,7 @@
 """The C++ behind the fused kernels: built with the package, loaded by path, fed with plain pointers.
 
 There are no torch headers, so one build serves every torch; where no compiler was present the library is absent and
-`load` says so.
+`missing` says so.
 """
 
 import ctypes
@@ -11,12 +11,21 @@ from pathlib import Path
 from sentei.core.errors import ImplError
 
 LIBRARY = "_native*.so"
+ABI = 2  # of attention.cpp's sentei_abi()
 
 
 @cache
-def present() -> bool:
-    """Whether the native library was built; looked up once, because every call of attention asks."""
-    return any(Path(__file__).parent.glob(LIBRARY))
+def missing() -> str:
+    """Why there is no native library to call; empty when there is one. Looked up once: every attention asks."""
+    found = sorted(Path(__file__).parent.glob(LIBRARY))
+    if not found:
+        return "a package without its native library"
+    try:
+        library = ctypes.CDLL(str(found[0]))
+        version = library.sentei_abi()
+    except (OSError, AttributeError) as error:
+        return f"a native library that cannot be loaded ({error})"
+    return "" if version == ABI else f"a native library of version {version}, not {ABI}"
 
 
 @cache
@@ -24,13 +33,9 @@ def load() -> ctypes.CDLL:
     """The native library.
 
     Raises:
-        ImplError: it was not built.
+        ImplError: there is none that fits.
     """
-    found = sorted(Path(__file__).parent.glob(LIBRARY))
-    if not found:
-        raise ImplError("native", expected="the native library beside the package", got="none",
+    if missing():
+        raise ImplError("native", expected="the native library beside the package", got=missing(),
                         do="install a C++17 compiler and install sentei again, or use impl='eager'")
-    library = ctypes.CDLL(str(found[0]))
-    for name in ("sentei_attend", "sentei_shares"):
-        getattr(library, name).restype = None
-    return library
+    return ctypes.CDLL(str(sorted(Path(__file__).parent.glob(LIBRARY))[0]))

@@ -9,6 +9,9 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <new>
+#include <stdexcept>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -25,7 +28,7 @@ typedef float Vec __attribute__((vector_size(32)));
 typedef int32_t Ints __attribute__((vector_size(32)));
 typedef float Unaligned __attribute__((vector_size(32), aligned(4), may_alias));
 constexpr int kLanes = 8, kRows = 6;
-constexpr float kNone = -std::numeric_limits<float>::infinity();
+constexpr float kNone = -std::numeric_limits<float>::infinity(), kNan = std::numeric_limits<float>::quiet_NaN();
 
 INLINE Vec load(const float* from) { return *reinterpret_cast<const Unaligned*>(from); }
 INLINE void store(float* to, Vec value) { *reinterpret_cast<Unaligned*>(to) = value; }
@@ -90,17 +93,28 @@ INLINE void product(const float* a, int lda, const float* b, int ldb, float* c, 
 
 int round_up(int value) { return (value + 15) / 16 * 16; }
 
-// Hands out 0 … count - 1 to `threads` threads, in order.
+// Hands out 0 … count - 1 to `threads` threads, in order; to fewer where the system gives no more.
+// Throws bad_alloc when any of them ran out of memory, after all have ended.
 template <class Work>
 void in_parallel(int64_t count, int threads, Work work) {
   std::atomic<int64_t> next{0};
+  std::atomic<bool> failed{false};
   auto run = [&] {
-    for (int64_t i; (i = next.fetch_add(1)) < count;) work(i);
+    try {
+      for (int64_t i; !failed && (i = next.fetch_add(1)) < count;) work(i);
+    } catch (const std::bad_alloc&) {
+      failed = true;
+    }
   };
   std::vector<std::thread> others;
-  for (int t = 1; t < threads; ++t) others.emplace_back(run);
+  others.reserve(threads);
+  try {
+    for (int t = 1; t < threads; ++t) others.emplace_back(run);
+  } catch (const std::system_error&) {
+  }
   run();
   for (auto& other : others) other.join();
+  if (failed) throw std::bad_alloc();
 }
 
 }  // namespace
@@ -179,6 +193,12 @@ INLINE float largest(const float* row, int columns) {
   return result;
 }
 
+INLINE bool has_nan(const float* row, int columns) {
+  for (int j = 0; j < columns; ++j)
+    if (row[j] != row[j]) return true;
+  return false;
+}
+
 // Replaces a row of scores by exp(score - top) and returns the sum.
 INLINE float exponentiate(float* row, int columns, float top) {
   Vec sum{};
@@ -222,7 +242,8 @@ EVERY_MACHINE void attend_item(const Problem& p, const Sizes& s, int64_t item, c
     for (int r = 0; r < rows; ++r) {
       float* row = t.scores.data() + r * s.columns;
       const float top = std::max(t.top[r], largest(row, s.columns));
-      if (top == kNone) {
+      if (top == kNone) {  // nothing permitted so far, or nothing but NaN
+        if (has_nan(row, s.columns)) t.sum[r] = kNan;
         std::fill(row, row + s.columns, 0.0f);
         continue;
       }
@@ -273,7 +294,9 @@ EVERY_MACHINE void share_item(const Problem& p, const Sizes& s, int64_t item, co
     for (int r = 0; r < rows; ++r) {
       float* row = t.scores.data() + r * s.columns;
       const float top = largest(row, s.columns);
-      mass[r * s.key_blocks + j] = top == kNone ? kNone : top + std::log(exponentiate(row, s.columns, top));
+      mass[r * s.key_blocks + j] = has_nan(row, s.columns) ? kNan
+                                   : top == kNone          ? kNone
+                                                           : top + std::log(exponentiate(row, s.columns, top));
     }
   }
   float* mean = p.shares + item * s.key_blocks;
@@ -283,7 +306,7 @@ EVERY_MACHINE void share_item(const Problem& p, const Sizes& s, int64_t item, co
   for (int r = 0; r < rows; ++r) {
     float* row = mass.data() + r * s.key_blocks;
     const float top = *std::max_element(row, row + blocks);
-    if (top == kNone) continue;
+    if (top == kNone && !has_nan(row, int(blocks))) continue;
     float sum = 0;
     for (int64_t j = 0; j < blocks; ++j) sum += row[j] = std::exp(row[j] - top);
     for (int64_t j = 0; j < blocks; ++j) {
@@ -304,7 +327,12 @@ Scratch scratch(const Problem& p, const Sizes& s) {
 
 extern "C" {
 
-void sentei_attend(const Problem* problem) {
+// Changes whenever `Problem` or a function below does; compared when the library is loaded.
+int sentei_abi() { return 2; }
+int sentei_problem_size() { return int(sizeof(Problem)); }
+
+// Both return 0, or 1 when memory ran out; the output is then unfinished.
+int sentei_attend(const Problem* problem) try {
   const Problem& p = *problem;
   const Sizes s(p);
   const int64_t blocks = p.batch * p.groups * s.key_blocks;
@@ -320,9 +348,14 @@ void sentei_attend(const Problem* problem) {
       t = scratch(p, s);
     attend_item(p, s, p.order[i], keys.data(), values.data(), t);
   });
+  return 0;
+} catch (const std::bad_alloc&) {
+  return 1;
+} catch (const std::length_error&) {
+  return 1;
 }
 
-void sentei_shares(const Problem* problem) {
+int sentei_shares(const Problem* problem) try {
   const Problem& p = *problem;
   const Sizes s(p);
   const int64_t blocks = p.batch * p.groups * s.key_blocks;
@@ -336,5 +369,10 @@ void sentei_shares(const Problem* problem) {
     std::vector<float> mass(size_t(p.query_block) * s.key_blocks);
     share_item(p, s, items - 1 - i, keys.data(), t, mass);
   });
+  return 0;
+} catch (const std::bad_alloc&) {
+  return 1;
+} catch (const std::length_error&) {
+  return 1;
 }
 }
