@@ -9,15 +9,18 @@ _HOMES = {
     "AXES": "sentei.axes",
     "Connections": "sentei.axes.connections",
     "Entry": "sentei.conversion.plan",
+    "Grid": "sentei.kernels.attention",
     "Plan": "sentei.conversion.plan",
     "SelfAttention": "sentei.axes.connections",
     "Selection": "sentei.core.selection",
     "SenteiError": "sentei.core.errors",
+    "Tiles": "sentei.kernels.attention",
     "attend": "sentei.kernels.attention",
     "convert": "sentei.conversion.plan",
     "load": "sentei.conversion.export",
     "prune": "sentei.pipeline",
     "trace": "sentei.core.tracing",
+    "verify": "sentei.pipeline",
 }
 
 __all__ = ["__version__", *_HOMES]

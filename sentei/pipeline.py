@@ -27,7 +27,8 @@ from sentei.conversion.checkpoints import DTYPES, load_model, load_tokenizer, lo
 from sentei.conversion.plan import Plan, convert, prunable_layers
 from sentei.core.errors import FileError, ResourceError, SenteiError, UnsupportedError
 from sentei.core.storage import Stages, cannot_write, sweep, write_json
-from sentei.measurement.outcome import environment, public, today
+from sentei.kernels import native
+from sentei.measurement.outcome import environment, public
 from sentei.measurement.report import write_report
 from sentei.measurement.text import Text, read_text, windows_of
 
@@ -94,6 +95,14 @@ class Request:
         return shlex.join(words + ["--online"] * self.online)
 
 
+    def call(self) -> str:
+        """The Python that asks the same of a model in memory."""
+        settings = {"text": self.text and str(self.text), "workload": self.workload, "quality": self.quality,
+                    "speed": self.speed, "out": self.out and str(self.out)}
+        given = [f"{name}={value!r}" for name, value in settings.items() if value is not None]
+        return f"sentei.prune({', '.join(['model', 'tokenizer', *given])})"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Subject:
     """The model a job is about.
@@ -103,6 +112,7 @@ class Subject:
         tokenizer: a transformers tokenizer.
         name, source: for reports.
         fingerprint: differs for different weights.
+        command: what to type to do the job again.
     """
 
     model: nn.Module
@@ -110,6 +120,7 @@ class Subject:
     name: str
     source: str
     fingerprint: str
+    command: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,10 +158,11 @@ def run(request: Request, progress: Progress) -> Outcome:
         step("checked")
         tokenizer = load_tokenizer(checkpoint)
         subject = Subject(model=load_model(checkpoint, request.dtype), tokenizer=tokenizer, name=checkpoint.name,
-                          source=checkpoint.source, fingerprint=checkpoint.fingerprint)
+                          source=checkpoint.source, fingerprint=checkpoint.fingerprint, command=request.command())
         windows = _windows(subject, text, Workload.parse(request.workload))
         step("loaded")
-    out = request.out or Path("sentei-out") / f"{subject.name}-{request.workload.replace(':', '-')}-{request.dtype}"
+    job = f"{subject.name}-{request.workload.replace(':', '-')}-{request.dtype}-{subject.fingerprint[:6]}"
+    out = request.out or Path("sentei-out") / job
     with _claimed(out):
         return _prune(subject, text, windows, request, out, progress)
 
@@ -184,7 +196,7 @@ def prune(model: nn.Module | str | None = None, tokenizer=None, *, text: Path | 
     convert(model, Plan())
     name = Path(model.name_or_path or type(model).__name__).name
     subject = Subject(model=model.eval(), tokenizer=tokenizer, name=name, source=f"{name} (a model in memory)",
-                      fingerprint=_fingerprint(model))
+                      fingerprint=_fingerprint(model), command=request.call())
     content = read_text(request.text)
     windows = _windows(subject, content, Workload.parse(workload))
     with nullcontext() if request.out is None else _claimed(request.out):
@@ -212,8 +224,10 @@ def _prune(subject: Subject, text: Text, windows: dict[str, torch.Tensor], reque
            progress: Progress) -> Outcome:
     """The job itself, once its input is accepted."""
     goal, layers, config = Goal(quality=request.quality, speed=request.speed), prunable_layers(subject.model), Config()
+    rules = slack_of.options()
     inputs = {"model": subject.fingerprint, "text": text.sha256, "workload": request.workload, "dtype": request.dtype,
-              "environment": environment(), "config": config.to_json(), "windows": WINDOWS}
+              "environment": environment(), "kernel": native.identity(), "config": config.to_json(),
+              "rules": [rule.to_json() for rule in rules], "windows": WINDOWS}
     stages, clock = Stages(out and out / "stages"), Clock()
     judge = Judge(subject.model, windows, stages, inputs)
     with clock("calibrate"), progress.stage("calibrate", len(windows["choose"]) + len(windows["verify"]) + 1) as step:
@@ -222,7 +236,7 @@ def _prune(subject: Subject, text: Text, windows: dict[str, torch.Tensor], reque
         dense_seconds = judge.dense_seconds("calibrate", step)
     with clock("slack"), progress.stage("slack", len(layers) * len(windows["calibrate"])) as step:
         slack = slack_of.from_json(stages.run("slack", inputs, lambda: {"layers": slack_of.to_json(slack_of.measure(
-            subject.model, windows["calibrate"], layers, config, rules=slack_of.options(), step=step))})["layers"])
+            subject.model, windows["calibrate"], layers, config, rules=rules, step=step))})["layers"])
     with clock("solve"), progress.stage("solve", JUDGEMENTS * len(windows["choose"])) as step:
         solution = solve(goal, slack, config, lambda candidate: judge.judge(candidate.plan, "choose", step),
                          dense_seconds)
@@ -315,6 +329,7 @@ def _result(request: Request, subject: Subject, proof: Proof, layers: tuple[int,
 def _export(subject: Subject, proof: Proof, tokens: torch.Tensor, out: Path, result: dict, step: Callable) -> None:
     """Writes the model and proves in a fresh process that it gives the same logits."""
     measured = {key: result[key] for key in ("workload", "speedup", "quality", "density", "threads")}
+    measured |= {"verify_attempts": proof.attempts, "date": proof.comparison.date}
     export.export(subject.model, subject.tokenizer, proof.candidate.plan, out, tokens=tokens[:RECEIPT_TOKENS],
                   facts={"source": subject.source, **measured})
     step("written")
@@ -341,7 +356,7 @@ def _details(subject: Subject, text: Text, request: Request, proof: Proof, layer
             "text": {"name": text.name, "sha256": text.sha256,
                      "tokens": {use: count * tokens for use, count in WINDOWS.items()}},
             "timings": {"dense": comparison.dense, "pruned": comparison.pruned}, "environment": environment(),
-            "command": request.command(), "date": today()}
+            "verify_attempts": proof.attempts, "command": subject.command, "date": comparison.date}
 
 
 def _points(solution: Solution, proof: Proof, layers: tuple[int, ...], dense_seconds: float) -> list[dict]:

@@ -64,7 +64,7 @@ def prune(sentei, subject, tmp_path, monkeypatch):
 
     monkeypatch.setattr(export, "check_afresh", export.check)
     monkeypatch.setattr("sentei.measurement.report.write_plots", lambda *_: [])
-    monkeypatch.setattr(Comparison, "speedup", lambda _: 2.0)
+    monkeypatch.setattr(Comparison, "ratios", lambda _: [2.0])
 
     def run(*flags: str, **changes) -> subprocess.CompletedProcess:
         job = {"model": subject["model"], "text": subject["text"], "workload": "prefill:256", "quality": 0.5,

@@ -184,7 +184,6 @@ def test_a_result_that_is_no_json_is_refused(sentei):
 
 @pytest.mark.parametrize(("raised", "code", "where", "got"), [
     ("errors.SenteiError('--workload', expected='e', got='g', do='d')", 2, "--workload", "g"),
-    ("errors.BoundError('here', expected='e', got='g', do='d')", 1, "here", "g"),
     ("errors.FileError('here', expected='e', got='g', do='d')", 3, "here", "g"),
     ("errors.ResourceError('here', expected='e', got='g', do='d')", 4, "here", "g"),
     ("errors.UnsupportedError('here', expected='e', got='g', do='d')", 5, "here", "g"),

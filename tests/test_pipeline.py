@@ -8,9 +8,14 @@ import torch
 
 import sentei
 from sentei import pipeline
+from sentei.budget.solver import Candidate, Solution
 from sentei.conversion import wrapper
+from sentei.conversion.plan import Plan
 from sentei.core.errors import ResourceError, SenteiError
+from sentei.core.rules import All, Threshold
+from sentei.measurement.quality import Quality
 
+DENSE = Candidate(name="dense", plan=Plan(), seconds=1.0, density=1.0)
 KEYS = {"schema", "model", "workload", "dtype", "threads", "dense", "pruned", "speedup", "quality", "density", "plan",
         "out"}
 
@@ -105,3 +110,34 @@ def test_the_shortest_workload_still_has_an_interval(prune, tmp_path):
 def test_two_runs_do_not_share_a_folder(subject, tmp_path):
     with pipeline._claimed(tmp_path / "out"), pytest.raises(ResourceError, match="no other process"):
         pipeline.run(pipeline.Request(**subject, quality=0.5, out=tmp_path / "out"), pipeline.Silent())
+
+
+def test_where_no_plan_is_faster_the_bound_is_not_met_and_the_dense_model_is_kept(subject, tmp_path, monkeypatch):
+    monkeypatch.setattr("sentei.pipeline.solve", lambda *_: Solution(ladder=[DENSE], judged=[], dense_attention=1.0))
+    outcome = pipeline.run(pipeline.Request(**subject, quality=0.5, out=tmp_path / "out"), pipeline.Silent())
+    assert not outcome.met and "faster than the dense model" in outcome.reason
+    assert outcome.result["speedup"] == 1 and outcome.result["plan"] == []
+
+
+def test_a_bound_that_no_plan_keeps_is_not_met_and_says_what_was_reached(subject, tmp_path, monkeypatch):
+    monkeypatch.setattr("sentei.budget.judge.compare", lambda *_: Quality(
+        value=0.4, low=0.3, high=0.5, dense=1.0, pruned=2.5, tokens=1))
+    outcome = pipeline.run(pipeline.Request(**subject, quality=0.5, out=tmp_path / "out"), pipeline.Silent())
+    assert not outcome.met and "quality 0.4000 on held-out text, below 0.5" in outcome.reason
+
+
+@pytest.mark.parametrize("changed", ["sentei.budget.slack.options", "sentei.kernels.native.identity"])
+def test_a_stage_is_done_again_when_the_rules_or_the_kernel_have_changed(subject, done, monkeypatch, changed):
+    def noticed(*arguments, **settings):
+        raise RuntimeError("done again")
+
+    new = [All(), Threshold(0.5)] if changed.endswith("options") else "another library"
+    monkeypatch.setattr(changed, lambda: new)
+    monkeypatch.setattr("sentei.budget.judge.token_losses", noticed)
+    with pytest.raises(RuntimeError, match="done again"):
+        pipeline.run(pipeline.Request(**subject, quality=0.5, out=Path(done.result["out"])), pipeline.Silent())
+
+
+def test_the_report_of_a_model_in_memory_says_how_to_repeat_it_in_python():
+    request = pipeline.Request(workload="prefill:512", quality=0.9, out=Path("faster"))
+    assert request.call() == "sentei.prune(model, tokenizer, workload='prefill:512', quality=0.9, out='faster')"

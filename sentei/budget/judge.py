@@ -4,7 +4,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 
 import torch
@@ -13,7 +13,7 @@ from torch import nn
 from sentei.conversion import wrapper
 from sentei.conversion.plan import Plan, attention_path, convert
 from sentei.core.storage import Stages
-from sentei.core.tracing import Trace, trace
+from sentei.core.tracing import Record, Trace, trace
 from sentei.measurement.latency import Comparison, interleave
 from sentei.measurement.quality import Quality, compare, token_losses
 
@@ -42,7 +42,7 @@ class Judge:
     """Judges plans on windows of text, each plan once; the judgements of an earlier run are remembered.
 
     Args:
-        model: a transformers model; it is dense again after every judgement.
+        model: a transformers model; on its sdpa path from now on, and dense again after every judgement.
         windows: int64 [N, T] tokens a use, e.g. {"choose": …, "verify": …}.
         stages: where judgements are kept.
         inputs: what every judgement depends on beside the plan, JSON-able.
@@ -51,6 +51,7 @@ class Judge:
     def __init__(self, model: nn.Module, windows: dict[str, torch.Tensor], stages: Stages, inputs: dict):
         self.model, self.windows, self.stages, self.inputs = model, windows, stages, inputs
         self.dense: dict[str, torch.Tensor] = {}
+        wrapper.use(model, "sdpa")
 
     def prepare(self, use: str, step: Step) -> None:
         """Reads the windows of one use with the dense model; a step a window."""
@@ -66,9 +67,9 @@ class Judge:
         def work() -> dict:
             convert(self.model, plan)
             try:
-                with trace(self.model) as records:
+                with trace(self.model, _Counts()) as counts:
                     losses = [self._losses(row, step) for row in self.windows[use]]
-                density = {entry.layer: _per_head(records, attention_path(self.model, entry.layer))
+                density = {entry.layer: counts.density_at(f"{attention_path(self.model, entry.layer)}.connections")
                            for entry in plan.entries}
             finally:
                 convert(self.model, Plan())
@@ -83,18 +84,20 @@ class Judge:
     def time(self, plan: Plan, use: str, runs: int, step: Step) -> Comparison:
         """Seconds of prefilling the first window of `use`, dense (transformers' sdpa) and pruned, in turn.
 
-        A prefill fills the cache and makes the logits of the last token, as `generate` does.
+        A prefill fills the cache and makes the logits of the last token, as `generate` does. A plan that prunes
+        nothing is the dense model, so its seconds are the dense ones and its speed-up is 1, whatever the clock says.
         """
         def work() -> dict:
             convert(self.model, plan)
             pruned = wrapper.IMPLEMENTATION if plan.entries else "sdpa"
             prefill = partial(self._prefill, use)
             try:
-                return asdict(interleave(prefill, prefill, runs=runs, step=step,
-                                         before=(lambda: wrapper.use(self.model, "sdpa"),
-                                                 lambda: wrapper.use(self.model, pruned))))
+                found = interleave(prefill, prefill, runs=runs, step=step,
+                                   before=(lambda: wrapper.use(self.model, "sdpa"),
+                                           lambda: wrapper.use(self.model, pruned)))
             finally:
                 convert(self.model, Plan())
+            return asdict(found if plan.entries else replace(found, pruned=found.dense))
 
         inputs = {**self.inputs, "use": use, "plan": plan.to_json(), "runs": runs}
         return Comparison(**self.stages.run(f"time-{short_key(plan)}", inputs, work))
@@ -125,9 +128,20 @@ def short_key(plan: Plan) -> str:
     return hashlib.sha256(json.dumps(plan.to_json(), sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _per_head(records: Trace, path: str) -> list[float]:
-    """Kept ÷ permitted for every head (or KV group) of one attention module, over all its records."""
-    selections = [record.selection for record in records.at(f"{path}.connections")]
-    kept = sum(selection.count().sum((0, 2)).double() for selection in selections)
-    permitted = sum(selection.permitted.sum((0, 2)).double() for selection in selections)
-    return (kept / permitted).tolist()
+class _Counts(Trace):
+    """A trace that keeps two numbers a head and not the selections, which grow with the square of the length."""
+
+    def __init__(self):
+        super().__init__()
+        self.kept: dict[str, torch.Tensor] = {}
+        self.permitted: dict[str, torch.Tensor] = {}
+
+    def append(self, record: Record) -> None:
+        """Adds the record's candidates, kept and permitted, to those of its room."""
+        selection = record.selection
+        for counts, number in ((self.kept, selection.count()), (self.permitted, selection.permitted)):
+            counts[record.path] = counts.get(record.path, 0) + number.sum((0, 2)).double()
+
+    def density_at(self, path: str) -> list[float]:
+        """Kept ÷ permitted for every head (or KV group) of one room."""
+        return (self.kept[path] / self.permitted[path]).tolist()

@@ -21,12 +21,14 @@ class Proof:
         candidate: the plan.
         judgement: on held-out text.
         comparison: its seconds and dense seconds.
+        attempts: plans judged on the held-out text, this one the last.
         reason: why the goal is not met; empty when it is.
     """
 
     candidate: Candidate
     judgement: Judgement
     comparison: Comparison
+    attempts: int
     reason: str
 
 
@@ -46,4 +48,5 @@ def first_proven(goal: Goal, solution: Solution, judge: Judge, step: Callable[[]
         reason = goal.shortfall(judgement, comparison)
         if not reason or last:
             break
-    return Proof(candidate=candidate, judgement=judgement, comparison=comparison, reason=reason)
+    return Proof(candidate=candidate, judgement=judgement, comparison=comparison, reason=reason,
+                 attempts=ladder.index(candidate) + 1)

@@ -77,7 +77,7 @@ def locate(model: str | None = None, *, online: bool = False, cache: Path | None
     path = Path(os.path.expanduser(model))
     if os.path.isdir(path):
         folder = path.resolve()
-        return _from_folder(folder, folder.name, f"{folder.name} (folder {folder})")
+        return _from_folder(folder, folder.name, f"{folder.name} (a local folder)")
     if os.path.exists(path):
         refuse_pickle(path)
         if path.suffix.lower() != ".gguf" or not path.is_file():
@@ -117,7 +117,7 @@ def load_model(checkpoint: Checkpoint, dtype: str = "float32") -> PreTrainedMode
     tensors = {name: tensor for file in weight_files(folder).values() for name, tensor in file.items()}
     model_class = getattr(transformers, family.architecture)
     check_side_files(folder)
-    _check_shapes(folder, model_class, config, tensors)
+    _check_shapes(folder, family.shapes(config, str(folder / "config.json")), config, tensors)
     needed = sum(tensor.elements for tensor in tensors.values()) * DTYPES[dtype].itemsize
     require_memory(folder, needed + max(tensor.bytes for tensor in tensors.values()))
     try:
@@ -192,9 +192,8 @@ def _download(model: str) -> Path:
                         do="check the name and the connection; a gated model needs `hf auth login`") from error
 
 
-def _check_shapes(folder: Path, model_class: type, config: PreTrainedConfig, tensors: dict[str, Tensor]) -> None:
-    with torch.device("meta"):  # shapes without memory
-        expected = {name: tuple(tensor.shape) for name, tensor in model_class(config).state_dict().items()}
+def _check_shapes(folder: Path, expected: dict[str, tuple], config: PreTrainedConfig, tensors: dict[str, Tensor]
+                  ) -> None:
     if config.tie_word_embeddings and "lm_head.weight" not in tensors:
         del expected["lm_head.weight"]
     # Checkpoints of 2023 carry the rotary frequencies, which are recomputed.

@@ -15,8 +15,9 @@ import torch
 from torch import nn
 
 from sentei.conversion.checkpoints import DTYPES, load_model, locate
+from sentei.conversion.model_folder import member
 from sentei.conversion.plan import Plan, convert
-from sentei.core.errors import FileError, SenteiError
+from sentei.core.errors import FileError, RuleError, SenteiError
 from sentei.core.storage import cannot_write, read_json, sync_folder, write_json
 
 POLICY, RECEIPT = "sentei.json", "receipt.safetensors"
@@ -24,6 +25,8 @@ SCHEMA = "sentei.policy/1"
 # A fresh process runs the same kernels on the same numbers; another machine may sum in another order.
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.25}
 ROWS = 8
+# ROWS of logits of the largest vocabulary, and tokens.
+MAX_RECEIPT_BYTES = 1 << 28
 
 
 def export(model: nn.Module, tokenizer, plan: Plan, folder: Path, *, tokens: torch.Tensor, facts: dict) -> None:
@@ -75,7 +78,12 @@ def load(folder: str | Path) -> nn.Module:
     """
     policy = read_policy(Path(folder))
     plan = Plan.from_json(policy["plan"])
-    return convert(load_model(locate(str(folder)), policy["dtype"]), plan)
+    model = load_model(locate(str(folder)), policy["dtype"])
+    try:
+        return convert(model, plan)
+    except RuleError as error:  # a rule that does not fit the model, e.g. with a number for each of other heads
+        raise FileError(str(Path(folder) / POLICY), expected=error.expected, got=error.got,
+                        do="write the folder again with sentei prune") from error
 
 
 def read_policy(folder: Path) -> dict:
@@ -84,7 +92,7 @@ def read_policy(folder: Path) -> dict:
     Raises:
         FileError: not there, or not a policy this version understands.
     """
-    policy = read_json(folder / POLICY)
+    policy = read_json(member(folder, POLICY, required=False) or folder / POLICY)
     if policy.get("schema") != SCHEMA or policy.get("dtype") not in DTYPES or "plan" not in policy:
         raise FileError(str(folder / POLICY), expected=f"a policy of schema {SCHEMA}", got=repr(policy)[:200],
                         do="write the folder again with sentei prune")
@@ -102,7 +110,11 @@ def check(folder: Path) -> dict:
     torch.set_num_threads(_threads(read_policy(folder)))
     model = load(folder)
     try:
-        receipt = load_file(folder / RECEIPT)
+        path = member(folder, RECEIPT, required=False) or folder / RECEIPT
+        if path.stat().st_size > MAX_RECEIPT_BYTES:
+            raise FileError(str(path), expected=f"at most {MAX_RECEIPT_BYTES:,} bytes",
+                            got=f"{path.stat().st_size:,}", do="write the folder again with sentei prune")
+        receipt = load_file(path)
         tokens, logits = receipt["tokens"], receipt["logits"]
     except (OSError, SafetensorError, KeyError) as error:
         raise FileError(str(folder / RECEIPT), expected="a receipt with tokens and logits", got=str(error),
@@ -123,9 +135,11 @@ def check_afresh(folder: Path) -> dict:
     Raises:
         FileError: the process could not load the folder.
     """
-    code = ("import json, pathlib, sys; from sentei.conversion.export import check; "
+    # -P keeps the working folder off the path: it may be the model's, and hold a json.py. This package comes last.
+    code = ("import json, pathlib, sys; sys.path.append(sys.argv[2]); from sentei.conversion.export import check; "
             "print(json.dumps(check(pathlib.Path(sys.argv[1]))))")
-    ran = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True, check=False)
+    ran = subprocess.run([sys.executable, "-P", "-c", code, str(folder), str(Path(__file__).parents[2])],
+                         capture_output=True, text=True, check=False)
     if ran.returncode:
         raise FileError(str(folder), expected="a folder that loads in a fresh process",
                         got=(ran.stderr.strip().splitlines() or ["no message"])[-1],

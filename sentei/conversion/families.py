@@ -6,8 +6,12 @@ A config.json is data from a stranger. Only the keys listed here reach transform
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+import torch
 
 from sentei.core.errors import FileError, UnsupportedError
 
@@ -89,12 +93,32 @@ class Family:
             FileError: transformers does not accept the values.
         """
         import transformers
-        from huggingface_hub.errors import StrictDataclassError
 
         settings = {key: value for key, value in raw.items() if key in self.config_keys - NOT_PASSED}
-        try:
+        with self._building(where):
             return getattr(transformers, self.config)(**settings)
-        except (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, StrictDataclassError) as error:
+
+    def shapes(self, config: PreTrainedConfig, where: str = "config.json") -> dict[str, tuple[int, ...]]:
+        """The shapes of the model's tensors by name; no memory is taken for them.
+
+        Raises:
+            FileError: transformers cannot build a model of these settings.
+        """
+        import transformers
+
+        with self._building(where), torch.device("meta"):
+            model = getattr(transformers, self.architecture)(config)
+        return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+    @contextmanager
+    def _building(self, where: str) -> Iterator[None]:
+        """Turns what transformers raises for settings it does not accept into FileError."""
+        from huggingface_hub.errors import StrictDataclassError
+
+        try:
+            yield
+        except (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, AssertionError, RuntimeError,
+                StrictDataclassError) as error:
             raise FileError(where, expected=f"the settings of a {self.model_type} model", got=shown(error),
                             do="download the file again from where it was published") from error
 

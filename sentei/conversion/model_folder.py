@@ -6,13 +6,15 @@ from pathlib import Path
 from sentei.conversion.families import Family, family_of, shown
 from sentei.conversion.safetensors_header import Tensor, read_header
 from sentei.core.errors import FileError, UnsupportedError
-from sentei.core.storage import read_json
+from sentei.core.storage import json_bytes, read_json
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".npz", ".npy", ".h5", ".msgpack")
 MAX_CONFIG_BYTES = 1 << 20
-MAX_TOKENIZER_BYTES = 1 << 28
+MAX_TEMPLATE_BYTES = 1 << 20
+# transformers opens whatever lies in it and ends in .jinja.
+_TEMPLATES = "additional_chat_templates"
 _LOADABLE = ("F64", "F32", "F16", "BF16")
 # Keys that would make transformers look outside the folder, or for code.
 _TOKENIZER_KEYS = ("auto_map", "trust_remote_code", "fast_tokenizer_files", "init_inputs")
@@ -131,12 +133,19 @@ def check_side_files(folder: Path) -> None:
     """Checks the tokenizer's and the generation settings' files of `folder` without building anything.
 
     Raises:
-        FileError: no tokenizer.json, a file too large or malformed, or a key that leads to code or out of the folder.
+        FileError: no tokenizer.json; a file too large, malformed or not inside the folder; a key that leads to code or
+            out of the folder; chat templates in a folder of their own.
     """
-    tokenizer = member(folder, "tokenizer.json")
-    if tokenizer.stat().st_size > MAX_TOKENIZER_BYTES:
-        raise FileError(str(tokenizer), expected=f"at most {MAX_TOKENIZER_BYTES:,} bytes",
-                        got=f"{tokenizer.stat().st_size:,}", do="check that this is the file you meant")
+    json_bytes(member(folder, "tokenizer.json"))
+    if (folder / _TEMPLATES).is_dir():
+        raise FileError(str(folder / _TEMPLATES), expected="one chat template, in chat_template.jinja",
+                        got="a folder of them", do="remove that folder: sentei needs no chat template")
+    template = member(folder, "chat_template.jinja", required=False)
+    if template is not None and template.stat().st_size > MAX_TEMPLATE_BYTES:
+        raise FileError(str(template), expected=f"at most {MAX_TEMPLATE_BYTES:,} bytes",
+                        got=f"{template.stat().st_size:,}", do="check that this is the file you meant")
+    # transformers looks for it, and opens it only where tokenizer.json is missing.
+    member(folder, "tokenizer.model", required=False)
     for name, refused in (("tokenizer_config.json", _TOKENIZER_KEYS), ("special_tokens_map.json", ()),
                           ("added_tokens.json", ()), ("generation_config.json", _GENERATION_KEYS)):
         if member(folder, name, required=False) is None:

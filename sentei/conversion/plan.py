@@ -8,7 +8,7 @@ from sentei.axes import AXES
 from sentei.axes.connections import Connections
 from sentei.conversion import wrapper
 from sentei.conversion.families import FAMILIES
-from sentei.core.errors import FileError, UnsupportedError
+from sentei.core.errors import FileError, RuleError, UnsupportedError
 
 MAX_LAYERS = 1000
 
@@ -52,7 +52,7 @@ class Plan:
     def __post_init__(self):
         places = [(entry.layer, entry.room) for entry in self.entries]
         if len(set(places)) != len(places):
-            raise FileError("plan", expected="at most one entry a layer and room", got=str(places)[:200],
+            raise RuleError("plan", expected="at most one entry a layer and room", got=str(places)[:200],
                             do="merge the entries")
 
     def to_json(self) -> list[dict]:
@@ -65,7 +65,10 @@ class Plan:
         if not isinstance(value, list):
             raise FileError("plan", expected="a JSON array of entries", got=repr(value)[:200],
                             do="write plans with sentei")
-        return cls(tuple(Entry.from_json(item) for item in value))
+        try:
+            return cls(tuple(Entry.from_json(item) for item in value))
+        except RuleError as error:
+            raise FileError("plan", expected=error.expected, got=error.got, do="write plans with sentei") from error
 
 
 def convert(model: nn.Module, plan: Plan) -> nn.Module:

@@ -12,39 +12,57 @@ from sentei.core.errors import UnsupportedError
 from sentei.core.tracing import trace
 
 IMPLEMENTATION = "sentei"
+# The attribute of a converted model that names the attention it had before.
+BEFORE = "attention_before_sentei"
 
 
-def install(model: nn.Module, rooms: dict[str, Connections]) -> None:
+def install(model: nn.Module, new: dict[str, Connections]) -> None:
     """Puts rooms into attention modules and makes the model's attention ours.
 
     Args:
         model: a transformers model of a known family.
-        rooms: by the attention module's path, e.g. "model.layers.3.self_attn"; each takes the module's scale.
+        new: by the attention module's path, e.g. "model.layers.3.self_attn"; each takes the module's scale.
     Raises:
-        UnsupportedError: transformers did not take our attention, or a room was not reached by a forward pass; the
-            model is then as it was.
+        UnsupportedError: transformers did not take our attention, or a room was not reached by a forward pass.
+        RuleError: a rule that does not fit the model, e.g. with a number for each of other heads.
+
+    Whatever is raised, the model is then as it was, with its earlier rooms and attention.
     """
     register()
-    remove(model)
-    for path, room in rooms.items():
-        module = model.get_submodule(path)
-        room.scale = module.scaling
-        module.connections = room.to(next(module.parameters()).device)
-    use(model, IMPLEMENTATION)
-    missed = set(rooms) - _reached(model)
-    if missed or model.config._attn_implementation != IMPLEMENTATION:
-        remove(model)
-        raise UnsupportedError("convert", expected="every converted layer to call transformers' attention interface",
-                               got=f"{len(missed)} of {len(rooms)} layers that do not, e.g. {min(missed, default='?')}",
-                               do="use a model of a supported family from transformers itself")
+    earlier, implementation = rooms(model), model.config._attn_implementation
+    try:
+        _place(model, new)
+        use(model, IMPLEMENTATION)
+        missed = set(new) - _reached(model)
+        if missed or model.config._attn_implementation != IMPLEMENTATION:
+            raise UnsupportedError(
+                "convert", expected="every converted layer to call transformers' attention interface",
+                got=f"{len(missed)} of {len(new)} layers that do not, e.g. {min(missed, default='?')}",
+                do="use a model of a supported family from transformers itself")
+    except BaseException:
+        _place(model, earlier)
+        use(model, implementation)
+        raise
+    if not earlier:
+        setattr(model, BEFORE, implementation)
 
 
 def remove(model: nn.Module) -> None:
-    """Takes all rooms out again; the model is transformers' own, on its sdpa path."""
-    for module in list(model.modules()):
-        if isinstance(getattr(module, "connections", None), Connections):
-            del module.connections
-    use(model, "sdpa")
+    """Takes all rooms out again; the model is transformers' own, on the attention it had before, e.g. sdpa."""
+    if rooms(model):
+        _place(model, {})
+        use(model, getattr(model, BEFORE))
+        delattr(model, BEFORE)
+
+
+def _place(model: nn.Module, new: dict[str, Connections]) -> None:
+    """Makes `new` the model's only rooms."""
+    for path in rooms(model):
+        del model.get_submodule(path).connections
+    for path, room in new.items():
+        module = model.get_submodule(path)
+        room.scale = module.scaling
+        module.connections = room.to(next(module.parameters()).device)
 
 
 def use(model: nn.Module, implementation: str) -> None:
@@ -79,10 +97,15 @@ def attention_forward(module, query, key, value, attention_mask, scaling=None, *
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     room = getattr(module, "connections", None)
-    special = (extra.get("dropout") or extra.get("softcap") or extra.get("s_aux") is not None
-               or extra.get("is_causal") is False)
     lengths, understood = _lengths(attention_mask)
-    if room is None or special or not understood:
+    obstacles = {"attention dropout": extra.get("dropout"), "a soft cap on the scores": extra.get("softcap"),
+                 "attention sinks": extra.get("s_aux") is not None,
+                 "attention to later tokens": extra.get("is_causal") is False,
+                 "a mask that is not causal with padding at the ends": not understood}
+    found = [name for name, holds in obstacles.items() if holds]
+    if room is not None and found:
+        room.tap.bypass(" and ".join(found))
+    if room is None or found:
         mask = _dense_mask(attention_mask, query.shape[2], key.shape[2])
         return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, **extra)
     query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
@@ -132,8 +155,13 @@ def _dense_mask(mask: torch.Tensor | None, num_queries: int, num_keys: int) -> t
 
 @torch.no_grad()
 def _reached(model: nn.Module) -> set[str]:
-    """The attention modules whose room a forward pass of two tokens went through."""
+    """The attention modules whose room a forward pass of two tokens in eval mode went through."""
     token = torch.zeros(1, 2, dtype=torch.int64, device=next(model.parameters()).device)
-    with trace(model) as records:
-        model(input_ids=token, use_cache=False)
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        with trace(model.eval()) as records:
+            model(input_ids=token, use_cache=False)
+    finally:
+        for module, mode in modes:
+            module.training = mode
     return {path.removesuffix(".connections") for path in records.paths()}

@@ -37,12 +37,6 @@ class ImplError(SenteiError):
     """A kernel asked for by name that cannot run here."""
 
 
-class BoundError(SenteiError):
-    """The bound named by the user cannot be met; the best plan found is kept."""
-
-    exit_code = 1
-
-
 class FileError(SenteiError):
     """A file that is missing, malformed or not to be trusted."""
 

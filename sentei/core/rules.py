@@ -45,7 +45,8 @@ class Rule(ABC):
 
     def to_json(self) -> dict:
         """The rule as a JSON object: its name in lower case and its parameters."""
-        return {"name": type(self).__name__.lower(), **asdict(self)}
+        return {"name": type(self).__name__.lower(),
+                **{key: list(item) if isinstance(item, tuple) else item for key, item in asdict(self).items()}}
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 import os
+import stat
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,9 @@ from pathlib import Path
 from sentei.core.errors import FileError, ResourceError
 
 MAX_JSON_BYTES = 64 << 20
+# Sixteen megabytes of "[]," would parse to 350 of empty lists. Each of these characters stands for at most about 64
+# bytes of Python objects, so that this is a quarter of a gigabyte; a vocabulary of 260,000 tokens has two million.
+MAX_JSON_PARTS = 4_000_000
 # The end of the name of a file that is still being written; its name begins with a dot.
 UNFINISHED = ".part"
 
@@ -90,26 +94,60 @@ def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES) -> dict:
     """Reads one JSON object, refusing files that are too large, malformed or hold duplicate keys.
 
     Raises:
-        FileError: the file is missing, too large, not UTF-8, not JSON, or not an object.
+        FileError: see `json_bytes`; or not UTF-8, not JSON, or not an object.
+    """
+    raw = json_bytes(path, max_bytes)
+    try:
+        return parse_json(raw)
+    except ValueError as error:
+        raise FileError(str(path), expected="one well-formed JSON object", got=str(error),
+                        do="download or write the file again") from error
+
+
+def json_bytes(path: Path, max_bytes: int = MAX_JSON_BYTES) -> bytes:
+    """The bytes of a JSON file that is small enough to parse.
+
+    Raises:
+        FileError: the file is missing, not a regular file, larger than `max_bytes`, or holds too many values.
     """
     try:
-        size = path.stat().st_size
-        if size > max_bytes:
-            raise FileError(str(path), expected=f"at most {max_bytes:,} bytes of JSON", got=f"{size:,} bytes",
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode):
+            raise FileError(str(path), expected="a file that can be read", got="something that is not a file",
+                            do="check the path")
+        if found.st_size > max_bytes:
+            raise FileError(str(path), expected=f"at most {max_bytes:,} bytes of JSON", got=f"{found.st_size:,} bytes",
                             do="check that this is the file you meant")
-        value = json.loads(path.read_bytes().decode("utf-8-sig"), object_pairs_hook=_unique_keys)
+        raw = path.read_bytes()
     except OSError as error:
         raise FileError(str(path), expected="a file that can be read", got=str(error.strerror or error),
                         do="check the path") from error
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, FileError):
-            raise
-        raise FileError(str(path), expected="one well-formed JSON object", got=str(error),
-                        do="download or write the file again") from error
-    if not isinstance(value, dict):
-        raise FileError(str(path), expected="one JSON object", got=f"a {type(value).__name__}",
+    if _too_many_parts(raw):
+        raise FileError(str(path), expected=f"at most {MAX_JSON_PARTS:,} values", got="more",
                         do="check that this is the file you meant")
+    return raw
+
+
+def parse_json(raw: bytes) -> dict:
+    """The one JSON object in `raw`.
+
+    Raises:
+        ValueError: too many values, not UTF-8, not JSON, nested too deep, a key that appears twice, or not an object.
+    """
+    if _too_many_parts(raw):
+        raise ValueError(f"more than {MAX_JSON_PARTS:,} values")
+    try:
+        value = json.loads(raw.decode("utf-8-sig"), object_pairs_hook=_unique_keys)
+    except RecursionError as error:
+        raise ValueError(str(error)) from error
+    if not isinstance(value, dict):
+        raise ValueError(f"a {type(value).__name__}")
     return value
+
+
+def _too_many_parts(raw: bytes) -> bool:
+    """Whether the commas, colons and brackets, which bound the number of objects, are more than MAX_JSON_PARTS."""
+    return sum(raw.count(part) for part in (b",", b":", b"[", b"{")) > MAX_JSON_PARTS
 
 
 def _unique_keys(pairs: list[tuple[str, object]]) -> dict:

@@ -108,16 +108,18 @@ class Trace(list[Record]):
 
 
 @contextmanager
-def trace(model: nn.Module) -> Iterator[Trace]:
+def trace(model: nn.Module, into: Trace | None = None) -> Iterator[Trace]:
     """Records every selection made by `model` inside the block.
 
         with trace(model) as t:
             model(**inputs)
         t.density(), t.paths()
 
+    Args:
+        into: the trace to append to; a new one by default.
     Cost: memory for the selections (ids and weights); nothing is recomputed.
     """
-    records = Trace()
+    records = Trace() if into is None else into
     attached = []
     for path, tap in model.named_modules():
         if isinstance(tap, Tap):

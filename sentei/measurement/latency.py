@@ -5,6 +5,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from sentei.measurement.outcome import today
+
 Action = Callable[[], object]
 
 
@@ -14,10 +16,12 @@ class Comparison:
 
     Args:
         dense, pruned: seconds of every run, in order.
+        date: of the runs.
     """
 
     dense: list[float]
     pruned: list[float]
+    date: str
 
     def seconds(self) -> tuple[float, float]:
         """The two medians."""
@@ -53,4 +57,4 @@ def interleave(
             if number:
                 seconds[which].append(time.perf_counter() - start)
             step()
-    return Comparison(dense=seconds[0], pruned=seconds[1])
+    return Comparison(dense=seconds[0], pruned=seconds[1], date=today())

@@ -157,9 +157,9 @@ def _tried(result: dict, details: dict) -> str:
     plots = "".join(f'<div class="{kind}">{drawing.frontier(points, result, details, width)}</div>'
                     for kind, width in (("wide", 1000), ("narrow", 350)))
     below = " Arrows on the lower edge: qualities below the picture." if 'class="below"' in plots else ""
-    caption = (f"{counted(len(points), 'point')} tried. Filled red: the chosen plan as measured on text it was not "
-               "chosen on, with its intervals; ring: that plan as foreseen when it was chosen. Thin line: "
-               f"the points that no other beats in both.{below}")
+    caption = (f"{counted(len(points), 'point')} tried. Filled red: the chosen plan as measured on "
+               f"{_held_out(details, 'it')}, with its intervals; ring: that plan as foreseen when it was chosen. Thin "
+               f"line: the points that no other beats in both.{below}")
     rows = (_row(_words(point["name"]) + (" <strong>(chosen)</strong>" if point["chosen"] else ""),
                  f"{point['speedup']:.3f}×", percent(point["quality"]), f"{point['density']:.3f}")
             for point in sorted(points, key=lambda point: point["speedup"]))
@@ -204,9 +204,9 @@ def _heads_table(density: Sequence[Sequence[float] | None]) -> str:
 def rule_words(rule: object) -> str:
     """A rule as a few words of plain text: {"name": "mass", "mass": 0.9, "unit": 64} is "mass 0.9, unit 64".
 
-    A list of rules, one a head, is told as its distinct rules with their counts, most frequent first.
+    A list of rules or numbers, one a head, is told as the distinct ones with their counts, most frequent first.
     """
-    if isinstance(rule, list):
+    if isinstance(rule, list | tuple):
         counts = Counter(rule_words(each) for each in rule)
         return "; ".join(words if len(counts) == 1 else f"{words} ({number})" for words, number in counts.most_common())
     if not isinstance(rule, dict):
@@ -234,6 +234,16 @@ def _plan(result: dict, details: dict) -> str:
     return _section("The plan", intro, _table(head, rows, kind="compact plan"))
 
 
+def _held_out(details: dict, plan: str) -> str:
+    """The text that quality was measured on; a text that has turned plans away had a hand in the choice of the next."""
+    attempts = details.get("verify_attempts", 1)
+    if attempts == 1:
+        return f"text {plan} was not chosen on"
+    ending = "th" if attempts % 100 in (11, 12, 13) else {1: "st", 2: "nd", 3: "rd"}.get(attempts % 10, "th")
+    return (f"held-out text (the {attempts}{ending} plan judged on this text; "
+            f"{counted(attempts - 1, 'faster one')} failed there)")
+
+
 def _method(details: dict) -> str:
     text = details["text"]
     uses = {"calibrate": "to measure slack", "choose": "to choose the plan", "verify": "to check the bound"}
@@ -250,7 +260,7 @@ def _method(details: dict) -> str:
     took = [(_words(name), f"{_number(seconds, ',.1f')} s") for name, seconds in details["seconds"].items()]
     total = sum(filter(finite, details["seconds"].values()))
     stages = f"<details><summary>By stage: {total:,.0f} s in all</summary>{_pairs(took)}</details>" if took else ""
-    left = _section("How quality was measured", "On text the plan was not chosen on.", quality)
+    left = _section("How quality was measured", f"On {_held_out(details, 'the plan')}.", quality)
     right = _section("Environment", "Numbers of speed belong to this machine.", surroundings, stages)
     return f'<div class="pair even">{left}{right}</div>'
 

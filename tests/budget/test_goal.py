@@ -15,8 +15,8 @@ def judged(value: float, low: float | None = None) -> Judgement:
                      density={})
 
 
-def timed(speedup: float) -> Comparison:
-    return Comparison(dense=[speedup], pruned=[1.0])
+def timed(*speedups: float) -> Comparison:
+    return Comparison(dense=list(speedups), pruned=[1.0] * len(speedups), date="today")
 
 
 @pytest.mark.parametrize("value, low, good", [
@@ -35,6 +35,10 @@ def test_a_plan_is_chosen_when_it_keeps_the_bound_less_one_standard_error(value,
 ], ids=["met", "bad", "slow", "fast", "not fast enough"])
 def test_the_reason_why_a_bound_is_not_met(goal, quality, speedup, reason):
     assert goal.shortfall(judged(quality, 0.0), timed(speedup)) == reason
+
+
+def test_faster_is_what_was_faster_in_every_pair_of_runs():
+    assert "faster than the dense" in Goal(quality=0.9).shortfall(judged(1.0), timed(1.2, 0.99, 1.2))
 
 
 @pytest.mark.parametrize("settings", [{}, {"quality": 0.9, "speed": 2.0}, {"quality": 0.0}, {"quality": 1.001},

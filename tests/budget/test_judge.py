@@ -11,6 +11,7 @@ from sentei.conversion import wrapper
 from sentei.conversion.plan import Entry, Plan
 from sentei.core.rules import All, Threshold
 from sentei.core.storage import Stages
+from sentei.measurement.latency import Comparison
 from sentei.measurement.quality import compare, token_losses
 
 WINDOWS = {use: torch.randint(3, 259, (2, 200), generator=torch.Generator().manual_seed(seed))
@@ -107,3 +108,9 @@ def test_layers_the_plan_does_not_name_count_as_whole():
 def test_different_plans_have_different_keys():
     plans = [Plan(), SPARSE, plan_of(Threshold(0.9), 2), plan_of(Threshold(0.4), 1)]
     assert len({short_key(plan) for plan in plans}) == 4 and all(len(short_key(plan)) == 16 for plan in plans)
+
+
+def test_a_plan_that_prunes_nothing_is_as_fast_as_dense_whatever_the_clock_says(judge, monkeypatch):
+    monkeypatch.setattr(module, "interleave", lambda *_, **__: Comparison(dense=[2.0], pruned=[1.0], date="today"))
+    assert judge.time(Plan(), "verify", 1, lambda: None).ratios() == [1.0]
+    assert judge.time(SPARSE, "verify", 1, lambda: None).ratios() == [2.0]

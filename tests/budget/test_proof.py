@@ -32,7 +32,7 @@ class Told:
 
     def time(self, plan: Plan, use: str, runs: int, step) -> Comparison:
         self.asked.append(f"time {plan.entries[0].layer} {use}")
-        return Comparison(dense=[self.plans[plan.entries[0].layer][1]] * runs, pruned=[1.0] * runs)
+        return Comparison(dense=[self.plans[plan.entries[0].layer][1]] * runs, pruned=[1.0] * runs, date="today")
 
     def prove(self, goal: Goal):
         return first_proven(goal, Solution(ladder=self.ladder, dense_attention=1.0, judged=[]), self, lambda: None)
@@ -42,6 +42,7 @@ def test_the_first_plan_that_keeps_the_bound_and_is_faster_is_taken():
     judge = Told((0.99, 1.5), (1.0, 1.2))
     found = judge.prove(Goal(quality=0.98))
     assert (found.candidate.name, found.reason, found.comparison.dense) == ("0", "", [1.5] * RUNS)
+    assert found.attempts == 1
     assert judge.asked == ["judge 0 verify", "time 0 verify"]
 
 
@@ -49,6 +50,7 @@ def test_a_plan_that_fails_on_held_out_text_is_not_timed_and_makes_way():
     judge = Told((0.97, 2.0), (0.99, 1.5))
     found = judge.prove(Goal(quality=0.98))
     assert (found.candidate.name, found.reason, found.judgement.quality.value) == ("1", "", 0.99)
+    assert found.attempts == 2
     assert judge.asked == ["judge 0 verify", "judge 1 verify", "time 1 verify"]
 
 

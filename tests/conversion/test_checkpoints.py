@@ -149,6 +149,27 @@ def test_a_config_that_wants_more_than_the_file_holds_takes_no_memory(folder):
         load_model(locate(str(folder)))
 
 
+@pytest.mark.parametrize("changes", [
+    {"pad_token_id": 999_999}, {"pad_token_id": -400}, {"hidden_act": "nope"}, {"hidden_act": []},
+    {"rope_scaling": {"rope_type": "nope"}}, {"rope_parameters": {"rope_type": "nope", "rope_theta": 1e4}},
+    {"rope_theta": "x"}, {"rope_parameters": {"rope_type": "default", "rope_theta": "x"}},
+    {"rope_parameters": None, "rope_theta": "x"}, {"rms_norm_eps": "x"}, {"attention_dropout": "x"},
+], ids=str)
+def test_settings_that_transformers_does_not_take_are_a_bad_file(folder, changes):
+    edit(folder / "config.json", **changes)
+    checkpoint = locate(str(folder))
+    try:
+        model = load_model(checkpoint)
+    except FileError as error:
+        assert "config.json" in error.where
+    else:  # some settings are dropped by some versions of transformers
+        assert changes.keys() <= {"rope_scaling", "rope_theta"} and model(TOKENS).logits.isfinite().all()
+
+
+def test_no_path_is_in_the_source(folder):
+    assert locate(str(folder)).source == "model (a local folder)"
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_weights_that_are_not_finite_are_refused(folder, value):
     tensors = load_file(folder / "model.safetensors")

@@ -106,6 +106,41 @@ def test_what_is_not_a_file_of_the_folder_is_refused(tmp_path, make, required):
         member(tmp_path, "config.json", required=required)
 
 
+@pytest.mark.parametrize("name", ["chat_template.jinja", "tokenizer_config.json", "special_tokens_map.json",
+                                  "added_tokens.json", "generation_config.json", "tokenizer.model"])
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/etc/passwd")], ids=["pipe", "link"])
+def test_every_file_the_tokenizer_opens_is_a_file_of_the_folder(tmp_path, name, make):
+    (tmp_path / "tokenizer.json").write_text("{}")
+    check_side_files(tmp_path)
+    make(tmp_path / name)
+    with pytest.raises(FileError, match=name):
+        check_side_files(tmp_path)
+
+
+def test_templates_are_one_small_file(tmp_path):
+    (tmp_path / "tokenizer.json").write_text("{}")
+    (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
+    check_side_files(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text("x" * (2 << 20))
+    with pytest.raises(FileError, match="at most 1,048,576 bytes"):
+        check_side_files(tmp_path)
+    (tmp_path / "chat_template.jinja").unlink()
+    (tmp_path / "additional_chat_templates").symlink_to("/etc")
+    with pytest.raises(FileError, match="a folder of them"):
+        check_side_files(tmp_path)
+
+
+def test_a_large_vocabulary_is_read_and_a_bomb_is_not(tmp_path):
+    path = tmp_path / "tokenizer.json"
+    words = [f"token {number}," for number in range(262_144)]
+    path.write_text(json.dumps({"model": {"vocab": {word: index for index, word in enumerate(words)},
+                                          "merges": [[word, word] for word in words] * 2}}))
+    check_side_files(tmp_path)
+    path.write_text('{"a":[' + "[]," * 2_000_000 + "0]}")
+    with pytest.raises(FileError, match="values"):
+        check_side_files(tmp_path)
+
+
 def test_an_absent_file_is_none_only_when_it_may_be(tmp_path):
     assert member(tmp_path, "config.json", required=False) is None
     with pytest.raises(FileError):

@@ -12,7 +12,7 @@ from sentei.axes.connections import Config
 from sentei.conversion import wrapper
 from sentei.conversion.families import FAMILIES
 from sentei.conversion.plan import Entry, Plan, attention_path, convert, prunable_layers
-from sentei.core.errors import FileError, UnsupportedError
+from sentei.core.errors import FileError, RuleError, UnsupportedError
 from sentei.core.rules import Mass, Threshold, TopK
 from sentei.kernels.attention.select import ESTIMATORS
 
@@ -62,7 +62,7 @@ def test_what_is_not_a_plan_is_refused_as_a_bad_file(value):
 
 
 def test_two_entries_for_one_place_are_refused():
-    with pytest.raises(FileError, match="at most one entry a layer and room"):
+    with pytest.raises(RuleError, match="at most one entry a layer and room"):
         Plan((entry(0), entry(0, rule=TopK(2))))
 
 

@@ -7,8 +7,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from sentei.conversion.safetensors_header import MAX_JSON_PARTS, read_header
+from sentei.conversion.safetensors_header import read_header
 from sentei.core.errors import FileError
+from sentei.core.storage import MAX_JSON_PARTS
 
 
 def written(path, header, data=b"", length=None):

@@ -317,9 +317,9 @@ def test_the_empty_plan_gives_the_attention_back_that_the_model_had(implementati
 
 def test_a_model_in_training_with_dropout_is_converted_and_stays_in_training():
     model = tiny_model("llama", attention_dropout=0.1).train()
-    model.model.layers[0].eval()
+    model.model.layers[2].eval()
     convert(model, Plan((Entry(layer=0, room="connections", config=PRUNED),)))
-    assert model.training and not model.model.layers[0].mlp.training and len(wrapper.rooms(model)) == 1
+    assert model.training and not model.model.layers[2].mlp.training and len(wrapper.rooms(model)) == 1
 
 
 def test_switching_to_sdpa_and_back_keeps_the_rooms():

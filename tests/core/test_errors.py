@@ -9,7 +9,6 @@ CODES = {
     "ShapeError": 2,
     "RuleError": 2,
     "ImplError": 2,
-    "BoundError": 1,
     "FileError": 3,
     "ResourceError": 4,
     "UnsupportedError": 5,

@@ -225,7 +225,7 @@ def test_a_parameter_outside_its_range_is_refused(make):
 @pytest.mark.parametrize("rule", EVERY_RULE, ids=str)
 def test_a_rule_survives_json(rule):
     text = json.dumps(rule.to_json(), allow_nan=False)
-    assert rule_from_json(json.loads(text)) == rule
+    assert json.loads(text) == rule.to_json() and rule_from_json(json.loads(text)) == rule
 
 
 @pytest.mark.parametrize("value", [

@@ -129,8 +129,8 @@ BAD = {
     "latin-1": ('{"a": "é"}'.encode("latin-1"), "codec can't decode"),
     "utf-16": ('{"a": 1}'.encode("utf-16"), "codec can't decode"),
     "endless number": (b'{"a": ' + b"9" * 5000 + b"}", "expected one well-formed JSON object"),
-    "a list": (b"[1]", "expected one JSON object, got a list"),
-    "a word": (b'"word"', "expected one JSON object, got a str"),
+    "a list": (b"[1]", "expected one well-formed JSON object, got a list"),
+    "a word": (b'"word"', "expected one well-formed JSON object, got a str"),
     "two objects": (b"{}{}", "expected one well-formed JSON object"),
     "a null byte": (b"\x00", "expected one well-formed JSON object"),
 }
@@ -159,6 +159,24 @@ def test_a_file_that_is_too_large_is_not_read(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "read_bytes", lambda path: pytest.fail("the file was read"))
     with pytest.raises(FileError, match=f"at most {size - 1:,} bytes of JSON, got {size:,} bytes"):
         read_json(path, max_bytes=size - 1)
+
+
+@pytest.mark.parametrize("part", ["[]", "{}", '{"":0}', "0"])
+def test_a_bomb_of_small_values_is_not_parsed(tmp_path, monkeypatch, part):
+    monkeypatch.setattr(storage, "MAX_JSON_PARTS", 1000)
+    path = tmp_path / "config.json"
+    path.write_text('{"a":[' + ",".join([part] * 200) + "]}")
+    read_json(path)
+    path.write_text('{"a":[' + ",".join([part] * 1000) + "]}")
+    monkeypatch.setattr(storage.json, "loads", lambda *_, **__: pytest.fail("the file was parsed"))
+    with pytest.raises(FileError, match="at most 1,000 values"):
+        read_json(path)
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "sentei.json")
+    with pytest.raises(FileError, match="not a file"):
+        read_json(tmp_path / "sentei.json")
 
 
 @pytest.mark.parametrize("name", ["missing.json", "."])

@@ -5,9 +5,10 @@ import torch
 from torch import nn
 
 from sentei.core.cost import Cost
+from sentei.core.errors import SenteiError
 from sentei.core.rules import TopK
 from sentei.core.selection import Selection
-from sentei.core.tracing import Record, Tap, trace
+from sentei.core.tracing import Bypass, Record, Tap, trace
 
 
 class Room(nn.Module):
@@ -70,10 +71,23 @@ def test_says_the_cost_and_the_kernel():
     assert t.cost() == Cost(multiply_adds=3, dense_multiply_adds=8) and t.density() == 3 / 8
 
 
-def test_an_empty_trace_is_dense():
+def test_an_empty_trace_tells_no_density():
     with trace(Model()) as t:
         pass
-    assert (t.cost(), t.density(), t.paths()) == (Cost(multiply_adds=0, dense_multiply_adds=0), 1.0, [])
+    assert (t.cost(), t.paths(), t.bypasses) == (Cost(multiply_adds=0, dense_multiply_adds=0), [], [])
+    with pytest.raises(SenteiError, match="at least one selection inside the block, got none; run"):
+        t.density()
+
+
+def test_a_call_the_room_cannot_take_is_told_with_its_reason():
+    model = Model()
+    with trace(model) as t:
+        model.layers[1].tap.bypass("dropout")
+    assert (list(t), t.bypasses) == ([], [Bypass(path="layers.1", reason="dropout")])
+    with pytest.raises(SenteiError, match="layers ran dense because of dropout"):
+        t.density()
+    model.layers[1].tap.bypass("nobody listens")
+    assert len(t.bypasses) == 1
 
 
 @pytest.mark.parametrize("name, path", [("tap", ""), ("a", "a.room"), ("bigtap", "bigtap.room")])
@@ -122,6 +136,15 @@ def test_traces_nest_and_end_one_by_one():
             model(x())
         model(x())
     assert (len(outer), len(inner), listeners(model)) == (4, 2, 0)
+
+
+def test_the_inner_of_two_silent_traces_ends_alone():
+    model = Model()
+    with trace(model) as outer:
+        with trace(model) as inner:
+            pass
+        model(x())
+    assert (len(outer), len(inner)) == (2, 0)
 
 
 def test_a_trace_hears_its_own_model_only():

@@ -4,6 +4,7 @@ import pytest
 
 from sentei.measurement import latency
 from sentei.measurement.latency import Comparison, interleave
+from sentei.measurement.outcome import today
 
 
 def test_the_order_alternates_and_the_first_run_of_each_is_not_timed():
@@ -28,15 +29,15 @@ def test_the_work_alone_is_timed_and_told_as_dense_and_pruned(monkeypatch):
         return lambda: now.__setitem__(0, now[0] + seconds)
 
     found = interleave(takes(3.0), takes(2.0), runs=2, before=(takes(10.0), takes(10.0)), step=takes(10.0))
-    assert found == Comparison(dense=[3.0, 3.0], pruned=[2.0, 2.0])
+    assert found == Comparison(dense=[3.0, 3.0], pruned=[2.0, 2.0], date=today())
 
 
 def test_the_speed_up_is_the_median_of_the_pairs_not_of_the_sides():
-    found = Comparison(dense=[1.0, 4.0, 3.0], pruned=[1.0, 1.0, 2.0])
+    found = Comparison(dense=[1.0, 4.0, 3.0], pruned=[1.0, 1.0, 2.0], date="")
     assert found.ratios() == [1.0, 4.0, 1.5]
     assert found.speedup() == 1.5 and found.seconds() == (3.0, 1.0)
 
 
 def test_sides_of_different_length_are_no_comparison():
     with pytest.raises(ValueError, match="zip"):
-        Comparison(dense=[1.0], pruned=[1.0, 2.0]).ratios()
+        Comparison(dense=[1.0], pruned=[1.0, 2.0], date="").ratios()

@@ -14,6 +14,7 @@ from html.parser import HTMLParser
 import pytest
 
 from sentei.core.errors import ResourceError
+from sentei.core.rules import Threshold
 from sentei.measurement import drawing, plots, report
 
 RULES = [{"name": "mass", "mass": mass} for mass in (0.99, 0.9, 0.7)]
@@ -262,9 +263,27 @@ def test_ticks_are_round_and_inside():
     ({"name": "top_k", "k": 8}, "top_k, k 8"),
     ([{"name": "all"}, {"name": "mass", "mass": 0.9}, {"name": "mass", "mass": 0.9}], "mass 0.9 (2); all (1)"),
     ([{"name": "all"}] * 3, "all"),
-], ids=["own parameter", "no parameter", "string", "other parameter", "per head", "per head, equal"])
+    ({"name": "mass", "mass": (0.5, 0.25, 0.5)}, "mass 0.5 (2); 0.25 (1)"),
+    (Threshold((0.01,) * 8 + (0.02,)).to_json(), "threshold, ratio 0.01 (8); 0.02 (1)"),
+], ids=["own parameter", "no parameter", "string", "other parameter", "per head", "per head, equal", "a tuple",
+        "a rule of the house"])
 def test_rules_in_words(rule, words):
     assert report.rule_words(rule) == words
+
+
+@pytest.mark.parametrize(("attempts", "words"), [
+    (1, "On text the plan was not chosen on."),
+    (2, "On held-out text (the 2nd plan judged on this text; 1 faster one failed there)."),
+    (3, "On held-out text (the 3rd plan judged on this text; 2 faster ones failed there)."),
+    (4, "On held-out text (the 4th plan judged on this text; 3 faster ones failed there)."),
+    (11, "On held-out text (the 11th plan judged on this text; 10 faster ones failed there)."),
+])
+def test_a_plan_that_was_not_the_first_one_tried_says_so(attempts, words):
+    result, details = sample()
+    assert "the plan was not chosen on." in report.render(result, details)  # a run that does not say is a first try
+    page = report.render(result, {**details, "verify_attempts": attempts})
+    assert words in page
+    assert ("not chosen on" in page) == (attempts == 1)
 
 
 @pytest.mark.parametrize("changes", [
