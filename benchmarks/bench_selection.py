@@ -148,8 +148,9 @@ def sink_and_window(observation: Observation, density: float) -> Config:
     return Config(rule=TopK(0), window=window)
 
 
-def rows(model: nn.Module, windows: torch.Tensor, judge: Judge, rooms: list[str]) -> list[list[str]]:
-    """The lines of the table for these rooms, worst density last."""
+def rows(model: nn.Module, windows: torch.Tensor, judge: Judge, rooms: list[str],
+         rules: list[str]) -> list[list[str]]:
+    """The lines of the table for these rooms and rules, worst density last."""
     observation, lines = observe(model, windows), []
     judge.prepare("judge", lambda: None)
 
@@ -167,7 +168,7 @@ def rows(model: nn.Module, windows: torch.Tensor, judge: Judge, rooms: list[str]
 
     for target in DENSITIES:
         for name, config in ((name, ROOMS[name]) for name in rooms):
-            for kind, family in RULES.items():
+            for kind, family in ((kind, RULES[kind]) for kind in rules):
                 if name == "default room" and kind != "Threshold":
                     continue
                 rule = tune(observation, name, family, target)
@@ -186,6 +187,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=4096, help="of a window")
     parser.add_argument("--windows", type=int, default=2, help="how many windows are read")
     parser.add_argument("--rooms", nargs="+", choices=ROOMS, default=list(ROOMS), help="rows to measure; all")
+    parser.add_argument("--rules", nargs="+", choices=RULES, default=list(RULES), help="rules to measure; all")
     parser.add_argument("--stages", type=Path, help="a folder for what is done, to go on from")
     arguments = parser.parse_args()
     checkpoint = locate(arguments.model)
@@ -198,7 +200,7 @@ def main() -> None:
     head = ["density asked", "estimate, criterion", "rule", "density", "true mass kept", "perplexity, 95 % interval"]
     write_result(f"selection-{arguments.tokens}", __doc__, [
         f"{checkpoint.name}, float32, {text.name}: {arguments.windows} windows of {arguments.tokens:,} tokens.",
-        table(head, rows(model, windows["judge"], judge, arguments.rooms))])
+        table(head, rows(model, windows["judge"], judge, arguments.rooms, arguments.rules))])
 
 
 if __name__ == "__main__":
