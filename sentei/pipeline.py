@@ -84,7 +84,8 @@ class Request:
         Workload.parse(self.workload)
         Goal(quality=self.quality, speed=self.speed)
         if self.dtype not in DTYPES:
-            raise SenteiError("--dtype", expected=f"one of {', '.join(DTYPES)}", got=repr(self.dtype), do="choose one")
+            raise SenteiError("--dtype", expected=f"one of {', '.join(DTYPES)}", got=repr(self.dtype),
+                              do="choose one, or convert the model with model.float()")
 
     def command(self) -> str:
         """The command line that asks the same."""
@@ -176,30 +177,32 @@ def prune(model: nn.Module | str | None = None, tokenizer=None, *, text: Path | 
         outcome.model.generate(...)
 
     Args:
-        model: a transformers model, converted in place; or what `Request` takes.
+        model: a transformers model, converted in place (in eval mode, and "dense" is its sdpa path from then on); or
+            what `Request` takes.
         tokenizer: the model's; needed with a model.
         text, workload, quality, speed, out: as in `Request`; quality 0.99 when neither bound is named. A model given
             as an object is only written when `out` is.
         progress: who is told; nobody by default.
     Raises:
-        SenteiError: bad input.
+        SenteiError: bad input; a model in memory is then as it was.
     """
     quality = 0.99 if quality is None and speed is None else quality
-    request = Request(model=None if isinstance(model, nn.Module) else model, text=text and Path(text),
+    given = isinstance(model, nn.Module)
+    request = Request(model=None if given or model is None else str(model), text=text and Path(text),
                       workload=workload, quality=quality, speed=speed, out=out and Path(out),
-                      dtype=str(model.dtype).removeprefix("torch.") if isinstance(model, nn.Module) else "float32")
+                      dtype=str(model.dtype).removeprefix("torch.") if given else "float32")
     progress = progress or Silent()
-    if not isinstance(model, nn.Module):
+    if not given:
         return run(request, progress)
     if tokenizer is None:
         raise SenteiError("prune", expected="the model's tokenizer", got="none", do="pass prune(model, tokenizer)")
-    convert(model, Plan())
     name = Path(model.name_or_path or type(model).__name__).name
-    subject = Subject(model=model.eval(), tokenizer=tokenizer, name=name, source=f"{name} (a model in memory)",
+    subject = Subject(model=model, tokenizer=tokenizer, name=name, source=f"{name} (a model in memory)",
                       fingerprint=_fingerprint(model), command=request.call())
     content = read_text(request.text)
     windows = _windows(subject, content, Workload.parse(workload))
     with nullcontext() if request.out is None else _claimed(request.out):
+        convert(model.eval(), Plan())
         return _prune(subject, content, windows, request, request.out, progress)
 
 
@@ -355,7 +358,8 @@ def _details(subject: Subject, text: Text, request: Request, proof: Proof, layer
             "speedup_interval": [min(ratios), max(ratios)], "source": subject.source, "density": density,
             "text": {"name": text.name, "sha256": text.sha256,
                      "tokens": {use: count * tokens for use, count in WINDOWS.items()}},
-            "timings": {"dense": comparison.dense, "pruned": comparison.pruned}, "environment": environment(),
+            "timings": {"dense": comparison.dense, **({"pruned": comparison.pruned} if proof.candidate.plan.entries
+                                                      else {})}, "environment": environment(),
             "verify_attempts": proof.attempts, "command": subject.command, "date": comparison.date}
 
 

@@ -8,10 +8,12 @@ import torch
 
 import sentei
 from sentei import pipeline
+from sentei.axes.connections import Config
 from sentei.budget.solver import Candidate, Solution
 from sentei.conversion import wrapper
-from sentei.conversion.plan import Plan
-from sentei.core.errors import ResourceError, SenteiError
+from sentei.conversion.checkpoints import load_model, load_tokenizer, locate
+from sentei.conversion.plan import Entry, Plan, convert
+from sentei.core.errors import FileError, ResourceError, SenteiError
 from sentei.core.rules import All, Threshold
 from sentei.measurement.quality import Quality
 
@@ -73,8 +75,6 @@ def test_the_same_request_does_nothing_twice(subject, done, monkeypatch):
 
 
 def test_a_model_in_memory_is_converted_and_nothing_is_written(subject, tmp_path, monkeypatch):
-    from sentei.conversion.checkpoints import load_model, load_tokenizer, locate
-
     monkeypatch.chdir(tmp_path)
     checkpoint = locate(subject["model"])
     model = load_model(checkpoint)
@@ -141,3 +141,15 @@ def test_a_stage_is_done_again_when_the_rules_or_the_kernel_have_changed(subject
 def test_the_report_of_a_model_in_memory_says_how_to_repeat_it_in_python():
     request = pipeline.Request(workload="prefill:512", quality=0.9, out=Path("faster"))
     assert request.call() == "sentei.prune(model, tokenizer, workload='prefill:512', quality=0.9, out='faster')"
+
+
+def test_a_model_in_memory_is_as_it_was_when_the_input_is_refused(subject, tmp_path):
+    checkpoint = locate(subject["model"])
+    model = load_model(checkpoint).train()
+    room = Config(rule=Threshold(0.5))
+    convert(model, Plan((Entry(layer=0, room="connections", config=room),)))
+    short = tmp_path / "short.txt"
+    short.write_text("too short")
+    with pytest.raises(FileError, match="expected at least"):
+        sentei.prune(model, load_tokenizer(checkpoint), text=short, workload="prefill:512")
+    assert len(wrapper.rooms(model)) == 1 and model.training

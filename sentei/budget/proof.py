@@ -21,7 +21,7 @@ class Proof:
         candidate: the plan.
         judgement: on held-out text.
         comparison: its seconds and dense seconds.
-        attempts: plans judged on the held-out text, this one the last.
+        attempts: plans judged on the held-out text up to this one.
         reason: why the goal is not met; empty when it is.
     """
 
@@ -33,20 +33,20 @@ class Proof:
 
 
 def first_proven(goal: Goal, solution: Solution, judge: Judge, step: Callable[[], object]) -> Proof:
-    """The first candidate of the ladder that meets the goal, or the last one tried with the reason it does not.
+    """The first candidate of the ladder that meets the goal, or the best one tried with the reason it does not.
 
     A candidate that fails on held-out text makes way for the next safer one, judged on the same text: the step is
     towards dense, so a lucky text cannot be hunted for.
     """
-    ladder = solution.ladder[:STEPS]
+    ladder, proofs = solution.ladder[:STEPS], []
     for candidate in ladder:
-        last = candidate is ladder[-1]
         judgement = judge.judge(candidate.plan, "verify", step)
-        if goal.quality is not None and judgement.quality.value < goal.quality and not last:
+        if goal.quality is not None and judgement.quality.value < goal.quality and candidate is not ladder[-1]:
             continue
         comparison = judge.time(candidate.plan, "verify", RUNS, step)
-        reason = goal.shortfall(judgement, comparison)
-        if not reason or last:
-            break
-    return Proof(candidate=candidate, judgement=judgement, comparison=comparison, reason=reason,
-                 attempts=ladder.index(candidate) + 1)
+        proofs.append(Proof(candidate=candidate, judgement=judgement, comparison=comparison,
+                            attempts=ladder.index(candidate) + 1, reason=goal.shortfall(judgement, comparison)))
+        if not proofs[-1].reason:
+            return proofs[-1]
+    return max(proofs, key=lambda proof: (goal.quality is None or proof.judgement.quality.value >= goal.quality,
+                                          proof.comparison.speedup()))

@@ -92,7 +92,11 @@ def read_policy(folder: Path) -> dict:
     Raises:
         FileError: not there, or not a policy this version understands.
     """
-    policy = read_json(member(folder, POLICY, required=False) or folder / POLICY)
+    path = member(folder, POLICY, required=False)
+    if path is None:
+        raise FileError(str(folder), expected=f"a folder that sentei prune has written, with {POLICY}",
+                        got="none there", do="check the path, or write one with sentei prune --out")
+    policy = read_json(path)
     if policy.get("schema") != SCHEMA or policy.get("dtype") not in DTYPES or "plan" not in policy:
         raise FileError(str(folder / POLICY), expected=f"a policy of schema {SCHEMA}", got=repr(policy)[:200],
                         do="write the folder again with sentei prune")

@@ -21,11 +21,19 @@ class Entry:
         layer: its number in the model, from 0.
         room: a name in AXES.
         config: the room's configuration.
+    Raises:
+        RuleError: another room, or a configuration that is not that room's.
     """
 
     layer: int
     room: str
     config: object
+
+    def __post_init__(self):
+        place = type(self.layer) is int and 0 <= self.layer < MAX_LAYERS and self.room in AXES
+        if not place or not isinstance(self.config, AXES[self.room].config):
+            raise RuleError("Entry", expected=f"a layer from 0, a room ({', '.join(AXES)}) and that room's Config",
+                            got=repr(self)[:200], do="see AXES for the rooms")
 
     def to_json(self) -> dict:
         """The entry as a JSON object."""

@@ -70,6 +70,8 @@ def summary(result: dict, details: dict) -> str:
     kind, _, size = str(result["workload"]).partition(":")
     task = f"prefills {int(size):,} tokens" if kind == "prefill" and size.isascii() and size.isdigit() else \
         f"runs {visible(result['workload'])}"
+    if not result["plan"]:
+        return f"{visible(result['model'])} {task} dense, as before: no plan that was tried meets the goal."
     goal = details["goal"]
     quality = percent(result["quality"], goal.get("quality"))
     speed = result["speedup"]
@@ -142,7 +144,7 @@ def _comparison(result: dict, details: dict) -> str:
     table = _table(("model", "perplexity", "seconds", "tokens/s"), rows)
     strip = drawing.timing_strip(details["timings"])
     counts = ", ".join(f"{len(values):,} {_words(name)}" for name, values in details["timings"].items())
-    caption = f"Every timed run, dense and pruned taking turns ({counts}); upright strokes are medians."
+    caption = f"Every timed run, taking turns ({counts}); upright strokes are medians."
     figure = f"<figure>{strip}<figcaption>{caption}</figcaption></figure>" if strip else ""
     return _section("Dense against pruned",
                     "Same weights, same tokens, same threads. Dense is the attention of transformers itself (scaled "
@@ -163,7 +165,7 @@ def _tried(result: dict, details: dict) -> str:
     rows = (_row(_words(point["name"]) + (" <strong>(chosen)</strong>" if point["chosen"] else ""),
                  f"{point['speedup']:.3f}×", percent(point["quality"]), f"{point['density']:.3f}")
             for point in sorted(points, key=lambda point: point["speedup"]))
-    table = _table(("plan", "speed-up", "quality", "density"), rows, kind="compact points")
+    table = _table(("plan", "foreseen speed-up", "quality", "density"), rows, kind="compact points")
     return _section("Quality against speed", "Quality is dense perplexity over pruned perplexity, on the same tokens.",
                     f"<figure>{plots}<figcaption>{caption}</figcaption></figure>",
                     f"<details><summary>The same as a table</summary>{table}</details>")
@@ -241,7 +243,7 @@ def _held_out(details: dict, plan: str) -> str:
         return f"text {plan} was not chosen on"
     ending = "th" if attempts % 100 in (11, 12, 13) else {1: "st", 2: "nd", 3: "rd"}.get(attempts % 10, "th")
     return (f"held-out text (the {attempts}{ending} plan judged on this text; "
-            f"{counted(attempts - 1, 'faster one')} failed there)")
+            f"{attempts - 1} before it did not meet the goal)")
 
 
 def _method(details: dict) -> str:

@@ -1,5 +1,6 @@
 """Text to calibrate and judge on: read with checks, and cut into windows that never share a token."""
 
+import codecs
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,7 +31,7 @@ def read_text(path: Path | None) -> Text:
     About 375,000 characters (90,000 tokens); its digest depends on the version of Python.
 
     Raises:
-        FileError: nothing there, not a regular file, empty, not UTF-8, or above 256 MB.
+        FileError: nothing there, not a regular file, empty, not UTF-8, with NULs, or above 256 MB.
     """
     if path is None:
         from pydoc_data.topics import topics
@@ -50,10 +51,15 @@ def read_text(path: Path | None) -> Text:
         raise FileError(str(path), expected="a text file that can be read", got=str(error.strerror or error),
                         do="check the path") from error
     except UnicodeDecodeError as error:
+        wide = error.object[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
         raise FileError(str(path), expected="text in UTF-8", got=f"byte {error.object[error.start]:#04x} "
-                        f"at position {error.start:,}", do="convert it, e.g. `iconv -f LATIN1 -t UTF-8`") from error
+                        f"at position {error.start:,}",
+                        do=f"convert it, e.g. `iconv -f {'UTF-16' if wide else 'LATIN1'} -t UTF-8`") from error
     if not text.strip():
         raise FileError(str(path), expected="a text", got="an empty file", do="check the path")
+    if "\0" in text:
+        raise FileError(str(path), expected="a text", got=f"a NUL at position {text.index(chr(0)):,}",
+                        do="give plain text; what a program has written in UTF-16 converts with `iconv -f UTF-16`")
     return _text(path.name, text)
 
 

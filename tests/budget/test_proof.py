@@ -71,6 +71,16 @@ def test_for_a_speed_the_next_faster_plan_is_tried_whatever_the_quality():
     assert (found.candidate.name, found.reason, found.judgement.quality.value) == ("1", "", 0.2)
 
 
+@pytest.mark.parametrize("goal, plans, best", [
+    (Goal(quality=0.9), [(0.99, 0.8), (0.99, 0.95), (0.99, 0.9)], "1"),
+    (Goal(quality=0.9), [(0.99, 0.8), (0.5, 3.0)], "0"),
+    (Goal(speed=2.0), [(0.9, 1.2), (0.8, 1.7), (0.7, 1.3)], "1"),
+], ids=["the fastest that keeps the bound", "rather slow than bad", "the fastest"])
+def test_when_none_meets_the_goal_the_best_one_tried_is_kept(goal, plans, best):
+    found = Told(*plans).prove(goal)
+    assert found.candidate.name == best and found.reason and found.attempts == int(best) + 1
+
+
 def test_it_gives_up_after_some_steps(monkeypatch):
     monkeypatch.setattr(proof, "STEPS", 2)
     judge = Told((0.5, 2.0), (0.6, 2.0), (0.99, 2.0))

@@ -159,3 +159,9 @@ def test_the_path_of_a_layer():
 def test_every_room_has_a_name_a_plan_can_say():
     assert all(Entry.from_json(Entry(layer=0, room=name, config=room.config()).to_json()).config == room.config()
                for name, room in AXES.items())
+
+
+@pytest.mark.parametrize("settings", [{"layer": -1}, {"layer": "0"}, {"room": "heads"}, {"config": {}}], ids=str)
+def test_an_entry_that_names_no_room_or_another_s_configuration_is_refused(settings):
+    with pytest.raises(RuleError, match="Entry: expected a layer from 0, a room"):
+        Entry(**{"layer": 0, "room": "connections", "config": Config(), **settings})

@@ -38,6 +38,8 @@ def test_a_file_is_read_as_it_is(tmp_path):
     pytest.param(lambda path: path.write_bytes(b""), "empty", id="empty"),
     pytest.param(lambda path: path.write_bytes(b" \n\t"), "empty", id="blank"),
     pytest.param(lambda path: path.write_bytes(b"caf\xe9 au lait"), "0xe9 at position 3", id="not-utf8"),
+    pytest.param(lambda path: path.write_bytes("wide".encode("utf-16")), "iconv -f UTF-16", id="utf16"),
+    pytest.param(lambda path: path.write_bytes(b"a\0b\0"), "a NUL at position 1", id="nul"),
     pytest.param(lambda path: path.mkdir(), "a folder", id="folder"),
     pytest.param(os.mkfifo, "a device", id="pipe"),
     pytest.param(lambda path: os.truncate(os.open(path, os.O_CREAT | os.O_WRONLY), 1 << 29), "bytes", id="huge"),
