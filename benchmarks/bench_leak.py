@@ -27,7 +27,6 @@ from sentei.measurement.quality import compare, token_losses
 from sentei.measurement.text import read_text, windows_of
 
 BLOCKS = (32, 64, 128)
-DENSITIES = (0.25, 0.125)
 KEY_BLOCK = WHOLE_ROWS = 64
 
 
@@ -146,6 +145,7 @@ def main() -> None:
     parser.add_argument("--model", help="as for `sentei prune`")
     parser.add_argument("--text", type=Path, help="as for `sentei prune`")
     parser.add_argument("--tokens", type=int, default=4096, help="of a window")
+    parser.add_argument("--densities", type=float, nargs="+", default=[0.25, 0.125], help="shares of the pairs to keep")
     parser.add_argument("--windows", type=int, default=2, help="how many windows are read")
     arguments = parser.parse_args()
     checkpoint = locate(arguments.model)
@@ -155,7 +155,7 @@ def main() -> None:
     shares, dense, lines = observe(model, windows[0]), token_losses(model, windows), []
     for block in BLOCKS:
         pooled = {name: [choice(layer, block) for layer in shares] for name, choice in CHOICES.items()}
-        for target in DENSITIES:
+        for target in arguments.densities:
             losses, cells = {}, []
             for name in CHOICES:
                 rooms = {attention_path(model, layer): RowByRow(name, block, tune(pooled[name], target))
