@@ -9,22 +9,19 @@ of them later. Both keep the first key block, the diagonal and the last 64 rows 
 the permitted pairs, and both run through the same masked attention.
 """
 
-import argparse
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import nn
 from torch.nn.functional import pad, scaled_dot_product_attention
 
+from benchmarks import subject
 from benchmarks.publish import table, write_result
 from sentei.axes.connections import Config, Connections
 from sentei.conversion import wrapper
-from sentei.conversion.checkpoints import load_model, load_tokenizer, locate
-from sentei.conversion.plan import Entry, Plan, attention_path, convert, prunable_layers
+from sentei.conversion.plan import Plan, attention_path, convert, prunable_layers
 from sentei.core.rules import Threshold
 from sentei.measurement.quality import compare, token_losses
-from sentei.measurement.text import read_text, windows_of
 
 BLOCKS = (32, 64, 128)
 KEY_BLOCK = WHOLE_ROWS = 64
@@ -118,8 +115,7 @@ class RowByRow(Connections):
 @torch.no_grad()
 def observe(model: nn.Module, row: torch.Tensor) -> list[torch.Tensor]:
     """The exact shares of every prunable layer on one window [T], from a dense pass."""
-    convert(model, Plan(tuple(Entry(layer=layer, room="connections", config=Config())
-                              for layer in prunable_layers(model))))
+    convert(model, Plan.everywhere(prunable_layers(model), "connections", Config()))
     shares = []
     for room in wrapper.rooms(model).values():
         room.register_forward_pre_hook(lambda module, inputs: shares.append(
@@ -141,17 +137,11 @@ def tune(pooled: list[torch.Tensor], target: float) -> float:
 
 def main() -> None:
     """Measures both choices at every block size and density and writes the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="as for `sentei prune`")
-    parser.add_argument("--text", type=Path, help="as for `sentei prune`")
-    parser.add_argument("--tokens", type=int, default=4096, help="of a window")
+    parser = subject.parser(__doc__)
     parser.add_argument("--densities", type=float, nargs="+", default=[0.25, 0.125], help="shares of the pairs to keep")
-    parser.add_argument("--windows", type=int, default=2, help="how many windows are read")
     arguments = parser.parse_args()
-    checkpoint = locate(arguments.model)
-    model, text = load_model(checkpoint), read_text(arguments.text)
-    windows = windows_of(load_tokenizer(checkpoint), text.text, length=arguments.tokens,
-                         needed={"judge": arguments.windows})["judge"]
+    measured = subject.load(arguments)
+    model, windows = measured.model, measured.windows
     shares, dense, lines = observe(model, windows[0]), token_losses(model, windows), []
     for block in BLOCKS:
         pooled = {name: [choice(layer, block) for layer in shares] for name, choice in CHOICES.items()}
@@ -170,7 +160,7 @@ def main() -> None:
     head = ["query block", "density asked", "shared: density", "perplexity", "past: density", "perplexity",
             "past against shared"]
     write_result(f"leak-{arguments.tokens}", __doc__, [
-        f"{checkpoint.name}, float32, {text.name}: {arguments.windows} windows of {arguments.tokens:,} tokens. "
+        f"{measured.title} "
         "Perplexity is the change against the dense model with its 95 % interval; the last column compares the two "
         "choices on the same tokens: above zero, the leak helped.", table(head, lines)])
 

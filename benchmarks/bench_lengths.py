@@ -18,7 +18,7 @@ from benchmarks.publish import table, write_result
 from sentei.axes.connections import Config
 from sentei.conversion import wrapper
 from sentei.conversion.checkpoints import load_model, load_tokenizer, locate
-from sentei.conversion.plan import Entry, Plan, convert, prunable_layers
+from sentei.conversion.plan import Plan, convert, prunable_layers
 from sentei.core.rules import Threshold
 from sentei.core.tracing import trace
 from sentei.measurement.latency import interleave
@@ -59,8 +59,7 @@ def main() -> None:
     checkpoint = locate(arguments.model)
     model, text = load_model(checkpoint), read_text(None)
     ids = windows_of(load_tokenizer(checkpoint), text.text, length=max(LENGTHS) + 1, needed={"time": 1})["time"]
-    convert(model, Plan(tuple(Entry(layer=layer, room="connections", config=Config(rule=RULE))
-                              for layer in prunable_layers(model))))
+    convert(model, Plan.everywhere(prunable_layers(model), "connections", Config(rule=RULE)))
     lines = []
     for length in LENGTHS:
         prompt, token = ids[:, :length], ids[:, length:length + 1]

@@ -9,7 +9,6 @@ rows called "default room" also keep the window of 128 tokens that `Config` has 
 nothing else, with the window grown until the density is reached. The oracle scores every query against every key.
 """
 
-import argparse
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,17 +16,16 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from benchmarks import subject
 from benchmarks.publish import table, write_result
 from sentei.axes.connections import Config, Connections
 from sentei.budget.judge import Judge
 from sentei.conversion import wrapper
-from sentei.conversion.checkpoints import load_model, load_tokenizer, locate
-from sentei.conversion.plan import Entry, Plan, convert, prunable_layers
+from sentei.conversion.plan import Plan, convert, prunable_layers
 from sentei.core.rules import Mass, Rule, Threshold, TopK
 from sentei.core.storage import Stages
 from sentei.kernels.attention.select import Antidiagonal, PageBounds, Pooled, Sampled, always_kept, estimate
 from sentei.measurement.outcome import environment
-from sentei.measurement.text import read_text, windows_of
 
 DENSITIES = (0.5, 0.25, 0.125)
 BARE = Config(window=0)
@@ -120,7 +118,7 @@ def observe(model: nn.Module, windows: torch.Tensor) -> Observation:
 
 def plan_of(model: nn.Module, config: Config) -> Plan:
     """The same room in every layer that can have one."""
-    return Plan(tuple(Entry(layer=layer, room="connections", config=config) for layer in prunable_layers(model)))
+    return Plan.everywhere(prunable_layers(model), "connections", config)
 
 
 def tune(observation: Observation, room: str, family: Family, density: float) -> Rule | None:
@@ -181,26 +179,17 @@ def rows(model: nn.Module, windows: torch.Tensor, judge: Judge, rooms: list[str]
 
 def main() -> None:
     """Measures one length and writes its table; run again, it goes on where it stopped."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="as for `sentei prune`")
-    parser.add_argument("--text", type=Path, help="as for `sentei prune`")
-    parser.add_argument("--tokens", type=int, default=4096, help="of a window")
-    parser.add_argument("--windows", type=int, default=2, help="how many windows are read")
+    parser = subject.parser(__doc__)
     parser.add_argument("--rooms", nargs="+", choices=ROOMS, default=list(ROOMS), help="rows to measure; all")
     parser.add_argument("--rules", nargs="+", choices=RULES, default=list(RULES), help="rules to measure; all")
     parser.add_argument("--stages", type=Path, help="a folder for what is done, to go on from")
     arguments = parser.parse_args()
-    checkpoint = locate(arguments.model)
-    model, text = load_model(checkpoint), read_text(arguments.text)
-    windows = windows_of(load_tokenizer(checkpoint), text.text, length=arguments.tokens,
-                         needed={"judge": arguments.windows})
-    inputs = {"model": checkpoint.fingerprint, "text": text.sha256, "environment": environment(),
-              "tokens": arguments.tokens, "windows": arguments.windows}
-    judge = Judge(model, windows, Stages(arguments.stages), inputs)
+    measured = subject.load(arguments)
+    judge = Judge(measured.model, {"judge": measured.windows}, Stages(arguments.stages),
+                  {**measured.facts, "environment": environment()})
     head = ["density asked", "estimate, criterion", "rule", "density", "true mass kept", "perplexity, 95 % interval"]
-    write_result(f"selection-{arguments.tokens}", __doc__, [
-        f"{checkpoint.name}, float32, {text.name}: {arguments.windows} windows of {arguments.tokens:,} tokens.",
-        table(head, rows(model, windows["judge"], judge, arguments.rooms, arguments.rules))])
+    lines = rows(measured.model, measured.windows, judge, arguments.rooms, arguments.rules)
+    write_result(f"selection-{arguments.tokens}", __doc__, [measured.title, table(head, lines)])
 
 
 if __name__ == "__main__":

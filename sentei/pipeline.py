@@ -347,6 +347,9 @@ def _export(subject: Subject, proof: Proof, tokens: torch.Tensor, out: Path, res
 def _details(subject: Subject, text: Text, request: Request, proof: Proof, layers: tuple[int, ...]) -> dict:
     """What stands behind the result, for the report."""
     quality, comparison = proof.judgement.quality, proof.comparison
+    timings = {"dense": comparison.dense}
+    if proof.candidate.plan.entries:
+        timings["pruned"] = comparison.pruned
     ratios = comparison.ratios()
     heads = subject.model.config.num_attention_heads
     density = [[1.0] * heads if layer in layers else None for layer in range(subject.model.config.num_hidden_layers)]
@@ -358,9 +361,8 @@ def _details(subject: Subject, text: Text, request: Request, proof: Proof, layer
             "speedup_interval": [min(ratios), max(ratios)], "source": subject.source, "density": density,
             "text": {"name": text.name, "sha256": text.sha256,
                      "tokens": {use: count * tokens for use, count in WINDOWS.items()}},
-            "timings": {"dense": comparison.dense, **({"pruned": comparison.pruned} if proof.candidate.plan.entries
-                                                      else {})}, "environment": environment(),
-            "verify_attempts": proof.attempts, "command": subject.command, "date": comparison.date}
+            "timings": timings, "environment": environment(), "verify_attempts": proof.attempts,
+            "command": subject.command, "date": comparison.date}
 
 
 def _points(solution: Solution, proof: Proof, layers: tuple[int, ...], dense_seconds: float) -> list[dict]:

@@ -7,7 +7,7 @@ import torch
 
 from sentei.axes.connections import Config, Connections
 from sentei.conversion.checkpoints import load_model, load_tokenizer, locate
-from sentei.conversion.plan import Entry, Plan, convert, prunable_layers
+from sentei.conversion.plan import Plan, convert, prunable_layers
 from sentei.core.rules import All
 from sentei.kernels.attention import Tiles
 from sentei.measurement.text import read_text
@@ -34,8 +34,7 @@ def dense(checkpoint):
 def kept(checkpoint):
     """The same model with a keep-all room in every layer."""
     model = load_model(checkpoint)
-    return convert(model, Plan(tuple(Entry(layer=layer, room="connections", config=Config(rule=All()))
-                                     for layer in prunable_layers(model))))
+    return convert(model, Plan.everywhere(prunable_layers(model), "connections", Config(rule=All())))
 
 
 @pytest.fixture(params=["dense kernel", "tile by tile"])

@@ -92,7 +92,7 @@ class Judge:
             pruned = wrapper.IMPLEMENTATION if plan.entries else "sdpa"
             prefill = partial(self._prefill, use)
             try:
-                found = interleave(prefill, prefill, runs=runs, step=step,
+                found = interleave(prefill, prefill if plan.entries else lambda: None, runs=runs, step=step,
                                    before=(lambda: wrapper.use(self.model, "sdpa"),
                                            lambda: wrapper.use(self.model, pruned)))
             finally:

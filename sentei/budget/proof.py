@@ -39,13 +39,13 @@ def first_proven(goal: Goal, solution: Solution, judge: Judge, step: Callable[[]
     towards dense, so a lucky text cannot be hunted for.
     """
     ladder, proofs = solution.ladder[:STEPS], []
-    for candidate in ladder:
+    for attempts, candidate in enumerate(ladder, 1):
         judgement = judge.judge(candidate.plan, "verify", step)
-        if goal.quality is not None and judgement.quality.value < goal.quality and candidate is not ladder[-1]:
+        if goal.quality is not None and judgement.quality.value < goal.quality and attempts < len(ladder):
             continue
         comparison = judge.time(candidate.plan, "verify", RUNS, step)
         proofs.append(Proof(candidate=candidate, judgement=judgement, comparison=comparison,
-                            attempts=ladder.index(candidate) + 1, reason=goal.shortfall(judgement, comparison)))
+                            attempts=attempts, reason=goal.shortfall(judgement, comparison)))
         if not proofs[-1].reason:
             return proofs[-1]
     return max(proofs, key=lambda proof: (goal.quality is None or proof.judgement.quality.value >= goal.quality,

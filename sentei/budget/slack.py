@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from sentei.axes.connections import Config, Connections
-from sentei.conversion.plan import Entry, Plan, attention_path, convert
+from sentei.conversion.plan import Plan, attention_path, convert
 from sentei.core.rules import All, Rule, Threshold, rule_from_json
 
 
@@ -79,8 +79,7 @@ def measure(
         step: called after every layer of every window (N · len(layers) times).
     Cost: N passes, each with every rule's attention on top.
     """
-    convert(model, Plan(tuple(Entry(layer=layer, room="connections", config=replace(config, rule=All()))
-                              for layer in layers)))
+    convert(model, Plan.everywhere(layers, "connections", replace(config, rule=All())))
     found = {layer: [] for layer in layers}
     handles = []
     try:

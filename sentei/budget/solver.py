@@ -74,11 +74,11 @@ def uniform(slack: list[LayerSlack], config: Config) -> list[Candidate]:
     candidates = []
     for number, option in enumerate(slack[0].options):
         densities = [_mean(layer.slack.options[number].density) for layer in layers]
-        entries = tuple(Entry(layer=layer.slack.layer, room="connections", config=replace(config, rule=option.rule))
-                        for layer in layers) if number else ()
+        numbers = [layer.layer for layer in slack] if number else []
+        plan = Plan.everywhere(numbers, "connections", replace(config, rule=option.rule))
         seconds = [layer.seconds(density) if number else layer.dense_seconds
                    for layer, density in zip(layers, densities, strict=True)]
-        candidates.append(Candidate(name=f"uniform {option.rule}" if number else "dense", plan=Plan(entries),
+        candidates.append(Candidate(name=f"uniform {option.rule}" if number else "dense", plan=plan,
                                     seconds=sum(seconds), density=_mean(densities)))
     return candidates
 

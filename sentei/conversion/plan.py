@@ -1,5 +1,6 @@
 """A plan: which room prunes which layer, and how."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from torch import nn
@@ -30,8 +31,7 @@ class Entry:
     config: object
 
     def __post_init__(self):
-        place = type(self.layer) is int and 0 <= self.layer < MAX_LAYERS and self.room in AXES
-        if not place or not isinstance(self.config, AXES[self.room].config):
+        if not _is_place(self.layer, self.room) or not isinstance(self.config, AXES[self.room].config):
             raise RuleError("Entry", expected=f"a layer from 0, a room ({', '.join(AXES)}) and that room's Config",
                             got=repr(self)[:200], do="see AXES for the rooms")
 
@@ -43,12 +43,15 @@ class Entry:
     def from_json(cls, value: dict) -> "Entry":
         """The entry written by `to_json`; anything else is refused with a FileError."""
         layer, room = (value.get("layer"), value.get("room")) if isinstance(value, dict) else (None, None)
-        good = (type(layer) is int and 0 <= layer < MAX_LAYERS and isinstance(room, str) and room in AXES
-                and set(value) == {"layer", "room", "config"})
-        if not good:
+        if not _is_place(layer, room) or set(value) != {"layer", "room", "config"}:
             raise FileError("plan", expected=f"entries with layer, room ({', '.join(AXES)}) and config",
                             got=repr(value)[:200], do="write plans with sentei")
         return cls(layer=layer, room=room, config=AXES[room].config.from_json(value["config"]))
+
+
+def _is_place(layer: object, room: object) -> bool:
+    """Whether a model can have such a layer, and there is such a room."""
+    return type(layer) is int and 0 <= layer < MAX_LAYERS and isinstance(room, str) and room in AXES
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,11 @@ class Plan:
         if len(set(places)) != len(places):
             raise RuleError("plan", expected="at most one entry a layer and room", got=str(places)[:200],
                             do="merge the entries")
+
+    @classmethod
+    def everywhere(cls, layers: Iterable[int], room: str, config: object) -> "Plan":
+        """The same room with the same configuration in each of `layers`."""
+        return cls(tuple(Entry(layer=layer, room=room, config=config) for layer in layers))
 
     def to_json(self) -> list[dict]:
         """The plan as a JSON array."""

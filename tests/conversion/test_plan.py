@@ -165,3 +165,8 @@ def test_every_room_has_a_name_a_plan_can_say():
 def test_an_entry_that_names_no_room_or_another_s_configuration_is_refused(settings):
     with pytest.raises(RuleError, match="Entry: expected a layer from 0, a room"):
         Entry(**{"layer": 0, "room": "connections", "config": Config(), **settings})
+
+
+def test_the_same_room_everywhere_is_one_entry_a_layer():
+    assert Plan.everywhere((0, 2), "connections", Config()) == Plan(
+        (Entry(layer=0, room="connections", config=Config()), Entry(layer=2, room="connections", config=Config())))

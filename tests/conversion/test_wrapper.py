@@ -23,8 +23,7 @@ every_family = pytest.mark.parametrize("family", FAMILIES)
 
 def converted(family: str, config: Config, **overrides) -> nn.Module:
     model = tiny_model(family, **overrides)
-    plan = Plan(tuple(Entry(layer=layer, room="connections", config=config) for layer in prunable_layers(model)))
-    return convert(model, plan)
+    return convert(model, Plan.everywhere(prunable_layers(model), "connections", config))
 
 
 def tokens(batch: int, length: int, seed: int = 0) -> torch.Tensor:

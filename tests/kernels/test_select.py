@@ -195,3 +195,11 @@ def test_a_wider_window_and_a_later_start_keep_more():
     grid, device = Grid(num_queries=24, num_keys=24, query_block=4, key_block=2), torch.device("cpu")
     counts = [int(always_kept(grid, device, window=w, dense_below=d).sum()) for w, d in ((0, 0), (4, 0), (4, 20))]
     assert counts == sorted(set(counts)) and counts[-1] == int(grid.permitted(device).sum())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_query_of_nothing_but_nan_is_refused_by_the_rule_too(dtype):
+    query, key, _ = SQUARE.tensors(dtype)
+    query[:, 5] = torch.nan
+    with pytest.raises(RuleError, match="got NaN"):
+        Threshold(0.1)(estimate(Sampled(1), query, key, SQUARE.grid(), SCALE))

@@ -102,7 +102,7 @@ def refusal(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> str:
 def _problem(query: torch.Tensor, key: torch.Tensor, grid: Grid, scale: float) -> tuple[_Problem, tuple]:
     """What both calls share, and the tensors that must outlive the call."""
     query, key = _rows(query), _rows(key)
-    lengths = None if grid.lengths is None else grid.lengths.long().contiguous()
+    lengths = None if grid.lengths is None else grid.lengths.contiguous()
     problem = _Problem(
         query=query.data_ptr(), key=key.data_ptr(), lengths=None if lengths is None else lengths.data_ptr(),
         query_stride=(ctypes.c_int64 * 3)(*query.stride()[:3]), key_stride=(ctypes.c_int64 * 3)(*key.stride()[:3]),

@@ -146,26 +146,28 @@ struct Sizes {
   int64_t packed_value() const { return int64_t(columns) * value_width; }
 };
 
-// Block j of keys as [D][columns], zeros beyond the end.
-void pack_key(const Problem& p, const Sizes& s, int64_t row, int64_t block, float* to) {
-  const int64_t b = row / p.groups, g = row % p.groups;
-  std::fill(to, to + s.packed_key(), 0.0f);
+// Calls put(place in the block, its data) for every token of a block of keys or values; row is b · G + g.
+template <class Put>
+void each_token(const Problem& p, const float* tensor, const int64_t* stride, int64_t row, int64_t block, Put put) {
   const int64_t first = block * p.key_block, last = std::min(first + p.key_block, p.keys);
-  for (int64_t j = first; j < last; ++j) {
-    const float* from = p.key + b * p.key_stride[0] + j * p.key_stride[1] + g * p.key_stride[2];
-    for (int d = 0; d < s.width; ++d) to[d * s.columns + (j - first)] = from[d];
-  }
+  for (int64_t j = first; j < last; ++j)
+    put(j - first, tensor + row / p.groups * stride[0] + j * stride[1] + row % p.groups * stride[2]);
 }
 
-// Block j of values as [columns][Dv], zeros beyond the end.
+// A block of keys as [D][columns], zeros beyond the end.
+void pack_key(const Problem& p, const Sizes& s, int64_t row, int64_t block, float* to) {
+  std::fill(to, to + s.packed_key(), 0.0f);
+  each_token(p, p.key, p.key_stride, row, block, [&](int64_t place, const float* from) {
+    for (int d = 0; d < s.width; ++d) to[d * s.columns + place] = from[d];
+  });
+}
+
+// A block of values as [columns][Dv], zeros beyond the end.
 void pack_value(const Problem& p, const Sizes& s, int64_t row, int64_t block, float* to) {
-  const int64_t b = row / p.groups, g = row % p.groups;
   std::fill(to, to + s.packed_value(), 0.0f);
-  const int64_t first = block * p.key_block, last = std::min(first + p.key_block, p.keys);
-  for (int64_t j = first; j < last; ++j) {
-    const float* from = p.value + b * p.value_stride[0] + j * p.value_stride[1] + g * p.value_stride[2];
-    std::copy(from, from + p.value_width, to + (j - first) * s.value_width);
-  }
+  each_token(p, p.value, p.value_stride, row, block, [&](int64_t place, const float* from) {
+    std::copy(from, from + p.value_width, to + place * s.value_width);
+  });
 }
 
 // Minus infinity where row i of the tile may not see a column.
@@ -294,9 +296,9 @@ EVERY_MACHINE void share_item(const Problem& p, const Sizes& s, int64_t item, co
     for (int r = 0; r < rows; ++r) {
       float* row = t.scores.data() + r * s.columns;
       const float top = largest(row, s.columns);
-      mass[r * s.key_blocks + j] = has_nan(row, s.columns) ? kNan
-                                   : top == kNone          ? kNone
-                                                           : top + std::log(exponentiate(row, s.columns, top));
+      // A NaN makes the sum one; only where nothing else is in the row must it be looked for.
+      const bool empty = top == kNone && !has_nan(row, s.columns);
+      mass[r * s.key_blocks + j] = empty ? kNone : top + std::log(exponentiate(row, s.columns, top));
     }
   }
   float* mean = p.shares + item * s.key_blocks;

@@ -1,0 +1,42 @@
+"""What the benchmarks of quality measure: a model and windows of a text, named on the command line."""
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from sentei.conversion.checkpoints import load_model, load_tokenizer, locate
+from sentei.measurement.text import read_text, windows_of
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The dense model and int64 [N, T] windows of text; `title` says both, `facts` is what a result depends on."""
+
+    model: nn.Module
+    windows: torch.Tensor
+    title: str
+    facts: dict
+
+
+def parser(about: str) -> argparse.ArgumentParser:
+    """The arguments every one of them takes; `about` is its docstring."""
+    made = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--model", help="as for `sentei prune`")
+    made.add_argument("--text", type=Path, help="as for `sentei prune`")
+    made.add_argument("--tokens", type=int, default=4096, help="of a window")
+    made.add_argument("--windows", type=int, default=2, help="how many windows are read")
+    return made
+
+
+def load(arguments: argparse.Namespace) -> Subject:
+    """Loads what `parser` was given."""
+    checkpoint, text = locate(arguments.model), read_text(arguments.text)
+    windows = windows_of(load_tokenizer(checkpoint), text.text, length=arguments.tokens,
+                         needed={"judge": arguments.windows})["judge"]
+    return Subject(load_model(checkpoint), windows, f"{checkpoint.name}, float32, {text.name}: {arguments.windows} "
+                   f"windows of {arguments.tokens:,} tokens.",
+                   {"model": checkpoint.fingerprint, "text": text.sha256, "tokens": arguments.tokens,
+                    "windows": arguments.windows})
