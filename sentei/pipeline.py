@@ -69,6 +69,7 @@ class Request:
         dtype: "float32" or "bfloat16".
         out: the folder to write, or None for one named after the job below ./sentei-out.
         online: whether the hub may be asked.
+        lookahead: see `Goal`.
     """
 
     model: str | None = None
@@ -79,13 +80,18 @@ class Request:
     dtype: str = "float32"
     out: Path | None = None
     online: bool = False
+    lookahead: bool = True
 
     def __post_init__(self):
         Workload.parse(self.workload)
-        Goal(quality=self.quality, speed=self.speed)
+        self.goal()
         if self.dtype not in DTYPES:
             raise SenteiError("--dtype", expected=f"one of {', '.join(DTYPES)}", got=repr(self.dtype),
                               do="choose one, or convert the model with model.float()")
+
+    def goal(self) -> Goal:
+        """The bound that is asked."""
+        return Goal(quality=self.quality, speed=self.speed, lookahead=self.lookahead)
 
     def command(self) -> str:
         """The command line that asks the same."""
@@ -93,14 +99,14 @@ class Request:
                  "--dtype": self.dtype, "--out": self.out}
         words = ["sentei", "prune", *([self.model] if self.model else [])]
         words += [str(word) for flag, value in flags.items() if value is not None for word in (flag, value)]
-        return shlex.join(words + ["--online"] * self.online)
-
+        return shlex.join(words + ["--no-lookahead"] * (not self.lookahead) + ["--online"] * self.online)
 
     def call(self) -> str:
         """The Python that asks the same of a model in memory."""
         settings = {"text": self.text and str(self.text), "workload": self.workload, "quality": self.quality,
                     "speed": self.speed, "out": self.out and str(self.out)}
         given = [f"{name}={value!r}" for name, value in settings.items() if value is not None]
+        given += ["lookahead=False"] * (not self.lookahead)
         return f"sentei.prune({', '.join(['model', 'tokenizer', *given])})"
 
 
@@ -170,7 +176,7 @@ def run(request: Request, progress: Progress) -> Outcome:
 
 def prune(model: nn.Module | str | None = None, tokenizer=None, *, text: Path | None = None,
           workload: str = "prefill:4096", quality: float | None = None, speed: float | None = None,
-          out: Path | None = None, progress: Progress | None = None) -> Outcome:
+          out: Path | None = None, lookahead: bool = True) -> Outcome:
     """Does the main job from Python; the pruned model is in the outcome.
 
         outcome = prune(model, tokenizer, workload="prefill:4096", quality=0.99)
@@ -180,18 +186,17 @@ def prune(model: nn.Module | str | None = None, tokenizer=None, *, text: Path | 
         model: a transformers model, converted in place (in eval mode, and "dense" is its sdpa path from then on); or
             what `Request` takes.
         tokenizer: the model's; needed with a model.
-        text, workload, quality, speed, out: as in `Request`; quality 0.99 when neither bound is named. A model given
-            as an object is only written when `out` is.
-        progress: who is told; nobody by default.
+        text, workload, quality, speed, out, lookahead: as in `Request`; quality 0.99 when neither bound is named. A
+            model given as an object is only written when `out` is.
     Raises:
         SenteiError: bad input; a model in memory is then as it was.
     """
     quality = 0.99 if quality is None and speed is None else quality
     given = isinstance(model, nn.Module)
     request = Request(model=None if given or model is None else str(model), text=text and Path(text),
-                      workload=workload, quality=quality, speed=speed, out=out and Path(out),
+                      workload=workload, quality=quality, speed=speed, out=out and Path(out), lookahead=lookahead,
                       dtype=str(model.dtype).removeprefix("torch.") if given else "float32")
-    progress = progress or Silent()
+    progress = Silent()
     if not given:
         return run(request, progress)
     if tokenizer is None:
@@ -226,7 +231,7 @@ class Clock(dict):
 def _prune(subject: Subject, text: Text, windows: dict[str, torch.Tensor], request: Request, out: Path | None,
            progress: Progress) -> Outcome:
     """The job itself, once its input is accepted."""
-    goal, layers, config = Goal(quality=request.quality, speed=request.speed), prunable_layers(subject.model), Config()
+    goal, layers, config = request.goal(), prunable_layers(subject.model), Config()
     rules = slack_of.options()
     inputs = {"model": subject.fingerprint, "text": text.sha256, "workload": request.workload, "dtype": request.dtype,
               "environment": environment(), "kernel": native.identity(), "config": config.to_json(),
@@ -241,8 +246,8 @@ def _prune(subject: Subject, text: Text, windows: dict[str, torch.Tensor], reque
         slack = slack_of.from_json(stages.run("slack", inputs, lambda: {"layers": slack_of.to_json(slack_of.measure(
             subject.model, windows["calibrate"], layers, config, rules=rules, step=step))})["layers"])
     with clock("solve"), progress.stage("solve", JUDGEMENTS * len(windows["choose"])) as step:
-        solution = solve(goal, slack, config, lambda candidate: judge.judge(candidate.plan, "choose", step),
-                         dense_seconds)
+        solution = solve(goal, slack, config,
+                         lambda candidate: judge.judge(goal.judged(candidate.plan), "choose", step), dense_seconds)
     with clock("measure"), progress.stage("measure", 2 * RUNS + 2 + len(windows["verify"])) as step:
         proof = first_proven(goal, solution, judge, step)
     convert(subject.model, proof.candidate.plan)
@@ -318,7 +323,7 @@ def _fingerprint(model: nn.Module) -> str:
 
 def _result(request: Request, subject: Subject, proof: Proof, layers: tuple[int, ...], out: Path | None) -> dict:
     """The public object."""
-    quality, density = proof.judgement.quality, proof.judgement.density
+    quality, density = proof.judgement.quality, proof.as_run.density
     tokens = Workload.parse(request.workload).tokens
     result = public(model=subject.name, workload=request.workload, dtype=request.dtype, tokens=tokens,
                     perplexity=(quality.dense, quality.pruned), seconds=proof.comparison.seconds(),
@@ -326,13 +331,14 @@ def _result(request: Request, subject: Subject, proof: Proof, layers: tuple[int,
     plan = [{"layer": entry.layer, "room": entry.room, "rule": entry.config.rule.to_json(),
              "density": sum(density[entry.layer]) / len(density[entry.layer])}
             for entry in proof.candidate.plan.entries]
-    return {**result, "density": proof.judgement.mean_density(layers), "plan": plan, "out": out and str(out)}
+    return {**result, "density": proof.as_run.mean_density(layers), "plan": plan, "out": out and str(out)}
 
 
 def _export(subject: Subject, proof: Proof, tokens: torch.Tensor, out: Path, result: dict, step: Callable) -> None:
     """Writes the model and proves in a fresh process that it gives the same logits."""
     measured = {key: result[key] for key in ("workload", "speedup", "quality", "density", "threads")}
-    measured |= {"verify_attempts": proof.attempts, "date": proof.comparison.date}
+    measured |= {"quality_as_run": proof.as_run.quality.value, "verify_attempts": proof.attempts,
+                 "date": proof.comparison.date}
     export.export(subject.model, subject.tokenizer, proof.candidate.plan, out, tokens=tokens[:RECEIPT_TOKENS],
                   facts={"source": subject.source, **measured})
     step("written")
@@ -353,7 +359,7 @@ def _details(subject: Subject, text: Text, request: Request, proof: Proof, layer
     ratios = comparison.ratios()
     heads = subject.model.config.num_attention_heads
     density = [[1.0] * heads if layer in layers else None for layer in range(subject.model.config.num_hidden_layers)]
-    for layer, kept in proof.judgement.density.items():
+    for layer, kept in proof.as_run.density.items():
         density[layer] = kept
     tokens = Workload.parse(request.workload).tokens
     return {"goal": {"quality": request.quality} if request.speed is None else {"speed": request.speed},
@@ -362,6 +368,7 @@ def _details(subject: Subject, text: Text, request: Request, proof: Proof, layer
             "text": {"name": text.name, "sha256": text.sha256,
                      "tokens": {use: count * tokens for use, count in WINDOWS.items()}},
             "timings": timings, "environment": environment(), "verify_attempts": proof.attempts,
+            "quality_as_run": None if request.lookahead else proof.as_run.quality.value,
             "command": subject.command, "date": comparison.date}
 
 

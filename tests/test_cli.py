@@ -18,7 +18,8 @@ from sentei import cli
 ROOT = Path(cli.__file__).parents[1]
 HEAVY = {"torch", "transformers", "numpy", "safetensors", "matplotlib", "tqdm", "accelerate", "gguf"}
 FLAGS = {
-    "prune": {"MODEL", "--text", "--workload", "--quality", "--speed", "--dtype", "--out", "--online", "--json"},
+    "prune": {"MODEL", "--text", "--workload", "--quality", "--speed", "--no-lookahead", "--dtype", "--out",
+              "--online", "--json"},
     "verify": {"DIR", "--json"},
 }
 
@@ -127,11 +128,12 @@ def test_usage_errors_have_four_parts(sentei, arguments, where, got, do):
 
 @pytest.mark.parametrize(("arguments", "expected"), [
     ([], {"model": None, "text": None, "workload": "prefill:4096", "quality": "0.99", "speed": None,
-          "dtype": "float32", "out": None, "online": False}),
+          "dtype": "float32", "out": None, "online": False, "lookahead": True}),
     (["m.gguf", "--speed", "1.5", "--text", "a.txt"], {"model": "m.gguf", "quality": None, "speed": "1.5",
                                                        "text": "a.txt"}),
-    (["--quality", "1", "--dtype", "bfloat16", "--out", "o", "--online", "--workload", "prefill:8000"],
-     {"quality": "1.0", "speed": None, "dtype": "bfloat16", "out": "o", "online": True, "workload": "prefill:8000"}),
+    (["--quality", "1", "--dtype", "bfloat16", "--out", "o", "--online", "--workload", "prefill:8000",
+      "--no-lookahead"], {"quality": "1.0", "speed": None, "dtype": "bfloat16", "out": "o", "online": True,
+                          "workload": "prefill:8000", "lookahead": False}),
 ], ids=["defaults", "speed", "quality"])
 def test_arguments_reach_the_request(sentei, arguments, expected):
     body = "assert not isinstance(request.out, str) and not isinstance(request.text, str)\n" \
@@ -140,7 +142,7 @@ def test_arguments_reach_the_request(sentei, arguments, expected):
     done = sentei("prune", *arguments, "--json", body=body)
     told = json.loads(done.stdout)["told"]
     assert {key: told[key] for key in expected} == expected
-    assert set(told) == {"model", "text", "workload", "quality", "speed", "dtype", "out", "online"}
+    assert set(told) == {"model", "text", "workload", "quality", "speed", "dtype", "out", "online", "lookahead"}
 
 
 NOISE = """

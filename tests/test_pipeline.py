@@ -1,5 +1,6 @@
 """The main job end to end, on a tiny random model: what it writes, how it goes on, and what it refuses."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import torch
 import sentei
 from sentei import pipeline
 from sentei.axes.connections import Config
+from sentei.budget.judge import short_key
 from sentei.budget.solver import Candidate, Solution
 from sentei.conversion import wrapper
 from sentei.conversion.checkpoints import load_model, load_tokenizer, locate
@@ -141,6 +143,9 @@ def test_a_stage_is_done_again_when_the_rules_or_the_kernel_have_changed(subject
 def test_the_report_of_a_model_in_memory_says_how_to_repeat_it_in_python():
     request = pipeline.Request(workload="prefill:512", quality=0.9, out=Path("faster"))
     assert request.call() == "sentei.prune(model, tokenizer, workload='prefill:512', quality=0.9, out='faster')"
+    stricter = dataclasses.replace(request, lookahead=False)
+    assert stricter.call() == request.call()[:-1] + ", lookahead=False)"
+    assert stricter.command() == request.command() + " --no-lookahead"
 
 
 def test_a_model_in_memory_is_as_it_was_when_the_input_is_refused(subject, tmp_path):
@@ -153,3 +158,22 @@ def test_a_model_in_memory_is_as_it_was_when_the_input_is_refused(subject, tmp_p
     with pytest.raises(FileError, match="expected at least"):
         sentei.prune(model, load_tokenizer(checkpoint), text=short, workload="prefill:512")
     assert len(wrapper.rooms(model)) == 1 and model.training
+
+
+@pytest.mark.parametrize("flags", [[], ["--no-lookahead"]], ids=["as it runs", "without lookahead"])
+def test_without_lookahead_a_stricter_reading_is_held_to_the_bound(prune, tmp_path, monkeypatch, flags):
+    plan = Plan.everywhere((0, 1), "connections", Config(rule=Threshold(0.5), window=0))
+    sparse = Candidate(name="sparse", plan=plan, seconds=1.0, density=0.5)
+    monkeypatch.setattr("sentei.pipeline.solve", lambda goal, slack, config, judge, seconds: Solution(
+        ladder=[sparse], judged=[(sparse, judge(sparse))], dense_attention=1.0))
+    done = prune(*flags, "--json", workload="prefill:512", quality=0.1)
+    policy = json.loads((tmp_path / "out" / "sentei.json").read_text())
+    facts, report = policy["facts"], (tmp_path / "out" / "report.html").read_text()
+    assert facts["quality"] == json.loads(done.stdout)["quality"]
+    differs = abs(facts["quality"] / facts["quality_as_run"] - 1) > 1e-9
+    assert differs == ("read without lookahead" in report) == bool(flags)
+    assert Plan.from_json(policy["plan"]) == plan, "what runs is the plan itself"
+    judged = plan.without_lookahead() if flags else plan
+    assert {path.stem for path in (tmp_path / "out" / "stages").glob("*-????????????????.json")} == {
+        f"choose-{short_key(judged)}", f"time-{short_key(plan)}",
+        *(f"verify-{short_key(one)}" for one in (judged, plan))}

@@ -6,13 +6,14 @@
     o_i = Σ_j softmax_j(scale · q_i·k_j) v_j      over the keys j of the blocks kept for i
 
 Soft pruning is the softmax itself; this room makes it hard, block by block (token by token with a tile of 1 × 1).
-A query block shares its choice, so the choice of its first rows has seen its later rows' queries; which keys are
-*permitted* is never affected. The last query block of a call is always whole.
+A query block shares its choice, so the choice of its first rows has seen its later rows' queries (what that is worth
+`Config.without_lookahead` tells); which keys are *permitted* is never affected. The last query block of a call is
+always whole.
 References: Vaswani et al. 2017 (attention); XAttention 2503.16428, FlashPrefill 2603.06199, Quest 2406.10774
 (estimates); Twilight 2502.02770 (mass instead of count).
 """
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 import torch
 from torch import nn
@@ -27,6 +28,7 @@ from sentei.kernels.attention.compensate import attend_dropped
 from sentei.kernels.attention.select import (
     Estimator,
     Sampled,
+    Trailing,
     always_kept,
     estimate,
     estimator_from_json,
@@ -34,6 +36,9 @@ from sentei.kernels.attention.select import (
     share_in_group,
 )
 from sentei.kernels.attention.tiles import MAX_BLOCK
+
+# Rows that share a choice made without lookahead: fewer would starve the kernel, more would make the choice older.
+ROWS_WITHOUT_LOOKAHEAD = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +83,17 @@ class Config:
         for expected, holds in checks.items():
             if not holds:
                 raise RuleError("connections.Config", expected=expected, got=repr(self), do="change that field")
+
+    def without_lookahead(self) -> "Config":
+        """The same rule, chosen for every row from rows up to it alone.
+
+        A few rows share a choice, made from one row in so many: the first of them and those before, twice as far back
+        as a query block here is long (measured: the density is then about the same). Blocks that small run slower.
+        """
+        if self.tile[0] == 1:
+            return self
+        rows = min(ROWS_WITHOUT_LOOKAHEAD, self.tile[0])
+        return replace(self, estimator=Trailing(-(-2 * self.tile[0] // rows) - 1), tile=(rows, self.tile[1]))
 
     def to_json(self) -> dict:
         """The configuration as a JSON object."""

@@ -4,6 +4,7 @@ import re
 from dataclasses import dataclass
 
 from sentei.budget.judge import Judgement
+from sentei.conversion.plan import Plan
 from sentei.core.errors import SenteiError
 from sentei.measurement.latency import Comparison
 
@@ -44,10 +45,13 @@ class Goal:
     Args:
         quality: dense perplexity ÷ pruned perplexity, above 0 and at most 1; or None.
         speed: dense seconds ÷ pruned seconds, at least 1; or None.
+        lookahead: whether quality is that of the plan as it runs, where a query block's choice has seen its later
+            queries; else it is that of `Plan.without_lookahead`.
     """
 
     quality: float | None = None
     speed: float | None = None
+    lookahead: bool = True
 
     def __post_init__(self):
         if (self.quality is None) == (self.speed is None):
@@ -58,6 +62,10 @@ class Goal:
         if self.speed is not None and not 1 <= self.speed < float("inf"):
             raise SenteiError("--speed", expected="a number from 1", got=str(self.speed),
                               do="1.5 means half again as fast as dense")
+
+    def judged(self, plan: Plan) -> Plan:
+        """The plan whose quality counts for `plan`."""
+        return plan if self.lookahead else plan.without_lookahead()
 
     def is_good(self, judgement: Judgement) -> bool:
         """Whether a plan may be chosen: its quality less one standard error keeps the bound."""

@@ -19,7 +19,8 @@ class Proof:
 
     Args:
         candidate: the plan.
-        judgement: on held-out text.
+        judgement: on held-out text; its quality counts for the goal.
+        as_run: on the same text, of the plan as it runs; the same unless the goal is without lookahead.
         comparison: its seconds and dense seconds.
         attempts: plans judged on the held-out text up to this one.
         reason: why the goal is not met; empty when it is.
@@ -27,6 +28,7 @@ class Proof:
 
     candidate: Candidate
     judgement: Judgement
+    as_run: Judgement
     comparison: Comparison
     attempts: int
     reason: str
@@ -40,11 +42,12 @@ def first_proven(goal: Goal, solution: Solution, judge: Judge, step: Callable[[]
     """
     ladder, proofs = solution.ladder[:STEPS], []
     for attempts, candidate in enumerate(ladder, 1):
-        judgement = judge.judge(candidate.plan, "verify", step)
+        judgement = judge.judge(goal.judged(candidate.plan), "verify", step)
         if goal.quality is not None and judgement.quality.value < goal.quality and attempts < len(ladder):
             continue
         comparison = judge.time(candidate.plan, "verify", RUNS, step)
-        proofs.append(Proof(candidate=candidate, judgement=judgement, comparison=comparison,
+        as_run = judgement if goal.lookahead else judge.judge(candidate.plan, "verify", step)
+        proofs.append(Proof(candidate=candidate, judgement=judgement, as_run=as_run, comparison=comparison,
                             attempts=attempts, reason=goal.shortfall(judgement, comparison)))
         if not proofs[-1].reason:
             return proofs[-1]

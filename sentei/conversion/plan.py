@@ -1,7 +1,7 @@
 """A plan: which room prunes which layer, and how."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
@@ -70,6 +70,10 @@ class Plan:
     def everywhere(cls, layers: Iterable[int], room: str, config: object) -> "Plan":
         """The same room with the same configuration in each of `layers`."""
         return cls(tuple(Entry(layer=layer, room=room, config=config) for layer in layers))
+
+    def without_lookahead(self) -> "Plan":
+        """The same plan with every choice made from the tokens up to a row alone, see the rooms' `Config`."""
+        return Plan(tuple(replace(entry, config=entry.config.without_lookahead()) for entry in self.entries))
 
     def to_json(self) -> list[dict]:
         """The plan as a JSON array."""

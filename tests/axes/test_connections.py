@@ -11,7 +11,7 @@ from sentei.core.errors import RuleError, ShapeError
 from sentei.core.rules import All, Capacity, Mass, Threshold, TopK
 from sentei.core.tracing import trace
 from sentei.kernels.attention import attend
-from sentei.kernels.attention.select import ESTIMATORS, Antidiagonal, PageBounds, Pooled, Sampled, always_kept
+from sentei.kernels.attention.select import ESTIMATORS, Antidiagonal, PageBounds, Pooled, Sampled, Trailing, always_kept
 
 SMALL = Config(rule=TopK(2), tile=(4, 2), window=0)
 
@@ -211,7 +211,8 @@ def test_grouped_heads_of_their_own_width():
 
 
 @pytest.mark.parametrize("estimator, share", [(Pooled(), 1 / 2), (PageBounds(), 2 / 2), (Antidiagonal(2), 1 / 2),
-                                              (Sampled(1), 1), (Sampled(4), 1 / 4)], ids=str)
+                                              (Sampled(1), 1), (Sampled(4), 1 / 4),
+                                              (Trailing(3), 1 / 4)], ids=str)
 def test_choosing_costs_what_the_estimator_says(estimator, share):
     room = Connections(replace(SMALL, rule=Threshold(0.1), estimator=estimator))
     with trace(room) as records:
@@ -229,3 +230,26 @@ def test_a_call_within_one_query_block_chooses_nothing_unless_a_trace_listens(mo
         chosen = room(*inputs)
     monkeypatch.setattr(Connections, "score", None)
     assert torch.equal(room(*inputs), chosen) and records[0].selection.density() == 1
+
+
+@pytest.mark.parametrize("criterion", ["mass", "peak", "output"])
+@pytest.mark.parametrize("estimator", [Sampled(2), Pooled()], ids=str)
+def test_without_lookahead_no_row_s_choice_knows_a_later_row_and_with_it_some_do(estimator, criterion):
+    config = replace(SMALL, rule=Threshold(0.6), tile=(16, 2), estimator=estimator, criterion=criterion)
+    query, key, value = qkv(queries=48, keys=48)
+    later = [tensor.clone() for tensor in (query, key, value)]
+    for tensor in later:
+        tensor[:, 19:] = torch.randn_like(tensor[:, 19:]) * 5
+    differ = {}
+    for kind in (config, config.without_lookahead()):
+        before, after = (Connections(kind)(*inputs)[:, :19] for inputs in ((query, key, value), later))
+        differ[kind.tile[0]] = not torch.equal(before, after)
+    assert differ == {16: True, 8: False}
+
+
+def test_without_lookahead_twice_a_block_s_rows_have_a_say_and_a_row_that_chooses_for_itself_stays():
+    config = replace(SMALL, tile=(64, 32)).without_lookahead()
+    assert (config.tile, config.estimator) == ((8, 32), Trailing(15))
+    assert replace(SMALL, tile=(4, 2)).without_lookahead().tile == (4, 2)
+    alone = replace(SMALL, tile=(1, 1))
+    assert alone.without_lookahead() is alone

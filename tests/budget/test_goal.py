@@ -2,8 +2,10 @@
 
 import pytest
 
+from sentei.axes.connections import Config
 from sentei.budget.goal import Goal, Workload
 from sentei.budget.judge import Judgement
+from sentei.conversion.plan import Plan
 from sentei.core.errors import SenteiError
 from sentei.measurement.latency import Comparison
 from sentei.measurement.quality import Quality
@@ -35,6 +37,13 @@ def test_a_plan_is_chosen_when_it_keeps_the_bound_less_one_standard_error(value,
 ], ids=["met", "bad", "slow", "fast", "not fast enough"])
 def test_the_reason_why_a_bound_is_not_met(goal, quality, speedup, reason):
     assert goal.shortfall(judged(quality, 0.0), timed(speedup)) == reason
+
+
+def test_without_lookahead_it_is_the_stricter_plan_whose_quality_counts():
+    plan = Plan.everywhere((0, 2), "connections", Config(tile=(64, 64)))
+    assert Goal(quality=0.9).judged(plan) is plan
+    stricter = Goal(quality=0.9, lookahead=False).judged(plan)
+    assert stricter == Plan.everywhere((0, 2), "connections", Config(tile=(64, 64)).without_lookahead()) != plan
 
 
 @pytest.mark.parametrize("ratios, met", [((1.2, 0.99, 1.2), True), ((1.2, 0.99, 0.99), False)])

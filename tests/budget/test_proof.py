@@ -26,7 +26,8 @@ class Told:
         self.plans, self.asked = plans, []
 
     def judge(self, plan: Plan, use: str, step) -> Judgement:
-        self.asked.append(f"judge {plan.entries[0].layer} {use}")
+        stricter = " stricter" * (plan.entries[0].config.estimator.history > 0)
+        self.asked.append(f"judge {plan.entries[0].layer} {use}{stricter}")
         value = self.plans[plan.entries[0].layer][0]
         return Judgement(quality=Quality(value=value, low=0.0, high=2.0, dense=1.0, pruned=1.0, tokens=1), density={})
 
@@ -86,3 +87,10 @@ def test_it_gives_up_after_some_steps(monkeypatch):
     judge = Told((0.5, 2.0), (0.6, 2.0), (0.99, 2.0))
     assert judge.prove(Goal(quality=0.98)).candidate.name == "1"
     assert len(judge.asked) == 3
+
+
+def test_without_lookahead_the_stricter_plan_is_held_to_the_bound_and_the_plan_itself_is_timed():
+    judge = Told((0.97, 2.0), (0.99, 1.5))
+    found = judge.prove(Goal(quality=0.98, lookahead=False))
+    assert found.candidate.plan == plan_of(1) and found.as_run is not found.judgement
+    assert judge.asked == ["judge 0 verify stricter", "judge 1 verify stricter", "time 1 verify", "judge 1 verify"]

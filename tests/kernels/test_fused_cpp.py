@@ -12,7 +12,7 @@ from oracle import CASES, Case
 from sentei.core.errors import ImplError, ResourceError, ShapeError
 from sentei.kernels import native
 from sentei.kernels.attention import Grid, Tiles, attend, choose_impl, fused_cpp
-from sentei.kernels.attention.select import Sampled, estimate
+from sentei.kernels.attention.select import Sampled, Trailing, estimate
 
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 needs_library = pytest.mark.skipif(bool(native.missing()), reason=native.missing())
@@ -87,13 +87,13 @@ def test_one_thread_gives_the_bits_of_two():
 
 @needs_library
 @pytest.mark.parametrize("pool", ["mean", "rms"])
-@pytest.mark.parametrize("stride", [1, 3, 8])
+@pytest.mark.parametrize("estimator", [Sampled(1), Sampled(3), Sampled(8), Trailing(0), Trailing(1)], ids=str)
 @every_case
-def test_shares_are_those_of_the_estimator(case, stride, pool):
+def test_shares_are_those_of_the_estimator(case, estimator, pool):
     query, key, _ = case.tensors(torch.float32)
     grid = case.grid()
-    expected = estimate(Sampled(stride), query.double(), key.double(), grid, 0.3, pool=pool).exp()
-    found = estimate(Sampled(stride), query, key, grid, 0.3, pool=pool).exp()
+    expected = estimate(estimator, query.double(), key.double(), grid, 0.3, pool=pool).exp()
+    found = estimate(estimator, query, key, grid, 0.3, pool=pool).exp()
     assert found.dtype == torch.float32
     # The last block is always whole; its fill-up rows are no part of the promise.
     torch.testing.assert_close(found[:, :, :-1].double(), expected[:, :, :-1], atol=2e-5, rtol=1e-3)
@@ -120,12 +120,12 @@ def test_what_it_cannot_take_is_refused_by_name_and_left_by_auto():
 def test_the_default_dtype_and_device_do_not_matter(case):
     tensors, tiles, grid = case.tensors(torch.float32), case.tiles(), case.grid()
     expected = fused_cpp.attend(*tensors, tiles, scale=0.3, return_lse=True)
-    shares = fused_cpp.shares(*tensors[:2], grid, scale=0.3, sample=2)
+    shares = fused_cpp.shares(*tensors[:2], grid, scale=0.3, first=1, stride=2)
     torch.set_default_dtype(torch.bfloat16)
     try:
         with torch.device("meta"):
             found = fused_cpp.attend(*tensors, tiles, scale=0.3, return_lse=True)
-            again = fused_cpp.shares(*tensors[:2], grid, scale=0.3, sample=2)
+            again = fused_cpp.shares(*tensors[:2], grid, scale=0.3, first=1, stride=2)
     finally:
         torch.set_default_dtype(torch.float32)
     assert all(map(torch.equal, (*found, again), (*expected, shares)))
@@ -174,7 +174,7 @@ def test_memory_that_cannot_be_had_is_an_error_and_no_crash():
     query, key = torch.ones(1, 1, 1, 64), torch.ones(1, 1, 1, 64).expand(1, 2**32, 1, 64)
     grid = Grid(num_queries=1, num_keys=2**32, query_block=64, key_block=4096)
     with pytest.raises(ResourceError, match="expected memory for a packed copy"):
-        fused_cpp.shares(query, key, grid, scale=0.3, sample=1)
+        fused_cpp.shares(query, key, grid, scale=0.3, first=0, stride=1)
     keep = torch.zeros(1, 1, 1, 2**20, dtype=torch.bool)
     keep[..., 0] = True
     with pytest.raises(ResourceError, match="expected memory for a packed copy"):

@@ -15,6 +15,7 @@ from sentei.kernels.attention.select import (
     PageBounds,
     Pooled,
     Sampled,
+    Trailing,
     always_kept,
     estimate,
     estimator_from_json,
@@ -23,7 +24,7 @@ from sentei.kernels.attention.select import (
 )
 from sentei.kernels.attention.tiles import Grid
 
-ALL = [Pooled(), Antidiagonal(2), PageBounds(), Sampled(1), Sampled(2)]
+ALL = [Pooled(), Antidiagonal(2), PageBounds(), Sampled(1), Sampled(2), Trailing(0), Trailing(2)]
 SCALE = 6 ** -0.5
 SQUARE = Case(name="causal", queries=16, keys=16, tile=(4, 2), heads=4, kept=1.0)
 EXACT = [SQUARE, Case(name="grouped", queries=12, keys=12, tile=(4, 3), heads=6, groups=2, kept=1.0),
@@ -135,6 +136,35 @@ def test_a_bad_stride_is_refused_and_in_a_file_it_is_the_file_s_fault(kind, stri
         kind(stride)
     with pytest.raises(FileError, match="estimator: expected a stride from 1 to 4096"):
         estimator_from_json({"name": kind.__name__.lower(), "stride": stride})
+
+
+@pytest.mark.parametrize("history", [-1, 1.5, "8", True, 2**64], ids=str)
+def test_a_bad_history_is_refused_and_in_a_file_it_is_the_file_s_fault(history):
+    with pytest.raises(RuleError, match="Trailing: expected a history from 0 to 4096 blocks"):
+        Trailing(history)
+    with pytest.raises(FileError, match="estimator: expected a history from 0 to 4096 blocks"):
+        estimator_from_json({"name": "trailing", "history": history})
+
+
+@pytest.mark.parametrize("pool, power", [("mean", 1), ("rms", 2)])
+@pytest.mark.parametrize("history", [0, 1, 2, 9])
+@pytest.mark.parametrize("case", EXACT, ids=lambda case: case.name)
+def test_trailing_joins_the_first_rows_of_a_block_and_of_those_before_it(case, history, pool, power):
+    found, rows = estimated(Trailing(history), case, pool=pool), shares(case)[:, :, :, 0] ** power
+    for block in range(found.shape[2]):
+        expected = rows[:, :, max(0, block - history):block + 1].mean(2) ** (1 / power)
+        seen = permitted(case, found)[:, :, block]
+        # No share is told as less than the smallest number there is, and a root of it is not as small.
+        torch.testing.assert_close(found[:, :, block].exp()[seen], expected[seen], rtol=1e-9, atol=1e-12)
+    assert torch.equal(found.isneginf(), ~permitted(case, found))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_trailing_looks_at_no_row_after_the_first(dtype):
+    query, key, _ = SQUARE.tensors(dtype)
+    other = query.clone()
+    other[:, 5:8] += 3
+    assert torch.equal(*(estimate(Trailing(3), q, key, SQUARE.grid(), SCALE) for q in (query, other)))
 
 
 @pytest.mark.parametrize("query, key, lengths, message", [

@@ -13,7 +13,8 @@ from sentei.kernels import native
 from sentei.kernels.attention.tiles import Grid, Tiles
 
 _LONGS = ("batch", "queries", "keys", "heads", "groups", "plan_heads", "width", "value_width", "query_block",
-          "key_block", "full_slots", "partial_slots", "causal", "threads", "sample")
+          "key_block", "full_slots", "partial_slots", "causal", "threads", "first",
+          "stride")
 
 
 class _Problem(ctypes.Structure):
@@ -64,21 +65,22 @@ def attend(
     return (output.to(query.dtype), lse) if return_lse else output.to(query.dtype)
 
 
-def shares(query: torch.Tensor, key: torch.Tensor, grid: Grid, *, scale: float, sample: int) -> torch.Tensor:
-    """The share of every tile over one query row in `sample`, exactly: float32 [2, B, H, QB, KB], mean and mean square.
+def shares(
+    query: torch.Tensor, key: torch.Tensor, grid: Grid, *, scale: float, first: int, stride: int
+) -> torch.Tensor:
+    """The share of every tile over one query row in `stride`, exactly: float32 [2, B, H, QB, KB], mean and mean square.
 
     Args:
         query, key: as in `attend`.
-        sample: rows sample // 2, sample // 2 + sample, … of each query block; all of a block of sample // 2 rows or
-            fewer.
+        first, stride: rows first, first + stride, … of each query block; first < query_block.
     Raises:
         ResourceError: memory ran out.
-    Cost: 1 / sample of the dense scores, and the exponentials of as many.
+    Cost: 1 / stride of the dense scores, and the exponentials of as many.
     """
     found = torch.empty(2, query.shape[0], query.shape[2], grid.num_query_blocks, grid.num_key_blocks,
                         dtype=torch.float32, device="cpu")
     problem, held = _problem(query, key, grid, scale)
-    problem.sample, problem.shares = sample, found.data_ptr()
+    problem.first, problem.stride, problem.shares = first, stride, found.data_ptr()
     _finish(native.load().sentei_shares(ctypes.byref(problem)))
     del held
     return found

@@ -26,7 +26,13 @@ PAIRS_AT_ONCE = 1 << 25
 
 
 class Estimator(ABC):
-    """Guesses the log mass of tiles. `stride` rows of a query block are scored for every one that is skipped."""
+    """Guesses the log mass of tiles.
+
+    Attributes:
+        history: how many query blocks before its own a block is joined with.
+    """
+
+    history = 0
 
     @abstractmethod
     def log_mass(self, query: torch.Tensor, key: torch.Tensor, grid: Grid) -> torch.Tensor:
@@ -114,11 +120,32 @@ class PageBounds(Estimator):
         return bound.add_(torch.einsum("bgpsrd,bgkd->bgpsrk", query.clamp(max=0), low)).add_(_log(grid.key_block))
 
 
-@dataclass(frozen=True)
-class Sampled(Estimator):
-    """The true mass, for one row in `stride`: every score of the sampled rows. With stride 1 it is the oracle.
+class Exact(Estimator):
+    """The true mass of some rows, which stand for all: every score of theirs.
 
     It sees single sharp keys (copying, induction), which estimates from mean keys do not.
+    """
+
+    @abstractmethod
+    def sampled(self, rows: int) -> slice:
+        """Which of a block's rows are scored: a first and a stride."""
+
+    def cost(self, grid):
+        return len(range(grid.query_block)[self.sampled(grid.query_block)]) / grid.query_block
+
+    def log_mass(self, query, key, grid):
+        scores = self.rows(query).flatten(2, 4) @ key.flatten(2, 3).transpose(-1, -2)
+        mass = scores.unflatten(-1, key.shape[2:4]).logsumexp(-1)
+        return mass.unflatten(2, (*query.shape[2:4], -1))
+
+    def rows(self, exact):
+        return exact[..., self.sampled(exact.shape[-2]), :]
+
+
+@dataclass(frozen=True)
+class Sampled(Exact):
+    """The true mass, for one row in `stride`, in the middle of those it stands for. With stride 1 it is the oracle.
+
     Cost: 1 / stride of the dense scores.
     """
 
@@ -127,19 +154,31 @@ class Sampled(Estimator):
     def __post_init__(self):
         _check_stride("Sampled", self.stride, "choose a stride below the query block, e.g. 8")
 
-    def cost(self, grid):
-        return 1 / self.stride if grid.query_block > self.stride // 2 else 1.0
-
-    def log_mass(self, query, key, grid):
-        scores = self.rows(query).flatten(2, 4) @ key.flatten(2, 3).transpose(-1, -2)
-        mass = scores.unflatten(-1, key.shape[2:4]).logsumexp(-1)
-        return mass.unflatten(2, (*query.shape[2:4], -1))
-
-    def rows(self, exact):
-        return exact[..., self.stride // 2::self.stride, :] if exact.shape[-2] > self.stride // 2 else exact
+    def sampled(self, rows):
+        first = self.stride // 2
+        return slice(first, None, self.stride) if rows > first else slice(0, None, 1)
 
 
-ESTIMATORS = {"pooled": Pooled, "antidiagonal": Antidiagonal, "pagebounds": PageBounds, "sampled": Sampled}
+@dataclass(frozen=True)
+class Trailing(Exact):
+    """The true mass, for the first row of the query block and of the `history` blocks before it: no lookahead.
+
+    Cost: 1 / query_block of the dense scores.
+    """
+
+    history: int = 15
+
+    def __post_init__(self):
+        if type(self.history) is not int or not 0 <= self.history <= MAX_BLOCK:
+            raise RuleError("Trailing", expected=f"a history from 0 to {MAX_BLOCK} blocks",
+                            got=repr(self.history)[:200], do="choose another, e.g. 15")
+
+    def sampled(self, rows):
+        return slice(0, None, rows)
+
+
+ESTIMATORS = {"pooled": Pooled, "antidiagonal": Antidiagonal, "pagebounds": PageBounds, "sampled": Sampled,
+              "trailing": Trailing}
 
 
 def estimator_from_json(value: dict) -> Estimator:
@@ -166,7 +205,7 @@ def estimate(
         query: [B, Tq, H, D].
         key: [B, Tk, G, D].
         scale: on the scores.
-        pool: how the rows of a block are joined, "mean" or "rms".
+        pool: how the rows of a block, and of its history, are joined: "mean" or "rms".
     Raises:
         ShapeError: tensors and grid do not fit.
     Cost: the estimator's, plus the edge tiles exactly; memory as PAIRS_AT_ONCE says.
@@ -174,9 +213,17 @@ def estimate(
     grid.check("estimate", query, key, key)
     if not grid.num_queries:
         return query.new_zeros(query.shape[0], query.shape[2], 0, grid.num_key_blocks)
-    if isinstance(estimator, Sampled) and query.dtype != torch.float64 and not fused_cpp.refusal(query, key, key):
-        mean, square = fused_cpp.shares(query, key, grid, scale=scale, sample=estimator.stride)
-        return _log_shares(mean if pool == "mean" else square.sqrt_(), grid.permitted(query.device))
+    if isinstance(estimator, Exact) and query.dtype != torch.float64 and not fused_cpp.refusal(query, key, key):
+        rows = estimator.sampled(grid.query_block)
+        mean, square = fused_cpp.shares(query, key, grid, scale=scale, first=rows.start, stride=rows.step)
+        scores = _log_shares(mean if pool == "mean" else square.sqrt_(), grid.permitted(query.device))
+    else:
+        scores = _estimate(estimator, query, key, grid, scale, pool)
+    return _with_history(scores, estimator.history, pool) if estimator.history else scores
+
+
+def _estimate(estimator, query, key, grid, scale, pool):
+    """`estimate` in plain torch, without history."""
     wide = torch.promote_types(query.dtype, torch.float32)
     groups = key.shape[2]
     queries = pad(query, (0, 0, 0, 0, 0, -query.shape[1] % grid.query_block)).transpose(1, 2)
@@ -210,6 +257,14 @@ def _slab(estimator, queries, keys, grid, start, kinds, pool):
     shares = mass.softmax(-1).masked_fill(torch.isneginf(mass.amax(-1, keepdim=True)), 0)
     shares = shares.mean(-2) if pool == "mean" else shares.square_().mean(-2).sqrt_()
     return _log_shares(pad(shares, (0, keys.shape[2] - shares.shape[-1])), permitted)
+
+
+def _with_history(scores, history, pool):
+    """Log shares [B, H, QB, KB] of each block joined with those of the blocks before it; the first ones have fewer."""
+    power, history = 1 if pool == "mean" else 2, min(history, scores.shape[2])
+    shares = pad((power * scores).exp(), (0, 0, history, 0)).unfold(2, history + 1, 1).sum(-1)
+    joined = torch.arange(1, scores.shape[2] + 1, device=scores.device).clamp(max=history + 1)
+    return _log_shares((shares / joined[:, None]) ** (1 / power), ~torch.isneginf(scores))
 
 
 def _log_shares(shares, permitted):

@@ -12,7 +12,7 @@ from sentei.core.errors import ImplError
 from sentei.core.storage import sha256
 
 LIBRARY = "_native*.so"
-ABI = 2  # of attention.cpp's sentei_abi()
+ABI = 3  # of attention.cpp's sentei_abi()
 
 
 def _path() -> Path | None:

@@ -128,7 +128,8 @@ struct Problem {
   const int64_t* lengths;                                              // [B, 2] or null
   const int64_t* order;                                                // [B · H · QB]: items, longest first
   int64_t batch, queries, keys, heads, groups, plan_heads, width, value_width;
-  int64_t query_block, key_block, full_slots, partial_slots, causal, threads, sample;
+  int64_t query_block, key_block, full_slots, partial_slots, causal, threads;
+  int64_t first, stride;  // the estimate's rows of a query block
   float scale;
   float* shares;  // [B, H, QB, KB]: the estimate's result
 };
@@ -278,8 +279,7 @@ EVERY_MACHINE void share_item(const Problem& p, const Sizes& s, int64_t item, co
                               std::vector<float>& mass) {
   const int64_t block = item % s.query_blocks, h = item / s.query_blocks % p.heads, b = item / s.query_blocks / p.heads;
   const int64_t g = h / (p.heads / p.groups), first = block * p.query_block;
-  const int skip = int(p.query_block > p.sample / 2 ? p.sample / 2 : 0);
-  const int step = int(p.query_block > p.sample / 2 ? p.sample : 1);
+  const int skip = int(p.first), step = int(p.stride);
   const int rows = (int(p.query_block) - skip + step - 1) / step;
   for (int r = 0; r < rows; ++r) {
     const int64_t i = first + skip + int64_t(r) * step;
@@ -330,7 +330,7 @@ Scratch scratch(const Problem& p, const Sizes& s) {
 extern "C" {
 
 // Changes whenever `Problem` or a function below does; compared when the library is loaded.
-int sentei_abi() { return 2; }
+int sentei_abi() { return 3; }
 int sentei_problem_size() { return int(sizeof(Problem)); }
 
 // Both return 0, or 1 when memory ran out; the output is then unfinished.
