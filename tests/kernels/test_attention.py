@@ -7,13 +7,12 @@ import oracle
 import pytest
 import torch
 from hypothesis import given, settings
-from hypothesis import strategies as st
-from oracle import CASES, Case, check_attend
+from oracle import CASES, Case, check_attend, drawn_cases
 
 from sentei.core.errors import ImplError, ShapeError
 from sentei.kernels.attention import IMPLS, Grid, Tiles, attend, choose_impl, eager, merge
 
-# fused_cpp is fp32 and forward only; tests/kernels/test_fused_cpp.py holds it to the same cases.
+# fused_cpp is fp32; tests/kernels/test_fused_cpp.py holds it to the same cases.
 DIFFERENTIABLE = [name for name in IMPLS if name != "fused_cpp"]
 every_impl = pytest.mark.parametrize("impl", DIFFERENTIABLE)
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -34,17 +33,6 @@ def test_equals_masked_attention(impl, case):
 @every_case
 def test_is_as_near_to_fp64_as_masked_attention_in_the_same_dtype(impl, case, dtype):
     check_attend(partial(attend, impl=impl), case, dtype)
-
-
-@st.composite
-def drawn_cases(draw) -> Case:
-    keys, groups = draw(st.integers(1, 9)), draw(st.integers(1, 2))
-    span = st.tuples(st.integers(0, keys), st.integers(0, keys)).map(sorted).map(tuple)
-    return Case(name="drawn", queries=draw(st.integers(0, 9)), keys=keys, groups=groups,
-                heads=groups * draw(st.integers(1, 3)), choices=draw(st.sampled_from([None, groups])),
-                tile=(draw(st.integers(1, 5)), draw(st.integers(1, 5))), causal=draw(st.booleans()),
-                lengths=draw(st.none() | st.lists(span, min_size=1, max_size=3).map(tuple)),
-                kept=draw(st.sampled_from([None, 0.0, 0.3, 0.7, 1.0])))
 
 
 @every_impl

@@ -1,6 +1,8 @@
 """Attention over chosen tiles on the CPU, in C++: every kept tile once, online softmax, nothing gathered.
 
-fp32; bfloat16 and float16 by conversion. Forward only. The instruction set is picked when the library is loaded.
+fp32; bfloat16 and float16 by conversion. The gradients make the scores again, tile by tile, so that memory stays linear
+in the tokens. Each is an op of torch (`sentei::attend`, `sentei::attend_backward`), so that `torch.compile` keeps it in
+its graph. The instruction set is picked when the library is loaded.
 """
 
 import ctypes
@@ -13,20 +15,29 @@ from sentei.kernels import native
 from sentei.kernels.attention.tiles import Grid, Tiles
 
 _LONGS = ("batch", "queries", "keys", "heads", "groups", "plan_heads", "width", "value_width", "query_block",
-          "key_block", "full_slots", "partial_slots", "causal", "threads", "first",
-          "stride")
+          "key_block", "full_slots", "partial_slots", "causal", "threads", "first", "stride", "machine")
+_PLAN = ("full_count", "full_ids", "partial_count", "partial_ids")
 
 
 class _Problem(ctypes.Structure):
-    """The struct of native/attention.cpp, field by field."""
+    """The struct of native/call.h, field by field."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("query", "key", "value", "output", "lse")),
+        *((name, ctypes.c_void_p) for name in ("query", "key", "value", "output", "lse", "softmax")),
         *((name, ctypes.c_int64 * 3) for name in ("query_stride", "key_stride", "value_stride")),
-        *((name, ctypes.c_void_p) for name in ("full_count", "full_ids", "partial_count", "partial_ids", "lengths",
-                                               "order")),
+        *((name, ctypes.c_void_p) for name in (*_PLAN, "lengths", "order")),
         *((name, ctypes.c_int64) for name in _LONGS),
         ("scale", ctypes.c_float), ("shares", ctypes.c_void_p),
+    ]
+
+
+class _Backward(ctypes.Structure):
+    """The struct of native/backward.cpp, field by field."""
+
+    _fields_ = [
+        ("problem", _Problem),
+        *((name, ctypes.c_void_p) for name in ("gradient", "delta", "query", "key", "value", *_PLAN, "order")),
+        ("full_slots", ctypes.c_int64), ("partial_slots", ctypes.c_int64),
     ]
 
 
@@ -49,20 +60,103 @@ def attend(
     reason = refusal(query, key, value)
     if reason:
         raise ImplError("fused_cpp", expected="tensors it can take", got=reason, do="use impl='auto'")
-    batch, num_queries, heads, _ = query.shape
-    tiles = tiles.listed(batch, key.shape[2], query.device)
-    output = torch.empty(batch, num_queries, heads, value.shape[3], dtype=torch.float32, device="cpu")
-    lse = torch.empty(batch, num_queries, heads, dtype=torch.float32, device="cpu") if return_lse else None
-    if output.numel() or return_lse:
+    grid, tiles = tiles.grid, tiles.listed(query.shape[0], key.shape[2], query.device)
+    output, lse, _ = torch.ops.sentei.attend(query, key, value, [getattr(tiles, name) for name in _PLAN], grid.lengths,
+                                             [grid.query_block, grid.key_block, int(grid.causal)], scale)
+    return (output, lse) if return_lse else output
+
+
+def _forward(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, plan: list[torch.Tensor],
+             lengths: torch.Tensor | None, sizes: list[int],
+             scale: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The op `sentei::attend`: output, lse, and what the gradients need of the softmax.
+
+    That is float32 [2, B, Tq, H]: the largest score, in powers of two, and 1 ÷ the sum.
+
+    Args:
+        plan: full counts and ids, partial counts and ids, as `Tiles` has them.
+        lengths: the grid's.
+        sizes: query block, key block, and 1 for causal.
+    """
+    grid = _grid(query, key, lengths, sizes)
+    output, lse, softmax = _results(query, value)
+    if lse.numel():
         values = _rows(value)
-        problem, held = _problem(query, key, tiles.grid, scale)
-        plan = _set_plan(problem, tiles, heads)
-        problem.value, problem.value_width = values.data_ptr(), value.shape[3]
-        problem.value_stride = (ctypes.c_int64 * 3)(*values.stride()[:3])
-        problem.output, problem.lse = output.data_ptr(), lse.data_ptr() if return_lse else None
+        problem, held = _problem(query, key, grid, scale)
+        order = _set_plan(problem, plan, grid.num_key_blocks, query.shape[2])
+        _set_value(problem, values)
+        problem.output, problem.lse, problem.softmax = (tensor.data_ptr() for tensor in (output, lse, softmax))
         _finish(native.load().sentei_attend(ctypes.byref(problem)))
-        del held, plan
-    return (output.to(query.dtype), lse) if return_lse else output.to(query.dtype)
+        del held, order
+    return output.to(query.dtype), lse, softmax
+
+
+def _forward_shapes(query, key, value, plan, lengths, sizes, scale):
+    output, lse, softmax = _results(query, value)
+    return output.to(query.dtype), lse, softmax
+
+
+def _backward(given: list[torch.Tensor], plan: list[torch.Tensor], lengths: torch.Tensor | None, sizes: list[int],
+              scale: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The op `sentei::attend_backward`: the gradients of query, key and value.
+
+    Args:
+        given: query, key, value, the softmax of `_forward`, the output's gradient, and delta [B, Tq, H]: its product
+            with the output, less the gradient of the lse.
+        plan, lengths, sizes, scale: as in `_forward`.
+    """
+    query, key, value, softmax, gradient, delta = (_rows(tensor) for tensor in given)
+    grid = _grid(query, key, lengths, sizes)
+    gradients = [torch.zeros(tensor.shape, dtype=torch.float32, device="cpu") for tensor in (query, key, value)]
+    if query.numel() and key.numel() and gradient.numel():
+        backward = _Backward()
+        backward.problem, held = _problem(query, key, grid, scale)
+        order = _set_plan(backward.problem, plan, grid.num_key_blocks, query.shape[2])
+        turned = Tiles(grid=grid, **dict(zip(_PLAN, plan, strict=True))).by_key()
+        turned = _set_plan(backward, turned, grid.num_query_blocks, key.shape[2])
+        _set_value(backward.problem, value)
+        softmax, gradient, delta = softmax.contiguous(), gradient.contiguous(), delta.contiguous()
+        backward.problem.softmax, backward.gradient, backward.delta = (
+            tensor.data_ptr() for tensor in (softmax, gradient, delta))
+        backward.query, backward.key, backward.value = (tensor.data_ptr() for tensor in gradients)
+        _finish(native.load().sentei_backward(ctypes.byref(backward)))
+        del held, order, turned
+    return tuple(found.to(tensor.dtype) for found, tensor in zip(gradients, given, strict=False))
+
+
+def _backward_shapes(given, plan, lengths, sizes, scale):
+    return tuple(torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device) for tensor in given[:3])
+
+
+def _save(ctx, inputs, output):
+    query, key, value, plan, lengths, ctx.sizes, ctx.scale = inputs
+    ctx.save_for_backward(query, key, value, *output, lengths, *plan)
+
+
+def _differentiate(ctx, gradient, lse_gradient, _):
+    query, key, value, output, _, softmax, lengths, *plan = ctx.saved_tensors
+    delta = (gradient.float() * output.float()).sum(-1) - lse_gradient
+    given = [query, key, value, softmax, gradient, delta]
+    gradients = torch.ops.sentei.attend_backward(given, plan, lengths, ctx.sizes, ctx.scale)
+    return *gradients, [None] * len(plan), None, None, None
+
+
+def _refuse_twice(ctx, *gradients):
+    raise ImplError("fused_cpp", expected="first gradients only", got="gradients of gradients",
+                    do="use impl='eager' or 'reference'")
+
+
+_OPS = torch.library.Library("sentei", "FRAGMENT")
+_OPS.define("attend(Tensor query, Tensor key, Tensor value, Tensor[] plan, Tensor? lengths, int[] sizes, float scale)"
+            " -> (Tensor, Tensor, Tensor)")
+_OPS.define("attend_backward(Tensor[] given, Tensor[] plan, Tensor? lengths, int[] sizes, float scale)"
+            " -> (Tensor, Tensor, Tensor)")
+_OPS.impl("attend", _forward, "CPU")
+_OPS.impl("attend_backward", _backward, "CPU")
+torch.library.register_fake("sentei::attend", _forward_shapes, lib=_OPS)
+torch.library.register_fake("sentei::attend_backward", _backward_shapes, lib=_OPS)
+torch.library.register_autograd("sentei::attend", _differentiate, setup_context=_save, lib=_OPS)
+torch.library.register_autograd("sentei::attend_backward", _refuse_twice, lib=_OPS)
 
 
 def shares(
@@ -72,11 +166,15 @@ def shares(
 
     Args:
         query, key: as in `attend`.
-        first, stride: rows first, first + stride, … of each query block; first < query_block.
+        first, stride: rows first, first + stride, … of each query block.
     Raises:
+        ShapeError: a first row that no block has, or a stride below 1.
         ResourceError: memory ran out.
     Cost: 1 / stride of the dense scores, and the exponentials of as many.
     """
+    if not (0 <= first < grid.query_block and stride >= 1):
+        raise ShapeError("shares", expected=f"a first row below {grid.query_block} and a stride from 1",
+                         got=f"{first} and {stride}", do="choose rows that a query block has")
     found = torch.empty(2, query.shape[0], query.shape[2], grid.num_query_blocks, grid.num_key_blocks,
                         dtype=torch.float32, device="cpu")
     problem, held = _problem(query, key, grid, scale)
@@ -88,14 +186,10 @@ def shares(
 
 def refusal(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> str:
     """Why this implementation cannot take these tensors; empty when it can."""
-    if native.missing():
+    if not torch.compiler.is_compiling() and native.missing():  # a graph finds out when it runs
         return native.missing()
-    if any(type(tensor) not in (torch.Tensor, torch.nn.Parameter) for tensor in (query, key, value)):
-        return f"a {type(query).__name__}, which may hold no memory of its own"
     if query.device.type != "cpu" or query.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"{query.dtype} on {query.device}"
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value)):
-        return "tensors that require gradients"
     if any(unpack_dual(tensor).tangent is not None for tensor in (query, key, value)):
         return "tensors that carry a forward gradient"
     return ""
@@ -110,26 +204,53 @@ def _problem(query: torch.Tensor, key: torch.Tensor, grid: Grid, scale: float) -
         query_stride=(ctypes.c_int64 * 3)(*query.stride()[:3]), key_stride=(ctypes.c_int64 * 3)(*key.stride()[:3]),
         batch=query.shape[0], queries=grid.num_queries, keys=grid.num_keys, heads=query.shape[2], groups=key.shape[2],
         width=query.shape[3], query_block=grid.query_block, key_block=grid.key_block, causal=int(grid.causal),
-        threads=torch.get_num_threads(), scale=scale)
+        threads=torch.get_num_threads(), machine=native.MACHINE, scale=scale)
     return problem, (query, key, lengths)
 
 
-def _set_plan(problem: _Problem, tiles: Tiles, heads: int) -> tuple[torch.Tensor, ...]:
-    """Enters the plan and the order of its items, longest first; returns the tensors that must outlive the call."""
-    counts_and_ids = (tiles.full_count, tiles.full_ids), (tiles.partial_count, tiles.partial_ids)
-    for count, ids in counts_and_ids:
+def _grid(query: torch.Tensor, key: torch.Tensor, lengths: torch.Tensor | None, sizes: list[int]) -> Grid:
+    """The grid that `_forward` was given in parts."""
+    return Grid(num_queries=query.shape[1], num_keys=key.shape[1], query_block=sizes[0], key_block=sizes[1],
+                causal=bool(sizes[2]), lengths=lengths)
+
+
+def _results(query: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Float32 output, lse and softmax of `_forward`, to be filled."""
+    shape = query.shape[:3]
+    return tuple(query.new_empty(size, dtype=torch.float32) for size in ((*shape, value.shape[3]), shape, (2, *shape)))
+
+
+def _set_plan(target: _Problem | _Backward, plan: list[torch.Tensor], blocks: int,
+              heads: int) -> tuple[torch.Tensor, ...]:
+    """Enters a plan that names some of `blocks` and the order of its items, longest first.
+
+    Args:
+        heads: for which the items are listed, H or G.
+    Returns:
+        the tensors that must outlive the call.
+    """
+    for count, ids in (plan[:2], plan[2:]):
         filled = torch.arange(ids.shape[-1], device=ids.device) < count[..., None]
-        if not torch.equal(ids >= 0, filled) or bool((ids >= tiles.grid.num_key_blocks).any()):
-            raise ShapeError("attend", expected=f"{tiles.grid.num_key_blocks} key blocks, -1 beyond the count",
+        if not torch.equal(ids >= 0, filled) or bool((ids >= blocks).any()):
+            raise ShapeError("attend", expected=f"{blocks} blocks, -1 beyond the count",
                              got="a plan that names others", do="build plans with Tiles.from_mask")
-    plan = [tensor.contiguous() for pair in counts_and_ids for tensor in pair]
-    kept = (tiles.full_count + tiles.partial_count).repeat_interleave(heads // tiles.full_count.shape[1], 1)
+    plan = [tensor.contiguous() for tensor in plan]
+    kept, plan_heads = plan[0] + plan[2], plan[0].shape[1]
+    kept = kept.repeat_interleave(heads // plan_heads, 1) if heads >= plan_heads else kept.unflatten(
+        1, (heads, -1)).sum(2)
     order = torch.argsort(kept.flatten(), descending=True)
-    for name, tensor in zip(("full_count", "full_ids", "partial_count", "partial_ids"), plan, strict=True):
-        setattr(problem, name, tensor.data_ptr())
-    problem.plan_heads, problem.order = tiles.full_count.shape[1], order.data_ptr()
-    problem.full_slots, problem.partial_slots = plan[1].shape[-1], plan[3].shape[-1]
+    for name, tensor in zip(_PLAN, plan, strict=True):
+        setattr(target, name, tensor.data_ptr())
+    target.order, target.full_slots, target.partial_slots = order.data_ptr(), plan[1].shape[-1], plan[3].shape[-1]
+    if isinstance(target, _Problem):
+        target.plan_heads = plan_heads
     return (*plan, order)
+
+
+def _set_value(problem: _Problem, value: torch.Tensor) -> None:
+    """Enters the value [B, Tk, G, Dv]."""
+    problem.value, problem.value_width = value.data_ptr(), value.shape[3]
+    problem.value_stride = (ctypes.c_int64 * 3)(*value.stride()[:3])
 
 
 def _rows(tensor: torch.Tensor) -> torch.Tensor:

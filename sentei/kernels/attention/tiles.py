@@ -213,11 +213,12 @@ class Tiles:
 
     def mask(self) -> torch.Tensor:
         """Bool [B, H, QB, KB]: the tiles that are named."""
-        shape = (*self.full_count.shape, self.grid.num_key_blocks + 1)
-        mask = torch.zeros(shape, dtype=torch.bool, device=self.full_count.device)
-        for ids in (self.full_ids, self.partial_ids):
-            mask.scatter_(-1, torch.where(ids < 0, self.grid.num_key_blocks, ids).long(), True)
-        return mask[..., :-1]
+        return _unpack(self.full_ids, self.grid.num_key_blocks) | _unpack(self.partial_ids, self.grid.num_key_blocks)
+
+    def by_key(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The same list turned around: full counts [B, H, KB] and ids of query blocks, then the partial ones."""
+        full, partial = (_unpack(ids, self.grid.num_key_blocks) for ids in (self.full_ids, self.partial_ids))
+        return *_pack(full.transpose(-1, -2)), *_pack(partial.transpose(-1, -2))
 
 
 def _pack(keep: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -226,3 +227,9 @@ def _pack(keep: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     slots = int(count.max()) if count.numel() else 0
     ids = torch.sort(~keep, dim=-1, stable=True).indices[..., :slots].int()
     return count, torch.where(torch.arange(slots, device=keep.device) < count.unsqueeze(-1), ids, -1)
+
+
+def _unpack(ids: torch.Tensor, blocks: int) -> torch.Tensor:
+    """Bool [..., blocks] with the named ones true; -1 names none."""
+    mask = torch.zeros(*ids.shape[:-1], blocks + 1, dtype=torch.bool, device=ids.device)
+    return mask.scatter_(-1, torch.where(ids < 0, blocks, ids).long(), True)[..., :-1]

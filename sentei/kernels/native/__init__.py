@@ -12,7 +12,8 @@ from sentei.core.errors import ImplError
 from sentei.core.storage import sha256
 
 LIBRARY = "_native*.so"
-ABI = 3  # of attention.cpp's sentei_abi()
+ABI = 4  # of attention.cpp's sentei_abi()
+MACHINE = -1  # the instruction set to run: the best this processor has; the tests run each, see `machines`
 
 
 def _path() -> Path | None:
@@ -44,6 +45,11 @@ def load() -> ctypes.CDLL:
         raise ImplError("native", expected="the native library beside the package", got=missing(),
                         do="install a C++17 compiler and install sentei again, or use impl='eager'")
     return ctypes.CDLL(str(_path()))
+
+
+def machines() -> int:
+    """How many instruction sets this processor can run, numbered from the plainest, 0."""
+    return load().sentei_machines()
 
 
 def identity() -> str:

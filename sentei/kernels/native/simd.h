@@ -1,0 +1,180 @@
+// Arithmetic on short vectors of floats, for any instruction set: the vectors are the compiler's own, of a length that is
+// a template's argument, and `ON_EVERY_MACHINE` compiles a function for each set this library is made for.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+#define INLINE inline __attribute__((always_inline))
+#define INLINE_LAMBDA __attribute__((always_inline))
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define AVX2 __attribute__((target("arch=x86-64-v3")))
+#define AVX512 __attribute__((target("arch=x86-64-v4,prefer-vector-width=512")))
+#else
+#define AVX2
+#define AVX512
+#endif
+
+// name_on[m], for m from 0 to machines() - 1: the template `name<lanes>` for the m-th instruction set.
+#define ON_EVERY_MACHINE(name, parameters, arguments)           \
+  void name##_portable parameters { name<4> arguments; }        \
+  AVX2 void name##_avx2 parameters { name<8> arguments; }       \
+  AVX512 void name##_avx512 parameters { name<16> arguments; }  \
+  constexpr decltype(&name##_portable) name##_on[] = {name##_portable, name##_avx2, name##_avx512};
+
+namespace {
+
+constexpr int kRows = 6, kColumns = 16;  // of the micro-kernel; what columns are rounded up to
+constexpr float kNone = -std::numeric_limits<float>::infinity(), kNan = std::numeric_limits<float>::quiet_NaN();
+constexpr float kLog2E = 1.44269504088896341f, kLn2 = 0.69314718055994531f;
+
+int64_t round_up(int64_t value) { return (value + kColumns - 1) / kColumns * kColumns; }
+
+// How many instruction sets this machine can run, from the plainest.
+int machines() {
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+  __builtin_cpu_init();
+  if (!(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2"))) return 1;
+  const bool v4 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                  __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
+                  __builtin_cpu_supports("avx512vl");
+  return v4 ? 3 : 2;
+#else
+  return 1;
+#endif
+}
+
+// Arithmetic on vectors of L floats.
+template <int L>
+struct Simd {
+  typedef float Vec __attribute__((vector_size(4 * L)));
+  typedef int32_t Ints __attribute__((vector_size(4 * L)));
+  typedef float Unaligned __attribute__((vector_size(4 * L), aligned(4), may_alias));
+  static constexpr int kVectors = L == 16 ? 4 : kColumns / L;  // of columns at once: what the registers hold
+
+  static INLINE Vec load(const float* from) { return *reinterpret_cast<const Unaligned*>(from); }
+  static INLINE void store(float* to, Vec value) { *reinterpret_cast<Unaligned*>(to) = value; }
+
+  // 2^x: split at the nearest integer, to which adding a large number rounds, and a polynomial of degree 5 on
+  // [-1/2, 1/2]; relative error 2e-7. Below 2^-126 the result is 0; a NaN stays one.
+  static INLINE Vec exp2(Vec x) {
+    const float large = 12582912.0f + 127;  // 1.5 * 2^23 and the exponent's bias: the last bits are the new exponent
+    const Vec rounded = x + large;
+    const Vec f = x - (rounded - large);
+    Vec p = f * 0.00132647f + 0.00967151f;
+    p = p * f + 0.05550734f;
+    p = p * f + 0.24022242f;
+    p = p * f + 0.693147f;
+    p = p * f + 1.0f;
+    Ints bits;
+    std::memcpy(&bits, &rounded, sizeof bits);
+    bits <<= 23;
+    Vec power;
+    std::memcpy(&power, &bits, sizeof power);
+    return x < -126.0f ? Vec{} : p * power;
+  }
+
+  // C[rows x L V] = (add ? C : 0) + A[rows x depth] B[depth x L V], all row-major.
+  template <int R, int V>
+  static INLINE void product_tile(const float* a, int lda, const float* b, int ldb, float* c, int ldc, int depth,
+                                  bool add) {
+    Vec sum[R][V];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) sum[r][v] = add ? load(c + r * ldc + v * L) : Vec{};
+    for (int d = 0; d < depth; ++d) {
+      Vec row[V];
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) row[v] = load(b + d * ldb + v * L);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+        for (int v = 0; v < V; ++v) sum[r][v] += a[r * lda + d] * row[v];
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) store(c + r * ldc + v * L, sum[r][v]);
+  }
+
+  template <int V>
+  static INLINE void product_columns(const float* a, int lda, const float* b, int ldb, float* c, int ldc, int rows,
+                                     int depth, bool add) {
+    int r = 0;
+    for (; r + kRows <= rows; r += kRows)
+      product_tile<kRows, V>(a + r * lda, lda, b, ldb, c + r * ldc, ldc, depth, add);
+    for (; r + 4 <= rows; r += 4) product_tile<4, V>(a + r * lda, lda, b, ldb, c + r * ldc, ldc, depth, add);
+    for (; r + 2 <= rows; r += 2) product_tile<2, V>(a + r * lda, lda, b, ldb, c + r * ldc, ldc, depth, add);
+    for (; r < rows; ++r) product_tile<1, V>(a + r * lda, lda, b, ldb, c + r * ldc, ldc, depth, add);
+  }
+
+  // The same for any number of columns that kColumns divides.
+  static INLINE void product(const float* a, int lda, const float* b, int ldb, float* c, int ldc, int rows, int columns,
+                             int depth, bool add) {
+    int j = 0;
+    for (; j + kVectors * L <= columns; j += kVectors * L)
+      product_columns<kVectors>(a, lda, b + j, ldb, c + j, ldc, rows, depth, add);
+    for (; j < columns; j += L) product_columns<1>(a, lda, b + j, ldb, c + j, ldc, rows, depth, add);
+  }
+
+  // One number from a vector, by halves.
+  template <class Join>
+  static INLINE float fold(Vec v, Join join) {
+    if constexpr (L == 4) {
+      float part[4];
+      std::memcpy(part, &v, sizeof part);
+      return join(join(part[0], part[1]), join(part[2], part[3]));
+    } else {
+      typename Simd<L / 2>::Vec low, high;
+      std::memcpy(&low, &v, sizeof low);
+      std::memcpy(&high, reinterpret_cast<const char*>(&v) + sizeof low, sizeof high);
+      return Simd<L / 2>::fold(join(low, high), join);
+    }
+  }
+
+  static INLINE float largest(const float* row, int columns) {
+    Vec most = load(row);
+    for (int j = L; j < columns; j += L) {
+      const Vec next = load(row + j);
+      most = next > most ? next : most;
+    }
+    return fold(most, [](auto a, auto b) INLINE_LAMBDA { return b > a ? b : a; });
+  }
+
+  // Replaces a row of scores by 2^(score - top) and returns the sum.
+  static INLINE float exponentiate(float* row, int columns, float top) {
+    Vec sum{};
+    for (int j = 0; j < columns; j += L) {
+      const Vec share = exp2(load(row + j) - top);
+      store(row + j, share);
+      sum += share;
+    }
+    return fold(sum, [](auto a, auto b) INLINE_LAMBDA { return a + b; });
+  }
+
+  // In the backward: scores become weights 2^(score - top) / sum, and the gradients of the weights those of the scores.
+  static INLINE void soften(float* scores, float* gradients, int columns, float top, float inverse, float delta) {
+    for (int j = 0; j < columns; j += L) {
+      const Vec weight = exp2(load(scores + j) - top) * inverse;
+      store(scores + j, weight);
+      store(gradients + j, weight * (load(gradients + j) - delta));
+    }
+  }
+
+  // The same where a column is a query.
+  static INLINE void soften(float* scores, float* gradients, int columns, const float* top, const float* inverse,
+                            const float* delta) {
+    for (int j = 0; j < columns; j += L) {
+      const Vec weight = exp2(load(scores + j) - load(top + j)) * load(inverse + j);
+      store(scores + j, weight);
+      store(gradients + j, weight * (load(gradients + j) - load(delta + j)));
+    }
+  }
+};
+
+}  // namespace
