@@ -16,10 +16,11 @@ import torch
 from torch import nn
 
 from benchmarks import subject
-from benchmarks.equal_density import RULES, Observation, change, judged, observe, tune
+from benchmarks.equal_density import RULES, Observation, change, everywhere, observe, tune
 from benchmarks.publish import table, write_result
 from sentei.axes.connections import Config, Connections
 from sentei.budget.judge import Judge
+from sentei.conversion.plan import prunable_layers
 from sentei.core.rules import TopK
 from sentei.core.storage import Stages
 from sentei.kernels.attention.select import Antidiagonal, PageBounds, Pooled, Sampled, always_kept, estimate
@@ -80,8 +81,10 @@ def rows(model: nn.Module, windows: torch.Tensor, judge: Judge, rooms: list[str]
         if config is None:
             lines.append([str(target), name, rule, "–", "–", "what must be kept is more"])
             return
-        quality, density = judged(model, judge, config)
-        lines.append([str(target), name, rule, f"{density:.3f}", f"{observation.recovered(keep):.3f}", change(quality)])
+        judgement = judge.judge(everywhere(model, config), "judge", lambda: None)
+        density = judgement.mean_density(prunable_layers(model))
+        lines.append([str(target), name, rule, f"{density:.3f}", f"{observation.recovered(keep):.3f}",
+                      change(judgement.quality)])
         print(" | ".join(lines[-1]), flush=True)
 
     for target in DENSITIES:

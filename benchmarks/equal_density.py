@@ -7,7 +7,6 @@ import torch
 from torch import nn
 
 from sentei.axes.connections import Config, Connections
-from sentei.budget.judge import Judge
 from sentei.conversion import wrapper
 from sentei.conversion.plan import Plan, convert, prunable_layers
 from sentei.core.rules import Mass, Rule, Threshold, TopK
@@ -47,9 +46,15 @@ class Observation:
     def __call__(self, module: Connections, inputs: tuple) -> None:
         """Called before a dense room runs, with its inputs."""
         for name, config in self.rooms.items():
-            room = Connections(replace(config, rule=TopK(0)), scale=module.scale)
+            room = self.room(name, replace(config, rule=TopK(0)))
+            room.scale = module.scale
             self.scores[name].append(room.score(*inputs)[0])
-            self.forced[name] = room.forced(*inputs)[0]
+            if name not in self.forced:
+                self.forced[name] = room.forced(*inputs)[0]
+
+    def room(self, name: str, config: Config) -> Connections:
+        """The room that is called so, with a configuration."""
+        return Connections(config)
 
     def keep(self, name: str, rule: Rule) -> list[torch.Tensor]:
         """Bool [H, QB, KB] of every layer: what the rule keeps in a room."""
@@ -100,12 +105,6 @@ def tune(observation: Observation, room: str, family: Family, density: float) ->
 def everywhere(model: nn.Module, config: Config) -> Plan:
     """The same room in every layer that can have one."""
     return Plan.everywhere(prunable_layers(model), "connections", config)
-
-
-def judged(model: nn.Module, judge: Judge, config: Config) -> tuple[Quality, float]:
-    """The quality of the same room in every layer, and its density."""
-    judgement = judge.judge(everywhere(model, config), "judge", lambda: None)
-    return judgement.quality, judgement.mean_density(prunable_layers(model))
 
 
 def change(quality: Quality) -> str:

@@ -13,10 +13,14 @@ from sentei.measurement.text import read_text, windows_of
 
 @dataclass(frozen=True)
 class Subject:
-    """The dense model and int64 [N, T] windows of text; `title` says both, `facts` is what a result depends on."""
+    """The dense model and int64 [N, T] windows of text; `title` says both, `facts` is what a result depends on.
+
+    `others` are windows that share no token with `windows`, to tune on.
+    """
 
     model: nn.Module
     windows: torch.Tensor
+    others: torch.Tensor
     title: str
     facts: dict
 
@@ -31,12 +35,12 @@ def parser(about: str) -> argparse.ArgumentParser:
     return made
 
 
-def load(arguments: argparse.Namespace) -> Subject:
-    """Loads what `parser` was given."""
+def load(arguments: argparse.Namespace, tune: int = 0) -> Subject:
+    """Loads what `parser` was given, and `tune` windows more."""
     checkpoint, text = locate(arguments.model), read_text(arguments.text)
     windows = windows_of(load_tokenizer(checkpoint), text.text, length=arguments.tokens,
-                         needed={"judge": arguments.windows})["judge"]
-    return Subject(load_model(checkpoint), windows, f"{checkpoint.name}, float32, {text.name}: {arguments.windows} "
-                   f"windows of {arguments.tokens:,} tokens.",
+                         needed={"judge": arguments.windows, "tune": tune})
+    title = f"{checkpoint.name}, float32, {text.name}: {arguments.windows} windows of {arguments.tokens:,} tokens."
+    return Subject(load_model(checkpoint), windows["judge"], windows["tune"], title,
                    {"model": checkpoint.fingerprint, "text": text.sha256, "tokens": arguments.tokens,
                     "windows": arguments.windows})

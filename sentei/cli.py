@@ -86,9 +86,9 @@ def prune_arguments(parser: argparse.ArgumentParser) -> None:
     goal.add_argument("--quality", metavar="Q", help="find the fastest plan with at least this quality, above 0 and at "
                       f"most 1: dense perplexity / pruned perplexity on held-out text (default: {QUALITY})")
     goal.add_argument("--speed", metavar="S", help="find the best quality at this speed-up, 1 or more")
-    parser.add_argument("--no-lookahead", dest="lookahead", action="store_false", help="hold the quality of a stricter "
-                        "reading to the bound: every token's connections chosen from it and earlier tokens alone, not "
-                        "with the rest of its block; the plan runs and is timed as usual")
+    parser.add_argument("--no-lookahead", dest="lookahead", action="store_false", help="also measure quality, "
+                        "and hold it to the bound, with what a token keeps chosen from no later token; as it runs, the "
+                        "plan chooses for a block of tokens with the whole block in sight")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32",
                         help="number format of dense and pruned model alike (default: %(default)s)")
     parser.add_argument("--out", metavar="DIR", help="folder for the pruned model and the report; the same folder goes "
@@ -127,21 +127,20 @@ def prune(options: argparse.Namespace) -> tuple[dict, str, bool]:
     outcome = pipeline.run(request, Progress(sys.stderr, bars=draws(sys.stderr)))
     if not outcome.met:
         print(f"sentei: bound not met: {outcome.reason}", file=sys.stderr)
-    reading = "" if options.lookahead else ", without lookahead"
-    summary = prune_summary(outcome.result, outcome.quality_interval, outcome.report, reading)
-    return outcome.result, summary, outcome.met
+    return outcome.result, prune_summary(outcome.result, outcome.quality_interval, outcome.report), outcome.met
 
 
-def prune_summary(result: dict, interval: tuple[float, float], report: Path, reading: str) -> str:
-    """The public result of `sentei prune` in seven lines; `reading` says what is special about the quality."""
-    dense, pruned = result["dense"], result["pruned"]
+def prune_summary(result: dict, interval: tuple[float, float], report: Path) -> str:
+    """The public result of `sentei prune`, a line for each of its parts."""
+    dense, pruned, strict = result["dense"], result["pruned"], result.get("quality_without_lookahead")
     code = f"import sentei; model = sentei.load({json.dumps(str(result['out']), ensure_ascii=False)})"
     return table({
         "model": result["model"],
         "workload": f"{result['workload']}, {result['dtype']}, {result['threads']} threads",
         "speed-up": f"{result['speedup']:.2f} times ({dense['seconds']:.3g} s dense, {pruned['seconds']:.3g} s pruned)",
         "quality": f"{result['quality']:.4f}, between {interval[0]:.4f} and {interval[1]:.4f} "
-                   f"(perplexity {dense['perplexity']:.4g} dense, {pruned['perplexity']:.4g} pruned){reading}",
+                   f"(perplexity {dense['perplexity']:.4g} dense, {pruned['perplexity']:.4g} pruned)",
+        **({"without lookahead": f"quality {strict:.4f}"} if strict is not None else {}),
         "density": f"{result['density']:.3f} of the connections are computed",
         "report": str(report),
         "use it": code,

@@ -246,9 +246,10 @@ def _prune(subject: Subject, text: Text, windows: dict[str, torch.Tensor], reque
         slack = slack_of.from_json(stages.run("slack", inputs, lambda: {"layers": slack_of.to_json(slack_of.measure(
             subject.model, windows["calibrate"], layers, config, rules=rules, step=step))})["layers"])
     with clock("solve"), progress.stage("solve", JUDGEMENTS * len(windows["choose"])) as step:
-        solution = solve(goal, slack, config,
-                         lambda candidate: judge.judge(goal.judged(candidate.plan), "choose", step), dense_seconds)
-    with clock("measure"), progress.stage("measure", 2 * RUNS + 2 + len(windows["verify"])) as step:
+        solution = solve(goal, slack, config, lambda candidate: judge.judge(
+            candidate.plan if goal.lookahead else candidate.plan.without_lookahead(), "choose", step), dense_seconds)
+    readings = 1 if goal.lookahead else 2
+    with clock("measure"), progress.stage("measure", 2 * RUNS + 2 + readings * len(windows["verify"])) as step:
         proof = first_proven(goal, solution, judge, step)
     convert(subject.model, proof.candidate.plan)
     result = _result(request, subject, proof, layers, out)
@@ -323,7 +324,7 @@ def _fingerprint(model: nn.Module) -> str:
 
 def _result(request: Request, subject: Subject, proof: Proof, layers: tuple[int, ...], out: Path | None) -> dict:
     """The public object."""
-    quality, density = proof.judgement.quality, proof.as_run.density
+    quality, density = proof.judgement.quality, proof.judgement.density
     tokens = Workload.parse(request.workload).tokens
     result = public(model=subject.name, workload=request.workload, dtype=request.dtype, tokens=tokens,
                     perplexity=(quality.dense, quality.pruned), seconds=proof.comparison.seconds(),
@@ -331,14 +332,15 @@ def _result(request: Request, subject: Subject, proof: Proof, layers: tuple[int,
     plan = [{"layer": entry.layer, "room": entry.room, "rule": entry.config.rule.to_json(),
              "density": sum(density[entry.layer]) / len(density[entry.layer])}
             for entry in proof.candidate.plan.entries]
-    return {**result, "density": proof.as_run.mean_density(layers), "plan": plan, "out": out and str(out)}
+    strict = {} if proof.strict is None else {"quality_without_lookahead": proof.strict.quality.value}
+    return {**result, **strict, "density": proof.judgement.mean_density(layers), "plan": plan, "out": out and str(out)}
 
 
 def _export(subject: Subject, proof: Proof, tokens: torch.Tensor, out: Path, result: dict, step: Callable) -> None:
     """Writes the model and proves in a fresh process that it gives the same logits."""
-    measured = {key: result[key] for key in ("workload", "speedup", "quality", "density", "threads")}
-    measured |= {"quality_as_run": proof.as_run.quality.value, "verify_attempts": proof.attempts,
-                 "date": proof.comparison.date}
+    names = "workload", "speedup", "quality", "quality_without_lookahead", "density", "threads"
+    measured = {key: result[key] for key in names if key in result}
+    measured |= {"verify_attempts": proof.attempts, "date": proof.comparison.date}
     export.export(subject.model, subject.tokenizer, proof.candidate.plan, out, tokens=tokens[:RECEIPT_TOKENS],
                   facts={"source": subject.source, **measured})
     step("written")
@@ -359,7 +361,7 @@ def _details(subject: Subject, text: Text, request: Request, proof: Proof, layer
     ratios = comparison.ratios()
     heads = subject.model.config.num_attention_heads
     density = [[1.0] * heads if layer in layers else None for layer in range(subject.model.config.num_hidden_layers)]
-    for layer, kept in proof.as_run.density.items():
+    for layer, kept in proof.judgement.density.items():
         density[layer] = kept
     tokens = Workload.parse(request.workload).tokens
     return {"goal": {"quality": request.quality} if request.speed is None else {"speed": request.speed},
@@ -368,12 +370,13 @@ def _details(subject: Subject, text: Text, request: Request, proof: Proof, layer
             "text": {"name": text.name, "sha256": text.sha256,
                      "tokens": {use: count * tokens for use, count in WINDOWS.items()}},
             "timings": timings, "environment": environment(), "verify_attempts": proof.attempts,
-            "quality_as_run": None if request.lookahead else proof.as_run.quality.value,
+            "strict": proof.strict and {"quality_interval": [proof.strict.quality.low, proof.strict.quality.high],
+                                        "density": proof.strict.mean_density(layers)},
             "command": subject.command, "date": comparison.date}
 
 
 def _points(solution: Solution, proof: Proof, layers: tuple[int, ...], dense_seconds: float) -> list[dict]:
-    """Every plan judged while choosing, with its speed-up as foreseen."""
+    """Every plan judged while choosing, as it was read there, with its speed-up as foreseen."""
     return [{"name": candidate.name, "quality": judgement.quality.value,
              "speedup": dense_seconds / max(dense_seconds - solution.dense_attention + candidate.seconds, 1e-9),
              "density": judgement.mean_density(layers), "chosen": candidate.plan == proof.candidate.plan}

@@ -37,7 +37,7 @@ from sentei.kernels.attention.select import (
 )
 from sentei.kernels.attention.tiles import MAX_BLOCK
 
-# Rows that share a choice made without lookahead: fewer would starve the kernel, more would make the choice older.
+# Rows that share a choice made without lookahead: fewer would starve the kernel, for more the choice would be older.
 ROWS_WITHOUT_LOOKAHEAD = 8
 
 
@@ -85,15 +85,22 @@ class Config:
                 raise RuleError("connections.Config", expected=expected, got=repr(self), do="change that field")
 
     def without_lookahead(self) -> "Config":
-        """The same rule, chosen for every row from rows up to it alone.
+        """The same rule, with no choice made from a later row than the first it is for.
 
-        A few rows share a choice, made from one row in so many: the first of them and those before, twice as far back
-        as a query block here is long (measured: the density is then about the same). Blocks that small run slower.
+        A few rows share a choice, made from the exact scores of the first of them and of one row in as many before,
+        over as many rows as a query block here has; so it is `Trailing`, whatever the estimator here. Blocks that small
+        run slower.
+
+        Raises:
+            RuleError: the criterion "output", whose scores see the values of the whole diagonal block.
         """
-        if self.tile[0] == 1:
+        if self.tile[0] == 1 or isinstance(self.estimator, Trailing):
             return self
+        if self.criterion == "output":
+            raise RuleError("without_lookahead", expected="the criterion 'peak' or 'mass'", got="'output'",
+                            do="choose by the rows' shares of attention alone")
         rows = min(ROWS_WITHOUT_LOOKAHEAD, self.tile[0])
-        return replace(self, estimator=Trailing(-(-2 * self.tile[0] // rows) - 1), tile=(rows, self.tile[1]))
+        return replace(self, estimator=Trailing(-(-self.tile[0] // rows) - 1), tile=(rows, self.tile[1]))
 
     def to_json(self) -> dict:
         """The configuration as a JSON object."""

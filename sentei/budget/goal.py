@@ -4,7 +4,6 @@ import re
 from dataclasses import dataclass
 
 from sentei.budget.judge import Judgement
-from sentei.conversion.plan import Plan
 from sentei.core.errors import SenteiError
 from sentei.measurement.latency import Comparison
 
@@ -45,8 +44,9 @@ class Goal:
     Args:
         quality: dense perplexity ÷ pruned perplexity, above 0 and at most 1; or None.
         speed: dense seconds ÷ pruned seconds, at least 1; or None.
-        lookahead: whether quality is that of the plan as it runs, where a query block's choice has seen its later
-            queries; else it is that of `Plan.without_lookahead`.
+        lookahead: whether the quality of the plan as it runs is enough, where a query block's choice has seen its later
+            queries; else that of `Plan.without_lookahead` must keep the bound too. What is sought is the same: slack
+            is measured with lookahead.
     """
 
     quality: float | None = None
@@ -63,22 +63,18 @@ class Goal:
             raise SenteiError("--speed", expected="a number from 1", got=str(self.speed),
                               do="1.5 means half again as fast as dense")
 
-    def judged(self, plan: Plan) -> Plan:
-        """The plan whose quality counts for `plan`."""
-        return plan if self.lookahead else plan.without_lookahead()
-
     def is_good(self, judgement: Judgement) -> bool:
         """Whether a plan may be chosen: its quality less one standard error keeps the bound."""
         quality = judgement.quality
         return (quality.value + quality.low) / 2 >= self.quality
 
-    def shortfall(self, judgement: Judgement, comparison: Comparison) -> str:
-        """Why the bound is not met; empty when it is."""
+    def shortfall(self, quality: float, comparison: Comparison) -> str:
+        """Why the bound is not met by a plan of this quality (the lowest that counts); empty when it is."""
         if self.speed is not None:
             reached = comparison.speedup()
             return "" if reached >= self.speed else f"the fastest plan tried is {reached:.2f} times as fast as dense"
-        if judgement.quality.value < self.quality:
-            return f"quality {judgement.quality.value:.4f} on held-out text, below {self.quality}"
+        if quality < self.quality:
+            return f"quality {quality:.4f} on held-out text, below {self.quality}"
         if comparison.speedup() <= 1:
             return f"no plan that keeps quality {self.quality} is faster than the dense model on this machine"
         return ""

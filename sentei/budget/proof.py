@@ -19,8 +19,8 @@ class Proof:
 
     Args:
         candidate: the plan.
-        judgement: on held-out text; its quality counts for the goal.
-        as_run: on the same text, of the plan as it runs; the same unless the goal is without lookahead.
+        judgement: on held-out text, of the plan as it runs.
+        strict: on the same text, of the plan without lookahead; None where the goal does not ask.
         comparison: its seconds and dense seconds.
         attempts: plans judged on the held-out text up to this one.
         reason: why the goal is not met; empty when it is.
@@ -28,10 +28,15 @@ class Proof:
 
     candidate: Candidate
     judgement: Judgement
-    as_run: Judgement
+    strict: Judgement | None
     comparison: Comparison
     attempts: int
     reason: str
+
+    @property
+    def quality(self) -> float:
+        """The lowest that counts for the goal."""
+        return _lowest(self.judgement, self.strict)
 
 
 def first_proven(goal: Goal, solution: Solution, judge: Judge, step: Callable[[], object]) -> Proof:
@@ -42,14 +47,19 @@ def first_proven(goal: Goal, solution: Solution, judge: Judge, step: Callable[[]
     """
     ladder, proofs = solution.ladder[:STEPS], []
     for attempts, candidate in enumerate(ladder, 1):
-        judgement = judge.judge(goal.judged(candidate.plan), "verify", step)
-        if goal.quality is not None and judgement.quality.value < goal.quality and attempts < len(ladder):
+        strict = None if goal.lookahead else judge.judge(candidate.plan.without_lookahead(), "verify", step)
+        judgement = judge.judge(candidate.plan, "verify", step)
+        quality = _lowest(judgement, strict)
+        if goal.quality is not None and quality < goal.quality and attempts < len(ladder):
             continue
         comparison = judge.time(candidate.plan, "verify", RUNS, step)
-        as_run = judgement if goal.lookahead else judge.judge(candidate.plan, "verify", step)
-        proofs.append(Proof(candidate=candidate, judgement=judgement, as_run=as_run, comparison=comparison,
-                            attempts=attempts, reason=goal.shortfall(judgement, comparison)))
+        proofs.append(Proof(candidate=candidate, judgement=judgement, strict=strict, comparison=comparison,
+                            attempts=attempts, reason=goal.shortfall(quality, comparison)))
         if not proofs[-1].reason:
             return proofs[-1]
-    return max(proofs, key=lambda proof: (goal.quality is None or proof.judgement.quality.value >= goal.quality,
+    return max(proofs, key=lambda proof: (goal.quality is None or proof.quality >= goal.quality,
                                           proof.comparison.speedup()))
+
+
+def _lowest(*judgements: Judgement | None) -> float:
+    return min(judgement.quality.value for judgement in judgements if judgement is not None)

@@ -59,17 +59,20 @@ class Quality:
     tokens: int
 
 
-def compare(dense: torch.Tensor, pruned: torch.Tensor) -> Quality:
+def compare(dense: torch.Tensor, pruned: torch.Tensor, run: int = RUN) -> Quality:
     """The quality from token losses [N, T] of both models on the same tokens.
+
+    Args:
+        run: how many neighbouring tokens count as one observation.
 
     Raises:
         SenteiError: a single run of tokens, which says nothing about its spread. Two rows are two runs.
     """
     difference = (pruned - dense).flatten()
     mean = difference.mean().item()
-    runs = torch.stack([run.mean() for row in (pruned - dense) for run in row.split(RUN)])
+    runs = torch.stack([part.mean() for row in (pruned - dense) for part in row.split(run)])
     if len(runs) < 2:
-        raise SenteiError("quality", expected=f"at least two runs of {RUN} tokens", got="one",
+        raise SenteiError("quality", expected=f"at least two runs of {run} tokens", got="one",
                           do="measure on more windows")
     margin = 1.96 * (runs.std() / math.sqrt(len(runs))).item()
     return Quality(value=math.exp(-mean), low=math.exp(-mean - margin), high=math.exp(-mean + margin),

@@ -127,16 +127,19 @@ def _verdict(result: dict, details: dict) -> str:
         f"speed-up of at least {goal['speed']:g}×"
     reason = f" {_words(details['reason'], None)}" if details["reason"] else ""
     measured = (f" Quality {percent(result['quality'], goal.get('quality'))}, 95 % interval "
-                f"{_percents(details['quality_interval'])}{_stricter(details)}; "
-                f"density {_number(result['density'], '.2f')}.")
+                f"{_percents(details['quality_interval'])}; density {_number(result['density'], '.2f')}."
+                f"{_strict(result, details)}")
     word = "Bound met" if details["met"] else "Bound not met"
     return f"<b>{word}</b> ({asked}).{reason}{measured}".replace(" %", "&nbsp;%")
 
 
-def _stricter(details: dict) -> str:
-    """What quality was held to the bound, where it is not that of the plan as it runs."""
-    as_run = details.get("quality_as_run")
-    return "" if as_run is None else f", read without lookahead ({percent(as_run)} as it runs)"
+def _strict(result: dict, details: dict) -> str:
+    """The other reading that is held to the bound, where one is."""
+    strict = details.get("strict")
+    if strict is None:
+        return ""
+    return (f" Read without lookahead: {percent(result['quality_without_lookahead'], details['goal'].get('quality'))}, "
+            f"{_percents(strict['quality_interval'])}; density {_number(strict['density'], '.2f')}.")
 
 
 def _comparison(result: dict, details: dict) -> str:
@@ -259,9 +262,9 @@ def _method(details: dict) -> str:
     tokens = [f"{number:,} {uses.get(use) or _words(use)}" for use, number in text["tokens"].items()]
     quality = _pairs([
         ("measure", "dense perplexity ÷ pruned perplexity; 100&nbsp;% is no loss"),
-        ("choices", "as the plan runs: what a block of tokens keeps is chosen with the whole block in sight"
-         if details.get("quality_as_run") is None else
-         "without lookahead: what a token keeps is chosen from it and earlier tokens alone"),
+        ("lookahead", "what a block of tokens keeps is chosen with the whole block in sight, as the plan runs"
+         + ("" if details.get("strict") is None else "; the bound is also kept, and the plans tried were judged, "
+            "without lookahead: what a token keeps is chosen from no later one")),
         ("comparison", "paired: the dense and the pruned model read the same tokens"),
         ("interval", f"{_percents(details['quality_interval'])}, 95&nbsp;% interval of the paired comparison"),
         ("tokens", "; ".join(tokens) + ". No token has two uses."),

@@ -232,24 +232,34 @@ def test_a_call_within_one_query_block_chooses_nothing_unless_a_trace_listens(mo
     assert torch.equal(room(*inputs), chosen) and records[0].selection.density() == 1
 
 
-@pytest.mark.parametrize("criterion", ["mass", "peak", "output"])
-@pytest.mark.parametrize("estimator", [Sampled(2), Pooled()], ids=str)
-def test_without_lookahead_no_row_s_choice_knows_a_later_row_and_with_it_some_do(estimator, criterion):
-    config = replace(SMALL, rule=Threshold(0.6), tile=(16, 2), estimator=estimator, criterion=criterion)
-    query, key, value = qkv(queries=48, keys=48)
-    later = [tensor.clone() for tensor in (query, key, value)]
-    for tensor in later:
-        tensor[:, 19:] = torch.randn_like(tensor[:, 19:]) * 5
-    differ = {}
-    for kind in (config, config.without_lookahead()):
-        before, after = (Connections(kind)(*inputs)[:, :19] for inputs in ((query, key, value), later))
-        differ[kind.tile[0]] = not torch.equal(before, after)
-    assert differ == {16: True, 8: False}
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("settings", [{}, {"criterion": "mass"}, {"share": "group"}, {"estimator": Pooled()},
+                                      {"rule": TopK(3)}, {"rule": Mass(0.5)}, {"tile": (16, 4)}, {"tile": (4, 16)},
+                                      {"window": 3}, {"compensate": True}], ids=str)
+def test_without_lookahead_no_row_knows_a_later_one(settings, dtype):
+    """Rows up to a cut, whatever comes after it; in the last query block of the call everything is kept."""
+    config = replace(Config(rule=Threshold(0.6), tile=(16, 16), window=0), **settings)
+    inputs = [tensor.to(dtype) for tensor in qkv(queries=80, keys=80)]
+    differ = {config: False, config.without_lookahead(): False}
+    for cut in range(33, 64):
+        later = [tensor.clone() for tensor in inputs]
+        for tensor in later:
+            tensor[:, cut:] = torch.randn_like(tensor[:, cut:]) * 5
+        for kind in differ:
+            before, after = (Connections(kind)(*tensors)[:, :cut] for tensors in (inputs, later))
+            differ[kind] |= not torch.equal(before, after)
+    assert list(differ.values()) == [True, False]
 
 
-def test_without_lookahead_twice_a_block_s_rows_have_a_say_and_a_row_that_chooses_for_itself_stays():
-    config = replace(SMALL, tile=(64, 32)).without_lookahead()
-    assert (config.tile, config.estimator) == ((8, 32), Trailing(15))
+def test_without_lookahead_as_many_rows_have_a_say_as_a_block_has():
+    config = replace(SMALL, tile=(64, 32), estimator=Pooled()).without_lookahead()
+    assert (config.tile, config.estimator) == ((8, 32), Trailing(7))
     assert replace(SMALL, tile=(4, 2)).without_lookahead().tile == (4, 2)
+    assert config.without_lookahead() is config
     alone = replace(SMALL, tile=(1, 1))
     assert alone.without_lookahead() is alone
+
+
+def test_a_choice_that_sees_the_values_of_the_diagonal_block_cannot_be_without_lookahead():
+    with pytest.raises(RuleError, match="without_lookahead: expected the criterion 'peak' or 'mass', got 'output'"):
+        replace(SMALL, criterion="output").without_lookahead()

@@ -20,15 +20,15 @@ def plan_of(number: int) -> Plan:
 class Told:
     """A judge that is told each plan's held-out quality and speed-up, and notes what it is asked."""
 
-    def __init__(self, *plans: tuple[float, float]):
+    def __init__(self, *plans: tuple[float, float], strict: tuple[float, ...] = ()):
         self.ladder = [Candidate(name=str(number), plan=plan_of(number), seconds=1.0, density=1.0)
                        for number in range(len(plans))]
-        self.plans, self.asked = plans, []
+        self.plans, self.strict, self.asked = plans, strict, []
 
     def judge(self, plan: Plan, use: str, step) -> Judgement:
-        stricter = " stricter" * (plan.entries[0].config.estimator.history > 0)
-        self.asked.append(f"judge {plan.entries[0].layer} {use}{stricter}")
-        value = self.plans[plan.entries[0].layer][0]
+        number, strict = plan.entries[0].layer, plan.entries[0].config.estimator.history > 0
+        self.asked.append(f"judge {number} {use}{' strictly' * strict}")
+        value = self.strict[number] if strict else self.plans[number][0]
         return Judgement(quality=Quality(value=value, low=0.0, high=2.0, dense=1.0, pruned=1.0, tokens=1), density={})
 
     def time(self, plan: Plan, use: str, runs: int, step) -> Comparison:
@@ -89,8 +89,18 @@ def test_it_gives_up_after_some_steps(monkeypatch):
     assert len(judge.asked) == 3
 
 
-def test_without_lookahead_the_stricter_plan_is_held_to_the_bound_and_the_plan_itself_is_timed():
-    judge = Told((0.97, 2.0), (0.99, 1.5))
+def test_without_lookahead_both_readings_are_held_to_the_bound():
+    judge = Told((0.99, 2.0), (0.97, 1.8), (0.99, 1.5), strict=(0.97, 0.99, 0.985))
     found = judge.prove(Goal(quality=0.98, lookahead=False))
-    assert found.candidate.plan == plan_of(1) and found.as_run is not found.judgement
-    assert judge.asked == ["judge 0 verify stricter", "judge 1 verify stricter", "time 1 verify", "judge 1 verify"]
+    assert (found.candidate.name, found.reason, found.attempts) == ("2", "", 3)
+    assert (found.judgement.quality.value, found.strict.quality.value, found.quality) == (0.99, 0.985, 0.985)
+    assert judge.asked[:2] == ["judge 0 verify strictly", "judge 0 verify"] and judge.asked[-1] == "time 2 verify"
+
+
+def test_without_lookahead_the_lower_quality_is_the_reason():
+    found = Told((0.99, 2.0), strict=(0.97,)).prove(Goal(quality=0.98, lookahead=False))
+    assert found.reason == "quality 0.9700 on held-out text, below 0.98"
+
+
+def test_with_lookahead_nothing_is_read_strictly():
+    assert Told((0.99, 2.0)).prove(Goal(quality=0.98)).strict is None

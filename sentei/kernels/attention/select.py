@@ -1,7 +1,8 @@
 """Estimates of the attention mass of each tile, from which a rule chooses.
 
 An estimator scores every tile; what to keep is a rule's business (`core/rules.py`). The score of query block I and
-key block J is the logarithm of the mean, over the block's rows, of the share of the row's softmax that falls on J:
+key block J is the logarithm of the mean, over the block's rows (for `Trailing`, over rows up to its first), of the
+share of the row's softmax that falls on J:
 
     share_iJ = Σ_{j∈J} exp(s_ij) / Σ_j exp(s_ij)          score_IJ = log mean_{i∈I} share_iJ
 
@@ -161,7 +162,7 @@ class Sampled(Exact):
 
 @dataclass(frozen=True)
 class Trailing(Exact):
-    """The true mass, for the first row of the query block and of the `history` blocks before it: no lookahead.
+    """The true mass, for the first row of the query block and of the `history` blocks before it: without lookahead.
 
     Cost: 1 / query_block of the dense scores.
     """
@@ -208,7 +209,7 @@ def estimate(
         pool: how the rows of a block, and of its history, are joined: "mean" or "rms".
     Raises:
         ShapeError: tensors and grid do not fit.
-    Cost: the estimator's, plus the edge tiles exactly; memory as PAIRS_AT_ONCE says.
+    Cost: the estimator's, plus the edge tiles exactly; memory as PAIRS_AT_ONCE says, and some times the result's.
     """
     grid.check("estimate", query, key, key)
     if not grid.num_queries:
