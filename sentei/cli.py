@@ -86,9 +86,9 @@ def prune_arguments(parser: argparse.ArgumentParser) -> None:
     goal.add_argument("--quality", metavar="Q", help="find the fastest plan with at least this quality, above 0 and at "
                       f"most 1: dense perplexity / pruned perplexity on held-out text (default: {QUALITY})")
     goal.add_argument("--speed", metavar="S", help="find the best quality at this speed-up, 1 or more")
-    parser.add_argument("--no-lookahead", dest="lookahead", action="store_false", help="also measure quality, "
-                        "and hold it to the bound, with what a token keeps chosen from no later token; as it runs, the "
-                        "plan chooses for a block of tokens with the whole block in sight")
+    parser.add_argument("--no-lookahead", dest="lookahead", action="store_false", help="also measure quality "
+                        "with what a token keeps chosen from no later token, and hold that to --quality too; the plan "
+                        "is the usual one, which chooses for a block of tokens with the whole block in sight")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32",
                         help="number format of dense and pruned model alike (default: %(default)s)")
     parser.add_argument("--out", metavar="DIR", help="folder for the pruned model and the report; the same folder goes "
@@ -194,6 +194,7 @@ VERBS = {
             "sentei prune",
             "sentei prune ./my-model --text notes.txt --quality 0.995 --out ./faster",
             "sentei prune --workload prefill:8000 --speed 1.5",
+            "sentei prune --no-lookahead",
             "sentei prune --json > result.json",
         ),
         arguments=prune_arguments,

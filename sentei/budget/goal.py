@@ -56,6 +56,9 @@ class Goal:
     def __post_init__(self):
         if (self.quality is None) == (self.speed is None):
             raise SenteiError("goal", expected="either a quality or a speed", got=repr(self), do="name one of them")
+        if not isinstance(self.lookahead, bool):
+            raise SenteiError("goal", expected="lookahead True or False", got=repr(self.lookahead)[:200],
+                              do="lookahead=False is what --no-lookahead says")
         if self.quality is not None and not 0 < self.quality <= 1:
             raise SenteiError("--quality", expected="a number above 0 and at most 1", got=str(self.quality),
                               do="0.99 means at most about 1 % more perplexity")

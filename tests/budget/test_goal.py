@@ -43,7 +43,9 @@ def test_faster_is_what_the_median_pair_of_runs_says(ratios, met):
 
 
 @pytest.mark.parametrize("settings", [{}, {"quality": 0.9, "speed": 2.0}, {"quality": 0.0}, {"quality": 1.001},
-                                      {"quality": float("nan")}, {"speed": 0.999}, {"speed": float("inf")}], ids=str)
+                                      {"quality": float("nan")}, {"speed": 0.999}, {"speed": float("inf")},
+                                      {"quality": 0.9, "lookahead": "no"}, {"quality": 0.9, "lookahead": None}],
+                         ids=str)
 def test_a_goal_that_is_none_is_refused(settings):
     with pytest.raises(SenteiError):
         Goal(**settings)
