@@ -13,7 +13,7 @@ import argparse
 import json
 import statistics
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 
 import torch
@@ -112,7 +112,7 @@ BF16 = torch.bfloat16
 SHAPES = [Case(9, 3, 64, 8448), Case(32, 8, 128, 4096), Case(14, 2, 64, 4096), Case(4, 1, 256, 4096),
           Case(12, 12, 32, 512, causal=False)]
 CASES = {
-    "exact": [*SHAPES, *(Case(**{**vars(case), "dtype": BF16}) for case in SHAPES)],
+    "exact": [*SHAPES, *(replace(case, dtype=BF16) for case in SHAPES)],
     "sparse": [Case(9, 3, 64, 8448, dtype, kept=kept) for dtype in (torch.float32, BF16)
                for kept in (0.5, 0.25, 0.125)],
     "backward": [Case(9, 3, 64, 4096, kept=kept, backward=True) for kept in (1.0, 0.125)],

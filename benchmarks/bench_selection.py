@@ -47,14 +47,15 @@ class WithMass(Observation):
     def __init__(self):
         super().__init__(ROOMS)
         self.mass: list[torch.Tensor] = []
+        self.windows: dict[int, torch.Tensor] = {}
 
     def __call__(self, module: Connections, inputs: tuple) -> None:
         super().__call__(module, inputs)
         query, key, *_ = inputs
         grid = module.grid(query, key, None)
         self.mass.append(estimate(Sampled(1), query, key, grid, module.scale_of(query))[0].exp())
-        self.windows = {window: always_kept(grid, query.device, window=window, dense_below=0)[0]
-                        for window in range(0, grid.num_keys, grid.key_block)}
+        self.windows = self.windows or {window: always_kept(grid, query.device, window=window, dense_below=0)[0]
+                                        for window in range(0, grid.num_keys, grid.key_block)}
 
     def recovered(self, keep: list[torch.Tensor]) -> float:
         """The true mass on what is kept, mean over layers, heads and query blocks."""

@@ -15,9 +15,16 @@ from sentei.core.errors import ImplError, ResourceError, ShapeError
 from sentei.kernels import native
 from sentei.kernels.attention.tiles import Grid, Tiles
 
-_LONGS = ("batch", "queries", "keys", "heads", "groups", "plan_heads", "width", "value_width", "query_block",
-          "key_block", "full_slots", "partial_slots", "causal", "threads", "first", "stride", "machine")
+_LONGS = ("batch", "queries", "keys", "heads", "groups", "width", "value_width", "query_block", "key_block", "causal",
+          "threads", "first", "stride", "machine")
 _PLAN = ("full_count", "full_ids", "partial_count", "partial_ids")
+
+
+class _Plan(ctypes.Structure):
+    """The struct of native/call.h, field by field."""
+
+    _fields_ = [*((name, ctypes.c_void_p) for name in (*_PLAN, "order")),
+                *((name, ctypes.c_int64) for name in ("heads", "full_slots", "partial_slots"))]
 
 
 class _Problem(ctypes.Structure):
@@ -26,7 +33,7 @@ class _Problem(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("query", "key", "value", "output", "lse", "softmax")),
         *((name, ctypes.c_int64 * 3) for name in ("query_stride", "key_stride", "value_stride")),
-        *((name, ctypes.c_void_p) for name in (*_PLAN, "lengths", "order")),
+        ("plan", _Plan), ("lengths", ctypes.c_void_p),
         *((name, ctypes.c_int64) for name in _LONGS),
         ("scale", ctypes.c_float), ("shares", ctypes.c_void_p),
     ]
@@ -37,8 +44,8 @@ class _Backward(ctypes.Structure):
 
     _fields_ = [
         ("problem", _Problem),
-        *((name, ctypes.c_void_p) for name in ("gradient", "delta", "query", "key", "value", *_PLAN, "order")),
-        ("full_slots", ctypes.c_int64), ("partial_slots", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("gradient", "delta", "query", "key", "value")),
+        ("turned", _Plan),
     ]
 
 
@@ -84,11 +91,11 @@ def _forward(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, plan: 
     if lse.numel():
         values = _rows(value)
         problem, held = _problem(query, key, grid, scale)
-        order = _set_plan(problem, plan, grid.num_key_blocks, query.shape[2])
+        problem.plan, listed = _plan(plan, grid.num_key_blocks, query.shape[2])
         _set_value(problem, values)
         problem.output, problem.lse, problem.softmax = (tensor.data_ptr() for tensor in (output, lse, softmax))
         _finish(native.load().sentei_attend(ctypes.byref(problem)))
-        del held, order
+        del held, listed
     return output.to(query.dtype), lse, softmax
 
 
@@ -112,16 +119,16 @@ def _backward(given: list[torch.Tensor], plan: list[torch.Tensor], lengths: torc
     if query.numel() and key.numel() and gradient.numel():
         backward = _Backward()
         backward.problem, held = _problem(query, key, grid, scale)
-        order = _set_plan(backward.problem, plan, grid.num_key_blocks, query.shape[2])
+        backward.problem.plan, listed = _plan(plan, grid.num_key_blocks, query.shape[2])
         turned = Tiles(grid=grid, **dict(zip(_PLAN, plan, strict=True))).by_key()
-        turned = _set_plan(backward, turned, grid.num_query_blocks, key.shape[2])
+        backward.turned, turned = _plan(turned, grid.num_query_blocks, key.shape[2])
         _set_value(backward.problem, value)
         softmax, gradient, delta = softmax.contiguous(), gradient.contiguous(), delta.contiguous()
         backward.problem.softmax, backward.gradient, backward.delta = (
             tensor.data_ptr() for tensor in (softmax, gradient, delta))
         backward.query, backward.key, backward.value = (tensor.data_ptr() for tensor in gradients)
         _finish(native.load().sentei_backward(ctypes.byref(backward)))
-        del held, order, turned
+        del held, listed, turned
     return tuple(found.to(tensor.dtype) for found, tensor in zip(gradients, given, strict=False))
 
 
@@ -241,14 +248,11 @@ def _results(query: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, to
     return tuple(query.new_empty(size, dtype=torch.float32) for size in ((*shape, value.shape[3]), shape, (2, *shape)))
 
 
-def _set_plan(target: _Problem | _Backward, plan: list[torch.Tensor], blocks: int,
-              heads: int) -> tuple[torch.Tensor, ...]:
-    """Enters a plan that names some of `blocks` and the order of its items, longest first.
+def _plan(plan: list[torch.Tensor], blocks: int, heads: int) -> tuple[_Plan, tuple[torch.Tensor, ...]]:
+    """The plan that names some of `blocks`, with the order of its items, and the tensors that must outlive the call.
 
     Args:
         heads: for which the items are listed, H or G.
-    Returns:
-        the tensors that must outlive the call.
     """
     for count, ids in (plan[:2], plan[2:]):
         filled = torch.arange(ids.shape[-1], device=ids.device) < count[..., None]
@@ -260,12 +264,8 @@ def _set_plan(target: _Problem | _Backward, plan: list[torch.Tensor], blocks: in
     kept = kept.repeat_interleave(heads // plan_heads, 1) if heads >= plan_heads else kept.unflatten(
         1, (heads, -1)).sum(2)
     order = torch.argsort(kept.flatten(), descending=True)
-    for name, tensor in zip(_PLAN, plan, strict=True):
-        setattr(target, name, tensor.data_ptr())
-    target.order, target.full_slots, target.partial_slots = order.data_ptr(), plan[1].shape[-1], plan[3].shape[-1]
-    if isinstance(target, _Problem):
-        target.plan_heads = plan_heads
-    return (*plan, order)
+    held = *plan, order
+    return _Plan(*(tensor.data_ptr() for tensor in held), plan_heads, plan[1].shape[-1], plan[3].shape[-1]), held
 
 
 def _set_value(problem: _Problem, value: torch.Tensor) -> None:

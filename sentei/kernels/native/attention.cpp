@@ -1,6 +1,4 @@
 // Attention over chosen tiles, and the estimate that chooses them: fp32, one tiled online-softmax path.
-#include <stdexcept>
-
 #include "call.h"
 
 namespace {
@@ -15,37 +13,23 @@ struct Scratch {
   std::vector<float> query, scores, output, top, sum;
 };
 
-// Items are numbered (batch, head, query block), the last fastest.
-struct Item {
-  Item(const Problem& p, const Sizes& s, int64_t number)
-      : block(number % s.query_blocks), row(number / s.query_blocks), h(row % p.heads), b(row / p.heads),
-        group(b * p.groups + h / (p.heads / p.groups)), first(block * p.query_block) {}
-  int64_t block, row, h, b, group, first;
-};
-
 // Every kept tile of an item, online softmax in powers of two.
 template <int L>
 INLINE void attend_item(const Problem& p, const Sizes& s, int64_t number, const Blocks& keys, const Blocks& values,
                         Scratch& t) {
   const Item item(p, s, number);
   const int rows = int(std::min(p.query_block, p.queries - item.first));
-  const Tensor query = queries_of(p);
-  for (int r = 0; r < rows; ++r) {
-    const float* from = query.at(item.row, item.first + r);
-    for (int d = 0; d < s.width; ++d) t.query[r * s.width + d] = from[d] * (p.scale * kLog2E);
-  }
+  load_queries(p, item.row, item.first, rows, 1, t.query.data());
   std::fill(t.output.begin(), t.output.end(), 0.0f);
   std::fill(t.top.begin(), t.top.end(), kNone);
   std::fill(t.sum.begin(), t.sum.end(), 0.0f);
-  const int64_t place = (item.b * p.plan_heads + item.h * p.plan_heads / p.heads) * s.query_blocks + item.block;
-  const int32_t partial = p.partial_count[place], full = p.full_count[place];
-  for (int32_t slot = 0; slot < partial + full; ++slot) {
-    const bool is_partial = slot < partial;
-    const int64_t j = is_partial ? p.partial_ids[place * p.partial_slots + slot]
-                                 : p.full_ids[place * p.full_slots + slot - partial];
+  const Kept kept(p, p.plan, item.b, item.h, item.block, s.query_blocks);
+  for (int32_t slot = 0; slot < kept.count; ++slot) {
+    const int64_t j = kept.block(slot);
     Simd<L>::product(t.query.data(), s.width, keys.at(item.group, j), s.columns, t.scores.data(), s.columns, rows,
                      s.columns, s.width, false);
-    if (is_partial || s.columns != p.key_block) forbid(p, item.b, item.first, rows, 1, j, t.scores.data(), s.columns);
+    if (kept.is_partial(slot) || s.columns != p.key_block)
+      forbid(p, item.b, item.first, rows, 1, j, t.scores.data(), s.columns);
     for (int r = 0; r < rows; ++r) {
       float* row = t.scores.data() + r * s.columns;
       const float top = std::max(t.top[r], Simd<L>::largest(row, s.columns));
@@ -88,12 +72,7 @@ INLINE void share_item(const Problem& p, const Sizes& s, int64_t number, const B
   const Item item(p, s, number);
   const int step = int(p.stride), rows = int((p.query_block - p.first + step - 1) / step);
   const int64_t first = item.first + p.first;
-  const Tensor query = queries_of(p);
-  for (int r = 0; r < rows; ++r) {
-    const int64_t i = first + int64_t(r) * step;
-    for (int d = 0; d < s.width; ++d)
-      t.query[r * s.width + d] = i < p.queries ? query.at(item.row, i)[d] * (p.scale * kLog2E) : 0.0f;
-  }
+  load_queries(p, item.row, first, rows, step, t.query.data());
   const int64_t last = p.keys - p.queries + std::min(item.first + p.query_block, p.queries) - 1;
   const int64_t blocks = p.causal ? std::min(s.key_blocks, last / p.key_block + 1) : s.key_blocks;
   float* mass = t.output.data();  // [rows][key blocks]
@@ -134,41 +113,35 @@ ON_EVERY_MACHINE(share_item, (const Problem& p, const Sizes& s, int64_t number, 
 extern "C" {
 
 // Changes whenever `Problem`, `Backward` or a function does; compared when the library is loaded.
-int sentei_abi() { return 4; }
+int sentei_abi() { return 5; }
 int sentei_problem_size() { return int(sizeof(Problem)); }
 int sentei_machines() { return machines(); }
 
 // Both return 0, or 1 when memory ran out; the output is then unfinished.
-int sentei_attend(const Problem* problem) try {
-  const Problem& p = *problem;
-  const Sizes s(p);
-  const Blocks keys(p, keys_of(p), p.key_block, true), values(p, values_of(p), p.key_block, false);
-  const size_t rows = p.query_block;
-  in_parallel(p.batch * p.heads * s.query_blocks, p.threads, [&] {
-    return Scratch{std::vector<float>(rows * s.width), std::vector<float>(rows * s.columns),
-                   std::vector<float>(rows * s.value_width), std::vector<float>(rows), std::vector<float>(rows)};
-  }, [&](int64_t i, Scratch& t) { attend_item_on[s.machine](p, s, p.order[i], keys, values, t); });
-  return 0;
-} catch (const std::bad_alloc&) {
-  return 1;
-} catch (const std::length_error&) {
-  return 1;
+int sentei_attend(const Problem* problem) {
+  return status_of([&] {
+    const Problem& p = *problem;
+    const Sizes s(p);
+    const Blocks keys(p, keys_of(p), p.key_block, true), values(p, values_of(p), p.key_block, false);
+    const size_t rows = p.query_block;
+    in_parallel(p.batch * p.heads * s.query_blocks, p.threads, [&] {
+      return Scratch{std::vector<float>(rows * s.width), std::vector<float>(rows * s.columns),
+                     std::vector<float>(rows * s.value_width), std::vector<float>(rows), std::vector<float>(rows)};
+    }, [&](int64_t i, Scratch& t) { attend_item_on[s.machine](p, s, p.plan.order[i], keys, values, t); });
+  });
 }
 
-int sentei_shares(const Problem* problem) try {
-  const Problem& p = *problem;
-  const Sizes s(p);
-  const Blocks keys(p, keys_of(p), p.key_block, true);
-  const int64_t items = p.batch * p.heads * s.query_blocks;
-  const size_t rows = p.query_block;
-  in_parallel(items, p.threads, [&] {
-    return Scratch{std::vector<float>(rows * s.width), std::vector<float>(rows * s.columns),
-                   std::vector<float>(rows * s.key_blocks), {}, {}};
-  }, [&](int64_t i, Scratch& t) { share_item_on[s.machine](p, s, items - 1 - i, keys, t); });
-  return 0;
-} catch (const std::bad_alloc&) {
-  return 1;
-} catch (const std::length_error&) {
-  return 1;
+int sentei_shares(const Problem* problem) {
+  return status_of([&] {
+    const Problem& p = *problem;
+    const Sizes s(p);
+    const Blocks keys(p, keys_of(p), p.key_block, true);
+    const int64_t items = p.batch * p.heads * s.query_blocks;
+    const size_t rows = p.query_block;
+    in_parallel(items, p.threads, [&] {
+      return Scratch{std::vector<float>(rows * s.width), std::vector<float>(rows * s.columns),
+                     std::vector<float>(rows * s.key_blocks), {}, {}};
+    }, [&](int64_t i, Scratch& t) { share_item_on[s.machine](p, s, items - 1 - i, keys, t); });
+  });
 }
 }

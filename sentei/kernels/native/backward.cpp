@@ -2,8 +2,6 @@
 //
 // Two passes, each of which writes what is its own, so that the result does not depend on who was faster: over query
 // blocks for the queries' gradients, over key blocks for those of keys and values.
-#include <stdexcept>
-
 #include "call.h"
 
 // Beside the call itself, whose `softmax` is read.
@@ -11,9 +9,7 @@ struct Backward {
   Problem problem;
   const float *gradient, *delta;  // of the output, [B, Tq, H, Dv]; its product with the output, [B, Tq, H]
   float *query, *key, *value;     // the results, contiguous
-  const int32_t *full_count, *full_ids, *partial_count, *partial_ids;  // [B, P, KB], [B, P, KB, slots]: query blocks
-  const int64_t* order;                                                // [B · G · KB]: items, longest first
-  int64_t full_slots, partial_slots;
+  Plan turned;                    // the problem's plan, of key blocks; its items are of G heads
 };
 
 namespace {
@@ -31,38 +27,34 @@ struct Scratch {
 template <int L>
 INLINE void query_item(const Backward& w, const Sizes& s, int64_t number, const Sources& from, Scratch& t) {
   const Problem& p = w.problem;
-  const int64_t block = number % s.query_blocks, row = number / s.query_blocks, h = row % p.heads, b = row / p.heads;
-  const int64_t group = b * p.groups + h / (p.heads / p.groups), first = block * p.query_block;
-  const int rows = int(std::min(p.query_block, p.queries - first)), width = from.key_rows.line;
+  const Item item(p, s, number);
+  const int rows = int(std::min(p.query_block, p.queries - item.first)), width = from.key_rows.line;
   const float *top = p.softmax, *inverse = top + p.batch * p.queries * p.heads;
-  for (int r = 0; r < rows; ++r) {
-    const float* query = queries_of(p).at(row, first + r);
-    for (int64_t d = 0; d < p.width; ++d) t.left[r * p.width + d] = query[d] * (p.scale * kLog2E);
-  }
+  load_queries(p, item.row, item.first, rows, 1, t.left.data());
   std::fill(t.first.begin(), t.first.end(), 0.0f);
-  const int64_t place = (b * p.plan_heads + h * p.plan_heads / p.heads) * s.query_blocks + block;
-  const int32_t partial = p.partial_count[place], full = p.full_count[place];
-  for (int32_t slot = 0; slot < partial + full; ++slot) {
-    const bool is_partial = slot < partial;
-    const int64_t j = is_partial ? p.partial_ids[place * p.partial_slots + slot]
-                                 : p.full_ids[place * p.full_slots + slot - partial];
+  const Kept kept(p, p.plan, item.b, item.h, item.block, s.query_blocks);
+  for (int32_t slot = 0; slot < kept.count; ++slot) {
+    const int64_t j = kept.block(slot);
     float *scores = t.scores.data(), *gradients = t.gradients.data();
-    Simd<L>::product(t.left.data(), int(p.width), from.keys.at(group, j), s.columns, scores, s.columns, rows, s.columns,
-                     int(p.width), false);
-    if (is_partial || s.columns != p.key_block) forbid(p, b, first, rows, 1, j, scores, s.columns);
-    Simd<L>::product(from.gradient_rows.at(row, block), from.gradient_rows.line, from.values.at(group, j), s.columns,
-                     gradients, s.columns, rows, s.columns, int(p.value_width), false);
+    Simd<L>::product(t.left.data(), int(p.width), from.keys.at(item.group, j), s.columns, scores, s.columns, rows,
+                     s.columns, int(p.width), false);
+    if (kept.is_partial(slot) || s.columns != p.key_block)
+      forbid(p, item.b, item.first, rows, 1, j, scores, s.columns);
+    Simd<L>::product(from.gradient_rows.at(item.row, item.block), from.gradient_rows.line,
+                     from.values.at(item.group, j), s.columns, gradients, s.columns, rows, s.columns,
+                     int(p.value_width), false);
     for (int r = 0; r < rows; ++r) {
-      const int64_t where = (b * p.queries + first + r) * p.heads + h;
+      const int64_t where = (item.b * p.queries + item.first + r) * p.heads + item.h;
       Simd<L>::soften(scores + r * s.columns, gradients + r * s.columns, s.columns, top[where], inverse[where],
                       w.delta[where]);
     }
-    Simd<L>::product(gradients, s.columns, from.key_rows.at(group, j), width, t.first.data(), width, rows, width,
+    Simd<L>::product(gradients, s.columns, from.key_rows.at(item.group, j), width, t.first.data(), width, rows, width,
                      int(p.key_block), true);
   }
-  for (int r = 0; r < rows; ++r)
-    for (int64_t d = 0; d < p.width; ++d)
-      w.query[((b * p.queries + first + r) * p.heads + h) * p.width + d] = t.first[r * width + d] * p.scale;
+  for (int r = 0; r < rows; ++r) {
+    float* to = w.query + ((item.b * p.queries + item.first + r) * p.heads + item.h) * p.width;
+    for (int64_t d = 0; d < p.width; ++d) to[d] = t.first[r * width + d] * p.scale;
+  }
 }
 ON_EVERY_MACHINE(query_item, (const Backward& w, const Sizes& s, int64_t number, const Sources& from, Scratch& t),
                  (w, s, number, from, t))
@@ -82,12 +74,10 @@ INLINE void key_item(const Backward& w, const Sizes& s, int64_t number, const So
   std::fill(t.first.begin(), t.first.end(), 0.0f);
   std::fill(t.second.begin(), t.second.end(), 0.0f);
   for (int64_t h = group % p.groups * heads; h < (group % p.groups + 1) * heads; ++h) {
-    const int64_t place = (b * p.plan_heads + h * p.plan_heads / p.heads) * s.key_blocks + block, row = b * p.heads + h;
-    const int32_t partial = w.partial_count[place], full = w.full_count[place];
-    for (int32_t slot = 0; slot < partial + full; ++slot) {
-      const bool is_partial = slot < partial;
-      const int64_t i = is_partial ? w.partial_ids[place * w.partial_slots + slot]
-                                   : w.full_ids[place * w.full_slots + slot - partial];
+    const Kept kept(p, w.turned, b, h, block, s.key_blocks);
+    const int64_t row = b * p.heads + h;
+    for (int32_t slot = 0; slot < kept.count; ++slot) {
+      const int64_t i = kept.block(slot);
       const int64_t start = i * p.query_block, rows = std::min(p.query_block, p.queries - start);
       float *scores = t.scores.data(), *gradients = t.gradients.data();
       Simd<L>::product(t.left.data(), int(p.width), from.scaled.at(row, i), s.rows, scores, s.rows, keys, s.rows,
@@ -100,7 +90,7 @@ INLINE void key_item(const Backward& w, const Sizes& s, int64_t number, const So
         t.inverse[r] = r < rows ? inverse[where] : 0.0f;
         t.delta[r] = r < rows ? w.delta[where] : 0.0f;
       }
-      if (is_partial)
+      if (kept.is_partial(slot))
         for (int64_t c = 0; c < rows; ++c) {
           const Seen seen(p, b, start + c, block);
           for (int r = 0; r < keys; ++r)
@@ -131,32 +121,29 @@ extern "C" {
 int sentei_backward_size() { return int(sizeof(Backward)); }
 
 // Returns 0, or 1 when memory ran out; the gradients are then unfinished.
-int sentei_backward(const Backward* backward) try {
-  const Backward& w = *backward;
-  const Problem& p = w.problem;
-  const Sizes s(p);
-  const int64_t stride[3] = {p.queries * p.heads * p.value_width, p.heads * p.value_width, p.value_width};
-  const Tensor gradient{w.gradient, stride, p.queries, p.heads, p.value_width};
-  const Sources from{{p, keys_of(p), p.key_block, true}, {p, keys_of(p), p.key_block, false},
-                     {p, values_of(p), p.key_block, true}, {p, queries_of(p), p.query_block, true, p.scale * kLog2E},
-                     {p, queries_of(p), p.query_block, false, p.scale}, {p, gradient, p.query_block, false},
-                     {p, gradient, p.query_block, true}};
-  const size_t tile = std::max(p.query_block * s.columns, p.key_block * s.rows);
-  const size_t block = std::max(p.query_block, p.key_block), width = round_up(p.width);
-  const auto scratch = [&] {
-    return Scratch{std::vector<float>(tile), std::vector<float>(tile), std::vector<float>(block * p.width),
-                   std::vector<float>(block * p.value_width), std::vector<float>(block * width),
-                   std::vector<float>(block * s.value_width), std::vector<float>(s.rows), std::vector<float>(s.rows),
-                   std::vector<float>(s.rows)};
-  };
-  in_parallel(p.batch * p.heads * s.query_blocks, p.threads, scratch,
-              [&](int64_t i, Scratch& t) { query_item_on[s.machine](w, s, p.order[i], from, t); });
-  in_parallel(p.batch * p.groups * s.key_blocks, p.threads, scratch,
-              [&](int64_t i, Scratch& t) { key_item_on[s.machine](w, s, w.order[i], from, t); });
-  return 0;
-} catch (const std::bad_alloc&) {
-  return 1;
-} catch (const std::length_error&) {
-  return 1;
+int sentei_backward(const Backward* backward) {
+  return status_of([&] {
+    const Backward& w = *backward;
+    const Problem& p = w.problem;
+    const Sizes s(p);
+    const int64_t stride[3] = {p.queries * p.heads * p.value_width, p.heads * p.value_width, p.value_width};
+    const Tensor gradient{w.gradient, stride, p.queries, p.heads, p.value_width};
+    const Sources from{{p, keys_of(p), p.key_block, true}, {p, keys_of(p), p.key_block, false},
+                       {p, values_of(p), p.key_block, true}, {p, queries_of(p), p.query_block, true, p.scale * kLog2E},
+                       {p, queries_of(p), p.query_block, false, p.scale}, {p, gradient, p.query_block, false},
+                       {p, gradient, p.query_block, true}};
+    const size_t tile = std::max(p.query_block * s.columns, p.key_block * s.rows);
+    const size_t block = std::max(p.query_block, p.key_block), width = round_up(p.width);
+    const auto scratch = [&] {
+      return Scratch{std::vector<float>(tile), std::vector<float>(tile), std::vector<float>(block * p.width),
+                     std::vector<float>(block * p.value_width), std::vector<float>(block * width),
+                     std::vector<float>(block * s.value_width), std::vector<float>(s.rows), std::vector<float>(s.rows),
+                     std::vector<float>(s.rows)};
+    };
+    in_parallel(p.batch * p.heads * s.query_blocks, p.threads, scratch,
+                [&](int64_t i, Scratch& t) { query_item_on[s.machine](w, s, p.plan.order[i], from, t); });
+    in_parallel(p.batch * p.groups * s.key_blocks, p.threads, scratch,
+                [&](int64_t i, Scratch& t) { key_item_on[s.machine](w, s, w.turned.order[i], from, t); });
+  });
 }
 }

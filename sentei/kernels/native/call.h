@@ -3,11 +3,19 @@
 
 #include <atomic>
 #include <new>
+#include <stdexcept>
 #include <system_error>
 #include <thread>
 #include <vector>
 
 #include "simd.h"
+
+// The tiles to compute: for every item (batch, head, block) the blocks that go with it, full and partial ones apart.
+struct Plan {
+  const int32_t *full_count, *full_ids, *partial_count, *partial_ids;  // [B, P, blocks], [B, P, blocks, slots]
+  const int64_t* order;                                                // items, longest first
+  int64_t heads, full_slots, partial_slots;                            // P = H or G
+};
 
 // Strides are in elements; the last dimension of every tensor is contiguous.
 struct Problem {
@@ -15,11 +23,10 @@ struct Problem {
   float *output, *lse;               // [B, Tq, H, Dv] and [B, Tq, H], contiguous
   float* softmax;  // [2, B, Tq, H]: the largest score (of powers of two) and 1 / Σ 2^(score - largest); 0 without keys
   int64_t query_stride[3], key_stride[3], value_stride[3];
-  const int32_t *full_count, *full_ids, *partial_count, *partial_ids;  // [B, P, QB], [B, P, QB, slots]; P = H or G
-  const int64_t* lengths;                                              // [B, 2] or null
-  const int64_t* order;                                                // [B · H · QB]: items, longest first
-  int64_t batch, queries, keys, heads, groups, plan_heads, width, value_width;
-  int64_t query_block, key_block, full_slots, partial_slots, causal, threads;
+  Plan plan;               // of query blocks
+  const int64_t* lengths;  // [B, 2] or null
+  int64_t batch, queries, keys, heads, groups, width, value_width;
+  int64_t query_block, key_block, causal, threads;
   int64_t first, stride;  // the estimate's rows of a query block
   int64_t machine;        // the instruction set, -1 for the best
   float scale;
@@ -28,8 +35,9 @@ struct Problem {
 
 namespace {
 
-// Hands out 0 … count - 1, in order, to `threads` threads, or to fewer where the system gives no more: work(i, scratch),
-// with a scratch of each thread's own from make(). Throws bad_alloc when any of them ran out of memory, after all ended.
+// Hands out 0 … count - 1, in order, to `threads` threads, or to fewer where the system gives no more:
+// work(i, scratch), with a scratch of each thread's own from make(). Throws bad_alloc when any of them ran out of
+// memory, after all have ended.
 template <class Make, class Work>
 void in_parallel(int64_t count, int64_t threads, Make make, Work work) {
   std::atomic<int64_t> next{0};
@@ -51,6 +59,19 @@ void in_parallel(int64_t count, int64_t threads, Make make, Work work) {
   run();
   for (auto& other : others) other.join();
   if (failed) throw std::bad_alloc();
+}
+
+// 0, or 1 when memory ran out in work().
+template <class Work>
+int status_of(Work work) {
+  try {
+    work();
+    return 0;
+  } catch (const std::bad_alloc&) {
+    return 1;
+  } catch (const std::length_error&) {
+    return 1;
+  }
 }
 
 struct Sizes {
@@ -104,6 +125,39 @@ class Blocks {
 INLINE Tensor queries_of(const Problem& p) { return {p.query, p.query_stride, p.queries, p.heads, p.width}; }
 INLINE Tensor keys_of(const Problem& p) { return {p.key, p.key_stride, p.keys, p.groups, p.width}; }
 INLINE Tensor values_of(const Problem& p) { return {p.value, p.value_stride, p.keys, p.groups, p.value_width}; }
+
+// An item of the queries; they are numbered (batch, head, query block), the last fastest.
+struct Item {
+  INLINE Item(const Problem& p, const Sizes& s, int64_t number)
+      : block(number % s.query_blocks), row(number / s.query_blocks), h(row % p.heads), b(row / p.heads),
+        group(b * p.groups + h / (p.heads / p.groups)), first(block * p.query_block) {}
+  int64_t block, row, h, b, group, first;
+};
+
+// What a plan keeps for block `block` of `blocks`, partial ones first.
+struct Kept {
+  INLINE Kept(const Problem& p, const Plan& plan, int64_t b, int64_t h, int64_t block, int64_t blocks)
+      : plan(plan), place((b * plan.heads + h * plan.heads / p.heads) * blocks + block),
+        partial(plan.partial_count[place]), count(partial + plan.full_count[place]) {}
+  INLINE bool is_partial(int32_t slot) const { return slot < partial; }
+  INLINE int64_t block(int32_t slot) const {
+    return is_partial(slot) ? plan.partial_ids[place * plan.partial_slots + slot]
+                            : plan.full_ids[place * plan.full_slots + slot - partial];
+  }
+  const Plan& plan;
+  int64_t place;
+  int32_t partial, count;
+};
+
+// Query rows first, first + step, … of one head, times what makes scores powers of two; zeros beyond the end.
+INLINE void load_queries(const Problem& p, int64_t row, int64_t first, int rows, int step, float* to) {
+  const Tensor query = queries_of(p);
+  for (int r = 0; r < rows; ++r) {
+    const int64_t i = first + int64_t(r) * step;
+    for (int64_t d = 0; d < p.width; ++d)
+      to[r * p.width + d] = i < p.queries ? query.at(row, i)[d] * (p.scale * kLog2E) : 0.0f;
+  }
+}
 
 // The permitted keys of a query in a block, counted from the block's first: from `first` to before `end`.
 struct Seen {

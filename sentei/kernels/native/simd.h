@@ -1,5 +1,5 @@
-// Arithmetic on short vectors of floats, for any instruction set: the vectors are the compiler's own, of a length that is
-// a template's argument, and `ON_EVERY_MACHINE` compiles a function for each set this library is made for.
+// Arithmetic on short vectors of floats, for any instruction set: the vectors are the compiler's own, of a length that
+// is a template's argument, and `ON_EVERY_MACHINE` compiles a function for each set this library is made for.
 #pragma once
 
 #include <algorithm>
@@ -157,22 +157,17 @@ struct Simd {
     return fold(sum, [](auto a, auto b) INLINE_LAMBDA { return a + b; });
   }
 
-  // In the backward: scores become weights 2^(score - top) / sum, and the gradients of the weights those of the scores.
-  static INLINE void soften(float* scores, float* gradients, int columns, float top, float inverse, float delta) {
-    for (int j = 0; j < columns; j += L) {
-      const Vec weight = exp2(load(scores + j) - top) * inverse;
-      store(scores + j, weight);
-      store(gradients + j, weight * (load(gradients + j) - delta));
-    }
-  }
+  // One number for all columns, or one a column.
+  static INLINE Vec at(float number, int) { return Vec{} + number; }
+  static INLINE Vec at(const float* numbers, int j) { return load(numbers + j); }
 
-  // The same where a column is a query.
-  static INLINE void soften(float* scores, float* gradients, int columns, const float* top, const float* inverse,
-                            const float* delta) {
+  // In the backward: scores become weights 2^(score - top) / sum, and the gradients of the weights those of the scores.
+  template <class Numbers>
+  static INLINE void soften(float* scores, float* gradients, int columns, Numbers top, Numbers inverse, Numbers delta) {
     for (int j = 0; j < columns; j += L) {
-      const Vec weight = exp2(load(scores + j) - load(top + j)) * load(inverse + j);
+      const Vec weight = exp2(load(scores + j) - at(top, j)) * at(inverse, j);
       store(scores + j, weight);
-      store(gradients + j, weight * (load(gradients + j) - load(delta + j)));
+      store(gradients + j, weight * (load(gradients + j) - at(delta, j)));
     }
   }
 };
