@@ -57,7 +57,7 @@ def test_so_are_they_for_drawn_cases(case, machine):
 @needs_library
 def test_a_forgotten_scale_is_seen():
     with pytest.raises(AssertionError, match="error"):
-        check(lambda *tensors, scale, return_lse=False: fused_cpp.attend(*tensors, scale=1.0, return_lse=return_lse),
+        check(lambda *tensors, scale, **rest: fused_cpp.attend(*tensors, scale=1.0, **rest),
               CASES[0], torch.float32)
 
 
@@ -81,7 +81,7 @@ def test_it_is_a_proper_op_of_torch(case):
     grid, tiles = case.grid(), case.tiles()
     tensors = [tensor.requires_grad_() for tensor in case.tensors(torch.float32)]
     plan = [tiles.full_count, tiles.full_ids, tiles.partial_count, tiles.partial_ids]
-    arguments = *tensors, plan, grid.lengths, [*case.tile, int(grid.causal)], 0.3
+    arguments = *tensors, plan, grid.lengths, [*case.tile, int(grid.causal), 0], 0.3, 0.0
     torch.library.opcheck(torch.ops.sentei.attend.default, arguments)
 
 
@@ -211,7 +211,7 @@ def test_a_plan_that_names_other_tiles_is_refused(ids):
     none = torch.zeros(1, 2, 3, dtype=torch.int32), torch.zeros(1, 2, 3, 0, dtype=torch.int32)
     tiles = Tiles(grid=CASES[0].grid(), full_count=count, partial_count=none[0], partial_ids=none[1],
                   full_ids=torch.tensor(ids, dtype=torch.int32).expand(1, 2, 3, 1))
-    with pytest.raises(ShapeError, match="attend: expected 4 blocks, -1 beyond the count"):
+    with pytest.raises(ShapeError, match="attend: expected ascending ids of 4 blocks, -1 beyond the count"):
         fused_cpp.attend(query, key, value, tiles, scale=0.3)
 
 
@@ -232,7 +232,7 @@ def test_memory_that_cannot_be_had_is_an_error_and_no_crash():
 def test_tensors_without_memory_get_shapes_and_no_pointers():
     case = LARGER[0]
     tensors, grid, tiles = case.tensors(torch.float32), case.grid(), case.tiles()
-    torch.library.opcheck(torch.ops.sentei.shares.default, (*tensors[:2], None, [64, 64, 1], [4, 8], 0.3))
+    torch.library.opcheck(torch.ops.sentei.shares.default, (*tensors[:2], None, [64, 64, 1, 0], [4, 8], 0.3))
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         query, key, value = (mode.from_tensor(tensor) for tensor in tensors)
         shares, output = estimate(Sampled(8), query, key, grid, 0.3), attend(query, key, value, tiles)

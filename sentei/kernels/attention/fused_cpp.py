@@ -1,9 +1,9 @@
 """Attention over chosen tiles on the CPU, in C++: every kept tile once, online softmax, nothing gathered.
 
-fp32; bfloat16 and float16 by conversion. The gradients make the scores again, tile by tile, so that memory stays linear
-in the tokens. Each call is an op of torch (`sentei::attend`, `sentei::attend_backward`, `sentei::shares`), so that
-`torch.compile` keeps it in its graph and tensors without memory never reach it. The instruction set is picked when the
-library is loaded.
+fp32 and bfloat16, float16 by conversion; sums are always fp32. The gradients make the scores again, tile by tile, so
+that memory stays linear in the tokens. Each call is an op of torch (`sentei::attend`, `sentei::attend_backward`,
+`sentei::shares`), so that `torch.compile` keeps it in its graph and tensors without memory never reach it. The
+instruction set is picked when the library is loaded.
 """
 
 import ctypes
@@ -16,14 +16,14 @@ from sentei.kernels import native
 from sentei.kernels.attention.tiles import Grid, Tiles
 
 _LONGS = ("batch", "queries", "keys", "heads", "groups", "width", "value_width", "query_block", "key_block", "causal",
-          "threads", "first", "stride", "machine")
+          "window", "threads", "first", "stride", "machine", "bfloat16")
 _PLAN = ("full_count", "full_ids", "partial_count", "partial_ids")
 
 
 class _Plan(ctypes.Structure):
     """The struct of native/call.h, field by field."""
 
-    _fields_ = [*((name, ctypes.c_void_p) for name in (*_PLAN, "order")),
+    _fields_ = [*((name, ctypes.c_void_p) for name in _PLAN),
                 *((name, ctypes.c_int64) for name in ("heads", "full_slots", "partial_slots"))]
 
 
@@ -35,7 +35,7 @@ class _Problem(ctypes.Structure):
         *((name, ctypes.c_int64 * 3) for name in ("query_stride", "key_stride", "value_stride")),
         ("plan", _Plan), ("lengths", ctypes.c_void_p),
         *((name, ctypes.c_int64) for name in _LONGS),
-        ("scale", ctypes.c_float), ("shares", ctypes.c_void_p),
+        ("scale", ctypes.c_float), ("softcap", ctypes.c_float), ("shares", ctypes.c_void_p),
     ]
 
 
@@ -45,7 +45,6 @@ class _Backward(ctypes.Structure):
     _fields_ = [
         ("problem", _Problem),
         *((name, ctypes.c_void_p) for name in ("gradient", "delta", "query", "key", "value")),
-        ("turned", _Plan),
     ]
 
 
@@ -56,6 +55,7 @@ def attend(
     tiles: Tiles,
     *,
     scale: float,
+    softcap: float = 0.0,
     return_lse: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """See `sentei.kernels.attention.attend`.
@@ -68,76 +68,78 @@ def attend(
     reason = refusal(query, key, value)
     if reason:
         raise ImplError("fused_cpp", expected="tensors it can take", got=reason, do="use impl='auto'")
-    grid, tiles = tiles.grid, tiles.listed(query.shape[0], key.shape[2], query.device)
-    output, lse, _ = torch.ops.sentei.attend(query, key, value, [getattr(tiles, name) for name in _PLAN], grid.lengths,
-                                             _sizes(grid), scale)
+    plan = [] if tiles.is_everything else [getattr(tiles, name) for name in _PLAN]
+    output, lse, _ = torch.ops.sentei.attend(query, key, value, plan, tiles.grid.lengths, _sizes(tiles.grid), scale,
+                                             softcap)
     return (output, lse) if return_lse else output
 
 
 def _forward(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, plan: list[torch.Tensor],
-             lengths: torch.Tensor | None, sizes: list[int],
-             scale: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+             lengths: torch.Tensor | None, sizes: list[int], scale: float,
+             softcap: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The op `sentei::attend`: output, lse, and what the gradients need of the softmax.
 
     That is float32 [2, B, Tq, H]: the largest score, in powers of two, and 1 ÷ the sum.
 
     Args:
-        plan: full counts and ids, partial counts and ids, as `Tiles` has them.
+        plan: full counts and ids, partial counts and ids, as `Tiles` has them; empty for everything.
         lengths: the grid's.
-        sizes: query block, key block, and 1 for causal.
+        sizes: query block, key block, 1 for causal, and the window or 0.
     """
     grid = _grid(query, key, lengths, sizes)
+    grid.check("attend", query, key, value)
     output, lse, softmax = _results(query, value)
     if lse.numel():
-        values = _rows(value)
-        problem, held = _problem(query, key, grid, scale)
-        problem.plan, listed = _plan(plan, grid.num_key_blocks, query.shape[2])
-        _set_value(problem, values)
-        problem.output, problem.lse, problem.softmax = (tensor.data_ptr() for tensor in (output, lse, softmax))
-        _finish(native.load().sentei_attend(ctypes.byref(problem)))
-        del held, listed
-    return output.to(query.dtype), lse, softmax
+        query, key, value = (_rows(tensor) for tensor in (query, key, value))
+        written = output if output.dtype == query.dtype else torch.empty_like(output, dtype=query.dtype)
+        problem = _problem(query, key, grid, scale, softcap)
+        _set_plan(problem, plan, grid)
+        _set_value(problem, value)
+        problem.output, problem.lse, problem.softmax = (tensor.data_ptr() for tensor in (written, lse, softmax))
+        _finish(native.load().sentei_attend(ctypes.byref(problem)), grid)
+        output = written.to(output.dtype)
+    return output, lse, softmax
 
 
-def _forward_shapes(query, key, value, plan, lengths, sizes, scale):
-    output, lse, softmax = _results(query, value)
-    return output.to(query.dtype), lse, softmax
+def _forward_shapes(query, key, value, plan, lengths, sizes, scale, softcap):
+    return _results(query, value)
 
 
 def _backward(given: list[torch.Tensor], plan: list[torch.Tensor], lengths: torch.Tensor | None, sizes: list[int],
-              scale: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+              scale: float, softcap: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The op `sentei::attend_backward`: the gradients of query, key and value.
 
     Args:
         given: query, key, value, the softmax of `_forward`, the output's gradient, and delta [B, Tq, H]: its product
             with the output, less the gradient of the lse.
-        plan, lengths, sizes, scale: as in `_forward`.
+        plan, lengths, sizes, scale, softcap: as in `_forward`.
     """
     query, key, value, softmax, gradient, delta = (_rows(tensor) for tensor in given)
     grid = _grid(query, key, lengths, sizes)
+    grid.check("attend_backward", query, key, value)
+    shapes = (2, *query.shape[:3]), (*query.shape[:3], value.shape[3]), query.shape[:3]
+    if tuple(tensor.shape for tensor in (softmax, gradient, delta)) != shapes:
+        raise ShapeError("attend_backward", expected=f"softmax, gradient and delta {shapes}",
+                         got=str([list(tensor.shape) for tensor in (softmax, gradient, delta)]),
+                         do="differentiate attend with torch.autograd")
     gradients = [torch.zeros(tensor.shape, dtype=torch.float32, device="cpu") for tensor in (query, key, value)]
     if query.numel() and key.numel() and gradient.numel():
-        backward = _Backward()
-        backward.problem, held = _problem(query, key, grid, scale)
-        backward.problem.plan, listed = _plan(plan, grid.num_key_blocks, query.shape[2])
-        turned = Tiles(grid=grid, **dict(zip(_PLAN, plan, strict=True))).by_key()
-        backward.turned, turned = _plan(turned, grid.num_query_blocks, key.shape[2])
-        _set_value(backward.problem, value)
-        softmax, gradient, delta = softmax.contiguous(), gradient.contiguous(), delta.contiguous()
-        backward.problem.softmax, backward.gradient, backward.delta = (
-            tensor.data_ptr() for tensor in (softmax, gradient, delta))
-        backward.query, backward.key, backward.value = (tensor.data_ptr() for tensor in gradients)
-        _finish(native.load().sentei_backward(ctypes.byref(backward)))
-        del held, listed, turned
+        problem = _problem(query, key, grid, scale, softcap)
+        _set_plan(problem, plan, grid)
+        _set_value(problem, value)
+        softmax, gradient, delta = (tensor.float().contiguous() for tensor in (softmax, gradient, delta))
+        problem.softmax = softmax.data_ptr()
+        backward = _Backward(problem, *(tensor.data_ptr() for tensor in (gradient, delta, *gradients)))
+        _finish(native.load().sentei_backward(ctypes.byref(backward)), grid)
     return tuple(found.to(tensor.dtype) for found, tensor in zip(gradients, given, strict=False))
 
 
-def _backward_shapes(given, plan, lengths, sizes, scale):
+def _backward_shapes(given, plan, lengths, sizes, scale, softcap):
     return tuple(torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device) for tensor in given[:3])
 
 
 def _save(ctx, inputs, output):
-    query, key, value, plan, lengths, ctx.sizes, ctx.scale = inputs
+    query, key, value, plan, lengths, ctx.sizes, ctx.scale, ctx.softcap = inputs
     ctx.save_for_backward(query, key, value, *output, lengths, *plan)
 
 
@@ -145,19 +147,20 @@ def _differentiate(ctx, gradient, lse_gradient, _):
     query, key, value, output, _, softmax, lengths, *plan = ctx.saved_tensors
     delta = (gradient.float() * output.float()).sum(-1) - lse_gradient
     given = [query, key, value, softmax, gradient, delta]
-    gradients = torch.ops.sentei.attend_backward(given, plan, lengths, ctx.sizes, ctx.scale)
-    return *gradients, [None] * len(plan), None, None, None
+    gradients = torch.ops.sentei.attend_backward(given, plan, lengths, ctx.sizes, ctx.scale, ctx.softcap)
+    return *gradients, [None] * len(plan), None, None, None, None
 
 
 def _shares(query: torch.Tensor, key: torch.Tensor, lengths: torch.Tensor | None, sizes: list[int], rows: list[int],
             scale: float) -> torch.Tensor:
     """The op `sentei::shares`; `rows` are `first` and `stride` of `shares`."""
     grid = _grid(query, key, lengths, sizes)
+    grid.check("shares", query, key, key)
     found = _shares_shape(query, key, lengths, sizes, rows, scale)
-    problem, held = _problem(query, key, grid, scale)
+    query, key = _rows(query), _rows(key)
+    problem = _problem(query, key, grid, scale, 0.0)
     problem.first, problem.stride, problem.shares = *rows, found.data_ptr()
-    _finish(native.load().sentei_shares(ctypes.byref(problem)))
-    del held
+    _finish(native.load().sentei_shares(ctypes.byref(problem)), grid)
     return found
 
 
@@ -173,9 +176,9 @@ def _refuse_twice(ctx, *gradients):
 
 
 _OPS = torch.library.Library("sentei", "FRAGMENT")
-_OPS.define("attend(Tensor query, Tensor key, Tensor value, Tensor[] plan, Tensor? lengths, int[] sizes, float scale)"
-            " -> (Tensor, Tensor, Tensor)")
-_OPS.define("attend_backward(Tensor[] given, Tensor[] plan, Tensor? lengths, int[] sizes, float scale)"
+_OPS.define("attend(Tensor query, Tensor key, Tensor value, Tensor[] plan, Tensor? lengths, int[] sizes, float scale,"
+            " float softcap) -> (Tensor, Tensor, Tensor)")
+_OPS.define("attend_backward(Tensor[] given, Tensor[] plan, Tensor? lengths, int[] sizes, float scale, float softcap)"
             " -> (Tensor, Tensor, Tensor)")
 _OPS.define("shares(Tensor query, Tensor key, Tensor? lengths, int[] sizes, int[] rows, float scale) -> Tensor")
 _OPS.impl("attend", _forward, "CPU")
@@ -218,69 +221,70 @@ def refusal(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> str:
     return ""
 
 
-def _problem(query: torch.Tensor, key: torch.Tensor, grid: Grid, scale: float) -> tuple[_Problem, tuple]:
-    """What both calls share, and the tensors that must outlive the call."""
-    query, key = _rows(query), _rows(key)
+def _problem(query: torch.Tensor, key: torch.Tensor, grid: Grid, scale: float, softcap: float) -> _Problem:
+    """What all calls share. It holds the tensors whose memory it names."""
     lengths = None if grid.lengths is None else grid.lengths.contiguous()
     problem = _Problem(
         query=query.data_ptr(), key=key.data_ptr(), lengths=None if lengths is None else lengths.data_ptr(),
         query_stride=(ctypes.c_int64 * 3)(*query.stride()[:3]), key_stride=(ctypes.c_int64 * 3)(*key.stride()[:3]),
         batch=query.shape[0], queries=grid.num_queries, keys=grid.num_keys, heads=query.shape[2], groups=key.shape[2],
         width=query.shape[3], query_block=grid.query_block, key_block=grid.key_block, causal=int(grid.causal),
-        threads=torch.get_num_threads(), machine=native.MACHINE, scale=scale)
-    return problem, (query, key, lengths)
-
-
-def _grid(query: torch.Tensor, key: torch.Tensor, lengths: torch.Tensor | None, sizes: list[int]) -> Grid:
-    """The grid that `_forward` was given in parts."""
-    return Grid(num_queries=query.shape[1], num_keys=key.shape[1], query_block=sizes[0], key_block=sizes[1],
-                causal=bool(sizes[2]), lengths=lengths)
-
-
-def _sizes(grid: Grid) -> list[int]:
-    """The part of a grid that tensors do not tell."""
-    return [grid.query_block, grid.key_block, int(grid.causal)]
-
-
-def _results(query: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Float32 output, lse and softmax of `_forward`, to be filled."""
-    shape = query.shape[:3]
-    return tuple(query.new_empty(size, dtype=torch.float32) for size in ((*shape, value.shape[3]), shape, (2, *shape)))
-
-
-def _plan(plan: list[torch.Tensor], blocks: int, heads: int) -> tuple[_Plan, tuple[torch.Tensor, ...]]:
-    """The plan that names some of `blocks`, with the order of its items, and the tensors that must outlive the call.
-
-    Args:
-        heads: for which the items are listed, H or G.
-    """
-    for count, ids in (plan[:2], plan[2:]):
-        filled = torch.arange(ids.shape[-1], device=ids.device) < count[..., None]
-        if not torch.equal(ids >= 0, filled) or bool((ids >= blocks).any()):
-            raise ShapeError("attend", expected=f"{blocks} blocks, -1 beyond the count",
-                             got="a plan that names others", do="build plans with Tiles.from_mask")
-    plan = [tensor.contiguous() for tensor in plan]
-    kept, plan_heads = plan[0] + plan[2], plan[0].shape[1]
-    kept = kept.repeat_interleave(heads // plan_heads, 1) if heads >= plan_heads else kept.unflatten(
-        1, (heads, -1)).sum(2)
-    order = torch.argsort(kept.flatten(), descending=True)
-    held = *plan, order
-    return _Plan(*(tensor.data_ptr() for tensor in held), plan_heads, plan[1].shape[-1], plan[3].shape[-1]), held
+        window=grid.window or 0, threads=torch.get_num_threads(), machine=native.MACHINE,
+        bfloat16=int(query.dtype == torch.bfloat16), scale=scale, softcap=softcap)
+    problem.held = [query, key, lengths]
+    return problem
 
 
 def _set_value(problem: _Problem, value: torch.Tensor) -> None:
     """Enters the value [B, Tk, G, Dv]."""
     problem.value, problem.value_width = value.data_ptr(), value.shape[3]
     problem.value_stride = (ctypes.c_int64 * 3)(*value.stride()[:3])
+    problem.held.append(value)
+
+
+def _set_plan(problem: _Problem, plan: list[torch.Tensor], grid: Grid) -> None:
+    """Enters the lists of a plan; without any it is everything that is permitted."""
+    if not plan:
+        return
+    tiles = Tiles(grid=grid, **dict(zip(_PLAN, (part.contiguous() for part in plan), strict=True)))
+    batch, heads, _ = tiles.full_count.shape
+    if batch != problem.batch or heads not in (problem.heads, problem.groups):
+        raise ShapeError("attend", expected=f"tiles of {problem.batch} rows, {problem.heads} or {problem.groups} heads",
+                         got=str(list(tiles.full_count.shape)), do="build the tiles for these tensors")
+    listed = [getattr(tiles, name) for name in _PLAN]
+    problem.plan = _Plan(*(tensor.data_ptr() for tensor in listed), heads, listed[1].shape[-1], listed[3].shape[-1])
+    problem.held.append(listed)
+
+
+def _grid(query: torch.Tensor, key: torch.Tensor, lengths: torch.Tensor | None, sizes: list[int]) -> Grid:
+    """The grid that `_forward` was given in parts."""
+    return Grid(num_queries=query.shape[1], num_keys=key.shape[1], query_block=sizes[0], key_block=sizes[1],
+                causal=bool(sizes[2]), window=sizes[3] or None, lengths=lengths)
+
+
+def _sizes(grid: Grid) -> list[int]:
+    """The part of a grid that tensors do not tell."""
+    return [grid.query_block, grid.key_block, int(grid.causal), grid.window or 0]
+
+
+def _results(query: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Output, lse and softmax of `_forward`, to be filled; float32 but the output."""
+    shape = query.shape[:3]
+    return (query.new_empty(*shape, value.shape[3]), query.new_empty(shape, dtype=torch.float32),
+            query.new_empty(2, *shape, dtype=torch.float32))
 
 
 def _rows(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor in fp32 with contiguous rows, itself where it is that already."""
-    return tensor.float() if tensor.stride(-1) == 1 else tensor.float().contiguous()
+    """The tensor with contiguous rows, float32 unless it is bfloat16; itself where it is that already."""
+    tensor = tensor if tensor.dtype == torch.bfloat16 else tensor.float()
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def _finish(status: int) -> None:
+def _finish(status: int, grid: Grid) -> None:
     """Raises what the native call could not."""
+    if status == native.BAD_PLAN:
+        raise ShapeError("attend", expected=f"ascending ids of {grid.num_key_blocks} blocks, -1 beyond the count",
+                         got="a plan that names others", do="build plans with Tiles.from_mask")
     if status:
         raise ResourceError("attend", expected="memory for a packed copy of keys and values", got="none left",
                             do="use a shorter input, a smaller batch or a machine with more memory")

@@ -25,9 +25,11 @@ class Grid:
         num_queries, num_keys: tokens; the last block of either may be ragged.
         query_block, key_block: tokens a block.
         causal: a query sees no later position.
+        window: how many keys a query sees, up to its own position (a sliding window); None for all. Causal only.
         lengths: int64 [B, 2] or None; the real keys of each row are positions start ≤ j < stop.
     Raises:
-        ShapeError: a size below 0, a block outside 1 … MAX_BLOCK, lengths of another shape or dtype.
+        ShapeError: a size below 0, a block outside 1 … MAX_BLOCK, a window below 1 or without causality, lengths of
+            another shape or dtype.
     """
 
     num_queries: int
@@ -35,6 +37,7 @@ class Grid:
     query_block: int
     key_block: int
     causal: bool = True
+    window: int | None = None
     lengths: torch.Tensor | None = None
 
     def __post_init__(self):
@@ -43,6 +46,9 @@ class Grid:
             raise ShapeError("Grid", expected=f"sizes from 0 and blocks from 1 to {MAX_BLOCK}",
                              got=f"{self.num_queries} queries by {self.query_block}, {self.num_keys} keys by "
                              f"{self.key_block}", do="choose other blocks")
+        if self.window is not None and not (self.causal and self.window >= 1):
+            raise ShapeError("Grid", expected="a causal grid for a window, and at least 1 key in it",
+                             got=f"causal {self.causal}, window {self.window}", do="leave the window out")
         if self.lengths is not None and (self.lengths.dim() != 2 or self.lengths.shape[1] != 2
                                          or self.lengths.dtype != torch.int64):
             raise ShapeError("Grid", expected="lengths int64 [B, 2]",
@@ -112,23 +118,28 @@ class Grid:
     def permitted(self, device: torch.device) -> torch.Tensor:
         """Bool [B or 1, 1, QB, KB]: tiles that hold at least one permitted pair."""
         start, stop = self.bounds(device)
-        _, query_last = self.query_span(device)
+        query_first, query_last = self.query_span(device)
         key_first, key_last = self.key_span(device)
         lowest = torch.maximum(key_first, start)
-        some_key = (lowest <= key_last) & (lowest < stop)
+        some_key = ((lowest <= key_last) & (lowest < stop)).expand(-1, -1, self.num_query_blocks, -1)
         if not self.causal:
-            return some_key.expand(-1, -1, self.num_query_blocks, -1)
-        return some_key & (lowest <= query_last[:, None])
+            return some_key
+        permitted = some_key & (lowest <= query_last[:, None])
+        if self.window is None:
+            return permitted
+        highest = torch.minimum(torch.minimum(key_last, stop - 1), query_last[:, None])
+        return permitted & (highest > query_first[:, None] - self.window)
 
     def full(self, device: torch.device) -> torch.Tensor:
         """Bool [B or 1, 1, QB, KB]: tiles whose every pair is permitted."""
         start, stop = self.bounds(device)
-        query_first, _ = self.query_span(device)
+        query_first, query_last = self.query_span(device)
         key_first, key_last = self.key_span(device)
-        every_key = (key_first >= start) & (key_last < stop)
+        every_key = ((key_first >= start) & (key_last < stop)).expand(-1, -1, self.num_query_blocks, -1)
         if not self.causal:
-            return every_key.expand(-1, -1, self.num_query_blocks, -1)
-        return every_key & (key_last <= query_first[:, None])
+            return every_key
+        full = every_key & (key_last <= query_first[:, None])
+        return full if self.window is None else full & (key_first > query_last[:, None] - self.window)
 
     def pairs(self, positions: torch.Tensor, key_positions: torch.Tensor, batch: torch.Tensor) -> torch.Tensor:
         """Bool, broadcast of the arguments: may the query at `positions` see the key at `key_positions`?
@@ -140,7 +151,10 @@ class Grid:
         start, stop = (bound.flatten() for bound in self.bounds(positions.device))
         batch = batch if self.lengths is not None else torch.zeros_like(batch)
         seen = (key_positions >= start[batch]) & (key_positions < stop[batch])
-        return seen & (key_positions <= positions) if self.causal else seen
+        if not self.causal:
+            return seen
+        seen = seen & (key_positions <= positions)
+        return seen if self.window is None else seen & (key_positions > positions - self.window)
 
 
 @dataclass(frozen=True, kw_only=True)
