@@ -26,23 +26,30 @@ struct Choice {
 namespace {
 
 constexpr int kLanes = 48;     // rows that an item has at least, where there are so many: keys are then read less often
+constexpr int kMostLanes = 512;  // rows of several heads in an item: its scratch stays in the cache
 constexpr int kUnits = 64;     // products of a row that are held at once
 constexpr int kBadScores = 2;  // of sentei_keep: NaN or plus infinity
 
-// How the work is cut: an item is a batch, a KV head and a run of query blocks; its lanes are [block][head][row].
+// How the work is cut: an item is some heads of a KV group and a run of query blocks; its lanes are [block][head][row].
 struct Cut {
   explicit Cut(const Estimate& e, const Sizes& s)
       : first(e.kind == kExact ? e.problem.first : 0), step(e.kind == kExact ? int(e.problem.stride) : 1),
         fold(e.kind == kFolded ? int(e.problem.stride) : 1), parts(e.kind == kBounds ? 2 : fold),
         units(e.kind == kExact || e.kind == kFolded ? int(e.problem.key_block) / fold : 1),
-        heads(int(e.problem.heads / e.problem.groups)),
         exact_rows(int((e.problem.query_block - first + step - 1) / step)), rows(exact_rows / fold),
+        heads(heads_of(e.problem.heads / e.problem.groups, exact_rows)),
         run(int(std::min<int64_t>(std::max(1, kLanes / (heads * rows)), s.query_blocks))),
         runs((s.query_blocks + run - 1) / run), lanes(int(round_up(run * heads * rows))),
         exact_lanes(int(round_up(run * heads * exact_rows)) + kColumns), tiles(std::max(1, kUnits / units)),
         weight(e.kind == kFolded ? fold : e.kind == kExact ? 1 : e.problem.key_block) {}
+  // Heads of a group that go together: as many as divide them evenly and do not have too many rows.
+  static int heads_of(int64_t group, int64_t rows) {
+    int64_t heads = group;
+    while (heads > 1 && (group % heads || heads * rows > kMostLanes)) --heads;
+    return int(heads);
+  }
   int64_t first;
-  int step, fold, parts, units, heads, exact_rows, rows, run;
+  int step, fold, parts, units, exact_rows, rows, heads, run;
   int64_t runs;
   int lanes, exact_lanes, tiles;
   float weight;  // how many keys a unit stands for
@@ -119,7 +126,8 @@ struct EstimateScratch {
   EstimateScratch(const Problem& p, const Sizes& s, const Cut& cut)
       : query(p.width * cut.exact_lanes),
         columns(cut.parts > 1 ? cut.parts * p.width * cut.lanes : 0),
-        scores(std::max(int64_t(cut.tiles * cut.units) * cut.lanes, p.key_block * cut.exact_lanes)),
+        scores(std::max(cut.tiles * cut.units * int64_t(cut.lanes),
+                        p.key_block * round_up(cut.heads * cut.exact_rows))),
         top(s.key_blocks * cut.lanes), sum(top.size()), exact_top(cut.exact_lanes), exact_sum(cut.exact_lanes) {}
   std::vector<float> query;       // [width][exact lanes]: every row whose exact scores are wanted
   std::vector<float> columns;     // [part][width][lanes]: what `Units` are multiplied with, where that is another
@@ -146,7 +154,7 @@ INLINE void reduce(const float* scores, int line, int units, int lanes, float we
   }
 }
 
-INLINE void load_rows(const Estimate& e, const Cut& cut, int64_t b, int64_t group, int64_t block, EstimateScratch& t) {
+INLINE void load_rows(const Estimate& e, const Cut& cut, int64_t row, int64_t block, EstimateScratch& t) {
   const Problem& p = e.problem;
   const Tensor query = queries_of(p);
   std::fill(t.query.begin(), t.query.end(), 0.0f);
@@ -156,7 +164,7 @@ INLINE void load_rows(const Estimate& e, const Cut& cut, int64_t b, int64_t grou
       for (int64_t r = 0; r < cut.exact_rows; ++r, ++to) {
         const int64_t i = s * p.query_block + cut.first + r * cut.step;
         if (i >= p.queries) continue;
-        const float* from = query.at(b * p.heads + group * cut.heads + h, i);
+        const float* from = query.at(row + h, i);
         for (int64_t d = 0; d < p.width; ++d) to[d * cut.exact_lanes] = from[d] * (p.scale * kLog2E);
       }
   for (int64_t d = 0; d < p.width && cut.parts > 1; ++d)
@@ -200,7 +208,8 @@ template <int L>
 INLINE void edge_tile(const Estimate& e, const Cut& cut, int64_t b, int64_t group, int64_t block, int at, int64_t tile,
                       EstimateScratch& t) {
   const Problem& p = e.problem;
-  const int rows = cut.heads * cut.exact_rows, lanes = int(round_up(rows)), base = int(tile * p.key_block);
+  const int rows = cut.heads * cut.exact_rows, lanes = int(round_up(rows));
+  const int64_t base = tile * p.key_block;
   const int count = int(std::min(p.key_block, p.keys - base));
   const float* keys = p.key + b * p.key_stride[0] + base * p.key_stride[1] + group * p.key_stride[2];
   Simd<L>::product(keys, int(p.key_stride[1]), t.query.data() + at * rows, cut.exact_lanes, t.scores.data(), lanes,
@@ -267,11 +276,12 @@ template <int L>
 INLINE void estimate_item(const Estimate& e, const Sizes& s, const Cut& cut, const std::vector<float>& joined,
                           int64_t number, EstimateScratch& t) {
   const Problem& p = e.problem;
-  const int64_t row = number % (p.batch * p.groups), b = row / p.groups, group = row % p.groups;
-  const int64_t block = (cut.runs - 1 - number / (p.batch * p.groups)) * cut.run;  // the longest first
+  const int64_t sets = p.batch * p.heads / cut.heads, row = number % sets * cut.heads;  // b · heads + the first head
+  const int64_t b = row / p.heads, group = row % p.heads / (p.heads / p.groups);
+  const int64_t block = (cut.runs - 1 - number / sets) * cut.run;  // the longest first
   const int64_t blocks = std::min<int64_t>(cut.run, s.query_blocks - block);
   const Range whole(p, b, block + blocks - 1);
-  load_rows(e, cut, b, group, block, t);
+  load_rows(e, cut, row, block, t);
   full_tiles<L>(e, cut, Units(e, cut, joined, b, group), whole.full_first, whole.full_end, t);
   const int lanes = cut.heads * cut.rows;
   for (int64_t at = 0; at < blocks; ++at) {
@@ -287,7 +297,7 @@ INLINE void estimate_item(const Estimate& e, const Sizes& s, const Cut& cut, con
   for (int64_t at = 0; at < blocks; ++at) {
     const Range range(p, b, block + at);
     for (int64_t h = 0; h < cut.heads; ++h) {
-      float* to = p.shares + ((b * p.heads + group * cut.heads + h) * s.query_blocks + block + at) * s.key_blocks;
+      float* to = p.shares + ((row + h) * s.query_blocks + block + at) * s.key_blocks;
       const float* shares = t.sum.data() + at * lanes + h * cut.rows;
       std::fill_n(to, s.key_blocks, kNone);
       for (int64_t j = range.first; j < range.end; ++j)
@@ -326,6 +336,9 @@ bool choose_item(const Choice& c, int64_t number, ChoiceScratch& t) {
 
 extern "C" {
 
+int sentei_estimate_size() { return int(sizeof(Estimate)); }
+int sentei_choice_size() { return int(sizeof(Choice)); }
+
 // Both return 0, or 1 when memory ran out; what they were to fill is then unfinished.
 int sentei_estimate(const Estimate* estimate) {
   return status_of([&] {
@@ -335,7 +348,7 @@ int sentei_estimate(const Estimate* estimate) {
     const Cut cut(e, s);
     const bool joins = e.kind == kPooled || e.kind == kBounds;
     const std::vector<float> joined = joins ? joined_keys(e) : std::vector<float>();
-    in_parallel(p.batch * p.groups * cut.runs, p.threads, [&] { return EstimateScratch(p, s, cut); },
+    in_parallel(p.batch * p.heads / cut.heads * cut.runs, p.threads, [&] { return EstimateScratch(p, s, cut); },
                 [&](int64_t i, EstimateScratch& t) { estimate_item_on[s.machine](e, s, cut, joined, i, t); });
   });
 }
