@@ -30,6 +30,7 @@ from sentei.kernels.attention.select import (
     Sampled,
     Trailing,
     always_kept,
+    choose,
     estimate,
     estimator_from_json,
     see_values,
@@ -165,17 +166,22 @@ class Connections(Axis):
         return selection.weigh(scores.exp())
 
     def apply(self, selection, query, key, value, lengths=None):
-        tiles, scale = self.tiles(selection, query, key, lengths), self.scale_of(query)
+        return self.attend(self.tiles(selection, query, key, lengths), query, key, value)
+
+    def attend(self, tiles: Tiles, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """Attention over the tiles of a plan, and over what stands for the others where `compensate` says so."""
+        scale = self.scale_of(query)
         if tiles.is_everything or not self.config.compensate:
             return attend(query, key, value, tiles, scale=scale, impl=self.impl)
         kept = attend(query, key, value, tiles, scale=scale, impl=self.impl, return_lse=True)
         return merge(*kept, *attend_dropped(query, key, value, tiles, scale=scale))[0]
 
-    def whole(self, query, key, value, lengths=None):
-        if query.shape[1] > self.config.tile[0]:
-            return None
-        return attend(query, key, value, Tiles(grid=self.grid(query, key, lengths)), scale=self.scale_of(query),
-                      impl=self.impl)
+    def shortcut(self, query, key, value, lengths=None):
+        grid = self.grid(query, key, lengths)
+        if query.shape[1] <= self.config.tile[0]:
+            return self.attend(Tiles(grid=grid), query, key, value)
+        scores, forced = self.score(query, key, value, lengths), self.forced(query, key, value, lengths)
+        return self.attend(choose(self.rule, scores, forced, grid), query, key, value)
 
     def account(self, selection, query, key, value, lengths=None):
         grid = self.grid(query, key, lengths)
@@ -203,10 +209,7 @@ class Connections(Axis):
 
     def tiles(self, selection: Selection, query: torch.Tensor, key: torch.Tensor, lengths=None) -> Tiles:
         """The kernel's plan for a selection; a selection that keeps everything is the dense plan."""
-        grid = self.grid(query, key, lengths)
-        if bool((selection.count() == selection.permitted).all()):
-            return Tiles(grid=grid)
-        return Tiles.from_mask(selection.mask(), grid)
+        return Tiles.from_selection(selection, self.grid(query, key, lengths))
 
     def scale_of(self, query: torch.Tensor) -> float:
         """The factor on the scores."""

@@ -263,3 +263,17 @@ def test_without_lookahead_as_many_rows_have_a_say_as_a_block_has():
 def test_a_choice_that_sees_the_values_of_the_diagonal_block_cannot_be_without_lookahead():
     with pytest.raises(RuleError, match="without_lookahead: expected the criterion 'peak' or 'mass', got 'output'"):
         replace(SMALL, criterion="output").without_lookahead()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("change", [
+    {"rule": Threshold((0.9, 0.5, 0.2, 0.0))}, {"rule": Mass(0.6), "criterion": "mass"}, {"rule": All()},
+    {"share": "group"}, {"criterion": "output"}, {"compensate": True}, {"estimator": Antidiagonal(2)},
+    {"estimator": Trailing(2), "rule": Mass(0.5)}, {"estimator": PageBounds(), "window": 5}], ids=str)
+@pytest.mark.parametrize("lengths", [None, [[3, 24], [0, 17]]], ids=["whole", "padded"])
+def test_the_shortcut_computes_what_the_selection_says(change, dtype, lengths):
+    room, inputs = Connections(replace(SMALL, **change)), [x.to(dtype) for x in qkv(2)]
+    inputs = inputs if lengths is None else [*inputs, torch.tensor(lengths)]
+    with trace(room):
+        expected = room(*inputs)
+    assert torch.equal(room(*inputs), expected)

@@ -1,9 +1,10 @@
 """Attention over chosen tiles on the CPU, in C++: every kept tile once, online softmax, nothing gathered.
 
 fp32 and bfloat16, float16 by conversion; sums are always fp32. The gradients make the scores again, tile by tile, so
-that memory stays linear in the tokens. Each call is an op of torch (`sentei::attend`, `sentei::attend_backward`,
-`sentei::shares`), so that `torch.compile` keeps it in its graph and tensors without memory never reach it. The
-instruction set is picked when the library is loaded.
+that memory stays linear in the tokens. The estimates that choose tiles are here too, and the choice. Each call is an
+op of torch (`sentei::attend`, `sentei::attend_backward`, `sentei::estimate`, `sentei::keep`), so that `torch.compile`
+keeps it in its graph and tensors without memory never reach it. The instruction set is picked when the library is
+loaded.
 """
 
 import ctypes
@@ -12,11 +13,15 @@ import torch
 from torch.autograd.forward_ad import unpack_dual
 
 from sentei.core.errors import ImplError, ResourceError, ShapeError
+from sentei.core.rules import bad_scores
 from sentei.kernels import native
 from sentei.kernels.attention.tiles import Grid, Tiles
 
 _LONGS = ("batch", "queries", "keys", "heads", "groups", "width", "value_width", "query_block", "key_block", "causal",
           "window", "threads", "first", "stride", "machine", "bfloat16")
+ESTIMATES = ("exact", "pooled", "bounds", "folded")  # EstimateKind of native/select.cpp, by number
+NATIVE_RULES = ("All", "TopK", "Mass", "Threshold")  # RuleKind of native/rules.h, by number
+BAD_SCORES = 2  # what sentei_keep returns for them
 _PLAN = ("full_count", "full_ids", "partial_count", "partial_ids")
 
 
@@ -46,6 +51,20 @@ class _Backward(ctypes.Structure):
         ("problem", _Problem),
         *((name, ctypes.c_void_p) for name in ("gradient", "delta", "query", "key", "value")),
     ]
+
+
+class _Estimate(ctypes.Structure):
+    """The struct of native/select.cpp, field by field."""
+
+    _fields_ = [("problem", _Problem), ("kind", ctypes.c_int64), ("square", ctypes.c_int64)]
+
+
+class _Choice(ctypes.Structure):
+    """The struct of native/select.cpp, field by field."""
+
+    _fields_ = [*((name, ctypes.c_void_p) for name in ("scores", "forced", "full", "parameters", *_PLAN)),
+                *((name, ctypes.c_int64) for name in ("batch", "heads", "query_blocks", "key_blocks", "mask_batch",
+                                                      "kind", "threads"))]
 
 
 def attend(
@@ -151,23 +170,52 @@ def _differentiate(ctx, gradient, lse_gradient, _):
     return *gradients, [None] * len(plan), None, None, None, None
 
 
-def _shares(query: torch.Tensor, key: torch.Tensor, lengths: torch.Tensor | None, sizes: list[int], rows: list[int],
-            scale: float) -> torch.Tensor:
-    """The op `sentei::shares`; `rows` are `first` and `stride` of `shares`."""
+def _estimate(query: torch.Tensor, key: torch.Tensor, lengths: torch.Tensor | None, sizes: list[int],
+              rows: list[int], square: bool, scale: float) -> torch.Tensor:
+    """The op `sentei::estimate`; `rows` are kind, first and stride of `estimate`."""
     grid = _grid(query, key, lengths, sizes)
-    grid.check("shares", query, key, key)
-    found = _shares_shape(query, key, lengths, sizes, rows, scale)
-    query, key = _rows(query), _rows(key)
-    problem = _problem(query, key, grid, scale, 0.0)
-    problem.first, problem.stride, problem.shares = *rows, found.data_ptr()
-    _finish(native.load().sentei_shares(ctypes.byref(problem)), grid)
+    grid.check("estimate", query, key, key)
+    found = _estimate_shape(query, key, lengths, sizes, rows, square, scale)
+    if found.numel():
+        problem = _problem(_rows(query.float()), _rows(key.float()), grid, scale, 0.0)
+        kind, problem.first, problem.stride = rows
+        problem.shares = found.data_ptr()
+        _finish(native.load().sentei_estimate(ctypes.byref(_Estimate(problem, kind, square))), grid)
     return found
 
 
-def _shares_shape(query, key, lengths, sizes, rows, scale):
+def _estimate_shape(query, key, lengths, sizes, rows, square, scale):
     grid = _grid(query, key, lengths, sizes)
-    return query.new_empty(2, query.shape[0], query.shape[2], grid.num_query_blocks, grid.num_key_blocks,
+    return query.new_empty(query.shape[0], query.shape[2], grid.num_query_blocks, grid.num_key_blocks,
                            dtype=torch.float32)
+
+
+def _keep(scores: torch.Tensor, forced: torch.Tensor, full: torch.Tensor, rule: str,
+          parameters: list[float]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The op `sentei::keep`: counts and ids of full tiles and of partial ones, every id there is room for.
+
+    Args:
+        scores: float32 [B, P, QB, KB].
+        forced, full: bool [B or 1, 1, QB, KB].
+        rule, parameters: one of NATIVE_RULES, and its parameter for every head.
+    """
+    plan = _keep_shapes(scores, forced, full, rule, parameters)
+    scores, forced, full = (tensor.contiguous() for tensor in (scores, forced, full))
+    batch, heads, query_blocks, key_blocks = scores.shape
+    numbers = torch.tensor(parameters, dtype=torch.float64)
+    choice = _Choice(
+        *(tensor.data_ptr() for tensor in (scores, forced, full, numbers, *plan)), batch, heads, query_blocks,
+        key_blocks, forced.shape[0], NATIVE_RULES.index(rule), torch.get_num_threads())
+    status = native.load().sentei_keep(ctypes.byref(choice))
+    if status == BAD_SCORES:
+        raise bad_scores(rule)
+    _finish(status, None)
+    return plan
+
+
+def _keep_shapes(scores, forced, full, rule, parameters):
+    count, ids = (scores.new_empty(shape, dtype=torch.int32) for shape in (scores.shape[:3], scores.shape))
+    return count, ids, torch.empty_like(count), torch.empty_like(ids)
 
 
 def _refuse_twice(ctx, *gradients):
@@ -180,34 +228,59 @@ _OPS.define("attend(Tensor query, Tensor key, Tensor value, Tensor[] plan, Tenso
             " float softcap) -> (Tensor, Tensor, Tensor)")
 _OPS.define("attend_backward(Tensor[] given, Tensor[] plan, Tensor? lengths, int[] sizes, float scale, float softcap)"
             " -> (Tensor, Tensor, Tensor)")
-_OPS.define("shares(Tensor query, Tensor key, Tensor? lengths, int[] sizes, int[] rows, float scale) -> Tensor")
+_OPS.define("estimate(Tensor query, Tensor key, Tensor? lengths, int[] sizes, int[] rows, bool square, float scale)"
+            " -> Tensor")
+_OPS.define("keep(Tensor scores, Tensor forced, Tensor full, str rule, float[] parameters)"
+            " -> (Tensor, Tensor, Tensor, Tensor)")
 _OPS.impl("attend", _forward, "CPU")
-_OPS.impl("shares", _shares, "CPU")
+_OPS.impl("estimate", _estimate, "CPU")
+_OPS.impl("keep", _keep, "CPU")
 _OPS.impl("attend_backward", _backward, "CPU")
 torch.library.register_fake("sentei::attend", _forward_shapes, lib=_OPS)
 torch.library.register_fake("sentei::attend_backward", _backward_shapes, lib=_OPS)
-torch.library.register_fake("sentei::shares", _shares_shape, lib=_OPS)
+torch.library.register_fake("sentei::estimate", _estimate_shape, lib=_OPS)
+torch.library.register_fake("sentei::keep", _keep_shapes, lib=_OPS)
 torch.library.register_autograd("sentei::attend", _differentiate, setup_context=_save, lib=_OPS)
 torch.library.register_autograd("sentei::attend_backward", _refuse_twice, lib=_OPS)
 
 
-def shares(
-    query: torch.Tensor, key: torch.Tensor, grid: Grid, *, scale: float, first: int, stride: int
+def estimate(
+    query: torch.Tensor, key: torch.Tensor, grid: Grid, *, scale: float, rows: tuple[str, int, int], square: bool
 ) -> torch.Tensor:
-    """The share of every tile over one query row in `stride`, exactly: float32 [2, B, H, QB, KB], mean and mean square.
+    """The log share of every tile, as `select.estimate` defines it: float32 [B, H, QB, KB].
 
     Args:
         query, key: as in `attend`.
-        first, stride: rows first, first + stride, … of each query block.
+        rows: one of ESTIMATES, and of each query block the first row and the stride of those it scores; for "folded"
+            the rows that are folded. Others score every row.
+        square: pool the rows by their root mean square, and not by their mean.
     Raises:
-        ShapeError: a first row that no block has, or a stride below 1.
+        ShapeError: a first row that no block has, a stride below 1, or a fold that does not divide the blocks.
         ResourceError: memory ran out.
-    Cost: 1 / stride of the dense scores, and the exponentials of as many.
+    Cost: 1 / stride of the dense scores and the exponentials of as many, or what the estimator says.
     """
-    if not (0 <= first < grid.query_block and stride >= 1):
-        raise ShapeError("shares", expected=f"a first row below {grid.query_block} and a stride from 1",
+    kind, first, stride = rows
+    folds = kind != "folded" or not (grid.query_block % stride or grid.key_block % stride)
+    if not (0 <= first < grid.query_block and stride >= 1 and folds):
+        raise ShapeError("estimate", expected=f"a first row below {grid.query_block} and a stride that fits",
                          got=f"{first} and {stride}", do="choose rows that a query block has")
-    return torch.ops.sentei.shares(query, key, grid.lengths, _sizes(grid), [first, stride], scale)
+    rows = [ESTIMATES.index(kind), first, stride]
+    return torch.ops.sentei.estimate(query, key, grid.lengths, _sizes(grid), rows, square, scale)
+
+
+def keep(scores: torch.Tensor, forced: torch.Tensor, grid: Grid, *, rule: str, parameters: list[float]) -> Tiles:
+    """The plan of the tiles that a rule keeps, as `core/rules.py` and `Tiles.from_mask` define it.
+
+    Args:
+        scores: float32 [B, H, QB, KB]; -inf where not permitted.
+        forced: bool [B or 1, 1, QB, KB].
+        rule, parameters: one of NATIVE_RULES, and its parameter for every head.
+    Raises:
+        RuleError: NaN or +inf among the scores.
+        ResourceError: memory ran out.
+    """
+    plan = torch.ops.sentei.keep(scores, forced, grid.full(scores.device).expand_as(forced), rule, parameters)
+    return Tiles(grid=grid, **dict(zip(_PLAN, plan, strict=True)))
 
 
 def refusal(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> str:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from sentei.core.errors import ShapeError
+from sentei.core.selection import Selection
 
 # Larger blocks choose nothing, and a kernel's scratch grows with their square.
 MAX_BLOCK = 4096
@@ -205,6 +206,13 @@ class Tiles:
         partial_count, partial_ids = _pack(keep & ~full)
         return cls(grid=grid, full_count=full_count, full_ids=full_ids,
                    partial_count=partial_count, partial_ids=partial_ids)
+
+    @classmethod
+    def from_selection(cls, selection: Selection, grid: Grid) -> "Tiles":
+        """The plan of what a selection over [B, H, QB, KB] keeps; keeping everything is the dense plan."""
+        if bool((selection.count() == selection.permitted).all()):
+            return cls(grid=grid)
+        return cls.from_mask(selection.mask(), grid)
 
     @property
     def is_everything(self) -> bool:

@@ -1,4 +1,4 @@
-// Attention over chosen tiles, and the estimate that chooses them: fp32, one tiled online-softmax path.
+// Attention over chosen tiles: fp32, one tiled online-softmax path.
 #include "call.h"
 
 namespace {
@@ -77,48 +77,6 @@ INLINE void attend_item(const Problem& p, const Sizes& s, int64_t number, const 
 ON_EVERY_MACHINE(attend_item, (const Problem& p, const Sizes& s, int64_t number, const Blocks& keys,
                                const Blocks& values, Scratch& t), (p, s, number, keys, values, t))
 
-// log2 Σ exp of every permitted tile for the sampled rows of an item; then shares, and over the rows their mean and
-// their mean square.
-template <int L>
-INLINE void share_item(const Problem& p, const Sizes& s, int64_t number, const Blocks& keys, Scratch& t) {
-  const Item item(p, s, number);
-  const int step = int(p.stride), rows = int((p.query_block - p.first + step - 1) / step);
-  const int64_t first = item.first + p.first;
-  load_queries(p, item.row, first, rows, step, t.query.data());
-  const int64_t last = p.keys - p.queries + std::min(item.first + p.query_block, p.queries) - 1;
-  const int64_t blocks = p.causal ? std::min(s.key_blocks, last / p.key_block + 1) : s.key_blocks;
-  float* mass = t.output.data();  // [rows][key blocks]
-  for (int64_t j = 0; j < blocks; ++j) {
-    score<L>(p, s, t.query.data(), keys.at(item.group, j), rows, t.scores.data());
-    forbid(p, item.b, first, rows, step, j, t.scores.data(), s.columns);
-    for (int r = 0; r < rows; ++r) {
-      float* row = t.scores.data() + r * s.columns;
-      const float top = Simd<L>::largest(row, s.columns);
-      // A NaN makes the sum one; only where nothing else is in the row must it be looked for.
-      const bool empty = top == kNone && !has_nan(row, s.columns);
-      mass[r * s.key_blocks + j] = empty ? kNone : top + std::log2(Simd<L>::exponentiate(row, s.columns, top));
-    }
-  }
-  float* mean = p.shares + number * s.key_blocks;
-  float* square = mean + p.batch * p.heads * s.query_blocks * s.key_blocks;
-  std::fill(mean, mean + s.key_blocks, 0.0f);
-  std::fill(square, square + s.key_blocks, 0.0f);
-  for (int r = 0; r < rows; ++r) {
-    float* row = mass + r * s.key_blocks;
-    const float top = *std::max_element(row, row + blocks);
-    if (top == kNone && !has_nan(row, int(blocks))) continue;
-    float sum = 0;
-    for (int64_t j = 0; j < blocks; ++j) sum += row[j] = std::exp2(row[j] - top);
-    for (int64_t j = 0; j < blocks; ++j) {
-      const float share = row[j] / sum;
-      mean[j] += share / rows;
-      square[j] += share * share / rows;
-    }
-  }
-}
-ON_EVERY_MACHINE(share_item, (const Problem& p, const Sizes& s, int64_t number, const Blocks& keys, Scratch& t),
-                 (p, s, number, keys, t))
-
 }  // namespace
 
 extern "C" {
@@ -148,22 +106,6 @@ int sentei_attend(const Problem* problem) {
         return Scratch{std::vector<float>(rows * s.width), std::vector<float>(rows * s.columns),
                        std::vector<float>(rows * s.value_width), std::vector<float>(rows), std::vector<float>(rows)};
       }, [&](int64_t i, Scratch& t) { attend_item_on[s.machine](p, s, order[i], keys, values, t); });
-    });
-  });
-}
-
-int sentei_shares(const Problem* problem) {
-  return status_of([&] {
-    const Problem& p = *problem;
-    const Sizes s(p);
-    by_rows(p, 4 * s.key_blocks * int64_t(s.columns) * s.width, [&](int64_t begin, int64_t end) {
-      const Blocks keys(p, keys_of(p), begin, end, p.key_block, true);
-      const int64_t first = begin * s.per_group * s.query_blocks, stop = end * s.per_group * s.query_blocks;
-      const size_t rows = p.query_block;
-      in_parallel(stop - first, p.threads, [&] {
-        return Scratch{std::vector<float>(rows * s.width), std::vector<float>(rows * s.columns),
-                       std::vector<float>(rows * s.key_blocks), {}, {}};
-      }, [&](int64_t i, Scratch& t) { share_item_on[s.machine](p, s, stop - 1 - i, keys, t); });
     });
   });
 }

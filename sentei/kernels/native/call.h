@@ -116,6 +116,11 @@ struct Tensor {
   int64_t tokens, heads, width;
   bool bfloat16;
 
+  // One token's vector where it is float32.
+  INLINE const float* at(int64_t row, int64_t token) const {
+    return static_cast<const float*>(data) + row / heads * stride[0] + token * stride[1] + row % heads * stride[2];
+  }
+
   // One token's vector, times a factor, to every `step`-th place.
   INLINE void read(int64_t row, int64_t token, float* to, int64_t step = 1, float factor = 1.0f) const {
     const int64_t at = row / heads * stride[0] + token * stride[1] + row % heads * stride[2];
@@ -194,21 +199,31 @@ struct Span {
 INLINE Span seen(const Problem& p, int64_t b, int64_t low, int64_t high) {
   const int64_t start = p.lengths ? std::max<int64_t>(p.lengths[2 * b], 0) : 0;
   const int64_t stop = p.lengths ? std::min(p.lengths[2 * b + 1], p.keys) : p.keys;
-  return {p.window ? std::max(start, low - p.window + 1) : start, p.causal ? std::min(stop, high + 1) : stop};
+  return {p.window ? std::max(start, low - p.window + 1) : start,
+          p.causal ? std::max<int64_t>(0, std::min(stop, high + 1)) : stop};
 }
 
-// What a plan keeps of the key blocks for one query block, partial ones first. Which are partial follows from what is
-// permitted, so a list cannot say otherwise.
-struct Kept {
-  INLINE Kept(const Problem& p, const Sizes& s, int64_t b, int64_t h, int64_t block) : plan(p.plan) {
+// The key blocks of which a query block may see some pair, and those of which it may see every pair.
+struct Reach {
+  INLINE Reach(const Problem& p, int64_t b, int64_t block) {
     const int64_t first = p.keys - p.queries + block * p.query_block;
     const int64_t last = first + std::min(p.query_block, p.queries - block * p.query_block) - 1;
     const Span some = seen(p, b, first, last), every = seen(p, b, last, first);
-    const bool any = some.first < some.end;
-    permitted = {any ? some.first / p.key_block : 0, any ? (some.end - 1) / p.key_block + 1 : 0};
-    full = {(std::max<int64_t>(every.first, 0) + p.key_block - 1) / p.key_block,
-            std::max<int64_t>(every.end, 0) / p.key_block};
+    if (some.first >= some.end) return;
+    permitted = {some.first / p.key_block, (some.end - 1) / p.key_block + 1};
+    full = {(every.first + p.key_block - 1) / p.key_block, every.end / p.key_block};
     if (full.first >= full.end) full = {permitted.end, permitted.end};
+  }
+  INLINE bool is_partial(int64_t block) const { return block < full.first || block >= full.end; }
+  INLINE bool has(int64_t block) const { return permitted.first <= block && block < permitted.end; }
+  Span permitted{0, 0}, full{0, 0};
+};
+
+// What a plan keeps of the key blocks for one query block, partial ones first. Which are partial follows from what is
+// permitted, so a list cannot say otherwise.
+struct Kept : Reach {
+  INLINE Kept(const Problem& p, const Sizes& s, int64_t b, int64_t h, int64_t block)
+      : Reach(p, b, block), plan(p.plan) {
     if (plan.full_count) {
       place = (b * plan.heads + h * plan.heads / p.heads) * s.query_blocks + block;
       partial = plan.partial_count[place];
@@ -218,7 +233,6 @@ struct Kept {
       count = int32_t(permitted.end - permitted.first);
     }
   }
-  INLINE bool is_partial(int64_t block) const { return block < full.first || block >= full.end; }
   INLINE int64_t block(int32_t slot) const {
     if (plan.full_count)
       return slot < partial ? plan.partial_ids[place * plan.partial_slots + slot]
@@ -228,7 +242,6 @@ struct Kept {
     return slot < before ? permitted.first + slot : full.end + slot - before;
   }
   const Plan& plan;
-  Span permitted, full;  // of blocks
   int64_t place = 0;
   int32_t partial, count;
 };
