@@ -26,6 +26,7 @@ struct TopKBackward {
 namespace {
 
 constexpr int kQueryBlock = 48, kKeyBlock = 128;  // of the tiles; 48 is whole micro-kernels
+constexpr int kGroup = 32;                        // scores that are held against the threshold at once
 constexpr int kSteps = 24;                        // of a bisection, after which ties are likely
 constexpr int64_t kChunk = 512;                   // keys whose gradients are summed at once: they stay in cache
 constexpr float kInfinite = std::numeric_limits<float>::infinity();
@@ -61,6 +62,7 @@ struct Range {
 
 // A row's candidates, and the scores of what it always keeps.
 struct Row {
+  Range range;
   float *scores, *near;
   int32_t* ids;
   int count;
@@ -74,27 +76,31 @@ struct Pick {
   using Vec = typename S::Vec;
   using Ints = typename S::Ints;
 
-  static INLINE bool any(Ints mask) {
-    uint64_t part[L / 2], all = 0;
-    std::memcpy(part, &mask, sizeof part);
-    for (uint64_t bits : part) all |= bits;
-    return all != 0;
+  // One number from whole numbers, by halves.
+  template <class Join>
+  static INLINE int32_t fold(Ints v, Join join) {
+    if constexpr (L == 4) {
+      int32_t part[4];
+      std::memcpy(part, &v, sizeof part);
+      return join(join(part[0], part[1]), join(part[2], part[3]));
+    } else {
+      typename Simd<L / 2>::Ints low, high;
+      std::memcpy(&low, &v, sizeof low);
+      std::memcpy(&high, reinterpret_cast<const char*>(&v) + sizeof low, sizeof high);
+      return Pick<L / 2>::fold(join(low, high), join);
+    }
   }
 
   static INLINE int at_least(const float* scores, int count, float bound) {
     Ints sum{};
     for (int j = 0; j < count; j += L) sum -= S::load(scores + j) >= bound;
-    int32_t part[L], all = 0;
-    std::memcpy(part, &sum, sizeof part);
-    for (int32_t one : part) all += one;
-    return all;
+    return fold(sum, [](auto a, auto b) INLINE_LAMBDA { return a + b; });
   }
 
   // A number that `wanted` to `most` of the scores reach; NaN where ties allow none, or it is not found soon. The
-  // scores are followed by L minus infinities.
-  static INLINE float between(const float* scores, int count, int wanted, int most) {
-    float low = kInfinite, high = kNone;
-    for (int j = 0; j < count; ++j) low = std::min(low, scores[j]), high = std::max(high, scores[j]);
+  // scores are followed by L minus infinities; `low` is below them all.
+  static INLINE float between(const float* scores, int count, int wanted, int most, float low) {
+    float high = S::largest(scores, count);
     for (int step = 0; step < kSteps; ++step) {
       const float middle = 0.5f * low + 0.5f * high;
       if (!(low < middle && middle < high)) break;
@@ -108,52 +114,77 @@ struct Pick {
   // Cuts the candidates to the best, `wanted` to `most` of them; the order stays, and so ties go to the lower key.
   static INLINE void cut(Row& row, int wanted, int most, float* spare) {
     if (row.count <= most) return;
-    std::fill_n(row.scores + row.count, L, kNone);
-    float bound = between(row.scores, row.count, wanted, most);
-    int equal = row.count;  // how many of those at the bound are kept
-    if (bound != bound) {
-      std::copy_n(row.scores, row.count, spare);
-      std::nth_element(spare, spare + wanted - 1, spare + row.count, [](float a, float b) { return a > b; });
-      bound = spare[wanted - 1];
-      equal = wanted - int(std::count_if(row.scores, row.scores + row.count, [=](float s) { return s > bound; }));
-    }
+    float* scores = row.scores;
+    int32_t* ids = row.ids;
+    const int count = row.count;
+    std::fill_n(scores + count, L, kNone);
+    float low = row.threshold;
+    if (low == kNone) low = *std::min_element(scores, scores + count);
+    float bound = between(scores, count, wanted, most, low);
     int kept = 0;
-    for (int j = 0; j < row.count; ++j) {
-      const float score = row.scores[j];
-      row.scores[kept] = score;
-      row.ids[kept] = row.ids[j];
-      const int tied = (score == bound) & (equal > 0);
-      equal -= tied;
-      kept += (score > bound) | tied;
+    if (bound == bound) {
+      for (int j = 0; j < count; ++j) {
+        const float score = scores[j];
+        scores[kept] = score;
+        ids[kept] = ids[j];
+        kept += score >= bound;
+      }
+    } else {
+      std::copy_n(scores, count, spare);
+      std::nth_element(spare, spare + wanted - 1, spare + count, [](float a, float b) { return a > b; });
+      bound = spare[wanted - 1];
+      int tied = wanted - int(std::count_if(scores, scores + count, [=](float s) { return s > bound; }));
+      for (int j = 0; j < count; ++j) {
+        if (scores[j] < bound || (scores[j] == bound && tied-- <= 0)) continue;
+        scores[kept] = scores[j];
+        ids[kept++] = ids[j];
+      }
     }
     row.count = kept;
     row.threshold = bound;
   }
 
-  // Takes the candidates among the scores from … to - 1 of a tile whose first key is `base`; up to kColumns - 1 numbers
+  // A bit for every one of kGroup scores that is above the threshold or a NaN; `scaled` gets the scores.
+  static INLINE uint32_t above(const float* scores, float scale, float threshold, float* scaled) {
+    Ints bits{}, bit;
+    for (int l = 0; l < L; ++l) bit[l] = int32_t(1u << l);
+#pragma GCC unroll 8
+    for (int j = 0; j < kGroup; j += L) {
+      const Vec part = S::load(scores + j) * scale;
+      S::store(scaled + j, part);
+      bits |= ~(part <= threshold) & (bit << j);
+    }
+    return uint32_t(fold(bits, [](auto a, auto b) INLINE_LAMBDA { return a | b; }));
+  }
+
+  // Takes the candidates among the scores from … to - 1 of a tile whose first key is `base`; up to kGroup - 1 numbers
   // beyond are read.
   static INLINE void scan(Row& row, const float* scores, int from, int to, float scale, int64_t base, int wanted,
                           int room, float* spare) {
-    for (int j = from; j < to; j += kColumns) {
-      float scaled[kColumns];
-      Ints above{};
-      for (int v = 0; v < kColumns; v += L) {
-        const Vec part = S::load(scores + j + v) * scale;
-        S::store(scaled + v, part);
-        above |= ~(part <= row.threshold);  // a NaN too
-      }
-      if (!any(above)) continue;
-      const int columns = std::min(kColumns, to - j);
+    for (int j = from; j < to; j += kGroup) {
+      float scaled[kGroup];
+      const float threshold = row.threshold;
+      uint32_t bits = above(scores + j, scale, threshold, scaled);
+      if (to - j < kGroup) bits &= (1u << (to - j)) - 1;
+      if (!bits) continue;
+      float* list = row.scores;
+      int32_t* ids = row.ids;
       int count = row.count;
-      for (int c = 0; c < columns; ++c) {  // without a branch, which could not be foretold
+      bool broken = false;
+      const auto take = [&](int c) INLINE_LAMBDA {
         const float score = scaled[c] + 0.0f;  // -0 and 0 are a tie
-        row.scores[count] = score;
-        row.ids[count] = int32_t(base + j + c);
-        count += score > row.threshold;
-        row.broken |= !(score < kInfinite);
-      }
+        list[count] = score;
+        ids[count] = int32_t(base + j + c);
+        count += score > threshold;
+        broken |= !(score < kInfinite);
+      };
+      if (threshold == kNone)  // as a rule all of them
+        for (int c = 0; c < std::min(kGroup, to - j); ++c) take(c);
+      else
+        for (; bits; bits &= bits - 1) take(__builtin_ctz(bits));
       row.count = count;
-      if (count > room - 2 * kColumns) cut(row, wanted, wanted + wanted / 4, spare);
+      row.broken |= broken;
+      if (count > room - 2 * kGroup) cut(row, wanted, wanted + wanted / 4, spare);
     }
   }
 
@@ -173,27 +204,29 @@ struct Pick {
     for (; d < width; ++d) to[d] += from[d] * factor;
   }
 
-  // V vectors of Σ weight · row over `count` rows of a tensor.
+  // V vectors of Σ weight · row over `count` rows, `stride` apart.
   template <int V>
-  static INLINE void gather(const Tensor& from, int64_t row, const int32_t* ids, const float* weights, int count,
-                            int64_t d, float* to) {
+  static INLINE void gather(const float* from, int64_t stride, const int32_t* ids, const float* weights, int count,
+                            float* to) {
     Vec sum[V]{};
     for (int c = 0; c < count; ++c) {
-      const float* line = from.at(row, ids[c]) + d;
+      const float* row = from + ids[c] * stride;
 #pragma GCC unroll 8
-      for (int v = 0; v < V; ++v) sum[v] += S::load(line + v * L) * weights[c];
+      for (int v = 0; v < V; ++v) sum[v] += S::load(row + v * L) * weights[c];
     }
-    for (int v = 0; v < V; ++v) S::store(to + d + v * L, sum[v]);
+    for (int v = 0; v < V; ++v) S::store(to + v * L, sum[v]);
   }
 
-  static INLINE void gather_all(const Tensor& from, int64_t row, const int32_t* ids, const float* weights, int count,
+  static INLINE void gather_all(const Tensor& tensor, int64_t row, const int32_t* ids, const float* weights, int count,
                                 float* to) {
+    const float* from = tensor.at(row, 0);
+    const int64_t stride = tensor.stride[1];
     int64_t d = 0;
-    for (; d + 8 * L <= from.width; d += 8 * L) gather<8>(from, row, ids, weights, count, d, to);
-    for (; d + L <= from.width; d += L) gather<1>(from, row, ids, weights, count, d, to);
-    for (; d < from.width; ++d) {
+    for (; d + 8 * L <= tensor.width; d += 8 * L) gather<8>(from + d, stride, ids, weights, count, to + d);
+    for (; d + L <= tensor.width; d += L) gather<1>(from + d, stride, ids, weights, count, to + d);
+    for (; d < tensor.width; ++d) {
       float sum = 0;
-      for (int c = 0; c < count; ++c) sum += from.at(row, ids[c])[d] * weights[c];
+      for (int c = 0; c < count; ++c) sum += from[ids[c] * stride + d] * weights[c];
       to[d] = sum;
     }
   }
@@ -211,21 +244,22 @@ struct Pick {
 
 struct Scratch {
   Scratch(const TopK& t, int room)
-      : query(kQueryBlock * t.width), tile(kQueryBlock * kKeyBlock + kColumns), scores(kQueryBlock * room),
+      : query(kQueryBlock * t.width), tile(kQueryBlock * kKeyBlock + kGroup), scores(kQueryBlock * room),
         near(kQueryBlock * (t.window + 1)), spare(room), weights(t.slots + kColumns), ids(kQueryBlock * room) {}
   std::vector<float> query, tile, scores, near, spare, weights;
   std::vector<int32_t> ids;
+  std::vector<Row> rows;
 };
 
 // How many candidates a row has room for.
 int room_of(const TopK& t) {
-  return int(std::min<int64_t>(std::max<int64_t>(4 * t.best, 64), round_up(t.keys)) + 2 * kColumns);
+  return int(std::min<int64_t>(std::max<int64_t>(4 * t.best, 64), round_up(t.keys)) + 2 * kGroup);
 }
 
 // The weights, the keys in order, the output and the lse of a row whose tiles have all been seen.
 template <int L>
-INLINE void end_row(const TopK& t, const Tensor& values, const Range& range, Row& row, int64_t group, int64_t where,
-                    Scratch& s) {
+INLINE void end_row(const TopK& t, const Tensor& values, Row& row, int64_t group, int64_t where, Scratch& s) {
+  const Range& range = row.range;
   int32_t* ids = t.ids + where * t.slots;
   float *weights = s.weights.data(), *output = t.output + where * t.value_width;
   int count = 0;
@@ -256,13 +290,14 @@ INLINE void topk_item(const TopK& t, const Problem& p, int64_t number, const Blo
   const int64_t b = row / t.heads, h = row % t.heads, group = b * t.groups + h / (t.heads / t.groups);
   const int64_t start = number % blocks * kQueryBlock;
   const int rows = int(std::min<int64_t>(kQueryBlock, t.queries - start)), room = room_of(t);
-  Row state[kQueryBlock];
+  std::vector<Row>& state = s.rows;
+  state.clear();
   int64_t first = t.keys, end = 0;
   for (int r = 0; r < rows; ++r) {
-    state[r] = {s.scores.data() + r * room, s.near.data() + r * (t.window + 1), s.ids.data() + r * room, 0, kNone, 0,
-                false};
-    std::copy_n(queries_of(p).at(row, start + r), t.width, s.query.data() + r * t.width);
     const Range range(t, b, start + r);
+    state.push_back({range, s.scores.data() + r * room, s.near.data() + r * (t.window + 1), s.ids.data() + r * room, 0,
+                     kNone, 0, false});
+    std::copy_n(queries_of(p).at(row, start + r), t.width, s.query.data() + r * t.width);
     first = std::min(first, range.first);
     end = std::max(end, range.end);
   }
@@ -270,7 +305,7 @@ INLINE void topk_item(const TopK& t, const Problem& p, int64_t number, const Blo
     Simd<L>::product(s.query.data(), int(t.width), keys.at(group, base / kKeyBlock), kKeyBlock, s.tile.data(),
                      kKeyBlock, rows, kKeyBlock, int(t.width), false);
     for (int r = 0; r < rows; ++r) {
-      const Range range(t, b, start + r);
+      const Range& range = state[r].range;
       const float* scores = s.tile.data() + r * kKeyBlock;
       if (range.sink && range.first >= base && range.first < base + kKeyBlock)
         state[r].sink = scores[range.first - base] * t.scale;
@@ -282,7 +317,7 @@ INLINE void topk_item(const TopK& t, const Problem& p, int64_t number, const Blo
     }
   }
   for (int r = 0; r < rows; ++r)
-    end_row<L>(t, values_of(p), Range(t, b, start + r), state[r], group, (b * t.queries + start + r) * t.heads + h, s);
+    end_row<L>(t, values_of(p), state[r], group, (b * t.queries + start + r) * t.heads + h, s);
 }
 ON_EVERY_MACHINE(topk_item, (const TopK& t, const Problem& p, int64_t number, const Blocks& keys, Scratch& s),
                  (t, p, number, keys, s))
