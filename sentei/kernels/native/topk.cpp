@@ -253,7 +253,7 @@ struct Scratch {
 
 // How many candidates a row has room for.
 int room_of(const TopK& t) {
-  return int(std::min<int64_t>(std::max<int64_t>(4 * t.best, 64), round_up(t.keys)) + 2 * kGroup);
+  return int(std::min<int64_t>(std::max<int64_t>(2 * t.best, 64), round_up(t.keys)) + 2 * kGroup);
 }
 
 // The weights, the keys in order, the output and the lse of a row whose tiles have all been seen.
@@ -290,6 +290,7 @@ INLINE void topk_item(const TopK& t, const Problem& p, int64_t number, const Blo
   const int64_t b = row / t.heads, h = row % t.heads, group = b * t.groups + h / (t.heads / t.groups);
   const int64_t start = number % blocks * kQueryBlock;
   const int rows = int(std::min<int64_t>(kQueryBlock, t.queries - start)), room = room_of(t);
+  constexpr int panel = Simd<L>::kVectors * L;
   std::vector<Row>& state = s.rows;
   state.clear();
   int64_t first = t.keys, end = 0;
@@ -302,8 +303,9 @@ INLINE void topk_item(const TopK& t, const Problem& p, int64_t number, const Blo
     end = std::max(end, range.end);
   }
   for (int64_t base = first / kKeyBlock * kKeyBlock; base < end; base += kKeyBlock) {
-    Simd<L>::product(s.query.data(), int(t.width), keys.at(group, base / kKeyBlock), kKeyBlock, s.tile.data(),
-                     kKeyBlock, rows, kKeyBlock, int(t.width), false);
+    for (int64_t j = base; j < std::min(base + kKeyBlock, end); j += panel)
+      Simd<L>::product(s.query.data(), int(t.width), keys.at(group, j / panel), panel, s.tile.data() + j - base,
+                       kKeyBlock, rows, panel, int(t.width), false);
     for (int r = 0; r < rows; ++r) {
       const Range& range = state[r].range;
       const float* scores = s.tile.data() + r * kKeyBlock;
@@ -387,7 +389,8 @@ int sentei_topk(const TopK* call) {
   return status_of([&] {
     const TopK& t = *call;
     const Problem p = problem_of(t);
-    const Blocks keys(p, keys_of(p), kKeyBlock, true);
+    // As many as a micro-kernel takes at once, so that it reads what lies together.
+    const Blocks keys(p, keys_of(p), machine_of(t) == 2 ? Simd<16>::kVectors * 16 : kColumns, true);
     const int64_t items = t.batch * t.heads * ((t.queries + kQueryBlock - 1) / kQueryBlock);
     in_parallel(items, t.threads, [&] { return Scratch(t, room_of(t)); },
                 [&](int64_t i, Scratch& s) { topk_item_on[machine_of(t)](t, p, items - 1 - i, keys, s); });

@@ -41,8 +41,9 @@ def attend_topk(
                 kept = [] if broken else _best(scores.tolist(), permitted, first.tolist(), choice.k)
                 ids[b, i, h, :len(kept)] = torch.tensor(kept, dtype=torch.int32)
                 chosen = scale * (keys[kept] @ query[b, i, h])
-                outputs.append(chosen.softmax(0) @ values[kept] if not broken else torch.full_like(values[0], torch.nan))
-                lses.append(chosen.logsumexp(0) if not broken else chosen.new_tensor(torch.nan))
+                output, lse = chosen.softmax(0) @ values[kept], chosen.logsumexp(0)
+                outputs.append(torch.full_like(output, torch.nan) if broken else output)
+                lses.append(torch.full_like(lse, torch.nan) if broken else lse)
     shape = batch, num_queries, heads
     output = torch.stack(outputs).view(*shape, -1) if outputs else value.new_zeros(*shape, value.shape[-1])
     return output.to(dtype), torch.stack(lses).view(shape) if lses else query.new_zeros(shape), ids
