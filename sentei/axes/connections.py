@@ -178,7 +178,7 @@ class Connections(Axis):
         return attend(query, key, value, Tiles(grid=self.grid(query, key, lengths)), scale=self.scale_of(query),
                       impl=self.impl)
 
-    def by_token(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths=None) -> torch.Tensor | None:
+    def by_token(self, query, key, value, lengths=None) -> torch.Tensor | None:
         """The output where each token keeps its own k tokens by exact scores, without a selection; else None.
 
         A NaN among the scores gives NaN, where a selection would raise.
