@@ -21,7 +21,7 @@ from torch import nn
 from sentei.axes.axis import Axis
 from sentei.core.cost import Cost
 from sentei.core.errors import FileError, RuleError, ShapeError
-from sentei.core.rules import MAX_K, All, Capacity, Rule, rule_from_json
+from sentei.core.rules import MAX_K, All, Capacity, Rule, TopK, rule_from_json
 from sentei.core.selection import Selection
 from sentei.kernels.attention import Grid, Tiles, attend, choose_impl, merge
 from sentei.kernels.attention.compensate import attend_dropped
@@ -37,6 +37,7 @@ from sentei.kernels.attention.select import (
     share_in_group,
 )
 from sentei.kernels.attention.tiles import MAX_BLOCK
+from sentei.kernels.topk import Choice, attend_topk
 
 # Rows that share a choice made without lookahead: fewer would starve the kernel, for more the choice would be older.
 ROWS_WITHOUT_LOOKAHEAD = 8
@@ -180,8 +181,29 @@ class Connections(Axis):
         grid = self.grid(query, key, lengths)
         if query.shape[1] <= self.config.tile[0]:
             return self.attend(Tiles(grid=grid), query, key, value)
+        if self.is_by_token:
+            return self.by_token(query, key, value, lengths)
         scores, forced = self.score(query, key, value, lengths), self.forced(query, key, value, lengths)
         return self.attend(choose(self.rule, scores, forced, grid), query, key, value)
+
+
+    @property
+    def is_by_token(self) -> bool:
+        """Whether each token keeps its own k tokens by exact scores: then no score is ever written down."""
+        c = self.config
+        exact = c.tile == (1, 1) and c.criterion != "output" and isinstance(c.estimator, Sampled)
+        return (exact and self.causal and isinstance(c.rule, TopK) and isinstance(c.rule.k, int)
+                and c.share == "head" and not c.compensate)
+
+    def by_token(self, query, key, value, lengths=None) -> torch.Tensor:
+        """The output where `is_by_token`. A NaN among the scores gives NaN, where a selection would raise."""
+        scale, before = self.scale_of(query), slice(0, -1)
+        output, _, _ = attend_topk(query[:, before], key[:, before], value[:, before],
+                                   Choice(self.config.rule.k, self.config.window), lengths=lengths, scale=scale,
+                                   impl=self.impl)
+        last = attend(query[:, -1:], key, value, Tiles(grid=self.grid(query[:, -1:], key, lengths)), scale=scale,
+                      impl=self.impl)
+        return torch.cat([output, last], 1)
 
     def account(self, selection, query, key, value, lengths=None):
         grid = self.grid(query, key, lengths)

@@ -160,6 +160,31 @@ def test_the_scale_reaches_the_kernel_and_the_choice():
     assert sharp < flat
 
 
+TOKENS = Config(rule=TopK(7), tile=(1, 1), window=2, estimator=Sampled(1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("changes", [{}, {"criterion": "mass"}, {"rule": TopK(2)}, {"rule": TopK(0), "window": 0},
+                                     {"rule": TopK(100)}, {"window": 100}, {"estimator": Sampled(8)}], ids=str)
+@pytest.mark.parametrize("lengths", [None, [[0, 24], [7, 24]], [[0, 24], [3, 20]], [[0, 24], [5, 5]]], ids=str)
+def test_tokens_that_keep_tokens_need_no_selection(changes, lengths, dtype):
+    room, inputs = Connections(replace(TOKENS, **changes)), [tensor.to(dtype) for tensor in qkv(2, queries=20)]
+    lengths = None if lengths is None else torch.tensor(lengths)
+    output = room.by_token(*inputs, lengths)
+    torch.testing.assert_close(room(*inputs, lengths), output, rtol=0, atol=0)
+    with trace(room) as records:
+        torch.testing.assert_close(room(*inputs, lengths), output)
+    assert len(records) == 1
+
+
+@pytest.mark.parametrize("changes", [
+    {"tile": (2, 1)}, {"tile": (1, 2)}, {"rule": TopK((1, 2, 3, 4))}, {"rule": Mass(0.5)}, {"estimator": Pooled()},
+    {"criterion": "output"}, {"share": "group"}, {"compensate": True}, {"dense_below": 3}], ids=str)
+def test_every_other_choice_is_made_by_the_rule(changes):
+    assert Connections(replace(TOKENS, **changes)).by_token(*qkv()) is None
+    assert Connections(TOKENS, causal=False).by_token(*qkv()) is None
+
+
 def test_always_kept_is_what_the_room_forces():
     room, inputs = Connections(replace(SMALL, window=3, dense_below=9)), qkv()
     assert torch.equal(room.forced(*inputs), always_kept(room.grid(*inputs[:2], None), inputs[0].device, window=3,

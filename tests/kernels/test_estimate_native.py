@@ -97,7 +97,7 @@ def test_a_nan_is_told_and_what_is_padding_is_not_read(estimator, machine):
 def test_it_is_a_proper_op_of_torch(rows):
     query, key, _ = LARGER[0].tensors(torch.float32)
     numbered = [fused_cpp.ESTIMATES.index(rows[0]), *rows[1:]]
-    torch.library.opcheck(torch.ops.sentei.estimate.default, (query, key, None, [64, 64, 1], numbered, True, 0.3))
+    torch.library.opcheck(torch.ops.sentei.estimate.default, (query, key, None, [64, 64, 1, 0], numbered, True, 0.3))
 
 
 @needs_library

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 import sentei.kernels
-from sentei.kernels import attention, routing
+from sentei.kernels import attention, routing, topk
 
-OPERATIONS = {"attention": (attention.attend, attention.IMPLS), "routing": (routing.route, routing.IMPLS)}
+OPERATIONS = {"attention": (attention.attend, attention.IMPLS), "routing": (routing.route, routing.IMPLS),
+              "topk": (topk.attend_topk, topk.IMPLS)}
 
 
 def differences(door, implementations: dict) -> list[str]:
