@@ -16,7 +16,7 @@ struct Paged {
   const void* bounds;       // [B, G, pages, 2, D], lowest and highest of each whole page, or null
   const int64_t* lengths;   // [B, 2] or null
   float* output;            // [B, R, H, Dv], contiguous
-  float* scores;            // [B, G, R, KB], contiguous
+  float* scores;            // [B, G, R, KB], contiguous; for the task kScoreOnly
   uint8_t* kept;            // [B, G, R, KB], contiguous
   int64_t query_stride[3], key_stride[3], value_stride[3], bounds_stride[4];
   int64_t batch, rows, keys, heads, groups, width, value_width, page, window, causal;
@@ -175,7 +175,7 @@ struct Work {
 };
 
 struct Scratch {
-  std::vector<float> low, high, scores;  // of a page [D], and of a run [P, keys]
+  std::vector<float> low, high, scores, pages;  // of a page [D], of a run [P, keys], and of a row [pages]
   std::vector<uint8_t> forced;
   RuleScratch rule;
 };
@@ -281,17 +281,17 @@ ON_EVERY_MACHINE(score_item, (const Work& w, int64_t choice, float* scores), (w,
 void choose(Work& w, int64_t choice, Scratch& t) {
   const Paged& p = w.p;
   const int64_t b = choice / p.rows / p.groups, row = choice % p.rows;
-  uint8_t* kept = p.kept + choice * w.pages;
   w.count[choice] = 0;
-  if (p.task != kAttendToKept) {
-    float* scores = p.scores + choice * w.pages;
-    score_item_on[w.machine](w, choice, scores);
-    if (p.task == kScoreOnly) return;
+  if (p.task == kScoreOnly) return score_item_on[w.machine](w, choice, p.scores + choice * w.pages);
+  uint8_t* kept = p.kept + choice * w.pages;
+  if (p.task == kChooseAndAttend) {
+    score_item_on[w.machine](w, choice, t.pages.data());
     for (int64_t c = 0; c < w.pages; ++c) {
       const Part part(p, b, row, c);
       t.forced[c] = part.is_first || part.is_near || !part.is_whole(p.page);
     }
-    if (keep(RuleKind(p.rule), p.parameter, scores, t.forced.data(), w.pages, kept, t.rule) < 0) w.is_refused = true;
+    if (keep(RuleKind(p.rule), p.parameter, t.pages.data(), t.forced.data(), w.pages, kept, t.rule) < 0)
+      w.is_refused = true;
   }
   int64_t count = 0;
   for (int64_t c = 0; c < w.pages; ++c)
@@ -437,7 +437,8 @@ int sentei_pages(const Paged* problem) {
     in_parallel(before + (p.task == kScoreOnly ? 0 : w.choices * w.runs), p.threads, [&] {
       const size_t most = std::max(kPagesOfAttention, (w.pages + w.runs - 1) / std::max(w.runs, int64_t(1)));
       return Scratch{std::vector<float>(p.width), std::vector<float>(p.width),
-                     std::vector<float>(w.per_group * most * round_up(p.page)), std::vector<uint8_t>(w.pages), {}};
+                     std::vector<float>(w.per_group * most * round_up(p.page)), std::vector<float>(w.pages),
+                     std::vector<uint8_t>(w.pages), {}};
     }, [&](int64_t i, Scratch& t) { do_item(w, i, t); });
     refused = w.is_refused ? 2 : 0;
   });

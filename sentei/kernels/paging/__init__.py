@@ -11,11 +11,13 @@ A bound is never below the page's true log mass. Reference: Quest, arXiv 2406.10
 
 import torch
 
+from sentei.core.cost import Cost
 from sentei.core.errors import ImplError
+from sentei.core.selection import Selection
 from sentei.kernels.paging import eager, fused_cpp, reference
-from sentei.kernels.paging.pages import PAGE, Pages, bounds_of, check_rule
+from sentei.kernels.paging.pages import PAGE, Pages, bounds_of, can_choose
 
-__all__ = ["IMPLS", "PAGE", "SCORES", "Pages", "attend", "bounds_of", "check_rule", "choose_impl", "score"]
+__all__ = ["IMPLS", "PAGE", "SCORES", "Pages", "attend", "bounds_of", "can_choose", "choose_impl", "cost", "score"]
 
 IMPLS = {"reference": reference.attend, "eager": eager.attend, "fused_cpp": fused_cpp.attend}
 SCORES = {"reference": reference.score, "eager": eager.score, "fused_cpp": fused_cpp.score}
@@ -79,3 +81,13 @@ def choose_impl(impl: str, query: torch.Tensor, key: torch.Tensor, value: torch.
                         do="choose one of these")
     reason = fused_cpp.refusal(query, key, value)
     return ("eager", f"fused_cpp cannot take {reason}") if reason else ("fused_cpp", "the fastest there is")
+
+
+def cost(selection: Selection, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> Cost:
+    """What `attend` costs with a choice; its bytes are those of queries, bounds, and the keys and values kept."""
+    kept, permitted = int(selection.count().sum()), int(selection.permitted.sum())
+    heads, width, both = query.shape[2] // key.shape[2], key.shape[3], key.shape[3] + value.shape[3]
+    read = kept * PAGE * both + permitted * 2 * width
+    return Cost(multiply_adds=kept * PAGE * heads * both, dense_multiply_adds=permitted * PAGE * heads * both,
+                bytes=2 * query.numel() * query.element_size() + read * key.element_size(),
+                choosing=permitted * heads * 2 * width)

@@ -40,8 +40,8 @@ def attend(
         ImplError: `refusal` has a reason.
         ResourceError: memory ran out.
     """
-    output, _, chosen = _run(query, key, value, pages, scale, _CHOOSE if kept is None else _GIVEN, kept)
-    return output, chosen if kept is None else kept
+    output, chosen = _run(query, key, value, pages, scale, _CHOOSE if kept is None else _GIVEN, kept)
+    return output if output.dtype == query.dtype else output.to(query.dtype), chosen if kept is None else kept
 
 
 def refusal(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> str:
@@ -59,7 +59,7 @@ def refusal(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> str:
 
 
 def _run(query, key, value, pages, scale, task, kept):
-    """Output, scores and choice of one call, as far as the task makes them."""
+    """What `_pages` gives, of which a task leaves something empty."""
     reason = refusal(query, key, value)
     if reason:
         raise ImplError("fused_cpp", expected="tensors it can take", got=reason, do="use impl='auto'")
@@ -72,10 +72,10 @@ def _run(query, key, value, pages, scale, task, kept):
 
 def _pages(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bounds: torch.Tensor | None,
            lengths: torch.Tensor | None, kept: torch.Tensor | None, sizes: list[int],
-           numbers: list[float]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The op `sentei::pages`: output [B, R, H, Dv], float32 scores and bool choice [B, G, R, KB].
+           numbers: list[float]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The op `sentei::pages`: float32 output [B, R, H, Dv] and bool choice [B, G, R, KB].
 
-    What the task does not make is unfinished.
+    For the task _SCORE nothing and float32 scores instead, for _GIVEN output and nothing.
 
     Args:
         bounds, lengths: those of the pages.
@@ -85,21 +85,22 @@ def _pages(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bounds: 
     Raises:
         RuleError: a score is NaN or infinite.
     """
-    output, scores, chosen = _results(query, key, value, bounds, lengths, kept, sizes, numbers)
+    output, made = _results(query, key, value, bounds, lengths, kept, sizes, numbers)
     if not (query.numel() and key.numel() and value.numel()):
-        return output.zero_().to(query.dtype), scores.fill_(-torch.inf), chosen.zero_()
+        return output.zero_(), made.fill_(-torch.inf if made.is_floating_point() else False)
+    task, rule, window, causal = sizes
+    batch, num_keys, groups, width = key.shape
     rows = _rows(query if query.dtype == torch.float32 else query.float())
     if key.dtype == torch.float16:
         key, value, bounds = key.float(), value.float(), None if bounds is None else bounds.float()
     key, value, bounds = _rows(key), _rows(value), None if bounds is None else _rows(bounds)
     lengths = None if lengths is None else lengths.contiguous()
-    kept = chosen if kept is None else kept.expand_as(chosen).contiguous()
-    task, rule, window, causal = sizes
-    batch, num_keys, groups, width = key.shape
+    choice = made if kept is None else kept.expand(batch, groups, query.shape[1], -1).contiguous()
     status = native.load().sentei_pages(_PAGED.pack(
         rows.data_ptr(), key.data_ptr(), value.data_ptr(), 0 if bounds is None else bounds.data_ptr(),
-        0 if lengths is None else lengths.data_ptr(), output.data_ptr(), scores.data_ptr(), kept.data_ptr(),
-        *rows.stride()[:3], *key.stride()[:3], *value.stride()[:3], *((0,) * 4 if bounds is None else bounds.stride()[:4]),
+        0 if lengths is None else lengths.data_ptr(), output.data_ptr(), made.data_ptr(), choice.data_ptr(),
+        *rows.stride()[:3], *key.stride()[:3], *value.stride()[:3],
+        *((0, 0, 0, 0) if bounds is None else bounds.stride()[:4]),
         batch, query.shape[1], num_keys, query.shape[2], groups, width, value.shape[3], PAGE, window, causal,
         key.dtype == torch.bfloat16, task, rule, torch.get_num_threads(), native.MACHINE, numbers[1], numbers[0]))
     if status == 2:
@@ -108,20 +109,17 @@ def _pages(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bounds: 
     if status:
         raise ResourceError("paging", expected="memory for the scores of every page", got="none left",
                             do="use a shorter input, a smaller batch or a machine with more memory")
-    return output if output.dtype == query.dtype else output.to(query.dtype), scores, chosen
-
-
-def _pages_shapes(query, key, value, bounds, lengths, kept, sizes, numbers):
-    output, scores, chosen = _results(query, key, value, bounds, lengths, kept, sizes, numbers)
-    return output.to(query.dtype), scores, chosen
+    return output, made
 
 
 def _results(query, key, value, bounds, lengths, kept, sizes, numbers):
-    """Float32 output, scores and choice, to be filled."""
-    batch, rows, heads, _ = query.shape
-    pages = batch, key.shape[2], rows, -(-key.shape[1] // PAGE)
-    return (query.new_empty((batch, rows, heads, value.shape[3]), dtype=torch.float32),
-            query.new_empty(pages, dtype=torch.float32), query.new_empty(pages, dtype=torch.bool))
+    """The two tensors to be filled."""
+    (batch, rows, heads, _), task = query.shape, sizes[0]
+    pages = (batch, key.shape[2], rows, -(-key.shape[1] // PAGE))
+    output = (0,) if task == _SCORE else (batch, rows, heads, value.shape[3])
+    return (torch.empty(output, dtype=torch.float32, device=query.device),
+            torch.empty((0,) if task == _GIVEN else pages, dtype=torch.float32 if task == _SCORE else torch.bool,
+                        device=query.device))
 
 
 def _rows(tensor: torch.Tensor) -> torch.Tensor:
@@ -131,6 +129,6 @@ def _rows(tensor: torch.Tensor) -> torch.Tensor:
 
 _OPS = torch.library.Library("sentei", "FRAGMENT")
 _OPS.define("pages(Tensor query, Tensor key, Tensor value, Tensor? bounds, Tensor? lengths, Tensor? kept, int[] sizes,"
-            " float[] numbers) -> (Tensor, Tensor, Tensor)")
+            " float[] numbers) -> (Tensor, Tensor)")
 _OPS.impl("pages", _pages, "CPU")
-torch.library.register_fake("sentei::pages", _pages_shapes, lib=_OPS)
+torch.library.register_fake("sentei::pages", _results, lib=_OPS)

@@ -54,10 +54,24 @@ class Pages:
 
         The query may have another floating dtype than the key and the value.
         """
-        check_rule("paging", self.rule)
-        self.grid.check("paging", query if query.dtype == key.dtype else query.to(key.dtype), key, value)
-        batch, keys, groups, width = key.shape
-        bounds = self.bounds
+        if not can_choose(self.rule):
+            raise RuleError("paging", expected="All, TopK, Mass or Threshold, of one number",
+                            got=repr(self.rule)[:200], do="choose pages by one of these")
+        # Not by `grid.check`: this runs for every layer of every token.
+        shapes, bounds, lengths = (query.shape, key.shape, value.shape), self.bounds, self.lengths
+        if not all(len(shape) == 4 for shape in shapes) or not (
+                shapes[0][0] == shapes[1][0] == shapes[2][0] and shapes[1][1:3] == shapes[2][1:3]
+                and shapes[0][3] == shapes[1][3] and shapes[1][2] and shapes[0][2] % shapes[1][2] == 0
+                and (self.num_queries, self.num_keys) == (shapes[0][1], shapes[1][1])
+                and key.dtype == value.dtype and query.is_floating_point() and key.is_floating_point()):
+            raise ShapeError("paging", expected=f"query [B, {self.num_queries}, H, D], key [B, {self.num_keys}, G, D], "
+                             f"value [B, {self.num_keys}, G, Dv], G dividing H, of floats, key and value of one dtype",
+                             got=", ".join(f"{x.dtype} {list(x.shape)}" for x in (query, key, value)),
+                             do="bring the heads to dimension 2")
+        batch, keys, groups, width = shapes[1]
+        if lengths is not None and (lengths.shape != (batch, 2) or lengths.dtype != torch.int64):
+            raise ShapeError("paging", expected=f"lengths int64 [{batch}, 2]", do="give one (start, stop) a row",
+                             got=f"{lengths.dtype} {list(lengths.shape)}")
         if bounds is not None and not (
                 bounds.dim() == 5 and bounds.shape[:2] == (batch, groups) and bounds.shape[3:] == (2, width)
                 and bounds.shape[2] >= keys // PAGE and bounds.dtype == key.dtype):
@@ -66,11 +80,10 @@ class Pages:
                              do="give the bounds of this key, or none")
 
 
-def check_rule(where: str, rule: Rule) -> None:
-    """Raises RuleError unless pages can be chosen by the rule: All, TopK, Mass or Threshold, of one number."""
-    if type(rule) not in RULES or any(isinstance(number, tuple) for number in vars(rule).values()):
-        raise RuleError(where, expected="All, TopK, Mass or Threshold, of one number", got=repr(rule)[:200],
-                        do="choose pages by one of these")
+def can_choose(rule: Rule) -> bool:
+    """Whether pages can be chosen by the rule: All, TopK, Mass or Threshold, of one number and not one a head."""
+    name = RULES.get(type(rule), "")
+    return name is None or (name != "" and not isinstance(getattr(rule, name), tuple))
 
 
 def bounds_of(key: torch.Tensor) -> torch.Tensor:

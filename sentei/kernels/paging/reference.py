@@ -10,6 +10,7 @@ import torch
 from sentei.kernels.paging.pages import PAGE, Pages
 
 
+@torch.no_grad()
 def score(query: torch.Tensor, key: torch.Tensor, pages: Pages, *, scale: float) -> torch.Tensor:
     """See `sentei.kernels.paging.score`."""
     (batch, rows, heads, _), groups = query.shape, key.shape[2]
@@ -41,7 +42,7 @@ def attend(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `sentei.kernels.paging.attend`."""
     if kept is None:
-        kept = pages.choose(score(query.detach(), key.detach(), pages, scale=scale))
+        kept = pages.choose(score(query, key, pages, scale=scale))
     (batch, rows, heads, _), groups, dtype = query.shape, key.shape[2], query.dtype
     query, key, value = (tensor.to(torch.promote_types(dtype, torch.float32)) for tensor in (query, key, value))
     output = query.new_zeros(batch, rows, heads, value.shape[3])
