@@ -7,8 +7,8 @@ from setuptools import Extension, setup
 
 setup(ext_modules=[Extension(
     "sentei.kernels.native._native",
-    sources=["sentei/kernels/native/attention.cpp", "sentei/kernels/native/backward.cpp"],
-    depends=["sentei/kernels/native/simd.h", "sentei/kernels/native/call.h"],
+    sources=[f"sentei/kernels/native/{name}.cpp" for name in ("attention", "backward", "decode")],
+    depends=[f"sentei/kernels/native/{name}.h" for name in ("simd", "call", "rules")],
     extra_compile_args=["-O3", "-std=c++17", "-pthread", "-Wno-psabi"],
     extra_link_args=["-pthread"],
     language="c++",
