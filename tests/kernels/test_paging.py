@@ -112,7 +112,8 @@ def check(impl: str, case: Case, dtype: torch.dtype) -> None:
     given_choice = paging.attend(*tensors, pages, scale=SCALE, impl=impl, kept=choice)
     assert torch.equal(given_choice[0], output) and torch.equal(given_choice[1], choice)
     allowed = (by_mask(*tensors, case, kept).double() - exact).abs().max() if exact.numel() else 0
-    floor = torch.finfo(dtype).eps * (1 + tensors[2].double().abs().max())
+    # As for `attend`: it sums in another order than torch, and scales before the product.
+    floor = 4 * torch.finfo(dtype).eps * (1 + tensors[2].double().abs().max())
     error = (output.double() - exact).abs().max() if exact.numel() else 0
     assert error <= 2 * allowed + floor, f"error {error}, eager has {allowed}"
 
