@@ -176,7 +176,7 @@ def by_log_mass(query, key, case):
 
 @every_impl
 def test_first_own_near_and_cut_pages_are_forced(impl):
-    case = Case(rows=3, keys=100, rule=TopK(0), window=20, lengths=((5, 100), (37, 97)))
+    case = Case(rows=3, keys=100, rule=TopK(0), window=20, lengths=((0, 100), (32, 97)))
     kept = paging.attend(*(tensors := case.tensors(torch.float32)), case.pages(tensors[1]), scale=SCALE, impl=impl)[1]
     own = [97, 98, 99]
     for row, position in enumerate(own):
