@@ -54,7 +54,7 @@ class WithMass(Observation):
         query, key, *_ = inputs
         grid = module.grid(query, key, None)
         self.mass.append(estimate(Sampled(1), query, key, grid, module.scale_of(query))[0].exp())
-        self.windows = self.windows or {window: always_kept(grid, query.device, window=window, dense_below=0)[0]
+        self.windows = self.windows or {window: always_kept(grid, query.device, window=window)[0]
                                         for window in range(0, grid.num_keys, grid.key_block)}
 
     def recovered(self, keep: list[torch.Tensor]) -> float:

@@ -31,13 +31,17 @@ class Axis(nn.Module, ABC):
         if output is not None:
             return output
         scores = self.score(*inputs)
-        selection = self.rule(scores, forced=self.forced(*inputs), unit=self.unit)
+        selection = self.select(scores, *inputs)
         selection = self.tap(self.weigh(selection, scores), lambda: self.account(selection, *inputs))
         return self.apply(selection, *inputs)
 
     @abstractmethod
     def score(self, *inputs) -> torch.Tensor:
         """Float [..., Q, C]: the number that chooses; -inf forbids."""
+
+    def select(self, scores: torch.Tensor, *inputs) -> Selection:
+        """What the rule keeps."""
+        return self.rule(scores, forced=self.forced(*inputs), unit=self.unit)
 
     @abstractmethod
     def apply(self, selection: Selection, *inputs) -> torch.Tensor:

@@ -8,7 +8,8 @@
 Soft pruning is the softmax itself; this room makes it hard, block by block (token by token with a tile of 1 × 1).
 A query block shares its choice, so the choice of its first rows has seen its later rows' queries (what that is worth
 `Config.without_lookahead` tells); which keys are *permitted* is never affected. The last query block of a call is
-always whole.
+always whole. Rows that come a few at a time after a cache, a token decoded, have a rule of their own (`Config.decode`),
+over pages of 16 keys and with one choice a row.
 References: Vaswani et al. 2017 (attention); XAttention 2503.16428, FlashPrefill 2603.06199, Quest 2406.10774
 (estimates); Twilight 2502.02770 (mass instead of count).
 """
@@ -23,6 +24,7 @@ from sentei.core.cost import Cost
 from sentei.core.errors import FileError, RuleError, ShapeError
 from sentei.core.rules import MAX_K, All, Capacity, Rule, TopK, rule_from_json
 from sentei.core.selection import Selection
+from sentei.kernels import paging
 from sentei.kernels.attention import Grid, Tiles, attend, choose_impl, merge
 from sentei.kernels.attention.compensate import attend_dropped
 from sentei.kernels.attention.select import (
@@ -33,6 +35,7 @@ from sentei.kernels.attention.select import (
     choose,
     estimate,
     estimator_from_json,
+    near,
     see_values,
     share_in_group,
 )
@@ -54,9 +57,10 @@ class Config:
             the root mean square, which a few rows can raise; "output", the expected change of their output.
         tile: tokens of a query block and of a key block.
         window: tokens before a query block that are always kept.
-        dense_below: query blocks that end before this position keep everything.
         share: one choice a query "head", or one a KV "group".
-        compensate: replace each dropped block by its mean key and value.
+        compensate: replace each dropped block by its mean key and value; not where `decode` drops pages.
+        decode: the rule for rows that come a few at a time after a cache, in calls of one query block or less: pages
+            of 16 keys, one choice a row and KV group (`sentei.kernels.paging`). All is the dense layer.
     """
 
     rule: Rule = field(default_factory=All)
@@ -64,12 +68,12 @@ class Config:
     criterion: str = "peak"
     tile: tuple[int, int] = (64, 64)
     window: int = 128
-    dense_below: int = 0
     share: str = "head"
     compensate: bool = False
+    decode: Rule = field(default_factory=All)
 
     def __post_init__(self):
-        sizes = (*self.tile, self.window, self.dense_below)
+        sizes = (*self.tile, self.window)
         whole = all(type(size) is int and 0 <= size <= MAX_K for size in sizes)
         tiled = whole and len(self.tile) == 2 and all(1 <= size <= MAX_BLOCK for size in self.tile)
         checks = {
@@ -78,9 +82,10 @@ class Config:
                                                            and not isinstance(self.rule, Capacity)),
             "estimator an Estimator": isinstance(self.estimator, Estimator),
             "criterion 'mass', 'peak' or 'output'": self.criterion in ("mass", "peak", "output"),
-            f"tile two sizes from 1 to {MAX_BLOCK}, window and dense_below from 0": tiled,
+            f"tile two sizes from 1 to {MAX_BLOCK}, window from 0": tiled,
             "share 'head' or 'group'": self.share in ("head", "group"),
             "compensate a bool": isinstance(self.compensate, bool),
+            "decode All, TopK, Mass or Threshold, of one number": paging.can_choose(self.decode),
         }
         for expected, holds in checks.items():
             if not holds:
@@ -107,7 +112,7 @@ class Config:
     def to_json(self) -> dict:
         """The configuration as a JSON object."""
         return {**asdict(self), "rule": self.rule.to_json(), "estimator": self.estimator.to_json(),
-                "tile": list(self.tile)}
+                "tile": list(self.tile), "decode": self.decode.to_json()}
 
     @classmethod
     def from_json(cls, value: dict) -> "Config":
@@ -117,7 +122,7 @@ class Config:
                             got=repr(value)[:200], do="write plans with sentei")
         tile = value["tile"]
         parts = {"rule": rule_from_json(value["rule"]), "estimator": estimator_from_json(value["estimator"]),
-                 "tile": tuple(tile) if isinstance(tile, list) else (0, 0)}
+                 "tile": tuple(tile) if isinstance(tile, list) else (0, 0), "decode": rule_from_json(value["decode"])}
         try:
             return cls(**{**value, **parts})
         except RuleError as error:
@@ -129,7 +134,8 @@ class Connections(Axis):
     """Attention that computes only the tiles its rule keeps. It has no parameters.
 
     Inputs: query [B, Tq, H, D], key [B, Tk, G, D], value [B, Tk, G, Dv] and optionally lengths int64 [B, 2] (start
-    and stop of the real keys); returns [B, Tq, H, Dv]. Gradients flow through what is kept, not through the choice.
+    and stop of the real keys) and the bounds of the key's pages (see `paging.Pages`; made when missing); returns
+    [B, Tq, H, Dv]. Gradients flow through what is kept, not through the choice.
 
     Args:
         config: how to choose.
@@ -145,7 +151,10 @@ class Connections(Axis):
         self.scale = scale
         self.impl = impl
 
-    def score(self, query, key, value, lengths=None):
+    def score(self, query, key, value, lengths=None, bounds=None):
+        if self.reads_pages(query.shape[1]):
+            return paging.score(query, key, self.pages(query, key, lengths, bounds), scale=self.scale_of(query),
+                                impl=self.impl)
         grid, groups = self.grid(query, key, lengths), key.shape[2]
         grid.check("connections", query, key, value)
         heads = groups if self.config.share == "group" else query.shape[2]
@@ -159,14 +168,24 @@ class Connections(Axis):
             scores = see_values(scores, value, grid)
         return share_in_group(scores, groups) if self.config.share == "group" else scores
 
-    def forced(self, query, key, value, lengths=None):
-        return always_kept(self.grid(query, key, lengths), query.device, window=self.config.window,
-                           dense_below=self.config.dense_below)
+    def forced(self, query, key, value, lengths=None, bounds=None):
+        if self.reads_pages(query.shape[1]):
+            return near(self.pages(query, key, lengths).grid, query.device, window=self.config.window)
+        return always_kept(self.grid(query, key, lengths), query.device, window=self.config.window)
+
+    def select(self, scores, query, key, value, lengths=None, bounds=None):
+        if not self.reads_pages(query.shape[1]):
+            return super().select(scores, query, key, value, lengths)
+        # By the kernel: its rules and ours could part where two sums differ in their last bit.
+        kept = self.attend_pages(query, key, value, lengths, bounds)[1]
+        return Selection.from_mask(kept, ~torch.isneginf(scores), unit=paging.PAGE)
 
     def weigh(self, selection, scores):
         return selection.weigh(scores.exp())
 
-    def apply(self, selection, query, key, value, lengths=None):
+    def apply(self, selection, query, key, value, lengths=None, bounds=None):
+        if self.reads_pages(query.shape[1]):
+            return self.attend_pages(query, key, value, lengths, bounds, selection.mask())[0]
         return self.attend(self.tiles(selection, query, key, lengths), query, key, value)
 
     def attend(self, tiles: Tiles, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
@@ -177,15 +196,16 @@ class Connections(Axis):
         kept = attend(query, key, value, tiles, scale=scale, impl=self.impl, return_lse=True)
         return merge(*kept, *attend_dropped(query, key, value, tiles, scale=scale))[0]
 
-    def shortcut(self, query, key, value, lengths=None):
+    def shortcut(self, query, key, value, lengths=None, bounds=None):
         grid = self.grid(query, key, lengths)
+        if self.reads_pages(query.shape[1]):
+            return self.attend_pages(query, key, value, lengths, bounds)[0]
         if query.shape[1] <= self.config.tile[0]:
             return self.attend(Tiles(grid=grid), query, key, value)
         if self.is_by_token:
             return self.by_token(query, key, value, lengths)
         scores, forced = self.score(query, key, value, lengths), self.forced(query, key, value, lengths)
         return self.attend(choose(self.rule, scores, forced, grid), query, key, value)
-
 
     @property
     def is_by_token(self) -> bool:
@@ -205,7 +225,10 @@ class Connections(Axis):
                       impl=self.impl)
         return torch.cat([output, last], 1)
 
-    def account(self, selection, query, key, value, lengths=None):
+    def account(self, selection, query, key, value, lengths=None, bounds=None):
+        if self.reads_pages(query.shape[1]):
+            cost = paging.cost(selection, query, key, value)
+            return cost, *paging.choose_impl(self.impl, query, key, value)
         grid = self.grid(query, key, lengths)
         per_tile = grid.query_block * grid.key_block * (query.shape[-1] + value.shape[-1])
         per_choice = query.shape[2] // selection.ids.shape[1]
@@ -216,6 +239,25 @@ class Connections(Axis):
         cost = Cost(multiply_adds=kept * per_choice * per_tile, dense_multiply_adds=permitted * per_choice * per_tile,
                     bytes=moved, choosing=choosing)
         return cost, *choose_impl(self.impl, query, key, value, self.tiles(selection, query, key, lengths))
+
+    @property
+    def is_paged(self) -> bool:
+        """Whether rows that come a few at a time choose pages."""
+        return not isinstance(self.config.decode, All)
+
+    def reads_pages(self, rows: int) -> bool:
+        """Whether a call of so many query rows chooses pages."""
+        return rows <= self.config.tile[0] and self.is_paged
+
+    def attend_pages(self, query, key, value, lengths, bounds, kept=None) -> tuple[torch.Tensor, torch.Tensor]:
+        """The output of a call that reads pages, and its choice, which may be given."""
+        return paging.attend(query, key, value, self.pages(query, key, lengths, bounds), scale=self.scale_of(query),
+                             impl=self.impl, kept=kept)
+
+    def pages(self, query, key, lengths, bounds=None) -> paging.Pages:
+        """The pages of one call."""
+        return paging.Pages(num_queries=query.shape[1], num_keys=key.shape[1], rule=self.config.decode,
+                            window=self.config.window, causal=self.causal, lengths=lengths, bounds=bounds)
 
     def grid(self, query: torch.Tensor, key: torch.Tensor, lengths: torch.Tensor | None) -> Grid:
         """The grid of one call."""

@@ -8,12 +8,15 @@ import torch
 from torch import nn
 
 from sentei.axes.connections import Connections
+from sentei.conversion import cache
 from sentei.core.errors import UnsupportedError
 from sentei.core.tracing import trace
 
 IMPLEMENTATION = "sentei"
 # The attribute of a converted model that names the attention it had before.
 BEFORE = "attention_before_sentei"
+# And the one that holds the hook by which its caches become ours, where a room chooses pages.
+HOOK = "cache_hook_of_sentei"
 
 
 def install(model: nn.Module, new: dict[str, Connections]) -> None:
@@ -56,13 +59,19 @@ def remove(model: nn.Module) -> None:
 
 
 def _place(model: nn.Module, new: dict[str, Connections]) -> None:
-    """Makes `new` the model's only rooms."""
+    """Makes `new` the model's only rooms, and has caches of ours made for those that choose pages."""
+    if hasattr(model, HOOK):
+        getattr(model, HOOK).remove()
+        delattr(model, HOOK)
     for path in rooms(model):
         del model.get_submodule(path).connections
     for path, room in new.items():
         module = model.get_submodule(path)
         room.scale = module.scaling
         module.connections = room.to(next(module.parameters()).device)
+    layers = cache.pruned_layers(model)
+    if layers:
+        setattr(model, HOOK, cache.watch(model.get_decoder(), layers, IMPLEMENTATION))
 
 
 def use(model: nn.Module, implementation: str) -> None:
@@ -89,7 +98,8 @@ def attention_forward(module, query, key, value, attention_mask, scaling=None, *
 
     Args:
         module: the attention module; its room, if any, is `module.connections`.
-        query: [B, H, Tq, D] after rotary embedding; key, value: [B, G, Tk, D] with the cache in front.
+        query: [B, H, Tq, D] after rotary embedding; key, value: [B, G, Tk, D] with the cache in front. From a cache of
+            ours they may be of another dtype, and the key has the bounds of its pages as an attribute.
         attention_mask: None (plain causal), bool [B, Tk] (padding), or a 4-D mask of another pattern.
     Returns:
         output [B, Tq, H, D] and None, as transformers expects.
@@ -105,11 +115,15 @@ def attention_forward(module, query, key, value, attention_mask, scaling=None, *
     found = [name for name, holds in obstacles.items() if holds]
     if room is not None and found:
         room.tap.bypass(" and ".join(found))
+    reads_pages = room is not None and not found and room.reads_pages(query.shape[2])
+    bounds = getattr(key, "pages", None) if reads_pages else None
+    if key.dtype != query.dtype and not reads_pages:
+        key, value = key.to(query.dtype), value.to(query.dtype)
     if room is None or found:
         mask = _dense_mask(attention_mask, query.shape[2], key.shape[2])
         return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, **extra)
     query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
-    return room(query, key, value, lengths).contiguous(), None
+    return room(query, key, value, lengths, bounds).contiguous(), None
 
 
 def mask_forward(batch_size, q_length, kv_length, q_offset=0, kv_offset=0, mask_function=None, attention_mask=None,

@@ -84,11 +84,6 @@ def test_sink_diagonal_window_and_the_last_block_are_kept(window):
         assert set(kept[block].nonzero()[:, 0].tolist()) == expected
 
 
-def test_early_blocks_are_dense_when_asked():
-    kept = selection_of(Connections(replace(SMALL, rule=TopK(0), dense_below=13)), *qkv()).count()[0, 0].tolist()
-    assert kept == [2, 4, 6, 3, 3, 12]
-
-
 def test_the_sink_is_the_first_real_key():
     lengths = torch.tensor([[0, 24], [9, 24]])
     room = Connections(replace(SMALL, rule=TopK(0)))
@@ -179,26 +174,28 @@ def test_tokens_that_keep_tokens_need_no_selection(changes, lengths, dtype):
 
 @pytest.mark.parametrize("changes", [
     {"tile": (2, 1)}, {"tile": (1, 2)}, {"rule": TopK((1, 2, 3, 4))}, {"rule": Mass(0.5)}, {"estimator": Pooled()},
-    {"criterion": "output"}, {"share": "group"}, {"compensate": True}, {"dense_below": 3}], ids=str)
+    {"criterion": "output"}, {"share": "group"}, {"compensate": True}], ids=str)
 def test_every_other_choice_is_made_by_the_rule(changes):
-    assert Connections(replace(TOKENS, **changes)).by_token(*qkv()) is None
-    assert Connections(TOKENS, causal=False).by_token(*qkv()) is None
+    assert Connections(TOKENS).is_by_token
+    assert not Connections(replace(TOKENS, **changes)).is_by_token
+    assert not Connections(TOKENS, causal=False).is_by_token
 
 
 def test_always_kept_is_what_the_room_forces():
-    room, inputs = Connections(replace(SMALL, window=3, dense_below=9)), qkv()
-    assert torch.equal(room.forced(*inputs), always_kept(room.grid(*inputs[:2], None), inputs[0].device, window=3,
-                                                         dense_below=9))
+    room, inputs = Connections(replace(SMALL, window=3)), qkv()
+    assert torch.equal(room.forced(*inputs), always_kept(room.grid(*inputs[:2], None), inputs[0].device, window=3))
 
 
 @pytest.mark.parametrize("settings, expected", [
     ({"rule": "all"}, "rule a Rule"), ({"estimator": "pooled"}, "estimator an Estimator"),
     ({"criterion": "loss"}, "criterion 'mass'"), ({"tile": (0, 4)}, "tile two sizes from 1"),
     ({"tile": (4,)}, "tile two sizes from 1"), ({"tile": (4.0, 4)}, "tile two sizes from 1"),
-    ({"tile": (True, 4)}, "tile two sizes from 1"), ({"window": -1}, "window and dense_below from 0"),
-    ({"dense_below": 1.5}, "window and dense_below from 0"), ({"share": "layer"}, "share 'head' or 'group'"),
+    ({"tile": (True, 4)}, "tile two sizes from 1"), ({"window": -1}, "window from 0"),
+    ({"decode": "all"}, "decode All"), ({"decode": Capacity(0.5)}, "decode All"),
+    ({"decode": TopK((1, 2))}, "decode All"),
+    ({"share": "layer"}, "share 'head' or 'group'"),
     ({"compensate": 1}, "compensate a bool"), ({"rule": Capacity(0.5)}, "rule a Rule that looks at each query alone"),
-    ({"tile": (10**30, 64)}, "tile two sizes from 1 to 4096"), ({"window": 10**30}, "window and dense_below from 0"),
+    ({"tile": (10**30, 64)}, "tile two sizes from 1 to 4096"), ({"window": 10**30}, "window from 0"),
 ], ids=str)
 def test_a_bad_field_is_named(settings, expected):
     with pytest.raises(RuleError, match=f"connections.Config: expected .*{expected}.*change that field"):

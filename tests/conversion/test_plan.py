@@ -26,7 +26,7 @@ def entry(layer: int = 0, **settings) -> Entry:
 PLAN = Plan((
     entry(0, rule=Mass((0.5, 0.25, 1.0, 0.0)), share="head", criterion="output"),
     entry(1, rule=TopK(3), compensate=True, share="group"),
-    *(entry(2 + i, rule=Threshold(0.1), estimator=estimator(), dense_below=16)
+    *(entry(2 + i, rule=Threshold(0.1), estimator=estimator(), decode=Mass(0.5))
       for i, estimator in enumerate(ESTIMATORS.values())),
 ))
 

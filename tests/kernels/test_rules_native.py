@@ -49,7 +49,7 @@ def scores_of(case: Case, spread: float) -> torch.Tensor:
        window=st.integers(0, 4))
 def test_the_plan_is_that_of_the_rule_s_selection(case, rule, spread, window):
     scores, grid = scores_of(case, spread), case.grid()
-    forced = always_kept(grid, scores.device, window=window, dense_below=0)
+    forced = always_kept(grid, scores.device, window=window)
     if scores.numel():
         assert same(choose(rule, scores, forced, grid), Tiles.from_selection(rule(scores, forced=forced), grid))
 
@@ -86,7 +86,7 @@ def test_ties_made_by_hand(rule, kept):
 def test_a_parameter_a_head(rule):
     case = Case(name="three heads", queries=40, keys=40, tile=(4, 2), heads=3, groups=1)
     scores, grid = scores_of(case, 2.0), case.grid()
-    forced = always_kept(grid, scores.device, window=0, dense_below=0)
+    forced = always_kept(grid, scores.device, window=0)
     assert same(choose(rule, scores, forced, grid), Tiles.from_selection(rule(scores, forced=forced), grid))
     with pytest.raises(RuleError, match=r"expected scores \[..., H=3, Q, C\]"):
         choose(rule, scores[:, :2], forced, grid)
@@ -97,7 +97,7 @@ def test_a_parameter_a_head(rule):
 def test_bad_scores_are_refused_in_the_rule_s_own_words(rule, bad):
     scores, grid = scores_of(CASES[0], 1.0), CASES[0].grid()
     scores[0, 1, 2, 0] = bad
-    forced = always_kept(grid, scores.device, window=0, dense_below=0)
+    forced = always_kept(grid, scores.device, window=0)
     with pytest.raises(RuleError) as expected:
         rule(scores)
     with pytest.raises(RuleError) as found:
@@ -107,7 +107,7 @@ def test_bad_scores_are_refused_in_the_rule_s_own_words(rule, bad):
 
 def test_what_native_code_does_not_have_is_chosen_by_the_definition(monkeypatch):
     scores, grid = scores_of(CASES[0], 1.0), CASES[0].grid()
-    forced = always_kept(grid, scores.device, window=0, dense_below=0)
+    forced = always_kept(grid, scores.device, window=0)
     for rule, given_scores in ((Fixed((0, 2)), scores), (TopK(2), scores.double())):
         expected = Tiles.from_selection(rule(given_scores, forced=forced), grid)
         assert same(choose(rule, given_scores, forced, grid), expected)
@@ -120,7 +120,7 @@ def test_what_native_code_does_not_have_is_chosen_by_the_definition(monkeypatch)
 def test_it_is_a_proper_op_of_torch_and_stays_in_one_graph():
     case = CASES[0]
     scores, grid = scores_of(case, 1.0), case.grid()
-    forced = always_kept(grid, scores.device, window=0, dense_below=0)
+    forced = always_kept(grid, scores.device, window=0)
     torch.library.opcheck(torch.ops.sentei.keep.default, (scores, forced, forced, "TopK", [2.0, 1.0]))
 
     def function(query, key, value):

@@ -215,15 +215,15 @@ def test_a_group_has_the_mean_share_of_its_heads():
 def test_what_is_always_kept_is_permitted_and_holds_every_edge():
     for case in CASES:
         grid, device = case.grid(), torch.device("cpu")
-        kept = always_kept(grid, device, window=2, dense_below=0)
+        kept = always_kept(grid, device, window=2)
         assert not (kept & ~grid.permitted(device)).any()
         assert not (grid.permitted(device) & ~grid.full(device) & ~kept).any()
         assert torch.equal(kept[:, :, -1:], grid.permitted(device)[:, :, -1:])
 
 
-def test_a_wider_window_and_a_later_start_keep_more():
+def test_a_wider_window_keeps_more():
     grid, device = Grid(num_queries=24, num_keys=24, query_block=4, key_block=2), torch.device("cpu")
-    counts = [int(always_kept(grid, device, window=w, dense_below=d).sum()) for w, d in ((0, 0), (4, 0), (4, 20))]
+    counts = [int(always_kept(grid, device, window=window).sum()) for window in (0, 4, 24)]
     assert counts == sorted(set(counts)) and counts[-1] == int(grid.permitted(device).sum())
 
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 import sentei.kernels
-from sentei.kernels import attention, routing, topk
+from sentei.kernels import attention, paging, routing, topk
 
 OPERATIONS = {"attention": (attention.attend, attention.IMPLS), "routing": (routing.route, routing.IMPLS),
-              "topk": (topk.attend_topk, topk.IMPLS)}
+              "topk": (topk.attend_topk, topk.IMPLS), "paging": (paging.attend, paging.IMPLS)}
 
 
 def differences(door, implementations: dict) -> list[str]:
@@ -49,6 +49,10 @@ def test_the_door_alone_chooses_the_implementation(operation):
     door, implementations = OPERATIONS[operation]
     assert inspect.signature(door).parameters["impl"].default == "auto"
     assert all("impl" not in inspect.signature(function).parameters for function in implementations.values())
+
+
+def test_the_scores_of_pages_have_one_signature_too():
+    assert differences(paging.score, paging.SCORES) == [] and set(paging.SCORES) == set(paging.IMPLS)
 
 
 def test_every_operation_is_looked_at():

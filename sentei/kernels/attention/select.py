@@ -341,23 +341,24 @@ def share_in_group(scores: torch.Tensor, groups: int) -> torch.Tensor:
     return scores.unflatten(1, (groups, per_group)).logsumexp(2) - _log(per_group)
 
 
-def always_kept(grid: Grid, device: torch.device, *, window: int, dense_below: int) -> torch.Tensor:
-    """Bool [B or 1, 1, QB, KB]: tiles no rule may drop.
+def near(grid: Grid, device: torch.device, *, window: int) -> torch.Tensor:
+    """Bool [B or 1, 1, QB, KB]: tiles kept wherever they are permitted.
 
-    The block of the first real key (the sink), every edge tile (the diagonal), tiles within `window` tokens of the
-    block's first query, the last query block whole (it makes the next token), and everything for query blocks that
-    end before position `dense_below`.
+    The block of the first real key (the sink), every edge tile (the diagonal), and tiles within `window` tokens of the
+    query block's first row.
     """
     start, _ = grid.bounds(device)
-    first, last = grid.query_span(device)
+    first, _ = grid.query_span(device)
     key_first, key_last = grid.key_span(device)
     sink = (key_first <= start) & (start <= key_last)
     local = key_last >= (first - window)[:, None]
-    early = (last < dense_below)[:, None]
-    final = (torch.arange(grid.num_query_blocks, device=device) == grid.num_query_blocks - 1)[:, None]
-    permitted = grid.permitted(device)
-    edge = permitted & ~grid.full(device)
-    return (sink | local | early | final | edge) & permitted
+    return (sink | local | ~grid.full(device)) & grid.permitted(device)
+
+
+def always_kept(grid: Grid, device: torch.device, *, window: int) -> torch.Tensor:
+    """Bool [B or 1, 1, QB, KB]: tiles no rule may drop: `near`, and the last query block (it makes the next token)."""
+    final = torch.arange(grid.num_query_blocks, device=device) == grid.num_query_blocks - 1
+    return near(grid, device, window=window) | (final[:, None] & grid.permitted(device))
 
 
 @torch.no_grad()

@@ -390,7 +390,8 @@ int sentei_topk(const TopK* call) {
     const TopK& t = *call;
     const Problem p = problem_of(t);
     // As many as a micro-kernel takes at once, so that it reads what lies together.
-    const Blocks keys(p, keys_of(p), 0, p.batch * p.groups, machine_of(t) == 2 ? Simd<16>::kVectors * 16 : kColumns, true);
+    const int panel = machine_of(t) == 2 ? Simd<16>::kVectors * 16 : kColumns;
+    const Blocks keys(p, keys_of(p), 0, p.batch * p.groups, panel, true);
     const int64_t items = t.batch * t.heads * ((t.queries + kQueryBlock - 1) / kQueryBlock);
     in_parallel(items, t.threads, [&] { return Scratch(t, room_of(t)); },
                 [&](int64_t i, Scratch& s) { topk_item_on[machine_of(t)](t, p, items - 1 - i, keys, s); });

@@ -1,0 +1,458 @@
+// Attention of a few query rows, each over its own choice among pages of keys: bounds of the scores, the choice, and
+// attention to what was chosen, in one call and with one start of the threads.
+//
+// Work comes in three kinds of items, handed out in this order, so that whoever waits for an item waits for a thread
+// that runs: bounds (batch, group, run of pages), choices (batch, group, row), and attention (batch, group, row, run of
+// kept pages), whose last one merges the runs. The runs do not depend on the threads, so neither do the bits.
+#include <memory>
+
+#include "call.h"
+#include "rules.h"
+
+// Every field has 8 bytes, in the order pages.py packs them. Strides are in elements, the last dimension is contiguous.
+struct Paged {
+  const float* query;       // [B, R, H, D]
+  const void *key, *value;  // [B, T, G, D] and [B, T, G, Dv]
+  const void* bounds;       // [B, G, pages, 2, D], lowest and highest of each whole page, or null
+  const int64_t* lengths;   // [B, 2] or null
+  float* output;            // [B, R, H, Dv], contiguous
+  float* scores;            // [B, G, R, KB], contiguous; for the task kScoreOnly
+  uint8_t* kept;            // [B, G, R, KB], contiguous
+  int64_t query_stride[3], key_stride[3], value_stride[3], bounds_stride[4];
+  int64_t batch, rows, keys, heads, groups, width, value_width, page, window, causal;
+  int64_t is_half;  // key, value and bounds are bfloat16, not float
+  int64_t task;     // of `Task`
+  int64_t rule;     // of `RuleKind`
+  int64_t threads, machine;
+  double parameter, scale;
+};
+
+namespace {
+
+enum Task : int64_t { kScoreOnly = 0, kAttendToKept = 1, kChooseAndAttend = 2 };
+
+constexpr int64_t kPagesOfBounds = 64, kPagesOfAttention = 16, kMostRuns = 32;
+
+template <int L>
+struct Half {  // bfloat16 is the upper half of a float
+  typedef uint16_t Halves __attribute__((vector_size(2 * L)));
+  typedef uint32_t Words __attribute__((vector_size(4 * L)));
+};
+
+template <int L>
+INLINE typename Simd<L>::Vec wide(const float* from) { return Simd<L>::load(from); }
+
+template <int L>
+INLINE typename Simd<L>::Vec wide(const uint16_t* from) {
+  typename Half<L>::Halves halves;
+  std::memcpy(&halves, from, sizeof halves);
+  const typename Half<L>::Words words = __builtin_convertvector(halves, typename Half<L>::Words) << 16;
+  typename Simd<L>::Vec result;
+  std::memcpy(&result, &words, sizeof result);
+  return result;
+}
+
+INLINE float wide_one(const float* from) { return *from; }
+INLINE float wide_one(const uint16_t* from) {
+  const uint32_t word = uint32_t(*from) << 16;
+  float result;
+  std::memcpy(&result, &word, sizeof result);
+  return result;
+}
+
+// log2 of a positive number, by its exponent and a series for the rest; relative error 2e-7.
+template <int L>
+INLINE typename Simd<L>::Vec log2_of(typename Simd<L>::Vec x) {
+  typedef typename Simd<L>::Vec Vec;
+  typedef typename Simd<L>::Ints Ints;
+  Ints bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  const Ints exponent = (bits - 0x3f3504f3) >> 23;  // so that the rest lies between sqrt(1/2) and sqrt(2)
+  bits -= exponent << 23;
+  Vec rest;
+  std::memcpy(&rest, &bits, sizeof rest);
+  const Vec t = (rest - 1.0f) / (rest + 1.0f), s = t * t;
+  const Vec series = (((s * (1.0f / 9) + 1.0f / 7) * s + 1.0f / 5) * s + 1.0f / 3) * s + 1.0f;
+  return __builtin_convertvector(exponent, Vec) + t * series * (2 * kLog2E);
+}
+
+// use(N, first) for runs of N heads, 4 at most, from head `first` on: what the registers hold.
+template <class Use>
+INLINE void by_heads(int64_t heads, Use use) {
+  int64_t h = 0;
+  for (; h + 4 <= heads; h += 4) use(std::integral_constant<int, 4>(), h);
+  if (heads - h == 3) use(std::integral_constant<int, 3>(), h);
+  if (heads - h == 2) use(std::integral_constant<int, 2>(), h);
+  if (heads - h == 1) use(std::integral_constant<int, 1>(), h);
+}
+
+// The products of N rows, `apart` from one another, with one row of keys.
+template <int L, int N, class T>
+INLINE void dots(const float* rows, int64_t apart, const T* key, int64_t width, float* result) {
+  typename Simd<L>::Vec sum[N] = {};
+  int64_t d = 0;
+  for (; d + L <= width; d += L) {
+    const auto k = wide<L>(key + d);
+#pragma GCC unroll 4
+    for (int n = 0; n < N; ++n) sum[n] += Simd<L>::load(rows + n * apart + d) * k;
+  }
+#pragma GCC unroll 4
+  for (int n = 0; n < N; ++n) {
+    result[n] = Simd<L>::fold(sum[n], [](auto a, auto b) INLINE_LAMBDA { return a + b; });
+    for (int64_t e = d; e < width; ++e) result[n] += rows[n * apart + e] * wide_one(key + e);
+  }
+}
+
+// What a row may see of a page: keys first … end - 1 of the whole sequence.
+struct Part {
+  INLINE Part(const Paged& p, int64_t b, int64_t row, int64_t page) {
+    const int64_t start = p.lengths ? p.lengths[2 * b] : 0;
+    const int64_t stop = p.lengths ? std::min(p.lengths[2 * b + 1], p.keys) : p.keys;
+    const int64_t limit = p.causal ? std::min(stop, p.keys - p.rows + row + 1) : stop;
+    first = std::max(start, page * p.page);
+    end = std::min(limit, (page + 1) * p.page);
+    is_first = first < end && start >= page * p.page;
+    is_near = (page + 1) * p.page > p.keys - p.rows + row - p.window;
+  }
+  INLINE bool is_whole(int64_t page) const { return end - first == page; }
+  INLINE bool is_empty() const { return first >= end; }
+  int64_t first, end;
+  bool is_first, is_near;
+};
+
+// What the items share. Queries are scaled so that scores are powers of two, and split by sign: against the highest
+// and the lowest key of a page they give the most that any key of it can score.
+struct Work {
+  explicit Work(const Paged& p)
+      : p(p), per_group(p.heads / p.groups), pages((p.keys + p.page - 1) / p.page), line(round_up(pages)),
+        runs(std::min(kMostRuns, (pages + kPagesOfAttention - 1) / kPagesOfAttention)),
+        bound_runs((pages + kPagesOfBounds - 1) / kPagesOfBounds), choices(p.batch * p.groups * p.rows),
+        block(per_group * p.width), machine(p.machine < 0 ? machines() - 1 : int(p.machine)),
+        query(new float[3 * choices * block]), raw(new float[choices * per_group * line]),
+        partial(new float[choices * runs * per_group * (p.value_width + 2)]), ids(new int32_t[choices * pages]),
+        count(new int64_t[choices]), bounded(new std::atomic<int64_t>[p.batch * p.groups]()),
+        chosen(new std::atomic<bool>[choices]()), attended(new std::atomic<int64_t>[choices]()) {
+    for (int64_t i = 0; i < choices * per_group; ++i) {
+      const int64_t choice = i / per_group, group = choice / p.rows, h = i % per_group;
+      const float* from = p.query + group / p.groups * p.query_stride[0] + choice % p.rows * p.query_stride[1] +
+                          (group % p.groups * per_group + h) * p.query_stride[2];
+      float* to = query_of(choice) + h * p.width;
+      for (int64_t d = 0; d < p.width; ++d) {
+        const float scaled = from[d] * float(p.scale * kLog2E);
+        to[d] = scaled;
+        to[block + d] = scaled < 0 ? 0 : scaled;
+        to[2 * block + d] = scaled < 0 ? scaled : 0;
+      }
+    }
+  }
+  float* query_of(int64_t choice) const { return query.get() + choice * 3 * block; }
+  float* raw_of(int64_t choice, int64_t h) const { return raw.get() + (choice * per_group + h) * line; }
+  float* partial_of(int64_t choice, int64_t run) const {
+    return partial.get() + (choice * runs + run) * per_group * (p.value_width + 2);
+  }
+  // How many kept pages a run of attention has: as few as kMostRuns allows.
+  int64_t pages_of_run(int64_t choice) const {
+    return std::max(kPagesOfAttention, (count[choice] + runs - 1) / runs);
+  }
+  template <class T>
+  const T* row_of(const void* data, const int64_t* stride, int64_t group, int64_t token) const {
+    return static_cast<const T*>(data) + group / p.groups * stride[0] + token * stride[1] +
+           group % p.groups * stride[2];
+  }
+
+  const Paged& p;
+  const int64_t per_group, pages, line, runs, bound_runs, choices, block;
+  const int machine;
+  const std::unique_ptr<float[]> query;    // [choices, 3, P, D]: whole, positive, negative
+  const std::unique_ptr<float[]> raw;      // [choices, P, line]: bounds of the mass, in powers of two
+  const std::unique_ptr<float[]> partial;  // [choices, runs, P, Dv + 2]: output, largest score, sum
+  const std::unique_ptr<int32_t[]> ids;    // [choices, pages]
+  const std::unique_ptr<int64_t[]> count;  // [choices]
+  const std::unique_ptr<std::atomic<int64_t>[]> bounded;   // [B, G]: runs of bounds that are done
+  const std::unique_ptr<std::atomic<bool>[]> chosen;       // [choices]
+  const std::unique_ptr<std::atomic<int64_t>[]> attended;  // [choices]: runs of attention that are done
+  std::atomic<bool> is_refused{false};                     // a rule met NaN or plus infinity
+};
+
+struct Scratch {
+  std::vector<float> low, high, scores, pages;  // of a page [D], of a run [P, keys], and of a row [pages]
+  std::vector<uint8_t> forced;
+  RuleScratch rule;
+};
+
+// The lowest and the highest keys first … end - 1 of a group, channel by channel; a NaN in a channel stays one.
+template <int L, class T>
+INLINE void bound_keys(const Work& w, int64_t group, int64_t first, int64_t end, float* low, float* high) {
+  const T* key = w.row_of<T>(w.p.key, w.p.key_stride, group, first);
+  for (int64_t d = 0; d < w.p.width; ++d) low[d] = high[d] = wide_one(key + d);
+  for (int64_t j = first + 1; j < end; ++j) {
+    key += w.p.key_stride[1];
+    for (int64_t d = 0; d < w.p.width; ++d) {
+      const float k = wide_one(key + d);
+      low[d] = k != k || k < low[d] ? k : low[d];
+      high[d] = k != k || k > high[d] ? k : high[d];
+    }
+  }
+}
+
+template <int L, class T>
+INLINE void bound_page(const Work& w, int64_t choice, const T* low, const T* high, int64_t keys, int64_t page) {
+  by_heads(w.per_group, [&](auto heads, int64_t h) INLINE_LAMBDA {
+    constexpr int N = decltype(heads)::value;
+    float most[N], least[N];
+    const float* query = w.query_of(choice) + h * w.p.width;
+    dots<L, N>(query + w.block, w.p.width, high, w.p.width, most);
+    dots<L, N>(query + 2 * w.block, w.p.width, low, w.p.width, least);
+    const float mass = std::log2(float(keys));
+    for (int n = 0; n < N; ++n) w.raw_of(choice, h + n)[page] = most[n] + least[n] + mass;
+  });
+}
+
+// For every row the bounds of some pages of a group. Those of whole pages are given, or made once for all rows; what a
+// row sees a part of is bounded by that part.
+template <int L, class T>
+INLINE void bound_run(const Work& w, int64_t group, int64_t run, Scratch& t) {
+  const Paged& p = w.p;
+  const int64_t end = run + 1 == w.bound_runs ? w.line : (run + 1) * kPagesOfBounds;
+  for (int64_t page = run * kPagesOfBounds; page < end; ++page) {
+    const T* given = static_cast<const T*>(p.bounds);
+    if (given)
+      given += group / p.groups * p.bounds_stride[0] + group % p.groups * p.bounds_stride[1] +
+               page * p.bounds_stride[2];
+    bool is_made = false;
+    for (int64_t row = 0; row < p.rows; ++row) {
+      const int64_t choice = group * p.rows + row;
+      const Part part(p, group / p.groups, row, page);
+      if (part.is_empty()) {
+        for (int64_t h = 0; h < w.per_group; ++h) w.raw_of(choice, h)[page] = kNone;
+      } else if (given && part.is_whole(p.page)) {
+        bound_page<L, T>(w, choice, given, given + p.bounds_stride[3], p.page, page);
+      } else {
+        if (!is_made || !part.is_whole(p.page))
+          bound_keys<L, T>(w, group, part.first, part.end, t.low.data(), t.high.data());
+        is_made = part.is_whole(p.page);
+        bound_page<L, float>(w, choice, t.low.data(), t.high.data(), part.end - part.first, page);
+      }
+    }
+  }
+}
+template <int L>
+INLINE void bound_item(const Work& w, int64_t group, int64_t run, Scratch& t) {
+  if (w.p.is_half) bound_run<L, uint16_t>(w, group, run, t);
+  else bound_run<L, float>(w, group, run, t);
+}
+ON_EVERY_MACHINE(bound_item, (const Work& w, int64_t group, int64_t run, Scratch& t), (w, group, run, t))
+
+// The scores of a row's pages: the logarithm of the mean, over the heads of the group, of each page's softmax share.
+template <int L>
+INLINE void score_item(const Work& w, int64_t choice, float* scores) {
+  typedef typename Simd<L>::Vec Vec;
+  bool is_nan = false;
+  for (int64_t h = 0; h < w.per_group; ++h) {
+    float* row = w.raw_of(choice, h);
+    const float top = Simd<L>::largest(row, int(w.line));
+    if (top == kNone) {  // the row sees nothing, or nothing but NaN
+      for (int64_t c = 0; c < w.pages; ++c) is_nan |= row[c] != row[c];
+      continue;
+    }
+    Vec sum{};
+    for (int64_t c = 0; c < w.line; c += L) sum += Simd<L>::exp2(Simd<L>::load(row + c) - top);
+    const float all = top + std::log2(Simd<L>::fold(sum, [](auto a, auto b) INLINE_LAMBDA { return a + b; }));
+    is_nan |= all != all;
+    for (int64_t c = 0; c < w.line; c += L) Simd<L>::store(row + c, Simd<L>::load(row + c) - all);
+  }
+  const float* row = w.raw_of(choice, 0);
+  for (int64_t c = 0; c < w.pages; c += L) {
+    Vec top = Vec{} + std::numeric_limits<float>::lowest(), sum{};
+    for (int64_t h = 0; h < w.per_group; ++h) {
+      const Vec next = Simd<L>::load(row + h * w.line + c);
+      top = next > top ? next : top;
+    }
+    for (int64_t h = 0; h < w.per_group; ++h) sum += Simd<L>::exp2(Simd<L>::load(row + h * w.line + c) - top);
+    float part[L];
+    Simd<L>::store(part, (top + log2_of<L>(sum * (1.0f / w.per_group))) * kLn2);
+    for (int64_t i = 0; i < std::min(int64_t(L), w.pages - c); ++i)
+      scores[c + i] = row[c + i] == kNone ? kNone : is_nan ? kNan : part[i];
+  }
+}
+ON_EVERY_MACHINE(score_item, (const Work& w, int64_t choice, float* scores), (w, choice, scores))
+
+// Scores, rule and the list of what is kept, for one row.
+void choose(Work& w, int64_t choice, Scratch& t) {
+  const Paged& p = w.p;
+  const int64_t b = choice / p.rows / p.groups, row = choice % p.rows;
+  w.count[choice] = 0;
+  if (p.task == kScoreOnly) return score_item_on[w.machine](w, choice, p.scores + choice * w.pages);
+  uint8_t* kept = p.kept + choice * w.pages;
+  if (p.task == kChooseAndAttend) {
+    score_item_on[w.machine](w, choice, t.pages.data());
+    for (int64_t c = 0; c < w.pages; ++c) {
+      const Part part(p, b, row, c);
+      t.forced[c] = part.is_first || part.is_near || !part.is_whole(p.page);
+    }
+    if (keep(RuleKind(p.rule), p.parameter, t.pages.data(), t.forced.data(), w.pages, kept, t.rule) < 0)
+      w.is_refused = true;
+  }
+  int64_t count = 0;
+  for (int64_t c = 0; c < w.pages; ++c)
+    if (kept[c] && !Part(p, b, row, c).is_empty()) w.ids[choice * w.pages + count++] = int32_t(c);
+  w.count[choice] = count;
+}
+
+// output[N, Dv] += weights[N, keys] value[keys, Dv]
+template <int L, int N, class T>
+INLINE void add_values(const float* weights, int64_t apart, const T* value, int64_t next, int64_t keys, int64_t width,
+                       int64_t output_apart, float* output) {
+  typedef typename Simd<L>::Vec Vec;
+  int64_t d = 0;
+  for (; d + 2 * L <= width; d += 2 * L) {
+    Vec sum[N][2];
+#pragma GCC unroll 4
+    for (int n = 0; n < N; ++n)
+      for (int v = 0; v < 2; ++v) sum[n][v] = Simd<L>::load(output + n * output_apart + d + v * L);
+    for (int64_t j = 0; j < keys; ++j) {
+      const Vec low = wide<L>(value + j * next + d), high = wide<L>(value + j * next + d + L);
+#pragma GCC unroll 4
+      for (int n = 0; n < N; ++n) {
+        sum[n][0] += weights[n * apart + j] * low;
+        sum[n][1] += weights[n * apart + j] * high;
+      }
+    }
+#pragma GCC unroll 4
+    for (int n = 0; n < N; ++n)
+      for (int v = 0; v < 2; ++v) Simd<L>::store(output + n * output_apart + d + v * L, sum[n][v]);
+  }
+  for (; d < width; ++d)
+    for (int n = 0; n < N; ++n)
+      for (int64_t j = 0; j < keys; ++j)
+        output[n * output_apart + d] += weights[n * apart + j] * wide_one(value + j * next + d);
+}
+
+// Asks for a row of keys or values before it is needed: no processor guesses where the next kept page is.
+template <class T>
+INLINE void fetch(const T* row, int64_t width) {
+  for (int64_t d = 0; d < width; d += 64 / int64_t(sizeof(T))) __builtin_prefetch(row + d);
+}
+
+// Attention of a row's heads of one group to a run of its pages: not normalised, with the largest score and the sum.
+template <int L, class T>
+INLINE void attend_run(const Work& w, int64_t choice, int64_t run, Scratch& t) {
+  const Paged& p = w.p;
+  const int64_t group = choice / p.rows, b = group / p.groups, row = choice % p.rows, size = w.pages_of_run(choice);
+  const int64_t first = run * size, last = std::min(first + size, w.count[choice]);
+  const int32_t* ids = w.ids.get() + choice * w.pages;
+  const int64_t cell = round_up(p.page), line = (last - first) * cell, wide_out = p.value_width + 2;
+  std::fill(t.scores.begin(), t.scores.begin() + w.per_group * line, kNone);
+  for (int64_t i = first; i < last; ++i) {
+    const Part part(p, b, row, ids[i]);
+    const int64_t place = (i - first) * cell + part.first - ids[i] * p.page;
+    const T* key = w.row_of<T>(p.key, p.key_stride, group, part.first);
+    const T* value = w.row_of<T>(p.value, p.value_stride, group, part.first);
+    const int64_t after = std::min(ids[std::min(i + 1, last - 1)] * p.page, p.keys - (part.end - part.first));
+    const T* next = w.row_of<T>(p.key, p.key_stride, group, after);
+    by_heads(w.per_group, [&](auto heads, int64_t h) INLINE_LAMBDA {
+      constexpr int N = decltype(heads)::value;
+      for (int64_t j = 0; j < part.end - part.first; ++j) {
+        if (h == 0) fetch(next + j * p.key_stride[1], p.width);
+        if (h == 0) fetch(value + j * p.value_stride[1], p.value_width);
+        float found[N];
+        dots<L, N>(w.query_of(choice) + h * p.width, p.width, key + j * p.key_stride[1], p.width, found);
+        for (int n = 0; n < N; ++n) t.scores[(h + n) * line + place + j] = found[n];
+      }
+    });
+  }
+  float* output = w.partial_of(choice, run);
+  std::fill(output, output + w.per_group * wide_out, 0.0f);
+  for (int64_t h = 0; h < w.per_group; ++h) {
+    float* scores = t.scores.data() + h * line;
+    const float top = Simd<L>::largest(scores, int(line));
+    output[h * wide_out + p.value_width] = top;
+    output[h * wide_out + p.value_width + 1] = Simd<L>::exponentiate(scores, int(line), top);
+  }
+  for (int64_t i = first; i < last; ++i) {
+    const Part part(p, b, row, ids[i]);
+    const int64_t place = (i - first) * cell + part.first - ids[i] * p.page;
+    const T* value = w.row_of<T>(p.value, p.value_stride, group, part.first);
+    by_heads(w.per_group, [&](auto heads, int64_t h) INLINE_LAMBDA {
+      add_values<L, decltype(heads)::value>(t.scores.data() + h * line + place, line, value, p.value_stride[1],
+                                            part.end - part.first, p.value_width, wide_out, output + h * wide_out);
+    });
+  }
+}
+template <int L>
+INLINE void attend_pages(const Work& w, int64_t choice, int64_t run, Scratch& t) {
+  if (w.p.is_half) attend_run<L, uint16_t>(w, choice, run, t);
+  else attend_run<L, float>(w, choice, run, t);
+}
+ON_EVERY_MACHINE(attend_pages, (const Work& w, int64_t choice, int64_t run, Scratch& t), (w, choice, run, t))
+
+// The runs of a row joined, in order; 0 where it sees nothing.
+void merge_runs(const Work& w, int64_t choice) {
+  const Paged& p = w.p;
+  const int64_t size = w.pages_of_run(choice), runs = (w.count[choice] + size - 1) / size;
+  const int64_t group = choice / p.rows, b = group / p.groups, row = choice % p.rows, wide_out = p.value_width + 2;
+  for (int64_t h = 0; h < w.per_group; ++h) {
+    float* output = p.output + ((b * p.rows + row) * p.heads + group % p.groups * w.per_group + h) * p.value_width;
+    std::fill(output, output + p.value_width, 0.0f);
+    float top = kNone, sum = 0;
+    for (int64_t run = 0; run < runs; ++run)
+      top = std::max(top, w.partial_of(choice, run)[h * wide_out + p.value_width]);
+    for (int64_t run = 0; run < runs; ++run) {
+      const float* part = w.partial_of(choice, run) + h * wide_out;
+      const float factor = std::exp2(part[p.value_width] - top);
+      sum += factor * part[p.value_width + 1];
+      for (int64_t d = 0; d < p.value_width; ++d) output[d] += factor * part[d];
+    }
+    if (runs)
+      for (int64_t d = 0; d < p.value_width; ++d) output[d] /= sum;
+  }
+}
+
+// Tells those who wait when it goes out of scope, also by an exception.
+struct Announcement {
+  ~Announcement() { done.store(true, std::memory_order_release); }
+  std::atomic<bool>& done;
+};
+
+void do_item(Work& w, int64_t item, Scratch& t) {
+  const Paged& p = w.p;
+  const int64_t bounds = p.task == kAttendToKept ? 0 : p.batch * p.groups * w.bound_runs;
+  if (item < bounds) {
+    bound_item_on[w.machine](w, item / w.bound_runs, item % w.bound_runs, t);
+    w.bounded[item / w.bound_runs].fetch_add(1, std::memory_order_release);
+  } else if (item < bounds + w.choices) {
+    const int64_t choice = item - bounds;
+    const Announcement announcement{w.chosen[choice]};
+    while (bounds && w.bounded[choice / p.rows].load(std::memory_order_acquire) < w.bound_runs)
+      std::this_thread::yield();
+    choose(w, choice, t);
+  } else {
+    const int64_t choice = (item - bounds - w.choices) / w.runs, run = (item - bounds - w.choices) % w.runs;
+    while (!w.chosen[choice].load(std::memory_order_acquire)) std::this_thread::yield();
+    if (run * w.pages_of_run(choice) < w.count[choice]) attend_pages_on[w.machine](w, choice, run, t);
+    if (w.attended[choice].fetch_add(1, std::memory_order_acq_rel) + 1 == w.runs) merge_runs(w, choice);
+  }
+}
+
+}  // namespace
+
+extern "C" {
+
+// 0; 1 when memory ran out; 2 when a score was NaN or plus infinity. The output is then unfinished.
+int sentei_pages(const Paged* problem) {
+  int refused = 0;
+  const int status = status_of([&] {
+    const Paged& p = *problem;
+    Work w(p);
+    const int64_t before = (p.task == kAttendToKept ? 0 : p.batch * p.groups * w.bound_runs) + w.choices;
+    in_parallel(before + (p.task == kScoreOnly ? 0 : w.choices * w.runs), p.threads, [&] {
+      const size_t most = std::max(kPagesOfAttention, (w.pages + w.runs - 1) / std::max(w.runs, int64_t(1)));
+      return Scratch{std::vector<float>(p.width), std::vector<float>(p.width),
+                     std::vector<float>(w.per_group * most * round_up(p.page)), std::vector<float>(w.pages),
+                     std::vector<uint8_t>(w.pages), {}};
+    }, [&](int64_t i, Scratch& t) { do_item(w, i, t); });
+    refused = w.is_refused ? 2 : 0;
+  });
+  return status ? status : refused;
+}
+}

@@ -1,0 +1,134 @@
+"""Attention to chosen pages on the CPU, in C++: bounds, choice and attention in one call that reads only what is kept.
+
+The query may be of another dtype than the keys and values, which are float32 or bfloat16 (float16 is converted first).
+There are no gradients. The call goes straight to the library, because a torch op costs as much as a layer's attention;
+a graph of `torch.compile` gets the op `sentei::pages`.
+"""
+
+import struct
+
+import torch
+from torch.autograd.forward_ad import unpack_dual
+
+from sentei.core.errors import ImplError, ResourceError, RuleError
+from sentei.kernels import native
+from sentei.kernels.paging.pages import PAGE, RULES, Pages
+
+# The struct of native/decode.cpp: pointers, strides and sizes, then parameter and scale.
+_PAGED = struct.Struct("=8Q 13q 15q 2d")
+_SCORE, _GIVEN, _CHOOSE = 0, 1, 2
+_KINDS = {rule: (number, name) for number, (rule, name) in enumerate(RULES.items())}
+
+
+def score(query: torch.Tensor, key: torch.Tensor, pages: Pages, *, scale: float) -> torch.Tensor:
+    """See `sentei.kernels.paging.score`."""
+    return _run(query, key, key, pages, scale, _SCORE, None)[1]
+
+
+def attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    pages: Pages,
+    *,
+    scale: float,
+    kept: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See `sentei.kernels.paging.attend`.
+
+    Raises:
+        ImplError: `refusal` has a reason.
+        ResourceError: memory ran out.
+    """
+    output, chosen = _run(query, key, value, pages, scale, _CHOOSE if kept is None else _GIVEN, kept)
+    return output if output.dtype == query.dtype else output.to(query.dtype), chosen if kept is None else kept
+
+
+def refusal(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> str:
+    """Why this implementation cannot take these tensors; empty when it can."""
+    if not torch.compiler.is_compiling() and native.missing():  # a graph finds out when it runs
+        return native.missing()
+    good = (torch.float32, torch.bfloat16, torch.float16)
+    if not query.is_cpu or query.dtype not in good or key.dtype not in good:
+        return f"{query.dtype} and {key.dtype} on {query.device}"
+    if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
+        return "tensors that want gradients"
+    if any(unpack_dual(tensor).tangent is not None for tensor in (query, key, value)):
+        return "tensors that carry a forward gradient"
+    return ""
+
+
+def _run(query, key, value, pages, scale, task, kept):
+    """What `_pages` gives, of which a task leaves something empty."""
+    reason = refusal(query, key, value)
+    if reason:
+        raise ImplError("fused_cpp", expected="tensors it can take", got=reason, do="use impl='auto'")
+    rule, name = _KINDS[type(pages.rule)]
+    sizes = [task, rule, pages.window, int(pages.causal)]
+    numbers = [scale, float(getattr(pages.rule, name)) if name else 0.0]
+    call = _pages if type(query) is torch.Tensor and not torch.compiler.is_compiling() else torch.ops.sentei.pages
+    return call(query, key, value, pages.bounds, pages.lengths, kept, sizes, numbers)
+
+
+def _pages(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bounds: torch.Tensor | None,
+           lengths: torch.Tensor | None, kept: torch.Tensor | None, sizes: list[int],
+           numbers: list[float]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The op `sentei::pages`: float32 output [B, R, H, Dv] and bool choice [B, G, R, KB].
+
+    For the task _SCORE nothing and float32 scores instead, for _GIVEN output and nothing.
+
+    Args:
+        bounds, lengths: those of the pages.
+        kept: given for the task _GIVEN.
+        sizes: task, kind of rule, window, and 1 for causal.
+        numbers: scale, and the rule's number.
+    Raises:
+        RuleError: a score is NaN or infinite.
+    """
+    output, made = _results(query, key, value, bounds, lengths, kept, sizes, numbers)
+    if not (query.numel() and key.numel() and value.numel()):
+        return output.zero_(), made.fill_(-torch.inf if made.is_floating_point() else False)
+    task, rule, window, causal = sizes
+    batch, num_keys, groups, width = key.shape
+    rows = _rows(query if query.dtype == torch.float32 else query.float())
+    if key.dtype == torch.float16:
+        key, value, bounds = key.float(), value.float(), None if bounds is None else bounds.float()
+    key, value, bounds = _rows(key), _rows(value), None if bounds is None else _rows(bounds)
+    lengths = None if lengths is None else lengths.contiguous()
+    choice = made if kept is None else kept.expand(batch, groups, query.shape[1], -1).contiguous()
+    status = native.load().sentei_pages(_PAGED.pack(
+        rows.data_ptr(), key.data_ptr(), value.data_ptr(), 0 if bounds is None else bounds.data_ptr(),
+        0 if lengths is None else lengths.data_ptr(), output.data_ptr(), made.data_ptr(), choice.data_ptr(),
+        *rows.stride()[:3], *key.stride()[:3], *value.stride()[:3],
+        *((0, 0, 0, 0) if bounds is None else bounds.stride()[:4]),
+        batch, query.shape[1], num_keys, query.shape[2], groups, width, value.shape[3], PAGE, window, causal,
+        key.dtype == torch.bfloat16, task, rule, torch.get_num_threads(), native.MACHINE, numbers[1], numbers[0]))
+    if status == 2:
+        raise RuleError("paging", expected="finite scores", got="NaN or infinity",
+                        do="look for overflow in the queries and keys")
+    if status:
+        raise ResourceError("paging", expected="memory for the scores of every page", got="none left",
+                            do="use a shorter input, a smaller batch or a machine with more memory")
+    return output, made
+
+
+def _results(query, key, value, bounds, lengths, kept, sizes, numbers):
+    """The two tensors to be filled."""
+    (batch, rows, heads, _), task = query.shape, sizes[0]
+    pages = (batch, key.shape[2], rows, -(-key.shape[1] // PAGE))
+    output = (0,) if task == _SCORE else (batch, rows, heads, value.shape[3])
+    return (torch.empty(output, dtype=torch.float32, device=query.device),
+            torch.empty((0,) if task == _GIVEN else pages, dtype=torch.float32 if task == _SCORE else torch.bool,
+                        device=query.device))
+
+
+def _rows(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor with contiguous rows, itself where it has them already."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+_OPS = torch.library.Library("sentei", "FRAGMENT")
+_OPS.define("pages(Tensor query, Tensor key, Tensor value, Tensor? bounds, Tensor? lengths, Tensor? kept, int[] sizes,"
+            " float[] numbers) -> (Tensor, Tensor)")
+_OPS.impl("pages", _pages, "CPU")
+torch.library.register_fake("sentei::pages", _results, lib=_OPS)
