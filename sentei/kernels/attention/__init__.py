@@ -5,12 +5,13 @@ import math
 import torch
 
 from sentei.core.errors import ImplError, ShapeError
-from sentei.kernels.attention import eager, fused_cpp, reference
+from sentei.kernels.attention import eager, fused_cpp, fused_triton, reference
 from sentei.kernels.attention.tiles import Grid, Tiles
 
 __all__ = ["IMPLS", "Grid", "Tiles", "attend", "choose_impl", "merge"]
 
-IMPLS = {"reference": reference.attend, "eager": eager.attend, "fused_cpp": fused_cpp.attend}
+IMPLS = {"reference": reference.attend, "eager": eager.attend, "fused_cpp": fused_cpp.attend,
+         "fused_triton": fused_triton.attend}
 
 
 def attend(
@@ -69,8 +70,11 @@ def choose_impl(
                         do="choose one of these")
     if tiles.is_everything:
         return "eager", "the dense plan is torch's own kernel"
-    reason = fused_cpp.refusal(query, key, value)
-    return ("eager", f"fused_cpp cannot take {reason}") if reason else ("fused_cpp", "the fastest there is")
+    if query.is_cuda:
+        name, reason = "fused_triton", fused_triton.refusal(query, key, value, tiles)
+    else:
+        name, reason = "fused_cpp", fused_cpp.refusal(query, key, value)
+    return ("eager", f"{name} cannot take {reason}") if reason else (name, "the fastest there is")
 
 
 def merge(
