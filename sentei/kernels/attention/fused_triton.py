@@ -84,12 +84,12 @@ def _forward(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, plan: 
         lengths: the grid's.
         sizes: query block, key block, and 1 for causal.
     """
-    from sentei.kernels.attention import triton_kernels
+    from sentei.kernels.attention import triton_tiles
 
     grid = _grid(query, key, lengths, sizes)
     _check(plan, grid)
-    return triton_kernels.forward((query, key, value), plan, grid, scale,
-                                  triton_kernels.launch("forward", query, value))
+    return triton_tiles.forward((query, key, value), plan, grid, scale,
+                                  triton_tiles.launch("forward", query, value))
 
 
 def _forward_shapes(query, key, value, plan, lengths, sizes, scale):
@@ -106,10 +106,10 @@ def _backward(given: list[torch.Tensor], plan: list[torch.Tensor], lengths: torc
         given: query, key, value, output, the softmax of `_forward`, and the gradients of output and lse.
         plan, lengths, sizes, scale: as in `_forward`.
     """
-    from sentei.kernels.attention import triton_kernels
+    from sentei.kernels.attention import triton_tiles
 
-    starts = tuple(triton_kernels.launch(half, given[0], given[2]) for half in ("query", "key"))
-    return triton_kernels.backward(tuple(given), plan, _grid(*given[:2], lengths, sizes), scale, starts)
+    starts = tuple(triton_tiles.launch(half, given[0], given[2]) for half in ("query", "key"))
+    return triton_tiles.backward(tuple(given), plan, _grid(*given[:2], lengths, sizes), scale, starts)
 
 
 def _backward_shapes(given, plan, lengths, sizes, scale):

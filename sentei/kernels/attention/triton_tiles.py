@@ -1,13 +1,9 @@
 """Attention over chosen tiles on a GPU, in Triton: the kernels behind `fused_triton`, and how they are started.
 
-The one module that imports triton; `fused_triton` and `gpu_decode` import it when they are called. Triton reads the
-variable TRITON_INTERPRET when it is first imported: with it every kernel runs on the CPU, slowly, for the tests.
-
 A program owns one tile of the output and walks the tiles that its list names, those without a mask first. The scores
 are kept in powers of two: `scale` is multiplied by log2(e) once, and exp2 is one instruction.
 """
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -15,18 +11,21 @@ import triton
 import triton.language as tl
 
 from sentei.kernels.attention.tiles import Grid, Tiles
-
-LOG2E = tl.constexpr(math.log2(math.e))
-LN2 = tl.constexpr(math.log(2))
-
-
-class Rows(NamedTuple):
-    """A tensor [B, T, H, D] whose last dimension is contiguous: where it is, and its strides."""
-
-    data: torch.Tensor
-    batch: int
-    token: int
-    head: int
+from sentei.kernels.attention.triton_parts import (
+    LN2,
+    LOG2E,
+    Launch,
+    contiguous_rows,
+    dot,
+    load_rows,
+    options,
+    power,
+    precision,
+    rows_of,
+    start_of,
+    store_rows,
+    wide,
+)
 
 
 class Listed(NamedTuple):
@@ -74,61 +73,15 @@ class Sizes(NamedTuple):
     precision: str
 
 
-class Launch(NamedTuple):
-    """The tile of a program, its warps, and how many tiles are loaded ahead."""
-
-    rows: int
-    columns: int
-    warps: int
-    stages: int
-
-
-@triton.jit
-def _dot(left, right, total, PRECISION: tl.constexpr):
-    """left · right + total in float32."""
-    if PRECISION == "widened":  # Triton's interpreter would multiply the bits of bfloat16; the casts are exact
-        return tl.dot(left.to(tl.float32), right.to(tl.float32), total)
-    return tl.dot(left, right, total, input_precision=PRECISION)
-
-
-@triton.jit
-def _start(rows, batch, head):
-    """Where the rows of one (batch, head) start."""
-    return rows.data + batch.to(tl.int64) * rows.batch + head.to(tl.int64) * rows.head
-
-
-@triton.jit
-def _tile(data, stride, first, low, high, SHAPE: tl.constexpr, CUT: tl.constexpr):
-    """Rows first, first + 1, … as [N, wide]; 0 beyond the width and, where CUT, outside low ≤ row < high.
-
-    SHAPE: N, width, wide.
-    """
-    row, column = tl.arange(0, SHAPE[0]), tl.arange(0, SHAPE[2])
-    places = data + tl.cast(first, tl.int64) * stride + row[:, None] * stride + column[None, :]
-    if CUT:
-        inside = ((first + row >= low) & (first + row < high))[:, None] & (column < SHAPE[1])[None, :]
-        return tl.load(places, mask=inside, other=0.0)
-    if SHAPE[1] != SHAPE[2]:
-        return tl.load(places, mask=(column < SHAPE[1])[None, :], other=0.0)
-    return tl.load(places)
-
-
-@triton.jit
-def _put(rows, batch, head, first, high, tile, SHAPE: tl.constexpr):
-    """Stores the tile at rows first ≤ row < high."""
-    row, column = tl.arange(0, SHAPE[0]), tl.arange(0, SHAPE[2])
-    places = _start(rows, batch, head) + tl.cast(first, tl.int64) * rows.token + row[:, None] * rows.token
-    tl.store(places + column[None, :], tile.to(rows.data.dtype.element_ty),
-             mask=(first + row < high)[:, None] & (column < SHAPE[1])[None, :])
-
-
 @triton.jit
 def _first(ids, step, BLOCK: tl.constexpr, SIZE: tl.constexpr, LISTED: tl.constexpr):
     """The first row of the step's tile: of the blocks in order, or of those that `ids` names, SIZE rows a step."""
     if LISTED:
         parts: tl.constexpr = BLOCK // SIZE
-        return tl.load(ids + step // parts) * BLOCK + step % parts * SIZE
-    return step * SIZE
+        first = tl.load(ids + step // parts) * BLOCK + step % parts * SIZE
+    else:
+        first = step * SIZE
+    return first
 
 
 @triton.jit
@@ -142,8 +95,10 @@ def _bounds(lengths, batch, call, sizes: tl.constexpr):
     """Start and stop of the real keys."""
     if sizes.padded:
         low, high = tl.load(lengths + 2 * batch).to(tl.int32), tl.load(lengths + 2 * batch + 1).to(tl.int32)
-        return low, tl.minimum(high, call.keys)
-    return call.keys * 0, call.keys
+        high = tl.minimum(high, call.keys)
+    else:
+        low, high = call.keys * 0, call.keys
+    return low, high
 
 
 @triton.jit
@@ -156,24 +111,26 @@ def _key_spans(plan, where, bounds, call, sizes: tl.constexpr):
         where: batch, head and first row of the tile.
     """
     batch, head, first = where
+    low, high = bounds
     if sizes.per_list:
         blocks = tl.cdiv(call.queries, sizes.query_block)
         place = (batch * (call.heads // sizes.per_list) + head // sizes.per_list) * blocks + first // sizes.query_block
         parts: tl.constexpr = sizes.key_block // sizes.columns
         full_ids, full = _read(plan[0], place, parts)
         ids, partial = _read(plan[1], place, parts)
-        return ids, full_ids, (partial * 0, partial, full * 0, full, full, full)
-    low, high = bounds
-    whole = high
-    if sizes.causal:
-        position = first + call.keys - call.queries
-        high = tl.minimum(high, position + tl.minimum(sizes.rows, call.queries - first))
-        whole = tl.minimum(whole, position + 1)
-    end = tl.cdiv(tl.maximum(high, 0), sizes.columns)
-    begin = low // sizes.columns
-    b = tl.cdiv(low, sizes.columns)
-    c = tl.maximum(tl.maximum(whole, 0) // sizes.columns, b)
-    return None, None, (begin, tl.minimum(b, end), b, c, c, end)
+        steps = (partial * 0, partial, full * 0, full, full, full)
+    else:
+        ids, full_ids = None, None
+        whole = high
+        if sizes.causal:
+            position = first + call.keys - call.queries
+            high = tl.minimum(high, position + tl.minimum(sizes.rows, call.queries - first))
+            whole = tl.minimum(whole, position + 1)
+        end = tl.cdiv(tl.maximum(high, 0), sizes.columns)
+        b = tl.cdiv(low, sizes.columns)
+        c = tl.maximum(tl.maximum(whole, 0) // sizes.columns, b)
+        steps = (low // sizes.columns, tl.minimum(b, end), b, c, c, end)
+    return ids, full_ids, steps
 
 
 @triton.jit
@@ -198,17 +155,18 @@ def _attend(state, query, pages, span, where, call, sizes: tl.constexpr, CUT: tl
     total, weight, top = state
     for step in range(span[1], span[2]):
         first = _first(span[0], step, sizes.key_block, sizes.columns, sizes.per_list > 0)
-        keys = _tile(pages[0], pages[1], first, where[1][0], where[1][1], (sizes.columns, sizes.width, sizes.wide), CUT)
-        scores = _dot(query, tl.trans(keys), tl.zeros([sizes.rows, sizes.columns], tl.float32), sizes.precision)
+        keys = load_rows(pages[0], pages[1], first, where[1][0], where[1][1],
+                         (sizes.columns, sizes.width, sizes.wide), CUT)
+        scores = dot(query, tl.trans(keys), tl.zeros([sizes.rows, sizes.columns], tl.float32), sizes.precision)
         scores *= call.scale
         if CUT:
             scores = tl.where(_seen(where[0], first, where[1], sizes), scores, float("-inf"))
         higher = tl.maximum(top, tl.max(scores, 1))
         safe = tl.where(higher == float("-inf"), 0.0, higher)  # a row that has seen nothing yet
         shares, shrink = tl.exp2(scores - safe[:, None]), tl.exp2(top - safe)
-        values = _tile(pages[2], pages[3], first, where[1][0], where[1][1],
-                       (sizes.columns, sizes.value_width, sizes.value_wide), CUT)
-        total = _dot(shares.to(values.dtype), values, total * shrink[:, None], sizes.precision)
+        values = load_rows(pages[2], pages[3], first, where[1][0], where[1][1],
+                           (sizes.columns, sizes.value_width, sizes.value_wide), CUT)
+        total = dot(shares.to(values.dtype), values, total * shrink[:, None], sizes.precision)
         weight = weight * shrink + tl.sum(shares, 1)
         top = higher
     return total, weight, top
@@ -225,9 +183,9 @@ def forward_kernel(given, results, plan, lengths, call, sizes: tl.constexpr):
     group = head // sizes.per_group
     bounds = _bounds(lengths, batch, call, sizes)
     ids, full_ids, steps = _key_spans(plan, (batch, head, first), bounds, call, sizes)
-    tile = _tile(_start(query, batch, head), query.token, first, 0, call.queries,
+    tile = load_rows(start_of(query, batch, head), query.token, first, 0, call.queries,
                  (sizes.rows, sizes.width, sizes.wide), True)
-    pages = _start(key, batch, group), key.token, _start(value, batch, group), value.token
+    pages = start_of(key, batch, group), key.token, start_of(value, batch, group), value.token
     where = rows + call.keys - call.queries, bounds
     state = (tl.zeros([sizes.rows, sizes.value_wide], tl.float32), tl.zeros([sizes.rows], tl.float32),
              tl.full([sizes.rows], float("-inf"), tl.float32))
@@ -239,7 +197,7 @@ def forward_kernel(given, results, plan, lengths, call, sizes: tl.constexpr):
     total, weight, top = state
     empty = weight == 0
     inverse = 1 / tl.where(empty, 1.0, weight)
-    _put(output, batch, head, first, call.queries, total * inverse[:, None],
+    store_rows(output, batch, head, first, call.queries, total * inverse[:, None],
          (sizes.rows, sizes.value_width, sizes.value_wide))
     place = (batch.to(tl.int64) * call.queries + rows) * call.heads + head
     real = rows < call.queries
@@ -260,16 +218,17 @@ def _query_gradient(total, tiles, pages, span, where, call, sizes: tl.constexpr,
     query, gradient, top, inverse, delta = tiles
     for step in range(span[1], span[2]):
         first = _first(span[0], step, sizes.key_block, sizes.columns, sizes.per_list > 0)
-        keys = _tile(pages[0], pages[1], first, where[1][0], where[1][1], (sizes.columns, sizes.width, sizes.wide), CUT)
-        values = _tile(pages[2], pages[3], first, where[1][0], where[1][1],
-                       (sizes.columns, sizes.value_width, sizes.value_wide), CUT)
+        keys = load_rows(pages[0], pages[1], first, where[1][0], where[1][1],
+                         (sizes.columns, sizes.width, sizes.wide), CUT)
+        values = load_rows(pages[2], pages[3], first, where[1][0], where[1][1],
+                           (sizes.columns, sizes.value_width, sizes.value_wide), CUT)
         nothing = tl.zeros([sizes.rows, sizes.columns], tl.float32)
-        scores = _dot(query, tl.trans(keys), nothing, sizes.precision) * call.scale
-        slope = _dot(gradient, tl.trans(values), nothing, sizes.precision) - delta[:, None]
+        scores = dot(query, tl.trans(keys), nothing, sizes.precision) * call.scale
+        slope = dot(gradient, tl.trans(values), nothing, sizes.precision) - delta[:, None]
         slope *= tl.exp2(scores - top[:, None]) * inverse[:, None]
         if CUT:
             slope = tl.where(_seen(where[0], first, where[1], sizes), slope, 0.0)
-        total = _dot(slope.to(keys.dtype), keys, total, sizes.precision)
+        total = dot(slope.to(keys.dtype), keys, total, sizes.precision)
     return total
 
 
@@ -287,10 +246,10 @@ def query_gradient_kernel(given, results, plan, lengths, call, sizes: tl.constex
     bounds = _bounds(lengths, batch, call, sizes)
     ids, full_ids, steps = _key_spans(plan, (batch, head, first), bounds, call, sizes)
     wide: tl.constexpr = (sizes.rows, sizes.value_width, sizes.value_wide)
-    tile = _tile(_start(query, batch, head), query.token, first, 0, call.queries,
+    tile = load_rows(start_of(query, batch, head), query.token, first, 0, call.queries,
                  (sizes.rows, sizes.width, sizes.wide), True)
-    slopes = _tile(_start(gradient, batch, head), gradient.token, first, 0, call.queries, wide, True)
-    found = _tile(_start(output, batch, head), output.token, first, 0, call.queries, wide, True)
+    slopes = load_rows(start_of(gradient, batch, head), gradient.token, first, 0, call.queries, wide, True)
+    found = load_rows(start_of(output, batch, head), output.token, first, 0, call.queries, wide, True)
     place = (batch.to(tl.int64) * call.queries + rows) * call.heads + head
     real = rows < call.queries
     half = tl.num_programs(2).to(tl.int64) * call.queries * call.heads
@@ -299,7 +258,7 @@ def query_gradient_kernel(given, results, plan, lengths, call, sizes: tl.constex
     delta = tl.sum(slopes.to(tl.float32) * found.to(tl.float32), 1)
     delta -= tl.load(lse_gradient + place, mask=real, other=0.0)
     tl.store(results[1] + place, delta, mask=real)
-    pages = _start(key, batch, group), key.token, _start(value, batch, group), value.token
+    pages = start_of(key, batch, group), key.token, start_of(value, batch, group), value.token
     where = rows + call.keys - call.queries, bounds
     tiles = tile, slopes, top, inverse, delta
     total = tl.zeros([sizes.rows, sizes.wide], tl.float32)
@@ -308,7 +267,7 @@ def query_gradient_kernel(given, results, plan, lengths, call, sizes: tl.constex
         total = _query_gradient(total, tiles, pages, (ids, steps[0], steps[1]), where, call, sizes, True)
     if not sizes.per_list:
         total = _query_gradient(total, tiles, pages, (ids, steps[4], steps[5]), where, call, sizes, True)
-    _put(results[0], batch, head, first, call.queries, total * (call.scale / LOG2E),
+    store_rows(results[0], batch, head, first, call.queries, total * (call.scale / LOG2E),
          (sizes.rows, sizes.width, sizes.wide))
 
 
@@ -322,16 +281,19 @@ def _query_spans(plan, where, bounds, call, sizes: tl.constexpr):
         parts: tl.constexpr = sizes.query_block // sizes.rows
         full_ids, full = _read(plan[0], place, parts)
         ids, partial = _read(plan[1], place, parts)
-        return ids, full_ids, (partial * 0, partial, full * 0, full)
-    end = tl.cdiv(call.queries, sizes.rows)
-    begin, whole = end * 0, end * 0
-    if sizes.causal:
-        row = first - (call.keys - call.queries)  # the first query that sees the tile's first key
-        begin = tl.minimum(tl.maximum(row, 0) // sizes.rows, end)
-        whole = tl.minimum(tl.cdiv(tl.maximum(row + sizes.columns - 1, 0), sizes.rows), end)
-    whole = tl.where((first >= bounds[0]) & (first + sizes.columns <= bounds[1]), whole, end)
-    begin = tl.where((first < bounds[1]) & (first + sizes.columns > bounds[0]), begin, whole)
-    return None, None, (begin, whole, whole, end)
+        steps = (partial * 0, partial, full * 0, full)
+    else:
+        ids, full_ids = None, None
+        end = tl.cdiv(call.queries, sizes.rows)
+        begin, whole = end * 0, end * 0
+        if sizes.causal:
+            row = first - (call.keys - call.queries)  # the first query that sees the tile's first key
+            begin = tl.minimum(tl.maximum(row, 0) // sizes.rows, end)
+            whole = tl.minimum(tl.cdiv(tl.maximum(row + sizes.columns - 1, 0), sizes.rows), end)
+        whole = tl.where((first >= bounds[0]) & (first + sizes.columns <= bounds[1]), whole, end)
+        begin = tl.where((first < bounds[1]) & (first + sizes.columns > bounds[0]), begin, whole)
+        steps = (begin, whole, whole, end)
+    return ids, full_ids, steps
 
 
 @triton.jit
@@ -349,25 +311,25 @@ def _key_gradients(totals, tiles, heads, span, where, call, sizes: tl.constexpr,
     queries, stride, gradients, gradient_stride, top, inverse, delta = heads
     for step in range(span[1], span[2]):
         first = _first(span[0], step, sizes.query_block, sizes.rows, sizes.per_list > 0)
-        query = _tile(queries, stride, first, 0, call.queries, (sizes.rows, sizes.width, sizes.wide), sizes.ragged)
-        gradient = _tile(gradients, gradient_stride, first, 0, call.queries,
+        query = load_rows(queries, stride, first, 0, call.queries, (sizes.rows, sizes.width, sizes.wide), sizes.ragged)
+        gradient = load_rows(gradients, gradient_stride, first, 0, call.queries,
                          (sizes.rows, sizes.value_width, sizes.value_wide), sizes.ragged)
         rows = first + tl.arange(0, sizes.rows)
         real, place = rows < call.queries, rows.to(tl.int64) * call.heads
         nothing = tl.zeros([sizes.columns, sizes.rows], tl.float32)
-        scores = _dot(keys, tl.trans(query), nothing, sizes.precision) * call.scale
+        scores = dot(keys, tl.trans(query), nothing, sizes.precision) * call.scale
         scores -= tl.load(top + place, mask=real, other=0.0)[None, :]
         shares = tl.exp2(scores) * tl.load(inverse + place, mask=real, other=0.0)[None, :]
         if CUT:
             positions = rows + call.keys - call.queries
             seen = tl.trans(_seen(positions, where[0], where[1], sizes) & real[:, None])
             shares = tl.where(seen, shares, 0.0)
-        value_total = _dot(shares.to(gradient.dtype), gradient, value_total, sizes.precision)
-        slope = _dot(values, tl.trans(gradient), nothing, sizes.precision)
+        value_total = dot(shares.to(gradient.dtype), gradient, value_total, sizes.precision)
+        slope = dot(values, tl.trans(gradient), nothing, sizes.precision)
         slope = shares * (slope - tl.load(delta + place, mask=real, other=0.0)[None, :])
         if CUT:
             slope = tl.where(seen, slope, 0.0)
-        key_total = _dot(slope.to(query.dtype), query, key_total, sizes.precision)
+        key_total = dot(slope.to(query.dtype), query, key_total, sizes.precision)
     return key_total, value_total
 
 
@@ -383,41 +345,41 @@ def key_gradient_kernel(given, results, plan, lengths, call, sizes: tl.constexpr
     bounds = _bounds(lengths, batch, call, sizes)
     shape: tl.constexpr = (sizes.columns, sizes.width, sizes.wide)
     value_shape: tl.constexpr = (sizes.columns, sizes.value_width, sizes.value_wide)
-    tiles = (_tile(_start(key, batch, group), key.token, first, bounds[0], bounds[1], shape, True),
-             _tile(_start(value, batch, group), value.token, first, bounds[0], bounds[1], value_shape, True))
-    totals = (tl.zeros([sizes.columns, sizes.wide], tl.float32), tl.zeros([sizes.columns, sizes.value_wide], tl.float32))
+    tiles = (load_rows(start_of(key, batch, group), key.token, first, bounds[0], bounds[1], shape, True),
+             load_rows(start_of(value, batch, group), value.token, first, bounds[0], bounds[1], value_shape, True))
+    totals = (tl.zeros([sizes.columns, sizes.wide], tl.float32),
+              tl.zeros([sizes.columns, sizes.value_wide], tl.float32))
     half = tl.num_programs(2).to(tl.int64) * call.queries * call.heads
     for member in range(sizes.per_group):
         head = group * sizes.per_group + member
         ids, full_ids, steps = _query_spans(plan, (batch, head, first), bounds, call, sizes)
         place = batch.to(tl.int64) * call.queries * call.heads + head
-        heads = (_start(query, batch, head), query.token, _start(gradient, batch, head), gradient.token,
+        heads = (start_of(query, batch, head), query.token, start_of(gradient, batch, head), gradient.token,
                  softmax + place, softmax + half + place, delta + place)
         where = first, bounds
         totals = _key_gradients(totals, tiles, heads, (full_ids, steps[2], steps[3]), where, call, sizes, False)
         totals = _key_gradients(totals, tiles, heads, (ids, steps[0], steps[1]), where, call, sizes, True)
-    _put(results[0], batch, group, first, call.keys, totals[0] * (call.scale / LOG2E), shape)
-    _put(results[1], batch, group, first, call.keys, totals[1], value_shape)
+    store_rows(results[0], batch, group, first, call.keys, totals[0] * (call.scale / LOG2E), shape)
+    store_rows(results[1], batch, group, first, call.keys, totals[1], value_shape)
 
 
-def interpreted() -> bool:
-    """True where the kernels run in Triton's interpreter, on the CPU."""
-    return not isinstance(forward_kernel, triton.JITFunction)
 
+
+PLAN = ("full_count", "full_ids", "partial_count", "partial_ids")
 
 # (rows, columns, warps, stages) by the power of two that holds the wider of D and Dv; a plan's blocks cut them down.
-_HALF = {"forward": {64: (128, 64, 4, 3), 128: (128, 64, 8, 3), 256: (64, 32, 4, 2)},
-         "query": {64: (128, 64, 8, 3), 128: (64, 64, 4, 2), 256: (64, 32, 8, 2)},
-         "key": {64: (64, 128, 8, 3), 128: (64, 64, 4, 2), 256: (32, 64, 8, 2)}}
-_SINGLE = {"forward": {64: (64, 32, 4, 2), 128: (64, 32, 8, 2), 256: (32, 32, 8, 1)},
-           "query": {64: (64, 32, 8, 2), 128: (32, 32, 8, 2), 256: (32, 16, 8, 1)},
-           "key": {64: (32, 64, 8, 2), 128: (32, 32, 8, 2), 256: (16, 32, 8, 1)}}
+_HALF = {"forward": {64: (128, 64, 4, 3), 128: (128, 64, 8, 3), 256: (64, 32, 8, 2)},
+         "query": {64: (128, 64, 8, 3), 128: (64, 64, 8, 2), 256: (64, 32, 8, 2)},
+         "key": {64: (64, 64, 8, 2), 128: (64, 64, 8, 2), 256: (32, 32, 8, 1)}}
+_SINGLE = {"forward": {64: (64, 32, 8, 2), 128: (32, 32, 8, 2), 256: (16, 32, 8, 1)},
+           "query": {64: (32, 32, 8, 2), 128: (32, 32, 8, 1), 256: (16, 32, 8, 1)},
+           "key": {64: (32, 32, 8, 2), 128: (32, 16, 8, 1), 256: (16, 16, 8, 1)}}
 
 
 def launch(kernel: str, query: torch.Tensor, value: torch.Tensor) -> Launch:
     """How to start "forward", "query" or "key" (the two halves of the backward) for these tensors."""
     table = (_SINGLE if query.dtype == torch.float32 else _HALF)[kernel]
-    return Launch(*table[max(64, _wide(query), _wide(value))])
+    return Launch(*table[max(64, wide(query), wide(value))])
 
 
 def forward(
@@ -435,15 +397,16 @@ def forward(
         scale: from 0.
         start: how.
     """
-    query, key, value = given = tuple(map(_contiguous_rows, given))
+    query, key, value = given = tuple(map(contiguous_rows, given))
     shape = query.shape[:3]
     output = query.new_empty(*shape, value.shape[3])
     lse, softmax = (query.new_empty(size, dtype=torch.float32) for size in (shape, (2, *shape)))
     if lse.numel():
         sizes = _sizes(query, key, value, plan, grid, start)
         blocks = -(-grid.num_queries // sizes.rows), query.shape[2], query.shape[0]
-        forward_kernel[blocks](tuple(map(_rows, given)), (_rows(output), lse, softmax), _lists(plan), _lengths(grid),
-                               _call(query, grid, scale), sizes, **_options(start))
+        with torch.cuda.device_of(query):
+            forward_kernel[blocks](tuple(map(rows_of, given)), (rows_of(output), lse, softmax), _lists(plan),
+                                   _lengths(grid), _call(query, grid, scale), sizes, **options(start))
     return output, lse, softmax
 
 
@@ -462,42 +425,40 @@ def backward(
         starts: how, for queries and for keys.
     """
     query, key, value, output, softmax, gradient, lse_gradient = given
-    query, key, value, output, gradient = map(_contiguous_rows, (query, key, value, output, gradient))
+    query, key, value, output, gradient = map(contiguous_rows, (query, key, value, output, gradient))
     gradients = tuple(torch.zeros_like(tensor, memory_format=torch.contiguous_format) for tensor in (query, key, value))
     if not (query.numel() and key.numel() and value.numel()):
         return gradients
     softmax, lse_gradient = softmax.contiguous(), lse_gradient.contiguous()
     delta = torch.empty_like(lse_gradient)
     lengths, call = _lengths(grid), _call(query, grid, scale)
-    sizes = _sizes(query, key, value, plan, grid, starts[0])
-    blocks = -(-grid.num_queries // sizes.rows), query.shape[2], query.shape[0]
-    query_gradient_kernel[blocks](
-        (*map(_rows, (query, key, value, output, gradient)), softmax, lse_gradient), (_rows(gradients[0]), delta),
-        _lists(plan), lengths, call, sizes, **_options(starts[0]))
     turned = list(Tiles(grid=grid, **dict(zip(PLAN, plan, strict=True))).by_key()) if plan else []
-    sizes = _sizes(query, key, value, plan, grid, starts[1])
-    blocks = -(-grid.num_keys // sizes.columns), key.shape[2], query.shape[0]
-    key_gradient_kernel[blocks](
-        (*map(_rows, (query, key, value, gradient)), softmax, delta), tuple(map(_rows, gradients[1:])),
-        _lists(turned), lengths, call, sizes, **_options(starts[1]))
+    with torch.cuda.device_of(query):
+        sizes = _sizes(query, key, value, plan, grid, starts[0])
+        blocks = -(-grid.num_queries // sizes.rows), query.shape[2], query.shape[0]
+        query_gradient_kernel[blocks](
+            (*map(rows_of, (query, key, value, output, gradient)), softmax, lse_gradient),
+            (rows_of(gradients[0]), delta), _lists(plan), lengths, call, sizes, **options(starts[0]))
+        sizes = _sizes(query, key, value, plan, grid, starts[1])
+        blocks = -(-grid.num_keys // sizes.columns), key.shape[2], query.shape[0]
+        key_gradient_kernel[blocks](
+            (*map(rows_of, (query, key, value, gradient)), softmax, delta), tuple(map(rows_of, gradients[1:])),
+            _lists(turned), lengths, call, sizes, **options(starts[1]))
     return gradients
-
-
-PLAN = ("full_count", "full_ids", "partial_count", "partial_ids")
 
 
 def _sizes(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, plan: list[torch.Tensor], grid: Grid,
            start: Launch) -> Sizes:
     """What the kernels are compiled for."""
     rows, columns = ((min(start.rows, grid.query_block), min(start.columns, grid.key_block)) if plan else
-                     (min(start.rows, _power(grid.num_queries)), min(start.columns, _power(grid.num_keys))))
-    precision = {torch.float32: "tf32x3", torch.bfloat16: "widened" if interpreted() else "ieee"}
+                     (min(start.rows, power(grid.num_queries)), min(start.columns, power(grid.num_keys))))
     return Sizes(
-        rows=rows, columns=columns, query_block=grid.query_block if plan else 0, key_block=grid.key_block if plan else 0,
-        width=query.shape[3], value_width=value.shape[3], wide=_wide(query), value_wide=_wide(value),
+        rows=rows, columns=columns, query_block=grid.query_block if plan else 0,
+        key_block=grid.key_block if plan else 0, width=query.shape[3], value_width=value.shape[3], wide=wide(query),
+        value_wide=wide(value),
         per_group=query.shape[2] // key.shape[2], per_list=query.shape[2] // plan[0].shape[1] if plan else 0,
-        causal=grid.causal, padded=grid.lengths is not None, ragged=grid.num_queries % rows != 0,
-        precision=precision.get(query.dtype, "ieee"))
+        causal=grid.causal, padded=grid.lengths is not None,
+        ragged=grid.num_queries % (grid.query_block if plan else rows) != 0, precision=precision(query.dtype))
 
 
 def _call(query: torch.Tensor, grid: Grid, scale: float) -> Call:
@@ -512,27 +473,5 @@ def _lists(plan: list[torch.Tensor]) -> tuple[Listed, Listed]:
     return Listed(*plan[:2], plan[1].shape[-1]), Listed(*plan[2:], plan[3].shape[-1])
 
 
-def _rows(tensor: torch.Tensor) -> Rows:
-    return Rows(tensor, *tensor.stride()[:3])
-
-
 def _lengths(grid: Grid) -> torch.Tensor | None:
     return None if grid.lengths is None else grid.lengths.contiguous()
-
-
-def _options(start: Launch) -> dict:
-    """What Triton is told of a launch; a product and a sum may become one instruction."""
-    return {"num_warps": start.warps, "num_stages": start.stages, "enable_fp_fusion": True}
-
-
-def _contiguous_rows(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
-
-
-def _wide(tensor: torch.Tensor) -> int:
-    """The power of two from 16 that holds a row."""
-    return _power(tensor.shape[-1])
-
-
-def _power(size: int) -> int:
-    return max(16, 1 << (size - 1).bit_length())
