@@ -5,13 +5,13 @@ import math
 import torch
 
 from sentei.core.errors import ImplError, ShapeError
-from sentei.kernels.attention import eager, fused_cpp, fused_triton, reference
+from sentei.kernels.attention import eager, flex, fused_cpp, fused_triton, reference
 from sentei.kernels.attention.tiles import Grid, Tiles
 
 __all__ = ["IMPLS", "Grid", "Tiles", "attend", "choose_impl", "merge"]
 
 IMPLS = {"reference": reference.attend, "eager": eager.attend, "fused_cpp": fused_cpp.attend,
-         "fused_triton": fused_triton.attend}
+         "fused_triton": fused_triton.attend, "flex": flex.attend}
 
 
 def attend(
