@@ -23,24 +23,24 @@ from sentei.kernels.attention import Tiles, attend, choose_impl, fused_triton
 MISSING = importlib.util.find_spec("triton") is None
 needs_triton = pytest.mark.skipif(MISSING, reason="triton is not installed")
 check = partial(check_attend, steps=4)
-PADS = ((9, 70), (0, 33))
+PADS = ((9, 40), (0, 23))
 TILED = [
-    Case(name="causal, ragged", queries=71, keys=71, tile=(32, 16), heads=2, groups=1, widths=(16, 24)),
-    Case(name="bidirectional", queries=40, keys=70, tile=(16, 32), causal=False),
-    Case(name="after a cache, a choice a group", queries=33, keys=70, tile=(16, 16), heads=4, groups=2, choices=2),
-    Case(name="padded", queries=50, keys=70, tile=(32, 32), groups=1, lengths=PADS),
-    Case(name="padded bidirectional", queries=35, keys=70, tile=(32, 32), lengths=PADS, causal=False),
-    Case(name="queries before the first key", queries=60, keys=30, tile=(16, 16), kept=1.0),
+    Case(name="causal, ragged", queries=41, keys=41, tile=(32, 16), heads=2, groups=1, widths=(16, 24)),
+    Case(name="bidirectional", queries=20, keys=40, tile=(16, 32), causal=False),
+    Case(name="after a cache, a choice a group", queries=20, keys=40, tile=(16, 16), heads=4, groups=2, choices=2),
+    Case(name="padded", queries=40, keys=40, tile=(32, 32), groups=1, lengths=PADS),
+    Case(name="padded bidirectional", queries=20, keys=40, tile=(32, 32), lengths=PADS, causal=False),
+    Case(name="queries before the first key", queries=40, keys=20, tile=(16, 16), kept=1.0),
     Case(name="nothing kept", queries=32, keys=32, tile=(16, 16), kept=0.0),
-    Case(name="little kept", queries=64, keys=64, tile=(16, 16), kept=0.15),
+    Case(name="little kept", queries=48, keys=48, tile=(16, 16), kept=0.15),
     Case(name="padding alone", queries=32, keys=32, tile=(16, 16), lengths=((20, 20), (0, 32)), kept=1.0),
-    Case(name="half a block of queries", queries=48, keys=64, tile=(32, 16), widths=(32, 16), causal=False),
+    Case(name="half a block of queries", queries=48, keys=32, tile=(32, 16), widths=(32, 16), causal=False),
 ]
 NAMES = {"dense", "dense bidirectional", "dense cross", "dense padded", "one query dense", "grouped dense",
          "a row of padding alone, dense", "no query, dense"}
 DENSE = [case for case in CASES if case.name in NAMES] + [
     replace(TILED[0], name="dense, many tiles", kept=None),
-    replace(TILED[3], name="dense padded, many tiles", kept=None, queries=50),
+    replace(TILED[3], name="dense padded, many tiles", kept=None, queries=30),
 ]
 each = {"ids": lambda case: case.name}
 
@@ -85,10 +85,10 @@ def test_huge_logits_are_as_exact_as_their_rounding_lets_them_be():
 
 @st.composite
 def tiled_cases(draw) -> Case:
-    keys, groups = draw(st.integers(1, 60)), draw(st.integers(1, 2))
+    keys, groups = draw(st.integers(1, 40)), draw(st.integers(1, 2))
     span = st.tuples(st.integers(0, keys), st.integers(0, keys)).map(sorted).map(tuple)
     sizes = st.sampled_from([16, 32, 64])
-    return Case(name="drawn", queries=draw(st.integers(0, 60)), keys=keys, groups=groups,
+    return Case(name="drawn", queries=draw(st.integers(0, 40)), keys=keys, groups=groups,
                 heads=groups * draw(st.integers(1, 2)), choices=draw(st.sampled_from([None, groups])),
                 tile=(draw(sizes), draw(sizes)), causal=draw(st.booleans()),
                 lengths=draw(st.none() | st.lists(span, min_size=1, max_size=2).map(tuple)),
@@ -97,7 +97,7 @@ def tiled_cases(draw) -> Case:
 
 
 @needs_triton
-@settings(deadline=None, max_examples=10, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, max_examples=6, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(case=tiled_cases())
 def test_so_are_they_for_drawn_cases(case):
     check(fused_triton.attend, case, torch.float32)
@@ -158,7 +158,7 @@ def test_strides_and_a_negative_scale_do_not_matter():
 
 @needs_triton
 def test_a_nan_key_makes_nan_of_the_rows_that_keep_it_and_of_no_other_block():
-    case = replace(TILED[0], queries=64, keys=64)
+    case = replace(TILED[0], queries=48, keys=48)
     query, key, value = case.tensors(torch.float32)
     key[:, 0] = torch.nan
     output = fused_triton.attend(query, key, value, case.tiles(), scale=0.3)
@@ -194,10 +194,11 @@ def test_it_is_a_proper_op_of_torch(case):
 @needs_triton
 def test_tensors_without_memory_get_shapes_and_gradients_of_gradients_are_refused():
     case = TILED[0]
+    tiles = case.tiles()
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         fakes = [mode.from_tensor(tensor) for tensor in case.tensors(torch.float32)]
-        output = attend(*fakes, case.tiles(), impl="fused_triton")
-    assert (type(output), output.shape) == (FakeTensor, (1, 71, 2, 24))
+        output = attend(*fakes, tiles, impl="fused_triton")
+    assert (type(output), output.shape) == (FakeTensor, (1, 41, 2, 24))
     tensors = [tensor.requires_grad_() for tensor in case.tensors(torch.float32)]
     output = fused_triton.attend(*tensors, case.tiles(), scale=0.3)
     gradient, = torch.autograd.grad(output.square().sum(), tensors[0], create_graph=True)
@@ -254,5 +255,5 @@ def test_a_plan_that_names_blocks_the_grid_does_not_have_is_refused():
     case = TILED[0]
     tiles = case.tiles()
     for changes in ({"full_ids": tiles.full_ids + 9}, {"partial_count": tiles.partial_count + 9}):
-        with pytest.raises(ShapeError, match="expected blocks from 0 to 4 up to the count"):
+        with pytest.raises(ShapeError, match="expected blocks from 0 to 2 up to the count"):
             fused_triton.attend(*case.tensors(torch.float32), replace(tiles, **changes), scale=0.3)

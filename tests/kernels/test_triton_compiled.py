@@ -39,7 +39,6 @@ def test_every_kernel_compiles_for_hopper(tmp_path):
 
 @needs_triton
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("architecture", SHARED)
 def test_every_kernel_compiles_and_fits_as_it_is_started(architecture, tmp_path):
     check(compiled(architecture, "usual", tmp_path), architecture)

@@ -105,7 +105,8 @@ def attend_pages(
         part_kernel[parts, groups, batch * rows](
             tuple(rows_of(contiguous_rows(tensor)) for tensor in (query, key, value)), pages.contiguous(), sums,
             weights, lengths if lengths is None else lengths.contiguous(), cached, shape, **options(_LAUNCH))
-        merge_kernel[(lse.numel(),)](sums, weights, output, lse, (parts, value_width), (power(parts), wide(value)))
+        merge_kernel[(lse.numel(),)](sums, weights, output, lse, (parts, value_width), (power(parts), wide(value)),
+                                   **options(_LAUNCH))
     return output, lse
 
 
