@@ -17,11 +17,11 @@ from dataclasses import dataclass, replace
 from functools import cached_property, partial
 
 import torch
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks.publish import table, write_result
 from sentei.kernels.attention import Grid, Tiles, attend
+from sentei.kernels.attention.flex import block_mask, compiled
 from sentei.measurement.latency import interleave
 from sentei.measurement.outcome import environment
 
@@ -84,28 +84,10 @@ def sdpa(case: Case) -> torch.Tensor:
         1, 2)
 
 
-compiled = torch.compile(flex_attention)
-
-
-def flex(case: Case, mask: BlockMask) -> torch.Tensor:
+def flex(case: Case, mask) -> torch.Tensor:
     """torch's compiled block-sparse kernel on the same tiles."""
     query, key, value = (tensor.transpose(1, 2) for tensor in case.tensors)
-    return compiled(query, key, value, block_mask=mask, enable_gqa=case.heads != case.groups).transpose(1, 2)
-
-
-def block_mask(tiles: Tiles, heads: int) -> BlockMask:
-    """The tiles as FlexAttention reads them: counts, and indices as wide as there are key blocks."""
-    def ordered(ids: torch.Tensor, count: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        wide = torch.zeros(*ids.shape[:3], tiles.grid.num_key_blocks, dtype=torch.int32)
-        wide[..., :ids.shape[-1]] = ids.clamp(min=0)
-        per_group = heads // ids.shape[1]
-        return count.repeat_interleave(per_group, 1), wide.repeat_interleave(per_group, 1)
-
-    partial_count, partial_ids = ordered(tiles.partial_ids, tiles.partial_count)
-    full_count, full_ids = ordered(tiles.full_ids, tiles.full_count)
-    return BlockMask.from_kv_blocks(partial_count, partial_ids, full_count, full_ids, BLOCK_SIZE=(BLOCK, BLOCK),
-                                    mask_mod=lambda b, h, i, j: i >= j,
-                                    seq_lengths=(tiles.grid.num_queries, tiles.grid.num_keys))
+    return compiled()(query, key, value, block_mask=mask, enable_gqa=case.heads != case.groups).transpose(1, 2)
 
 
 BF16 = torch.bfloat16
@@ -142,6 +124,7 @@ def rows(names: list[str], runs: int) -> Iterator[dict]:
     machine = environment()
     for name in names:
         for case in CASES[name]:
+            torch.compiler.reset()  # it compiles FlexAttention for a few shapes only
             ours = with_backward(case.ours, case)
             for peer, call, same in peers(case, name):
                 theirs = with_backward(call, case)

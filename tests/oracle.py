@@ -18,6 +18,7 @@ class Case:
         kept: chance of a tile to be kept; None is the dense plan.
         logits: standard deviation of the scaled scores.
         window, softcap: as in Grid and attend; 0 for none.
+        widths: of queries and values; 6 and 5, so that no two sizes are mixed up unseen.
     """
 
     name: str
@@ -33,15 +34,18 @@ class Case:
     logits: float = 1.0
     window: int = 0
     softcap: float = 0.0
+    widths: tuple[int, int] = (6, 5)
 
     @property
     def batch(self) -> int:
         return 1 if self.lengths is None else len(self.lengths)
 
     def tensors(self, dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:
-        """Query, key and value; 6 and 5 wide, so that no two sizes are mixed up unseen."""
+        """Query, key and value."""
         generator = torch.Generator().manual_seed(7)
-        shapes = (self.queries, self.heads, 6), (self.keys, self.groups, 6), (self.keys, self.groups, 5)
+        width, value_width = self.widths
+        shapes = ((self.queries, self.heads, width), (self.keys, self.groups, width),
+                  (self.keys, self.groups, value_width))
         tensors = [torch.randn(self.batch, *shape, generator=generator, dtype=torch.float64) for shape in shapes]
         tensors[0] *= self.logits
         return [tensor.to(dtype) for tensor in tensors]
@@ -168,7 +172,7 @@ def check_attend(attend, case: Case, dtype: torch.dtype = torch.float64, steps: 
 
     Its error against fp64 may be twice that of plain masked attention in the same dtype, and some rounding steps.
     """
-    tensors, pairs, scale = case.tensors(dtype), case.pairs(), 6 ** -0.5
+    tensors, pairs, scale = case.tensors(dtype), case.pairs(), case.widths[0] ** -0.5
     extra = {"softcap": case.softcap} if case.softcap else {}
     exact = outcome(lambda *qkv: masked_attention(*qkv, pairs, scale, **extra), [tensor.double() for tensor in tensors])
     plain = outcome(lambda *qkv: masked_attention(*qkv, pairs, scale, **extra), tensors)

@@ -5,12 +5,13 @@ import math
 import torch
 
 from sentei.core.errors import ImplError, ShapeError
-from sentei.kernels.attention import eager, fused_cpp, reference
+from sentei.kernels.attention import eager, flex, fused_cpp, fused_triton, reference
 from sentei.kernels.attention.tiles import Grid, Tiles
 
 __all__ = ["IMPLS", "Grid", "Tiles", "attend", "choose_impl", "merge", "sink"]
 
-IMPLS = {"reference": reference.attend, "eager": eager.attend, "fused_cpp": fused_cpp.attend}
+IMPLS = {"reference": reference.attend, "eager": eager.attend, "fused_cpp": fused_cpp.attend,
+         "fused_triton": fused_triton.attend, "flex": flex.attend}
 
 
 def attend(
@@ -47,7 +48,7 @@ def attend(
     Cost: kept pairs · (D + Dv) multiply-adds; the dense plan is torch's own kernel.
     """
     _check(query, key, value, tiles)
-    name, _ = choose_impl(impl, query, key, value, tiles)
+    name, _ = choose_impl(impl, query, key, value, tiles, softcap)
     if not 0 <= softcap < math.inf:
         raise ShapeError("attend", expected="a softcap from 0", got=str(softcap), do="leave it out for none")
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
@@ -59,7 +60,7 @@ def attend(
 
 
 def choose_impl(
-    impl: str, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, tiles: Tiles
+    impl: str, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, tiles: Tiles, softcap: float = 0.0
 ) -> tuple[str, str]:
     """The implementation that will run for these arguments of `attend`, and why.
 
@@ -73,8 +74,11 @@ def choose_impl(
                         do="choose one of these")
     if tiles.is_everything:
         return "eager", "the dense plan is torch's own kernel"
-    reason = fused_cpp.refusal(query, key, value)
-    return ("eager", f"fused_cpp cannot take {reason}") if reason else ("fused_cpp", "the fastest there is")
+    if query.is_cuda:
+        name, reason = "fused_triton", fused_triton.refusal(query, key, value, tiles, softcap)
+    else:
+        name, reason = "fused_cpp", fused_cpp.refusal(query, key, value)
+    return ("eager", f"{name} cannot take {reason}") if reason else (name, "the fastest there is")
 
 
 def merge(
