@@ -12,7 +12,7 @@ from sentei.core.errors import ImplError
 from sentei.core.storage import sha256
 
 LIBRARY = "_native*.so"
-ABI = 5  # of attention.cpp's sentei_abi()
+ABI = 6  # of attention.cpp's sentei_abi()
 MACHINE = -1  # the instruction set to run: the best this processor has; the tests run each, see `machines`
 
 
