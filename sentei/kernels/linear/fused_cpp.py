@@ -6,6 +6,7 @@ because a token takes hundreds of them.
 """
 
 import ctypes
+from functools import cache
 
 import torch
 from torch.autograd import forward_ad
@@ -27,6 +28,11 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     reason = refusal(x, weight, bias)
     if reason:
         raise ImplError("fused_cpp", expected="a product it can take", got=reason, do="use impl='auto'")
+    return run(x, weight, bias)
+
+
+def run(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """`linear` for who has just asked `refusal`."""
     if _is_watched(x, weight):
         return torch.ops.sentei.linear(x, weight, bias)
     return _linear(x, weight, bias)
@@ -67,13 +73,12 @@ def _is_watched(x: torch.Tensor, weight: torch.Tensor) -> bool:
 
 def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """The op `sentei::linear`."""
-    width = x.shape[-1]
-    outputs = weight.shape[0]
     output = _shape(x, weight, bias)
     if not x.is_contiguous():
         x = x.contiguous()
     if bias is not None and not bias.is_contiguous():
         bias = bias.contiguous()
+    outputs, width = weight.shape
     status = _call()(x.data_ptr(), weight.data_ptr(), None if bias is None else bias.data_ptr(), output.data_ptr(),
                      x.numel() // width, width, outputs, width, weight.stride(0), x.dtype is torch.bfloat16,
                      torch.get_num_threads(), native.MACHINE)
@@ -83,16 +88,18 @@ def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) ->
     return output
 
 
+@cache
 def _call():
     """The function of the library; its arguments are pointers and 64-bit integers."""
     function = native.load().sentei_linear
-    if function.argtypes is None:
-        function.argtypes = [ctypes.c_void_p] * 4 + [ctypes.c_int64] * 8
+    function.argtypes = [ctypes.c_void_p] * 4 + [ctypes.c_int64] * 8
     return function
 
 
 def _shape(x, weight, bias):
-    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+    shape = list(x.shape)
+    shape[-1] = weight.shape[0]
+    return x.new_empty(shape)
 
 
 def _refuse(ctx, gradient):
