@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 import sentei.kernels
-from sentei.kernels import attention, routing
+from sentei.kernels import attention, linear, routing
 
-OPERATIONS = {"attention": (attention.attend, attention.IMPLS), "routing": (routing.route, routing.IMPLS)}
+OPERATIONS = {"attention": (attention.attend, attention.IMPLS), "routing": (routing.route, routing.IMPLS),
+              "linear": (linear.linear, linear.IMPLS)}
 
 
 def differences(door, implementations: dict) -> list[str]:
