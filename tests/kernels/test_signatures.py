@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 
 import sentei.kernels
-from sentei.kernels import attention, paging, routing, topk
+from sentei.kernels import attention, linear, paging, routing, topk
 
 OPERATIONS = {"attention": (attention.attend, attention.IMPLS), "routing": (routing.route, routing.IMPLS),
-              "topk": (topk.attend_topk, topk.IMPLS), "paging": (paging.attend, paging.IMPLS)}
+              "topk": (topk.attend_topk, topk.IMPLS), "paging": (paging.attend, paging.IMPLS),
+              "linear": (linear.linear, linear.IMPLS)}
 
 
 def differences(door, implementations: dict) -> list[str]:

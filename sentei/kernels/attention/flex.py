@@ -29,7 +29,9 @@ def attend(
     Raises:
         ImplError: `refusal` has a reason, the lse is wanted on the CPU, or too many shapes were compiled.
     """
-    reason = refusal(query, key, value, tiles, softcap) or (query.is_cpu and return_lse and "a call for the lse on the CPU")
+    reason = refusal(query, key, value, tiles, softcap)
+    if not reason and query.is_cpu and return_lse:
+        reason = "a call for the lse on the CPU"
     if reason:
         raise ImplError("flex", expected="a call it can take", got=reason, do="use impl='auto'")
     tiles = tiles.listed(query.shape[0], key.shape[2], query.device)
