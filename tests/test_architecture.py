@@ -27,7 +27,7 @@ FLOORS = {
     "conversion": LOWER,
     "budget": LOWER | {"conversion", "measurement"},
     "pipeline": LOWER | {"conversion", "measurement", "budget"},
-    "cli": {"core", "pipeline", "geometry", "circuit"},
+    "cli": {"core", "pipeline", "measurement", "geometry", "circuit"},
     "__main__": {"cli"},
     "__init__": LOWER | {"conversion", "measurement", "budget", "pipeline", "geometry", "circuit"},
 }

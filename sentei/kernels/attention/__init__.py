@@ -51,7 +51,7 @@ def attend(
     name, _ = choose_impl(impl, query, key, value, tiles, softcap)
     if not 0 <= softcap < math.inf:
         raise ShapeError("attend", expected="a softcap from 0", got=str(softcap), do="leave it out for none")
-    scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+    scale = 1 / math.sqrt(max(query.shape[-1], 1)) if scale is None else scale
     if tiles.grid.lengths is not None:
         # Neither a weight of 0 nor a score of -inf silences a NaN in every kernel.
         padding = ~tiles.grid.real_keys(key.device)[..., None, None]
@@ -117,3 +117,6 @@ def _check(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, tiles: T
         raise ShapeError("attend",
                          expected=f"tiles of {query.shape[0]} rows and {query.shape[2]} or {key.shape[2]} heads",
                          got=str(list(tiles.full_count.shape)), do="build the tiles for these tensors")
+    if not tiles.is_everything and tiles.full_count.device != query.device:
+        raise ShapeError("attend", expected=f"tiles on {query.device}", got=str(tiles.full_count.device),
+                         do="move the tiles with Tiles.to")

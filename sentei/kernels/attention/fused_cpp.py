@@ -15,7 +15,7 @@ from torch.autograd.forward_ad import unpack_dual
 from sentei.core.errors import ImplError, ResourceError, ShapeError
 from sentei.core.rules import bad_scores
 from sentei.kernels import native
-from sentei.kernels.attention.tiles import Grid, Tiles
+from sentei.kernels.attention.tiles import MAX_BLOCK, Grid, Tiles
 
 _LONGS = ("batch", "queries", "keys", "heads", "groups", "width", "value_width", "query_block", "key_block", "causal",
           "window", "threads", "first", "stride", "machine", "bfloat16")
@@ -105,14 +105,13 @@ def _forward(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, plan: 
         lengths: the grid's.
         sizes: query block, key block, 1 for causal, and the window or 0.
     """
-    grid = _grid(query, key, lengths, sizes)
-    grid.check("attend", query, key, value)
+    grid = _grid("attend", [query, key, value], plan, lengths, sizes)
     output, lse, softmax = _results(query, value)
     if lse.numel():
         query, key, value = (_rows(tensor) for tensor in (query, key, value))
         written = output if output.dtype == query.dtype else torch.empty_like(output, dtype=query.dtype)
         problem = _problem(query, key, grid, scale, softcap)
-        _set_plan(problem, plan, grid)
+        _set_plan(problem, plan)
         _set_value(problem, value)
         problem.output, problem.lse, problem.softmax = (tensor.data_ptr() for tensor in (written, lse, softmax))
         _finish(native.load().sentei_attend(ctypes.byref(problem)), grid)
@@ -121,6 +120,7 @@ def _forward(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, plan: 
 
 
 def _forward_shapes(query, key, value, plan, lengths, sizes, scale, softcap):
+    _grid("attend", [query, key, value], plan, lengths, sizes)
     return _results(query, value)
 
 
@@ -133,18 +133,12 @@ def _backward(given: list[torch.Tensor], plan: list[torch.Tensor], lengths: torc
             with the output, less the gradient of the lse.
         plan, lengths, sizes, scale, softcap: as in `_forward`.
     """
+    grid = _backward_grid(given, plan, lengths, sizes)
     query, key, value, softmax, gradient, delta = (_rows(tensor) for tensor in given)
-    grid = _grid(query, key, lengths, sizes)
-    grid.check("attend_backward", query, key, value)
-    shapes = (2, *query.shape[:3]), (*query.shape[:3], value.shape[3]), query.shape[:3]
-    if tuple(tensor.shape for tensor in (softmax, gradient, delta)) != shapes:
-        raise ShapeError("attend_backward", expected=f"softmax, gradient and delta {shapes}",
-                         got=str([list(tensor.shape) for tensor in (softmax, gradient, delta)]),
-                         do="differentiate attend with torch.autograd")
     gradients = [torch.zeros(tensor.shape, dtype=torch.float32, device="cpu") for tensor in (query, key, value)]
     if query.numel() and key.numel() and gradient.numel():
         problem = _problem(query, key, grid, scale, softcap)
-        _set_plan(problem, plan, grid)
+        _set_plan(problem, plan)
         _set_value(problem, value)
         softmax, gradient, delta = (tensor.float().contiguous() for tensor in (softmax, gradient, delta))
         problem.softmax = softmax.data_ptr()
@@ -154,6 +148,7 @@ def _backward(given: list[torch.Tensor], plan: list[torch.Tensor], lengths: torc
 
 
 def _backward_shapes(given, plan, lengths, sizes, scale, softcap):
+    _backward_grid(given, plan, lengths, sizes)
     return tuple(torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device) for tensor in given[:3])
 
 
@@ -173,8 +168,7 @@ def _differentiate(ctx, gradient, lse_gradient, _):
 def _estimate(query: torch.Tensor, key: torch.Tensor, lengths: torch.Tensor | None, sizes: list[int],
               rows: list[int], square: bool, scale: float) -> torch.Tensor:
     """The op `sentei::estimate`; `rows` are kind, first and stride of `estimate`."""
-    grid = _grid(query, key, lengths, sizes)
-    grid.check("estimate", query, key, key)
+    grid = _grid("estimate", [query, key, key], [], lengths, sizes)
     found = _estimate_shape(query, key, lengths, sizes, rows, square, scale)
     if found.numel():
         problem = _problem(_rows(query.float()), _rows(key.float()), grid, scale, 0.0)
@@ -185,7 +179,12 @@ def _estimate(query: torch.Tensor, key: torch.Tensor, lengths: torch.Tensor | No
 
 
 def _estimate_shape(query, key, lengths, sizes, rows, square, scale):
-    grid = _grid(query, key, lengths, sizes)
+    grid = _grid("estimate", [query, key, key], [], lengths, sizes)
+    kind, first, stride = rows if len(rows) == 3 else (-1, 0, 0)
+    fits = 0 <= kind < len(ESTIMATES) and 0 <= first < grid.query_block and 1 <= stride <= MAX_BLOCK
+    if not fits or (ESTIMATES[kind] == "folded" and (grid.query_block % stride or grid.key_block % stride)):
+        raise ShapeError("estimate", expected=f"a first row below {grid.query_block} and a stride that fits",
+                         got=str(rows), do="choose rows that a query block has")
     return query.new_empty(query.shape[0], query.shape[2], grid.num_query_blocks, grid.num_key_blocks,
                            dtype=torch.float32)
 
@@ -259,12 +258,8 @@ def estimate(
         ResourceError: memory ran out.
     Cost: 1 / stride of the dense scores and the exponentials of as many, or what the estimator says.
     """
-    kind, first, stride = rows
-    folds = kind != "folded" or not (grid.query_block % stride or grid.key_block % stride)
-    if not (0 <= first < grid.query_block and stride >= 1 and folds):
-        raise ShapeError("estimate", expected=f"a first row below {grid.query_block} and a stride that fits",
-                         got=f"{first} and {stride}", do="choose rows that a query block has")
-    rows = [ESTIMATES.index(kind), first, stride]
+    grid.check("estimate", query, key, key)
+    rows = [ESTIMATES.index(rows[0]), *rows[1:]]
     return torch.ops.sentei.estimate(query, key, grid.lengths, _sizes(grid), rows, square, scale)
 
 
@@ -315,24 +310,61 @@ def _set_value(problem: _Problem, value: torch.Tensor) -> None:
     problem.held.append(value)
 
 
-def _set_plan(problem: _Problem, plan: list[torch.Tensor], grid: Grid) -> None:
+def _set_plan(problem: _Problem, plan: list[torch.Tensor]) -> None:
     """Enters the lists of a plan; without any it is everything that is permitted."""
     if not plan:
         return
-    tiles = Tiles(grid=grid, **dict(zip(_PLAN, (part.contiguous() for part in plan), strict=True)))
-    batch, heads, _ = tiles.full_count.shape
-    if batch != problem.batch or heads not in (problem.heads, problem.groups):
-        raise ShapeError("attend", expected=f"tiles of {problem.batch} rows, {problem.heads} or {problem.groups} heads",
-                         got=str(list(tiles.full_count.shape)), do="build the tiles for these tensors")
-    listed = [getattr(tiles, name) for name in _PLAN]
-    problem.plan = _Plan(*(tensor.data_ptr() for tensor in listed), heads, listed[1].shape[-1], listed[3].shape[-1])
+    listed = [part.contiguous() for part in plan]
+    problem.plan = _Plan(*(tensor.data_ptr() for tensor in listed), listed[0].shape[1], listed[1].shape[-1],
+                         listed[3].shape[-1])
     problem.held.append(listed)
 
 
-def _grid(query: torch.Tensor, key: torch.Tensor, lengths: torch.Tensor | None, sizes: list[int]) -> Grid:
-    """The grid that `_forward` was given in parts."""
-    return Grid(num_queries=query.shape[1], num_keys=key.shape[1], query_block=sizes[0], key_block=sizes[1],
+def _grid(where: str, tensors: list[torch.Tensor], plan: list[torch.Tensor], lengths: torch.Tensor | None,
+          sizes: list[int]) -> Grid:
+    """The grid that an op was given in parts. Anyone may call an op, so what it is given is checked.
+
+    Args:
+        tensors: query, key, value.
+    Raises:
+        ShapeError: shapes, dtypes or devices that do not fit. One tensor without memory sends the whole call to the
+            shapes alone, whose result is not to be read.
+    """
+    query, key, _ = tensors
+    if len(sizes) != 4 or query.dim() != 4 or key.dim() != 4 or len(plan) not in (0, len(_PLAN)):
+        raise ShapeError(where, expected="four dimensions, four sizes and a plan of four parts or none",
+                         got=f"{list(query.shape)}, {list(key.shape)}, {sizes}, {len(plan)} parts",
+                         do="call it through attend")
+    grid = Grid(num_queries=query.shape[1], num_keys=key.shape[1], query_block=sizes[0], key_block=sizes[1],
                 causal=bool(sizes[2]), window=sizes[3] or None, lengths=lengths)
+    grid.check(where, *tensors)
+    heads = query.shape[2], key.shape[2]
+    if plan and Tiles(grid=grid, **dict(zip(_PLAN, plan, strict=True))).full_count.shape[:2] not in (
+            (query.shape[0], heads[0]), (query.shape[0], heads[1])):
+        raise ShapeError(where, expected=f"tiles of {query.shape[0]} rows, {heads[0]} or {heads[1]} heads",
+                         got=str(list(plan[0].shape)), do="build the tiles for these tensors")
+    others = {str(tensor.device) for tensor in (*plan, lengths) if tensor is not None} - {str(query.device)}
+    if others:
+        raise ShapeError(where, expected=f"plan and lengths on {query.device}", got=", ".join(sorted(others)),
+                         do="move them to the same device")
+    return grid
+
+
+def _backward_grid(given: list[torch.Tensor], plan: list[torch.Tensor], lengths: torch.Tensor | None,
+                   sizes: list[int]) -> Grid:
+    """The grid of `_backward`, whose further tensors are checked too."""
+    if len(given) != 6:
+        raise ShapeError("attend_backward", expected="6 tensors", got=str(len(given)), do="call it through attend")
+    query, _, value, *more = given
+    grid = _grid("attend_backward", given[:3], plan, lengths, sizes)
+    rows = query.shape[:3]
+    expected = (2, *rows), (*rows, value.shape[3]), rows
+    if any(tensor.shape != shape or tensor.device != query.device or not tensor.is_floating_point()
+           for tensor, shape in zip(more, expected, strict=True)):
+        raise ShapeError("attend_backward", expected=f"softmax, gradient and delta {', '.join(map(str, expected))}",
+                         got=", ".join(f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}" for tensor in more),
+                         do="call it through attend")
+    return grid
 
 
 def _sizes(grid: Grid) -> list[int]:

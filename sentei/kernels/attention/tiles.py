@@ -69,6 +69,9 @@ class Grid:
         if not query.dtype == key.dtype == value.dtype or not query.is_floating_point():
             raise ShapeError(where, expected="one floating dtype", got=f"{query.dtype}, {key.dtype}, {value.dtype}",
                              do="convert them to the same dtype")
+        if not query.device == key.device == value.device:
+            raise ShapeError(where, expected="one device", got=f"{query.device}, {key.device}, {value.device}",
+                             do="move them to the same device")
         if (self.num_queries, self.num_keys) != (query.shape[1], key.shape[1]):
             raise ShapeError(where, expected=f"a grid of {query.shape[1]} queries and {key.shape[1]} keys",
                              got=f"{self.num_queries} and {self.num_keys}", do="build the tiles for these tensors")
@@ -107,8 +110,8 @@ class Grid:
         if self.lengths is None:
             stop = torch.tensor(self.num_keys, device=device).view(1, 1, 1, 1)
             return torch.zeros_like(stop), stop
-        start, stop = self.lengths.to(device).unbind(-1)
-        return start.view(-1, 1, 1, 1), stop.clamp(max=self.num_keys).view(-1, 1, 1, 1)
+        start, stop = self.lengths.to(device).clamp(0, self.num_keys).unbind(-1)
+        return start.view(-1, 1, 1, 1), stop.view(-1, 1, 1, 1)
 
     def real_keys(self, device: torch.device) -> torch.Tensor:
         """Bool [B or 1, Tk]: the keys that are no padding."""
@@ -168,7 +171,7 @@ class Tiles:
             None: everything that is permitted, the dense plan.
         full_ids, partial_ids: int32 [B, H, QB, slots]; ascending key blocks, -1 beyond the count.
     Raises:
-        ShapeError: shapes or dtypes that are not these.
+        ShapeError: shapes or dtypes that are not these, or parts on several devices.
     """
 
     grid: Grid
@@ -183,11 +186,13 @@ class Tiles:
             return
         good = all(part is not None and part.dtype == torch.int32 for part in parts) and (
             self.full_count.shape == self.partial_count.shape == self.full_ids.shape[:-1] == self.partial_ids.shape[:-1]
-            and self.full_count.dim() == 3 and self.full_count.shape[2] == self.grid.num_query_blocks)
+            and self.full_count.dim() == 3 and self.full_count.shape[2] == self.grid.num_query_blocks
+            and len({part.device for part in parts}) == 1)
         if not good:
             raise ShapeError("Tiles", expected=f"int32 counts [B, H, {self.grid.num_query_blocks}] and ids of that "
-                             "and slots, full and partial", got=", ".join(
-                                 "none" if part is None else f"{part.dtype} {list(part.shape)}" for part in parts),
+                             "and slots, full and partial, on one device", got=", ".join(
+                                 "none" if part is None else f"{part.dtype} {list(part.shape)} on {part.device}"
+                                 for part in parts),
                              do="build plans with Tiles.from_mask")
 
     @classmethod
