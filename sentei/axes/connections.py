@@ -22,10 +22,11 @@ from torch import nn
 from sentei.axes.axis import Axis
 from sentei.core.cost import Cost
 from sentei.core.errors import FileError, RuleError, ShapeError
-from sentei.core.rules import MAX_K, All, Capacity, Rule, TopK, rule_from_json
+from sentei.core.rules import MAX_K, All, Capacity, Certified, Rule, TopK, rule_from_json
 from sentei.core.selection import Selection
 from sentei.kernels import paging
 from sentei.kernels.attention import Grid, Tiles, attend, choose_impl, merge
+from sentei.kernels.attention.certify import attend_certified
 from sentei.kernels.attention.compensate import attend_dropped
 from sentei.kernels.attention.select import (
     Estimator,
@@ -51,7 +52,8 @@ class Config:
     """How connections are chosen.
 
     Args:
-        rule: All is the dense layer.
+        rule: All is the dense layer. Certified is the kernel's: it makes every score, whatever the estimator, and the
+            bound holds for every row.
         estimator: of the mass of a tile.
         criterion: what a tile is worth to the rows of its query block: "mass", their mean share of attention; "peak",
             the root mean square, which a few rows can raise; "output", the expected change of their output.
@@ -84,6 +86,8 @@ class Config:
             "criterion 'mass', 'peak' or 'output'": self.criterion in ("mass", "peak", "output"),
             f"tile two sizes from 1 to {MAX_BLOCK}, window from 0": tiled,
             "share 'head' or 'group'": self.share in ("head", "group"),
+            "share 'head' and no compensation under Certified": not isinstance(self.rule, Certified) or (
+                self.share == "head" and not self.compensate),
             "compensate a bool": isinstance(self.compensate, bool),
             "decode All, TopK, Mass or Threshold, of one number": paging.can_choose(self.decode),
         }
@@ -174,6 +178,9 @@ class Connections(Axis):
         return always_kept(self.grid(query, key, lengths), query.device, window=self.config.window)
 
     def select(self, scores, query, key, value, lengths=None, bounds=None):
+        if isinstance(self.rule, Certified) and not self.reads_pages(query.shape[1]):
+            kept = self.certified(query, key, value, lengths)[1]
+            return Selection.from_mask(kept, ~torch.isneginf(scores), unit=self.unit)
         if not self.reads_pages(query.shape[1]):
             return super().select(scores, query, key, value, lengths)
         # By the kernel: its rules and ours could part where two sums differ in their last bit.
@@ -202,10 +209,17 @@ class Connections(Axis):
             return self.attend_pages(query, key, value, lengths, bounds)[0]
         if query.shape[1] <= self.config.tile[0]:
             return self.attend(Tiles(grid=grid), query, key, value)
+        if isinstance(self.rule, Certified):
+            return self.certified(query, key, value, lengths)[0]
         if self.is_by_token:
             return self.by_token(query, key, value, lengths)
         scores, forced = self.score(query, key, value, lengths), self.forced(query, key, value, lengths)
         return self.attend(choose(self.rule, scores, forced, grid), query, key, value)
+
+    def certified(self, query, key, value, lengths=None) -> tuple[torch.Tensor, torch.Tensor]:
+        """The output where the rule is Certified, and the tiles that were computed, bool [B, H, QB, KB]."""
+        return attend_certified(query, key, value, self.grid(query, key, lengths), self.rule.eps,
+                                scale=self.scale_of(query))
 
     @property
     def is_by_token(self) -> bool:

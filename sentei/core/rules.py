@@ -111,6 +111,30 @@ class Threshold(Rule):
 
 
 @dataclass(frozen=True)
+class Certified(Rule):
+    """Drops only candidates whose softmax shares together cannot reach `eps`: those below eps / n of the largest.
+
+    Of n permitted candidates each dropped one holds less than eps / n, so the mass dropped is below eps: proved, where
+    the scores are exact.
+    """
+
+    eps: float
+
+    def __post_init__(self):
+        _check_range("Certified", "eps", self.eps, 0, 1)
+        if isinstance(self.eps, tuple) or not 0 < self.eps < 1:
+            raise RuleError("Certified", expected="one eps above 0 and below 1", got=repr(self.eps),
+                            do="choose another eps")
+
+    def keep(self, scores, permitted, forced):
+        if scores.shape[-1] == 0:
+            return permitted
+        number = permitted.sum(-1, keepdim=True).clamp(min=1)
+        below = scores.amax(-1, keepdim=True) - torch.log(number / self.eps)
+        return (permitted & ~(scores < below)) | forced
+
+
+@dataclass(frozen=True)
 class Capacity(Rule):
     """Each candidate keeps the share `capacity` of its queries with the highest scores (expert choice, depth).
 
@@ -155,7 +179,8 @@ class Fixed(Rule):
         return keep | forced
 
 
-RULES = {"all": All, "topk": TopK, "mass": Mass, "threshold": Threshold, "capacity": Capacity, "fixed": Fixed}
+RULES = {"all": All, "topk": TopK, "mass": Mass, "threshold": Threshold,
+         "certified": Certified, "capacity": Capacity, "fixed": Fixed}
 
 
 def rule_from_json(value: dict) -> Rule:

@@ -8,7 +8,7 @@ from torch import nn
 
 from sentei.axes.connections import Config, Connections, SelfAttention, from_dense
 from sentei.core.errors import RuleError, ShapeError
-from sentei.core.rules import All, Capacity, Mass, Threshold, TopK
+from sentei.core.rules import All, Capacity, Certified, Mass, Threshold, TopK
 from sentei.core.tracing import trace
 from sentei.kernels.attention import attend
 from sentei.kernels.attention.select import ESTIMATORS, Antidiagonal, PageBounds, Pooled, Sampled, Trailing, always_kept
@@ -299,3 +299,15 @@ def test_the_shortcut_computes_what_the_selection_says(change, dtype, lengths):
     with trace(room):
         expected = room(*inputs)
     assert torch.equal(room(*inputs), expected)
+
+
+def test_a_certified_room_traces_what_its_kernel_computed():
+    inputs = [8 * tensor for tensor in qkv()]
+    room, dense = Connections(replace(SMALL, rule=Certified(0.3))), Connections(replace(SMALL, rule=All()))
+    output = room(*inputs)
+    with trace(room) as records:
+        torch.testing.assert_close(room(*inputs), output)
+    assert 0 < records.density() < 1
+    assert (output - dense(*inputs)).abs().max() <= 2 * 0.3 * inputs[2].abs().max()
+    with pytest.raises(RuleError, match="share 'head' and no compensation"):
+        Connections(replace(SMALL, rule=Certified(0.3), compensate=True))

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sentei.core.errors import FileError, RuleError
-from sentei.core.rules import RULES, All, Capacity, Fixed, Mass, Rule, Threshold, TopK, rule_from_json
+from sentei.core.rules import RULES, All, Capacity, Certified, Fixed, Mass, Rule, Threshold, TopK, rule_from_json
 
 SETTINGS = settings(deadline=None, max_examples=60)
 EVERY_RULE = [All(), TopK(2), Mass(0.7), Threshold(0.3), Capacity(0.5), Fixed((0,)), TopK((1, 2)), Mass((0.5, 0.9)),
@@ -244,3 +244,23 @@ def test_what_is_no_rule_is_refused(value):
 def test_the_table_of_names_is_whole():
     assert set(RULES.values()) == set(Rule.__subclasses__())
     assert all(rule.__name__.lower() == name for name, rule in RULES.items())
+
+
+@settings(deadline=None, derandomize=True)
+@given(st.lists(st.lists(st.one_of(st.floats(-30, 30), st.just(-math.inf)), min_size=5, max_size=5), min_size=1,
+                max_size=4), st.floats(1e-9, 0.999))
+def test_certified_drops_less_than_eps_of_every_query(scores, eps):
+    scores = torch.tensor(scores, dtype=torch.float64)
+    kept = Certified(eps)(scores).mask()
+    assert ((scores.softmax(-1).nan_to_num(0) * ~kept).sum(-1) < eps).all()
+
+
+def test_certified_drops_what_is_small_enough_and_nothing_else():
+    scores = torch.tensor([[0.0, math.log(0.1 / 3) + 1e-6, math.log(0.1 / 3) - 1e-6]], dtype=torch.float64)
+    assert Certified(0.1)(scores).mask().tolist() == [[True, True, False]]
+
+
+@pytest.mark.parametrize("eps", [0.0, 1.0, 2.0, math.nan, "0.1", (0.1, 0.2)])
+def test_certified_wants_one_number_between_0_and_1(eps):
+    with pytest.raises(RuleError, match="Certified: expected"):
+        Certified(eps)

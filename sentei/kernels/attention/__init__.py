@@ -5,7 +5,7 @@ import math
 import torch
 
 from sentei.core.errors import ImplError, ShapeError
-from sentei.kernels.attention import eager, flex, fused_cpp, fused_triton, reference
+from sentei.kernels.attention import auto, eager, flex, fused_cpp, fused_triton, reference
 from sentei.kernels.attention.tiles import Grid, Tiles
 
 __all__ = ["IMPLS", "Grid", "Tiles", "attend", "choose_impl", "merge", "sink"]
@@ -72,8 +72,8 @@ def choose_impl(
     if impl != "auto":
         raise ImplError("attend", expected=f"impl 'auto', {', '.join(map(repr, IMPLS))}", got=repr(impl),
                         do="choose one of these")
-    if tiles.is_everything:
-        return "eager", "the dense plan is torch's own kernel"
+    if tiles.is_everything and not softcap:
+        return auto.dense(query, key, value, tiles)
     if query.is_cuda:
         name, reason = "fused_triton", fused_triton.refusal(query, key, value, tiles, softcap)
     else:

@@ -21,6 +21,7 @@ _LONGS = ("batch", "queries", "keys", "heads", "groups", "width", "value_width",
           "window", "threads", "first", "stride", "machine", "bfloat16")
 ESTIMATES = ("exact", "pooled", "bounds", "folded")  # EstimateKind of native/select.cpp, by number
 NATIVE_RULES = ("All", "TopK", "Mass", "Threshold")  # RuleKind of native/rules.h, by number
+LOG2_E = 1.4426950408889634
 BAD_SCORES = 2  # what sentei_keep returns for them
 _PLAN = ("full_count", "full_ids", "partial_count", "partial_ids")
 
@@ -41,6 +42,7 @@ class _Problem(ctypes.Structure):
         ("plan", _Plan), ("lengths", ctypes.c_void_p),
         *((name, ctypes.c_int64) for name in _LONGS),
         ("scale", ctypes.c_float), ("softcap", ctypes.c_float), ("shares", ctypes.c_void_p),
+        ("cut", ctypes.c_float), ("kept", ctypes.c_void_p),
     ]
 
 
@@ -122,6 +124,32 @@ def _forward(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, plan: 
 def _forward_shapes(query, key, value, plan, lengths, sizes, scale, softcap):
     _grid("attend", [query, key, value], plan, lengths, sizes)
     return _results(query, value)
+
+
+def _certify(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: torch.Tensor | None,
+             sizes: list[int], scale: float, cut: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """The op `sentei::certify`: output and kept of `certify`; the cut is in powers of two."""
+    grid = _grid("certify", [query, key, value], [], lengths, sizes)
+    output, kept = _certify_shapes(query, key, value, lengths, sizes, scale, cut)
+    if output.numel():
+        _, lse, softmax = _results(query, value)
+        query, key, value = (_rows(tensor) for tensor in (query, key, value))
+        written = torch.empty_like(output, dtype=query.dtype)
+        problem = _problem(query, key, grid, scale, 0.0)
+        _set_value(problem, value)
+        problem.output, problem.lse, problem.softmax = (tensor.data_ptr() for tensor in (written, lse, softmax))
+        problem.cut, problem.kept = cut, kept.data_ptr()
+        _finish(native.load().sentei_attend(ctypes.byref(problem)), grid)
+        output = written.to(output.dtype)
+    return output, kept
+
+
+def _certify_shapes(query, key, value, lengths, sizes, scale, cut):
+    grid = _grid("certify", [query, key, value], [], lengths, sizes)
+    if not 0 < cut < float("inf"):
+        raise ShapeError("certify", expected="a cut above 0", got=str(cut), do="call it through attend_certified")
+    shape = query.shape[0], query.shape[2], grid.num_query_blocks, grid.num_key_blocks
+    return query.new_empty(*query.shape[:3], value.shape[3]), query.new_zeros(shape, dtype=torch.bool)
 
 
 def _backward(given: list[torch.Tensor], plan: list[torch.Tensor], lengths: torch.Tensor | None, sizes: list[int],
@@ -227,20 +255,38 @@ _OPS.define("attend(Tensor query, Tensor key, Tensor value, Tensor[] plan, Tenso
             " float softcap) -> (Tensor, Tensor, Tensor)")
 _OPS.define("attend_backward(Tensor[] given, Tensor[] plan, Tensor? lengths, int[] sizes, float scale, float softcap)"
             " -> (Tensor, Tensor, Tensor)")
+_OPS.define("certify(Tensor query, Tensor key, Tensor value, Tensor? lengths, int[] sizes, float scale, float cut)"
+            " -> (Tensor, Tensor)")
 _OPS.define("estimate(Tensor query, Tensor key, Tensor? lengths, int[] sizes, int[] rows, bool square, float scale)"
             " -> Tensor")
 _OPS.define("keep(Tensor scores, Tensor forced, Tensor full, str rule, float[] parameters)"
             " -> (Tensor, Tensor, Tensor, Tensor)")
 _OPS.impl("attend", _forward, "CPU")
+_OPS.impl("certify", _certify, "CPU")
 _OPS.impl("estimate", _estimate, "CPU")
 _OPS.impl("keep", _keep, "CPU")
 _OPS.impl("attend_backward", _backward, "CPU")
 torch.library.register_fake("sentei::attend", _forward_shapes, lib=_OPS)
 torch.library.register_fake("sentei::attend_backward", _backward_shapes, lib=_OPS)
+torch.library.register_fake("sentei::certify", _certify_shapes, lib=_OPS)
 torch.library.register_fake("sentei::estimate", _estimate_shape, lib=_OPS)
 torch.library.register_fake("sentei::keep", _keep_shapes, lib=_OPS)
 torch.library.register_autograd("sentei::attend", _differentiate, setup_context=_save, lib=_OPS)
 torch.library.register_autograd("sentei::attend_backward", _refuse_twice, lib=_OPS)
+
+
+def certify(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, grid: Grid, *, scale: float, cut: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention without the tiles whose every score lies more than `cut` below its row's largest before it.
+
+    Args:
+        query, key, value: as in `attend`, without gradients.
+        cut: above 0, in nats.
+    Returns:
+        output, and bool [B, H, QB, KB], the tiles that were computed.
+    """
+    return torch.ops.sentei.certify(query, key, value, grid.lengths, _sizes(grid), scale, cut * LOG2_E)
 
 
 def estimate(

@@ -10,7 +10,7 @@ INLINE bool has_nan(const float* row, int columns) {
 }
 
 struct Scratch {
-  std::vector<float> query, scores, output, top, sum;
+  std::vector<float> query, scores, output, top, sum, largest;
 };
 
 // The scores of some query rows against a block of keys, in powers of two; minus infinity where a pair is not permitted.
@@ -37,9 +37,16 @@ INLINE void attend_item(const Problem& p, const Sizes& s, int64_t number, const 
     score<L>(p, s, t.query.data(), keys.at(item.group, j), rows, t.scores.data());
     if (kept.is_partial(j) || s.columns != p.key_block)
       forbid(p, item.b, item.first, rows, 1, j, t.scores.data(), s.columns);
+    bool matters = p.cut == 0.0f;
+    for (int r = 0; r < rows; ++r) {
+      t.largest[r] = Simd<L>::largest(t.scores.data() + r * s.columns, s.columns);
+      matters |= !(t.largest[r] < t.top[r] - p.cut);  // a NaN does
+    }
+    if (!matters) continue;
+    if (p.kept) p.kept[number * s.key_blocks + j] = 1;
     for (int r = 0; r < rows; ++r) {
       float* row = t.scores.data() + r * s.columns;
-      const float top = std::max(t.top[r], Simd<L>::largest(row, s.columns));
+      const float top = std::max(t.top[r], t.largest[r]);
       if (top == kNone) {  // nothing permitted so far, or nothing but NaN
         if (has_nan(row, s.columns)) t.sum[r] = kNan;
         std::fill(row, row + s.columns, 0.0f);
@@ -82,7 +89,7 @@ ON_EVERY_MACHINE(attend_item, (const Problem& p, const Sizes& s, int64_t number,
 extern "C" {
 
 // Changes whenever `Problem`, `Backward` or a function does; compared when the library is loaded.
-int sentei_abi() { return 6; }
+int sentei_abi() { return 7; }
 int sentei_problem_size() { return int(sizeof(Problem)); }
 int sentei_machines() { return machines(); }
 
@@ -104,7 +111,8 @@ int sentei_attend(const Problem* problem) {
       const size_t rows = p.query_block;
       in_parallel(int64_t(order.size()), p.threads, [&] {
         return Scratch{std::vector<float>(rows * s.width), std::vector<float>(rows * s.columns),
-                       std::vector<float>(rows * s.value_width), std::vector<float>(rows), std::vector<float>(rows)};
+                       std::vector<float>(rows * s.value_width), std::vector<float>(rows), std::vector<float>(rows),
+                       std::vector<float>(rows)};
       }, [&](int64_t i, Scratch& t) { attend_item_on[s.machine](p, s, order[i], keys, values, t); });
     });
   });

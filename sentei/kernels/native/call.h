@@ -38,6 +38,8 @@ struct Problem {
   int64_t bfloat16;                                         // the element type; else float32
   float scale, softcap;  // scores are softcap · tanh(scale · q·k / softcap), or scale · q·k where it is 0
   float* shares;         // [B, H, QB, KB]: the estimate's result
+  float cut;      // a tile whose every score lies more than this below its row's largest so far is skipped; 0 for none
+  uint8_t* kept;  // [B, H, QB, KB]: those that were not, where there is a cut
 };
 
 namespace {
