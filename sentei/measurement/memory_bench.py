@@ -5,6 +5,7 @@ are there, and read after the call (Linux's /proc). What the process holds by th
 Seconds are of that one call, so they are only roughly comparable.
 """
 
+import ctypes
 import json
 import subprocess
 import sys
@@ -73,6 +74,8 @@ def report(name: str, kernel: str) -> None:
     except OSError as error:
         raise UnsupportedError("bench memory", expected="Linux's /proc/self/clear_refs", got=str(error),
                                do="measure memory on Linux") from error
+    # Memory that was freed and is still the process's would be taken again unseen.
+    ctypes.CDLL(None).malloc_trim(0)
     before, start = resident("VmRSS"), time.perf_counter()
     output = KERNELS[kernel](case)
     seconds = time.perf_counter() - start
