@@ -18,10 +18,11 @@ from torch import nn
 
 from sentei.axes.connections import Config
 from sentei.budget import slack as slack_of
-from sentei.budget.goal import Goal, Workload
+from sentei.budget.goal import Goal
 from sentei.budget.judge import Judge
 from sentei.budget.proof import RUNS, Proof, first_proven
-from sentei.budget.solver import Solution, solve
+from sentei.budget.solver import Forecast, Solution, base, solve
+from sentei.budget.workload import Workload
 from sentei.conversion import export
 from sentei.conversion.checkpoints import DTYPES, load_model, load_tokenizer, locate
 from sentei.conversion.plan import Plan, convert, prunable_layers
@@ -64,7 +65,7 @@ class Request:
     Args:
         model: a folder, a .gguf file, with `online` a hub id, or None for the embedded default.
         text: plain text in UTF-8, or None for the interpreter's documentation.
-        workload: e.g. "prefill:4096".
+        workload: e.g. "prefill:4096" or "decode:8000".
         quality, speed: the bound; exactly one of them.
         dtype: "float32" or "bfloat16".
         out: the folder to write, or None for one named after the job below ./sentei-out.
@@ -83,7 +84,9 @@ class Request:
     lookahead: bool = True
 
     def __post_init__(self):
-        Workload.parse(self.workload)
+        if Workload.parse(self.workload).kind == "decode" and not self.lookahead:
+            raise SenteiError("--no-lookahead", expected="a prefill workload", got=repr(self.workload),
+                              do="leave it out: what a decoded token keeps is never chosen from a later one")
         self.goal()
         if self.dtype not in DTYPES:
             raise SenteiError("--dtype", expected=f"one of {', '.join(DTYPES)}", got=repr(self.dtype),
@@ -232,22 +235,26 @@ def _prune(subject: Subject, text: Text, windows: dict[str, torch.Tensor], reque
            progress: Progress) -> Outcome:
     """The job itself, once its input is accepted."""
     goal, layers, config = request.goal(), prunable_layers(subject.model), Config()
-    rules = slack_of.options()
-    inputs = {"model": subject.fingerprint, "text": text.sha256, "workload": request.workload, "dtype": request.dtype,
+    workload = Workload.parse(request.workload)
+    rules = slack_of.options(workload)
+    inputs = {"model": subject.fingerprint, "text": text.sha256, "dtype": request.dtype,
               "environment": environment(), "kernel": native.identity(), "config": config.to_json(),
               "rules": [rule.to_json() for rule in rules], "windows": WINDOWS}
     stages, clock = Stages(out and out / "stages"), Clock()
-    judge = Judge(subject.model, windows, stages, inputs)
-    with clock("calibrate"), progress.stage("calibrate", len(windows["choose"]) + len(windows["verify"]) + 1) as step:
-        judge.prepare("choose", step)
+    judge = Judge(subject.model, workload, windows, stages, inputs)
+    with clock("calibrate"), progress.stage("calibrate", len(windows["choose"]) + len(windows["verify"]) + 2) as step:
+        dense_seconds = judge.seconds(Plan(), "calibrate", step)
         judge.prepare("verify", step)
-        dense_seconds = judge.dense_seconds("calibrate", step)
-    with clock("slack"), progress.stage("slack", len(layers) * len(windows["calibrate"])) as step:
+        judge.prepare("choose", step)
+    with clock("slack"), progress.stage("slack", len(layers) * len(windows["calibrate"]) + 1) as step:
         slack = slack_of.from_json(stages.run("slack", inputs, lambda: {"layers": slack_of.to_json(slack_of.measure(
-            subject.model, windows["calibrate"], layers, config, rules=rules, step=step))})["layers"])
+            subject.model, workload, windows["calibrate"], layers, config, rules=rules, step=step))})["layers"])
+        start = base(slack, config, workload)
+        forecast = Forecast(dense=dense_seconds, runs=workload.timed_runs,
+                            others=judge.seconds(start.plan, "calibrate", step) - workload.timed_runs * start.seconds)
     with clock("solve"), progress.stage("solve", JUDGEMENTS * len(windows["choose"])) as step:
-        solution = solve(goal, slack, config, lambda candidate: judge.judge(
-            candidate.plan if goal.lookahead else candidate.plan.without_lookahead(), "choose", step), dense_seconds)
+        solution = solve(goal, workload, slack, config, lambda candidate: judge.judge(
+            candidate.plan if goal.lookahead else candidate.plan.without_lookahead(), "choose", step), forecast)
     readings = 1 if goal.lookahead else 2
     with clock("measure"), progress.stage("measure", 2 * RUNS + 2 + readings * len(windows["verify"])) as step:
         proof = first_proven(goal, solution, judge, step)
@@ -259,7 +266,7 @@ def _prune(subject: Subject, text: Text, windows: dict[str, torch.Tensor], reque
             _export(subject, proof, windows["verify"][0], out, result, step)
         with progress.stage("report", 1) as step:
             details = _details(subject, text, request, proof, layers)
-            details |= {"slack": slack_of.to_json(slack), "points": _points(solution, proof, layers, dense_seconds),
+            details |= {"slack": slack_of.to_json(slack), "points": _points(solution, proof, layers, forecast),
                         "seconds": dict(clock)}
             report = write_report(out, result, details)
             step()
@@ -325,11 +332,12 @@ def _fingerprint(model: nn.Module) -> str:
 def _result(request: Request, subject: Subject, proof: Proof, layers: tuple[int, ...], out: Path | None) -> dict:
     """The public object."""
     quality, density = proof.judgement.quality, proof.judgement.density
-    tokens = Workload.parse(request.workload).tokens
+    tokens = Workload.parse(request.workload).timed_tokens
     result = public(model=subject.name, workload=request.workload, dtype=request.dtype, tokens=tokens,
                     perplexity=(quality.dense, quality.pruned), seconds=proof.comparison.seconds(),
                     speedup=proof.comparison.speedup())
-    plan = [{"layer": entry.layer, "room": entry.room, "rule": entry.config.rule.to_json(),
+    lever = Workload.parse(request.workload).lever
+    plan = [{"layer": entry.layer, "room": entry.room, "rule": getattr(entry.config, lever).to_json(),
              "density": sum(density[entry.layer]) / len(density[entry.layer])}
             for entry in proof.candidate.plan.entries]
     strict = {} if proof.strict is None else {"quality_without_lookahead": proof.strict.quality.value}
@@ -375,9 +383,9 @@ def _details(subject: Subject, text: Text, request: Request, proof: Proof, layer
             "command": subject.command, "date": comparison.date}
 
 
-def _points(solution: Solution, proof: Proof, layers: tuple[int, ...], dense_seconds: float) -> list[dict]:
+def _points(solution: Solution, proof: Proof, layers: tuple[int, ...], forecast: Forecast) -> list[dict]:
     """Every plan judged while choosing, as it was read there, with its speed-up as foreseen."""
     return [{"name": candidate.name, "quality": judgement.quality.value,
-             "speedup": dense_seconds / max(dense_seconds - solution.dense_attention + candidate.seconds, 1e-9),
+             "speedup": forecast(candidate),
              "density": judgement.mean_density(layers), "chosen": candidate.plan == proof.candidate.plan}
             for candidate, judgement in solution.judged]

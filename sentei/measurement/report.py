@@ -68,7 +68,8 @@ def render(result: dict, details: dict) -> str:
 def summary(result: dict, details: dict) -> str:
     """The result in one sentence of plain text, for the head of the page and for a terminal."""
     kind, _, size = str(result["workload"]).partition(":")
-    task = f"prefills {int(size):,} tokens" if kind == "prefill" and size.isascii() and size.isdigit() else \
+    tasks = {"prefill": "prefills {:,} tokens", "decode": "writes tokens after {:,} others"}
+    task = tasks[kind].format(int(size)) if kind in tasks and size.isascii() and size.isdigit() else \
         f"runs {visible(result['workload'])}"
     if not result["plan"]:
         return f"{visible(result['model'])} {task} dense, as before: no plan that was tried meets the goal."
