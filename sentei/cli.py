@@ -23,6 +23,10 @@ from typing import TextIO
 
 from sentei.core.errors import ResourceError, SenteiError
 from sentei.core.storage import disk_is_full
+from sentei.measurement import benches
+
+# Takes a result as data and as text, and prints the one or the other.
+Say = Callable[[dict, str], None]
 
 QUALITY = 0.99
 BOUND_NOT_MET = 1
@@ -104,13 +108,23 @@ def verify_arguments(parser: argparse.ArgumentParser) -> None:
     json_argument(parser)
 
 
-def json_argument(parser: argparse.ArgumentParser) -> None:
+def bench_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `sentei bench`."""
+    parser.add_argument("name", metavar="NAME", help=f"one of {', '.join(benches.BENCHES)}")
+    parser.add_argument("cases", nargs="*", metavar="CASE", help="some of its cases; an unknown one is answered with "
+                        "their names (default: all)")
+    parser.add_argument("--runs", type=int, default=5, metavar="N", help="timed pairs a row (default: %(default)s)")
+    json_argument(parser, "a row")
+
+
+def json_argument(parser: argparse.ArgumentParser, each: str = "") -> None:
     """`--json`, the same for every verb."""
-    parser.add_argument("--json", action="store_true", help="print one JSON object on stdout and nothing else there")
+    parser.add_argument("--json", action="store_true",
+                        help=f"print one JSON object {each} on stdout and nothing else there".replace("  ", " "))
 
 
-def prune(options: argparse.Namespace) -> tuple[dict, str, bool]:
-    """Runs the main job: its public result, the summary for a person, and whether the bound is met."""
+def prune(options: argparse.Namespace, say: Say) -> bool:
+    """Runs the main job, and says its public result and whether the bound is met."""
     quality = number("--quality", options.quality, "a number above 0 and at most 1", lambda value: 0 < value <= 1)
     speed = number("--speed", options.speed, "a number that is 1 or more", lambda value: 1 <= value < float("inf"))
     pipeline = importlib.import_module("sentei.pipeline")
@@ -128,7 +142,8 @@ def prune(options: argparse.Namespace) -> tuple[dict, str, bool]:
     outcome = pipeline.run(request, Progress(sys.stderr, bars=draws(sys.stderr)))
     if not outcome.met:
         print(f"sentei: bound not met: {outcome.reason}", file=sys.stderr)
-    return outcome.result, prune_summary(outcome.result, outcome.quality_interval, outcome.report), outcome.met
+    say(outcome.result, prune_summary(outcome.result, outcome.quality_interval, outcome.report))
+    return outcome.met
 
 
 def prune_summary(result: dict, interval: tuple[float, float], report: Path) -> str:
@@ -149,11 +164,24 @@ def prune_summary(result: dict, interval: tuple[float, float], report: Path) -> 
     })
 
 
-def verify(options: argparse.Namespace) -> tuple[dict, str, bool]:
+def verify(options: argparse.Namespace, say: Say) -> bool:
     """Checks a folder written by `sentei prune` once more; a result with `"met": false` is a bound not met."""
     result = importlib.import_module("sentei.pipeline").verify(Path(options.folder))
     plain = {key: value for key, value in result.items() if not isinstance(value, dict | list)}
-    return result, table({key: str(value) for key, value in plain.items()}), result.get("met", True)
+    say(result, table({key: str(value) for key, value in plain.items()}))
+    return result.get("met", True)
+
+
+def bench(options: argparse.Namespace, say: Say) -> bool:
+    """Measures this machine, and says each row as soon as it is there."""
+    def absent(reason: str) -> None:
+        print(f"sentei: {reason}", file=sys.stderr)
+
+    head = benches.head() + "\n"
+    for row in benches.rows(options.name, options.cases, options.runs, absent):
+        say(row, head + benches.line(row))
+        head = ""
+    return True
 
 
 def table(rows: dict[str, str]) -> str:
@@ -181,12 +209,12 @@ def number(flag: str, text: str | None, expected: str, fits: Callable[[float], b
 
 @dataclass(frozen=True, kw_only=True)
 class Verb:
-    """One verb: what it says of itself, its arguments, and its work: (result, summary, is the bound met)."""
+    """One verb: what it says of itself, its arguments, and its work, which says results and returns: is all well?"""
 
     summary: str
     examples: tuple[str, ...]
     arguments: Callable[[argparse.ArgumentParser], None]
-    work: Callable[[argparse.Namespace], tuple[dict, str, bool]]
+    work: Callable[[argparse.Namespace, Say], bool]
 
 
 VERBS = {
@@ -208,6 +236,12 @@ VERBS = {
         examples=("sentei verify ./faster", "sentei verify ./faster --json"),
         arguments=verify_arguments,
         work=verify,
+    ),
+    "bench": Verb(
+        summary="measure on this machine what the kernels are worth beside what else could be called",
+        examples=("sentei bench attention", "sentei bench attention sparse --runs 9 --json"),
+        arguments=bench_arguments,
+        work=bench,
     ),
 }
 
@@ -337,7 +371,9 @@ def main() -> int:
         signal.signal(signal.SIGTERM, interrupt)
         options = parse(sys.argv[1:])
         with take_stdout() as stdout:
-            result, summary, met = VERBS[options.verb].work(options)
-            print(json.dumps(result, allow_nan=False) if options.json else summary, file=stdout)
+            def say(result: dict, text: str) -> None:
+                print(json.dumps(result, allow_nan=False) if options.json else text, file=stdout, flush=True)
+
+            met = VERBS[options.verb].work(options, say)
         return 0 if met else BOUND_NOT_MET
     return ending.code

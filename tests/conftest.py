@@ -3,6 +3,7 @@
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read by huggingface_hub when transformers is first imported
+os.environ["TRITON_INTERPRET"] = "1"  # read by triton when it is first imported: its kernels run on the CPU
 
 import signal
 import subprocess

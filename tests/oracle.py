@@ -17,6 +17,8 @@ class Case:
         choices: heads that choose for themselves, H or G.
         kept: chance of a tile to be kept; None is the dense plan.
         logits: standard deviation of the scaled scores.
+        window, softcap: as in Grid and attend; 0 for none.
+        widths: of queries and values; 6 and 5, so that no two sizes are mixed up unseen.
     """
 
     name: str
@@ -30,15 +32,20 @@ class Case:
     lengths: tuple[tuple[int, int], ...] | None = None
     kept: float | None = 0.5
     logits: float = 1.0
+    window: int = 0
+    softcap: float = 0.0
+    widths: tuple[int, int] = (6, 5)
 
     @property
     def batch(self) -> int:
         return 1 if self.lengths is None else len(self.lengths)
 
     def tensors(self, dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:
-        """Query, key and value; 6 and 5 wide, so that no two sizes are mixed up unseen."""
+        """Query, key and value."""
         generator = torch.Generator().manual_seed(7)
-        shapes = (self.queries, self.heads, 6), (self.keys, self.groups, 6), (self.keys, self.groups, 5)
+        width, value_width = self.widths
+        shapes = ((self.queries, self.heads, width), (self.keys, self.groups, width),
+                  (self.keys, self.groups, value_width))
         tensors = [torch.randn(self.batch, *shape, generator=generator, dtype=torch.float64) for shape in shapes]
         tensors[0] *= self.logits
         return [tensor.to(dtype) for tensor in tensors]
@@ -46,7 +53,7 @@ class Case:
     def grid(self) -> Grid:
         lengths = None if self.lengths is None else torch.tensor(self.lengths)
         return Grid(num_queries=self.queries, num_keys=self.keys, query_block=self.tile[0], key_block=self.tile[1],
-                    causal=self.causal, lengths=lengths)
+                    causal=self.causal, window=self.window or None, lengths=lengths)
 
     def keep(self) -> torch.Tensor:
         """Bool [B, H or G, QB, KB]: the tiles drawn, permitted or not."""
@@ -67,7 +74,8 @@ class Case:
             for i in range(self.queries):
                 last = i + self.keys - self.queries if self.causal else self.keys
                 for j in range(self.keys):
-                    keep[b, :, i, j] &= start <= j < stop and j <= last
+                    seen = j <= last and not (self.window and j <= last - self.window)
+                    keep[b, :, i, j] &= start <= j < stop and seen
         return keep
 
 
@@ -103,6 +111,16 @@ CASES = [
     Case(name="nothing kept", queries=8, keys=8, tile=(4, 4), kept=0.0),
     Case(name="huge logits", queries=12, keys=12, tile=(4, 3), logits=1e4),
     Case(name="queries before the first key", queries=9, keys=5, tile=(2, 2), kept=1.0),
+    Case(name="window", queries=12, keys=12, tile=(4, 3), window=5),
+    Case(name="window of one", queries=9, keys=9, tile=(2, 3), window=1, kept=1.0),
+    Case(name="window, dense", queries=12, keys=12, tile=(4, 3), window=7, kept=None),
+    Case(name="window, more keys, padded, grouped", queries=7, keys=15, tile=(3, 2), window=4, heads=4, kept=0.7,
+         lengths=((0, 15), (3, 12), (9, 15))),
+    Case(name="window beyond the text", queries=6, keys=6, tile=(2, 2), window=100),
+    Case(name="soft cap", queries=12, keys=12, tile=(4, 3), softcap=1.5, logits=3.0),
+    Case(name="soft cap, dense, padded", queries=9, keys=9, tile=(4, 2), softcap=2.0, kept=None,
+         lengths=((3, 9), (0, 9))),
+    Case(name="soft cap, huge logits", queries=10, keys=10, tile=(4, 3), softcap=30.0, logits=300.0),
     Case(name="no query", queries=0, keys=6, tile=(2, 2)),
     Case(name="no query, dense", queries=0, keys=6, tile=(2, 2), kept=None),
 ]
@@ -111,20 +129,22 @@ CASES = [
 @st.composite
 def drawn_cases(draw) -> Case:
     keys, groups = draw(st.integers(1, 9)), draw(st.integers(1, 2))
+    causal, kept = draw(st.booleans()), draw(st.sampled_from([None, 0.0, 0.3, 0.7, 1.0]))
     span = st.tuples(st.integers(0, keys), st.integers(0, keys)).map(sorted).map(tuple)
     return Case(name="drawn", queries=draw(st.integers(0, 9)), keys=keys, groups=groups,
                 heads=groups * draw(st.integers(1, 3)), choices=draw(st.sampled_from([None, groups])),
-                tile=(draw(st.integers(1, 5)), draw(st.integers(1, 5))), causal=draw(st.booleans()),
+                tile=(draw(st.integers(1, 5)), draw(st.integers(1, 5))), causal=causal, kept=kept,
                 lengths=draw(st.none() | st.lists(span, min_size=1, max_size=3).map(tuple)),
-                kept=draw(st.sampled_from([None, 0.0, 0.3, 0.7, 1.0])))
+                window=draw(st.integers(0, 6)) if causal else 0, softcap=draw(st.sampled_from([0.0, 0.0, 0.8])))
 
 
-def masked_attention(query, key, value, pairs, scale):
+def masked_attention(query, key, value, pairs, scale, softcap=0.0):
     """Every score, then the mask: output [B, Tq, H, Dv] and lse [B, Tq, H]; softmax in fp32 or wider."""
     per_group = query.shape[2] // key.shape[2]
     query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
     key, value = key.repeat_interleave(per_group, 1), value.repeat_interleave(per_group, 1)
-    scores = (query @ key.transpose(-1, -2) * scale).masked_fill(~pairs, -torch.inf)
+    scores = query @ key.transpose(-1, -2) * scale
+    scores = (softcap * torch.tanh(scores / softcap) if softcap else scores).masked_fill(~pairs, -torch.inf)
     some = pairs.any(-1, keepdim=True)
     safe = torch.where(some, scores, torch.zeros_like(scores))
     shares = safe.softmax(-1, dtype=torch.promote_types(query.dtype, torch.float32)).to(query.dtype)
@@ -152,11 +172,12 @@ def check_attend(attend, case: Case, dtype: torch.dtype = torch.float64, steps: 
 
     Its error against fp64 may be twice that of plain masked attention in the same dtype, and some rounding steps.
     """
-    tensors, pairs, scale = case.tensors(dtype), case.pairs(), 6 ** -0.5
-    exact = outcome(lambda *qkv: masked_attention(*qkv, pairs, scale), [tensor.double() for tensor in tensors])
-    plain = outcome(lambda *qkv: masked_attention(*qkv, pairs, scale), tensors)
-    got = outcome(lambda *qkv: attend(*qkv, case.tiles(), scale=scale, return_lse=True), tensors)
-    alone = attend(*tensors, case.tiles(), scale=scale)
+    tensors, pairs, scale = case.tensors(dtype), case.pairs(), case.widths[0] ** -0.5
+    extra = {"softcap": case.softcap} if case.softcap else {}
+    exact = outcome(lambda *qkv: masked_attention(*qkv, pairs, scale, **extra), [tensor.double() for tensor in tensors])
+    plain = outcome(lambda *qkv: masked_attention(*qkv, pairs, scale, **extra), tensors)
+    got = outcome(lambda *qkv: attend(*qkv, case.tiles(), scale=scale, **extra, return_lse=True), tensors)
+    alone = attend(*tensors, case.tiles(), scale=scale, **extra)
     for name, value, other, true in zip(("output", "lse", "dq", "dk", "dv", "output without lse"),
                                         (*got, alone), (*plain, plain[0]), (*exact, exact[0]), strict=True):
         assert value.shape == true.shape, f"{name}: {list(value.shape)} instead of {list(true.shape)}"

@@ -21,6 +21,7 @@ FLAGS = {
     "prune": {"MODEL", "--text", "--workload", "--quality", "--speed", "--no-lookahead", "--dtype", "--out",
               "--online", "--json"},
     "verify": {"DIR", "--json"},
+    "bench": {"NAME", "CASE", "--runs", "--json"},
 }
 
 # Python runs a file of this name at its start: here it puts the stand-in where the pipeline would be.

@@ -35,19 +35,20 @@ def off_by_one(query, key, value, tiles, **extra):
     if grid.lengths is not None:
         keys = torch.arange(grid.num_keys)
         seen = seen & ((keys >= grid.lengths[:, :1]) & (keys < grid.lengths[:, 1:]))[:, None, None]
-    unit = replace(grid, query_block=1, key_block=1, causal=False)
+    unit = replace(grid, query_block=1, key_block=1, causal=False, window=None)
     return eager.attend(query, key, value, Tiles.from_mask(seen, unit), **extra)
 
 
 def forgotten_causality(query, key, value, tiles, **extra):
-    return eager.attend(query, key, value, regridded(tiles, causal=False), **extra)
+    return eager.attend(query, key, value, regridded(tiles, causal=False, window=None), **extra)
 
 
 def forgotten_element_mask(query, key, value, tiles, **extra):
     """Partial tiles are taken as if they were full."""
     if tiles.is_everything or tiles.partial_ids.numel() == 0:
         return eager.attend(query, key, value, tiles, **extra)
-    return eager.attend(query, key, value, regridded(Tiles.from_mask(tiles.mask(), tiles.grid), causal=False), **extra)
+    return eager.attend(query, key, value, regridded(
+        Tiles.from_mask(tiles.mask(), tiles.grid), causal=False, window=None), **extra)
 
 
 def forgotten_tiles(query, key, value, tiles, **extra):
@@ -62,8 +63,16 @@ def forgotten_partial_tiles(query, key, value, tiles, **extra):
     return eager.attend(query, key, value, Tiles.from_mask(full, tiles.grid), **extra)
 
 
-def unscaled(query, key, value, tiles, *, scale, return_lse=False):
-    return eager.attend(query, key, value, tiles, scale=1.0, return_lse=return_lse)
+def unscaled(query, key, value, tiles, *, scale, **extra):
+    return eager.attend(query, key, value, tiles, scale=1.0, **extra)
+
+
+def forgotten_window(query, key, value, tiles, **extra):
+    return eager.attend(query, key, value, regridded(tiles, window=None), **extra)
+
+
+def forgotten_softcap(query, key, value, tiles, *, softcap=0.0, **extra):
+    return eager.attend(query, key, value, tiles, **extra)
 
 
 def swapped_groups(query, key, value, tiles, **extra):
@@ -86,21 +95,22 @@ def top_left_causality(query, key, value, tiles, **extra):
     return eager.attend(query, key[:, :-more], value[:, :-more], cut, **extra)
 
 
-def nan_where_nothing_is_kept(query, key, value, tiles, *, scale, return_lse=False):
-    output, lse = eager.attend(query, key, value, tiles, scale=scale, return_lse=True)
+def nan_where_nothing_is_kept(query, key, value, tiles, *, return_lse=False, **extra):
+    output, lse = eager.attend(query, key, value, tiles, return_lse=True, **extra)
     output = output.masked_fill(lse.isneginf().unsqueeze(-1), torch.nan)
     return (output, lse) if return_lse else output
 
 
-def mean_where_nothing_is_kept(query, key, value, tiles, *, scale, return_lse=False):
-    output, lse = eager.attend(query, key, value, tiles, scale=scale, return_lse=True)
+def mean_where_nothing_is_kept(query, key, value, tiles, *, return_lse=False, **extra):
+    output, lse = eager.attend(query, key, value, tiles, return_lse=True, **extra)
     output = torch.where(lse.isneginf().unsqueeze(-1), torch.ones_like(output), output)
     return (output, lse) if return_lse else output
 
 
-def lse_without_scale(query, key, value, tiles, *, scale, return_lse=False):
-    output = eager.attend(query, key, value, tiles, scale=scale)
-    return (output, eager.attend(query, key, value, tiles, scale=1.0, return_lse=True)[1]) if return_lse else output
+def lse_without_scale(query, key, value, tiles, *, scale, return_lse=False, **extra):
+    output = eager.attend(query, key, value, tiles, scale=scale, **extra)
+    lse = eager.attend(query, key, value, tiles, scale=1.0, return_lse=True, **extra)[1]
+    return (output, lse) if return_lse else output
 
 
 def detached_keys(query, key, value, tiles, **extra):
@@ -108,14 +118,15 @@ def detached_keys(query, key, value, tiles, **extra):
     return eager.attend(query, key.detach(), value, tiles, **extra)
 
 
-def half_precision(query, key, value, tiles, *, scale, return_lse=False):
+def half_precision(query, key, value, tiles, *, return_lse=False, **extra):
     """Computed in bfloat16 whatever was given."""
     narrow = [tensor.bfloat16() for tensor in (query, key, value)]
-    output, lse = eager.attend(*narrow, tiles, scale=scale, return_lse=True)
+    output, lse = eager.attend(*narrow, tiles, return_lse=True, **extra)
     return (output.to(query.dtype), lse.to(query.dtype)) if return_lse else output.to(query.dtype)
 
 
 MUTANTS = [off_by_one, forgotten_causality, forgotten_element_mask, forgotten_tiles, forgotten_partial_tiles, unscaled,
+           forgotten_window, forgotten_softcap,
            swapped_groups, dropped_padding, top_left_causality, nan_where_nothing_is_kept, mean_where_nothing_is_kept,
            lse_without_scale, detached_keys, half_precision]
 

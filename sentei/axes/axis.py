@@ -27,9 +27,9 @@ class Axis(nn.Module, ABC):
 
     def forward(self, *inputs) -> torch.Tensor:
         """Scores the candidates, selects, and computes what was kept."""
-        dense = None if self.tap.is_heard else self.whole(*inputs)
-        if dense is not None:
-            return dense
+        output = None if self.tap.is_heard else self.shortcut(*inputs)
+        if output is not None:
+            return output
         scores = self.score(*inputs)
         selection = self.select(scores, *inputs)
         selection = self.tap(self.weigh(selection, scores), lambda: self.account(selection, *inputs))
@@ -51,10 +51,10 @@ class Axis(nn.Module, ABC):
     def account(self, selection: Selection, *inputs) -> tuple[Cost, str, str]:
         """What `apply` costs, the kernel that runs and why."""
 
-    def whole(self, *inputs) -> torch.Tensor | None:
-        """The layer's output where it is plain, before any score, that nothing can be dropped; else None.
+    def shortcut(self, *inputs) -> torch.Tensor | None:
+        """The same output in fewer steps, where a room has a kernel for several at once; else None.
 
-        It saves the choice and changes nothing; while a trace listens the room chooses, so that there is a record.
+        It is used while no trace listens: then nobody needs the selection.
         """
         return None
 

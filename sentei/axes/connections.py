@@ -22,7 +22,7 @@ from torch import nn
 from sentei.axes.axis import Axis
 from sentei.core.cost import Cost
 from sentei.core.errors import FileError, RuleError, ShapeError
-from sentei.core.rules import MAX_K, All, Capacity, Rule, rule_from_json
+from sentei.core.rules import MAX_K, All, Capacity, Rule, TopK, rule_from_json
 from sentei.core.selection import Selection
 from sentei.kernels import paging
 from sentei.kernels.attention import Grid, Tiles, attend, choose_impl, merge
@@ -32,6 +32,7 @@ from sentei.kernels.attention.select import (
     Sampled,
     Trailing,
     always_kept,
+    choose,
     estimate,
     estimator_from_json,
     near,
@@ -39,6 +40,7 @@ from sentei.kernels.attention.select import (
     share_in_group,
 )
 from sentei.kernels.attention.tiles import MAX_BLOCK
+from sentei.kernels.topk import Choice, attend_topk
 
 # Rows that share a choice made without lookahead: fewer would starve the kernel, for more the choice would be older.
 ROWS_WITHOUT_LOOKAHEAD = 8
@@ -184,19 +186,44 @@ class Connections(Axis):
     def apply(self, selection, query, key, value, lengths=None, bounds=None):
         if self.reads_pages(query.shape[1]):
             return self.attend_pages(query, key, value, lengths, bounds, selection.mask())[0]
-        tiles, scale = self.tiles(selection, query, key, lengths), self.scale_of(query)
+        return self.attend(self.tiles(selection, query, key, lengths), query, key, value)
+
+    def attend(self, tiles: Tiles, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """Attention over the tiles of a plan, and over what stands for the others where `compensate` says so."""
+        scale = self.scale_of(query)
         if tiles.is_everything or not self.config.compensate:
             return attend(query, key, value, tiles, scale=scale, impl=self.impl)
         kept = attend(query, key, value, tiles, scale=scale, impl=self.impl, return_lse=True)
         return merge(*kept, *attend_dropped(query, key, value, tiles, scale=scale))[0]
 
-    def whole(self, query, key, value, lengths=None, bounds=None):
-        if query.shape[1] > self.config.tile[0]:
-            return None
-        if self.is_paged:  # not dense, but chosen and computed in one call
+    def shortcut(self, query, key, value, lengths=None, bounds=None):
+        grid = self.grid(query, key, lengths)
+        if self.reads_pages(query.shape[1]):
             return self.attend_pages(query, key, value, lengths, bounds)[0]
-        return attend(query, key, value, Tiles(grid=self.grid(query, key, lengths)), scale=self.scale_of(query),
+        if query.shape[1] <= self.config.tile[0]:
+            return self.attend(Tiles(grid=grid), query, key, value)
+        if self.is_by_token:
+            return self.by_token(query, key, value, lengths)
+        scores, forced = self.score(query, key, value, lengths), self.forced(query, key, value, lengths)
+        return self.attend(choose(self.rule, scores, forced, grid), query, key, value)
+
+    @property
+    def is_by_token(self) -> bool:
+        """Whether each token keeps its own k tokens by exact scores: then no score is ever written down."""
+        c = self.config
+        exact = c.tile == (1, 1) and c.criterion != "output" and isinstance(c.estimator, Sampled)
+        return (exact and self.causal and isinstance(c.rule, TopK) and isinstance(c.rule.k, int)
+                and c.share == "head" and not c.compensate)
+
+    def by_token(self, query, key, value, lengths=None) -> torch.Tensor:
+        """The output where `is_by_token`. A NaN among the scores gives NaN, where a selection would raise."""
+        scale, before = self.scale_of(query), slice(0, -1)
+        output, _, _ = attend_topk(query[:, before], key[:, before], value[:, before],
+                                   Choice(self.config.rule.k, self.config.window), lengths=lengths, scale=scale,
+                                   impl=self.impl)
+        last = attend(query[:, -1:], key, value, Tiles(grid=self.grid(query[:, -1:], key, lengths)), scale=scale,
                       impl=self.impl)
+        return torch.cat([output, last], 1)
 
     def account(self, selection, query, key, value, lengths=None, bounds=None):
         if self.reads_pages(query.shape[1]):
@@ -246,10 +273,7 @@ class Connections(Axis):
 
     def tiles(self, selection: Selection, query: torch.Tensor, key: torch.Tensor, lengths=None) -> Tiles:
         """The kernel's plan for a selection; a selection that keeps everything is the dense plan."""
-        grid = self.grid(query, key, lengths)
-        if bool((selection.count() == selection.permitted).all()):
-            return Tiles(grid=grid)
-        return Tiles.from_mask(selection.mask(), grid)
+        return Tiles.from_selection(selection, self.grid(query, key, lengths))
 
     def scale_of(self, query: torch.Tensor) -> float:
         """The factor on the scores."""

@@ -33,8 +33,7 @@ class Rule(ABC):
             RuleError: NaN or +inf among the scores, or a parameter that does not fit them.
         """
         if torch.isnan(scores).any() or torch.isposinf(scores).any():
-            raise RuleError(type(self).__name__, expected="finite scores, or -inf to forbid", got="NaN or +inf",
-                            do="look for overflow before the scores")
+            raise bad_scores(type(self).__name__)
         permitted = ~torch.isneginf(scores)
         forced = torch.zeros_like(permitted) if forced is None else forced.expand_as(permitted) & permitted
         return Selection.from_mask(self.keep(scores, permitted, forced), permitted, unit=unit)
@@ -175,6 +174,12 @@ def rule_from_json(value: dict) -> Rule:
         return rule(**{key: tuple(item) if isinstance(item, list) else item for key, item in parameters.items()})
     except RuleError as error:
         raise FileError("rule", expected=error.expected, got=error.got, do="write plans with sentei") from error
+
+
+def bad_scores(rule: str) -> RuleError:
+    """What a rule says of NaN or +inf among its scores."""
+    return RuleError(rule, expected="finite scores, or -inf to forbid", got="NaN or +inf",
+                     do="look for overflow before the scores")
 
 
 def _check_range(where: str, name: str, value: PerHead, low: float, high: float) -> None:

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from sentei.measurement.outcome import today
+from sentei.measurement.outcome import processor, today
 
 Action = Callable[[], object]
 
@@ -58,3 +58,19 @@ def interleave(
                 seconds[which].append(time.perf_counter() - start)
             step()
     return Comparison(dense=seconds[0], pruned=seconds[1], date=today())
+
+
+def measured(bench: str, case: str, peer: str, comparison: Comparison, *, operations: float | None = None) -> dict:
+    """A bench's row: the peer stands where `Comparison` has the dense side, and ours where it has the pruned one.
+
+    Args:
+        operations: floating-point operations of our call, for GFLOP/s.
+    Returns:
+        bench, case, peer, ours_s, peer_s (medians), ratio (the median of the pairs' peer ÷ ours), low, high, machine;
+        with `operations` also gflops.
+    """
+    peer_s, ours_s = comparison.seconds()
+    ratios = comparison.ratios()
+    return {"bench": bench, "case": case, "peer": peer, "ours_s": ours_s, "peer_s": peer_s,
+            "ratio": statistics.median(ratios), "low": min(ratios), "high": max(ratios), "machine": processor(),
+            **({} if operations is None else {"gflops": operations / ours_s / 1e9})}

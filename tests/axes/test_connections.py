@@ -155,6 +155,32 @@ def test_the_scale_reaches_the_kernel_and_the_choice():
     assert sharp < flat
 
 
+TOKENS = Config(rule=TopK(7), tile=(1, 1), window=2, estimator=Sampled(1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("changes", [{}, {"criterion": "mass"}, {"rule": TopK(2)}, {"rule": TopK(0), "window": 0},
+                                     {"rule": TopK(100)}, {"window": 100}, {"estimator": Sampled(8)}], ids=str)
+@pytest.mark.parametrize("lengths", [None, [[0, 24], [7, 24]], [[0, 24], [3, 20]], [[0, 24], [5, 5]]], ids=str)
+def test_tokens_that_keep_tokens_need_no_selection(changes, lengths, dtype):
+    room, inputs = Connections(replace(TOKENS, **changes)), [tensor.to(dtype) for tensor in qkv(2, queries=20)]
+    lengths = None if lengths is None else torch.tensor(lengths)
+    output = room.by_token(*inputs, lengths)
+    torch.testing.assert_close(room(*inputs, lengths), output, rtol=0, atol=0)
+    with trace(room) as records:
+        torch.testing.assert_close(room(*inputs, lengths), output)
+    assert len(records) == 1
+
+
+@pytest.mark.parametrize("changes", [
+    {"tile": (2, 1)}, {"tile": (1, 2)}, {"rule": TopK((1, 2, 3, 4))}, {"rule": Mass(0.5)}, {"estimator": Pooled()},
+    {"criterion": "output"}, {"share": "group"}, {"compensate": True}], ids=str)
+def test_every_other_choice_is_made_by_the_rule(changes):
+    assert Connections(TOKENS).is_by_token
+    assert not Connections(replace(TOKENS, **changes)).is_by_token
+    assert not Connections(TOKENS, causal=False).is_by_token
+
+
 def test_always_kept_is_what_the_room_forces():
     room, inputs = Connections(replace(SMALL, window=3)), qkv()
     assert torch.equal(room.forced(*inputs), always_kept(room.grid(*inputs[:2], None), inputs[0].device, window=3))
@@ -259,3 +285,17 @@ def test_without_lookahead_as_many_rows_have_a_say_as_a_block_has():
 def test_a_choice_that_sees_the_values_of_the_diagonal_block_cannot_be_without_lookahead():
     with pytest.raises(RuleError, match="without_lookahead: expected the criterion 'peak' or 'mass', got 'output'"):
         replace(SMALL, criterion="output").without_lookahead()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("change", [
+    {"rule": Threshold((0.9, 0.5, 0.2, 0.0))}, {"rule": Mass(0.6), "criterion": "mass"}, {"rule": All()},
+    {"share": "group"}, {"criterion": "output"}, {"compensate": True}, {"estimator": Antidiagonal(2)},
+    {"estimator": Trailing(2), "rule": Mass(0.5)}, {"estimator": PageBounds(), "window": 5}], ids=str)
+@pytest.mark.parametrize("lengths", [None, [[3, 24], [0, 17]]], ids=["whole", "padded"])
+def test_the_shortcut_computes_what_the_selection_says(change, dtype, lengths):
+    room, inputs = Connections(replace(SMALL, **change)), [x.to(dtype) for x in qkv(2)]
+    inputs = inputs if lengths is None else [*inputs, torch.tensor(lengths)]
+    with trace(room):
+        expected = room(*inputs)
+    assert torch.equal(room(*inputs), expected)

@@ -249,6 +249,9 @@ def test_sliding_layers_are_left_alone_and_the_hook_comes_and_goes_with_the_room
     held = DynamicCache(config=model.config)
     model.generate(**prompt(1, 40), past_key_values=held, max_new_tokens=2, min_new_tokens=2, do_sample=False)
     assert kinds(held) == [False, True, False]
+    ours = held.layers[1]
+    model(input_ids=torch.full((1, 1), 7), past_key_values=held)
+    assert held.layers[1] is ours
     wrapper.use(model, "sdpa")
     plain = DynamicCache(config=model.config)
     model.generate(**prompt(1, 40), past_key_values=plain, max_new_tokens=2, min_new_tokens=2, do_sample=False)

@@ -112,7 +112,8 @@ def check(impl: str, case: Case, dtype: torch.dtype) -> None:
     given_choice = paging.attend(*tensors, pages, scale=SCALE, impl=impl, kept=choice)
     assert torch.equal(given_choice[0], output) and torch.equal(given_choice[1], choice)
     allowed = (by_mask(*tensors, case, kept).double() - exact).abs().max() if exact.numel() else 0
-    floor = torch.finfo(dtype).eps * (1 + tensors[2].double().abs().max())
+    # As for `attend`: it sums in another order than torch, and scales before the product.
+    floor = 4 * torch.finfo(dtype).eps * (1 + tensors[2].double().abs().max())
     error = (output.double() - exact).abs().max() if exact.numel() else 0
     assert error <= 2 * allowed + floor, f"error {error}, eager has {allowed}"
 
@@ -175,7 +176,7 @@ def by_log_mass(query, key, case):
 
 @every_impl
 def test_first_own_near_and_cut_pages_are_forced(impl):
-    case = Case(rows=3, keys=100, rule=TopK(0), window=20, lengths=((5, 100), (37, 97)))
+    case = Case(rows=3, keys=100, rule=TopK(0), window=20, lengths=((0, 100), (32, 97)))
     kept = paging.attend(*(tensors := case.tensors(torch.float32)), case.pages(tensors[1]), scale=SCALE, impl=impl)[1]
     own = [97, 98, 99]
     for row, position in enumerate(own):

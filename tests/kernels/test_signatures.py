@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 
 import sentei.kernels
-from sentei.kernels import attention, paging, routing
+from sentei.kernels import attention, linear, paging, routing, topk
 
 OPERATIONS = {"attention": (attention.attend, attention.IMPLS), "routing": (routing.route, routing.IMPLS),
-              "paging": (paging.attend, paging.IMPLS)}
+              "topk": (topk.attend_topk, topk.IMPLS), "paging": (paging.attend, paging.IMPLS),
+              "linear": (linear.linear, linear.IMPLS)}
 
 
 def differences(door, implementations: dict) -> list[str]:
@@ -63,7 +64,7 @@ def test_every_operation_is_looked_at():
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_every_implementation_file_is_in_the_table(operation):
     folder = Path(sentei.kernels.__path__[0]) / operation
-    files = {path.stem for path in folder.glob("*.py") if re.match("reference|eager|fused_", path.stem)}
+    files = {path.stem for path in folder.glob("*.py") if re.match("reference|eager|flex|fused_", path.stem)}
     assert files == set(OPERATIONS[operation][1])
 
 

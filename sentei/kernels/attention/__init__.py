@@ -5,12 +5,13 @@ import math
 import torch
 
 from sentei.core.errors import ImplError, ShapeError
-from sentei.kernels.attention import eager, fused_cpp, reference
+from sentei.kernels.attention import eager, flex, fused_cpp, fused_triton, reference
 from sentei.kernels.attention.tiles import Grid, Tiles
 
-__all__ = ["IMPLS", "Grid", "Tiles", "attend", "choose_impl", "merge"]
+__all__ = ["IMPLS", "Grid", "Tiles", "attend", "choose_impl", "merge", "sink"]
 
-IMPLS = {"reference": reference.attend, "eager": eager.attend, "fused_cpp": fused_cpp.attend}
+IMPLS = {"reference": reference.attend, "eager": eager.attend, "fused_cpp": fused_cpp.attend,
+         "fused_triton": fused_triton.attend, "flex": flex.attend}
 
 
 def attend(
@@ -20,22 +21,24 @@ def attend(
     tiles: Tiles,
     *,
     scale: float | None = None,
+    softcap: float = 0.0,
     impl: str = "auto",
     return_lse: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Returns softmax attention over the permitted keys of the kept tiles.
 
-        o_i = Σ_j softmax_j(scale · q_i·k_j) v_j
+        o_i = Σ_j softmax_j(s_ij) v_j      s_ij = scale · q_i·k_j
 
     Shapes: B batch, T tokens, H query heads, G key/value heads (G divides H), D width.
 
     Args:
         query: [B, Tq, H, D], any float dtype and strides.
         key, value: [B, Tk, G, D] and [B, Tk, G, Dv], of the query's dtype.
-        tiles: which tiles to compute; its grid says what is permitted (causality, padding).
+        tiles: which tiles to compute; its grid says what is permitted (causality, a sliding window, padding).
         scale: on the scores; D**-0.5 by default.
+        softcap: scores become softcap · tanh(s_ij / softcap), as in Gemma 2; 0 leaves them.
         impl: "auto", or one of IMPLS, which then runs or raises.
-        return_lse: also return the log-sum-exp of the scaled scores, for `merge`.
+        return_lse: also return the log-sum-exp of the scores, for `merge` and `sink`.
     Returns:
         output [B, Tq, H, Dv]; a query that sees no key gives 0. With `return_lse` also lse [B, Tq, H], -inf there,
         in float32 or wider. What stands in padding, NaN included, reaches no output.
@@ -45,17 +48,19 @@ def attend(
     Cost: kept pairs · (D + Dv) multiply-adds; the dense plan is torch's own kernel.
     """
     _check(query, key, value, tiles)
-    name, _ = choose_impl(impl, query, key, value, tiles)
-    scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+    name, _ = choose_impl(impl, query, key, value, tiles, softcap)
+    if not 0 <= softcap < math.inf:
+        raise ShapeError("attend", expected="a softcap from 0", got=str(softcap), do="leave it out for none")
+    scale = 1 / math.sqrt(max(query.shape[-1], 1)) if scale is None else scale
     if tiles.grid.lengths is not None:
         # Neither a weight of 0 nor a score of -inf silences a NaN in every kernel.
         padding = ~tiles.grid.real_keys(key.device)[..., None, None]
         key, value = key.masked_fill(padding, 0), value.masked_fill(padding, 0)
-    return IMPLS[name](query, key, value, tiles, scale=scale, return_lse=return_lse)
+    return IMPLS[name](query, key, value, tiles, scale=scale, softcap=softcap, return_lse=return_lse)
 
 
 def choose_impl(
-    impl: str, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, tiles: Tiles
+    impl: str, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, tiles: Tiles, softcap: float = 0.0
 ) -> tuple[str, str]:
     """The implementation that will run for these arguments of `attend`, and why.
 
@@ -69,8 +74,11 @@ def choose_impl(
                         do="choose one of these")
     if tiles.is_everything:
         return "eager", "the dense plan is torch's own kernel"
-    reason = fused_cpp.refusal(query, key, value)
-    return ("eager", f"fused_cpp cannot take {reason}") if reason else ("fused_cpp", "the fastest there is")
+    if query.is_cuda:
+        name, reason = "fused_triton", fused_triton.refusal(query, key, value, tiles, softcap)
+    else:
+        name, reason = "fused_cpp", fused_cpp.refusal(query, key, value)
+    return ("eager", f"{name} cannot take {reason}") if reason else (name, "the fastest there is")
 
 
 def merge(
@@ -90,6 +98,18 @@ def merge(
     return kept.to(output.dtype) * output + weight.to(output.dtype) * other, total
 
 
+def sink(output: torch.Tensor, lse: torch.Tensor, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention with one key more, whose value is 0: a head can look nowhere (attention sinks, as in gpt-oss).
+
+    Args:
+        output: [B, T, H, D]; lse: [B, T, H].
+        logits: [H], the score of that key.
+    Returns:
+        output and lse with it.
+    """
+    return merge(output, lse, torch.zeros_like(output), logits.to(lse.dtype).expand_as(lse))
+
+
 def _check(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, tiles: Tiles) -> None:
     tiles.grid.check("attend", query, key, value)
     if not tiles.is_everything and (tiles.full_count.shape[0] != query.shape[0]
@@ -97,3 +117,6 @@ def _check(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, tiles: T
         raise ShapeError("attend",
                          expected=f"tiles of {query.shape[0]} rows and {query.shape[2]} or {key.shape[2]} heads",
                          got=str(list(tiles.full_count.shape)), do="build the tiles for these tensors")
+    if not tiles.is_everything and tiles.full_count.device != query.device:
+        raise ShapeError("attend", expected=f"tiles on {query.device}", got=str(tiles.full_count.device),
+                         do="move the tiles with Tiles.to")

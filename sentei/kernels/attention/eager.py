@@ -20,20 +20,22 @@ def attend(
     tiles: Tiles,
     *,
     scale: float,
+    softcap: float = 0.0,
     return_lse: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """See `sentei.kernels.attention.attend`."""
-    if tiles.is_everything and not return_lse:
+    if tiles.is_everything and not return_lse and not softcap:
         return _dense(query, key, value, tiles.grid, scale)
     tiles = tiles.listed(query.shape[0], key.shape[2], query.device)
-    return _gathered(query, key, value, tiles, scale, return_lse)
+    return _gathered(query * scale, key, value, tiles, softcap, return_lse)
 
 
 def _dense(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, grid: Grid, scale: float) -> torch.Tensor:
     """Torch's own kernel on everything; a mask only where causality is not the plain square one."""
     query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
     mask = None
-    if grid.lengths is not None or (grid.causal and grid.offset and grid.num_queries > 1):
+    is_cut = grid.causal and (grid.window is not None or (grid.offset and grid.num_queries > 1))
+    if grid.lengths is not None or is_cut:
         positions = torch.arange(grid.num_queries, device=query.device)[:, None] + grid.offset
         rows = torch.arange(query.shape[0], device=query.device).view(-1, 1, 1)
         mask = grid.pairs(positions, torch.arange(grid.num_keys, device=query.device), rows)[:, None]
@@ -46,19 +48,19 @@ def _dense(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, grid: Gr
     return output.transpose(1, 2)
 
 
-def _gathered(query, key, value, tiles, scale, return_lse):
-    """The kept tiles only."""
+def _gathered(query, key, value, tiles, softcap, return_lse):
+    """The kept tiles only, for a query that was scaled."""
     batch, num_queries, heads, _ = query.shape
     wide = torch.promote_types(query.dtype, torch.float32)
     if not batch * num_queries * heads:
         output = value.new_zeros(batch, num_queries, heads, value.shape[-1])
         return (output, query.new_zeros(query.shape[:-1], dtype=wide)) if return_lse else output
     grid, plan = tiles.grid, _Plan(tiles, heads, key.shape[2])
-    query_blocks = _blocks(query * scale, grid.query_block)
+    query_blocks = _blocks(query, grid.query_block)
     key_blocks, value_blocks = _blocks(key, grid.key_block), _blocks(value, grid.key_block)
     outputs, lses = [], []
     for items in plan.batches():
-        scores = _scores(query_blocks[items], key_blocks, plan, items)
+        scores = _scores(query_blocks[items], key_blocks, plan, items, softcap)
         shares = scores.softmax(-1, dtype=wide).to(value.dtype)
         if plan.fewest(items) == 0:
             shares = shares.masked_fill(torch.isneginf(scores).all(-1, keepdim=True), 0)
@@ -112,11 +114,12 @@ class _Plan:
         return self.places[items, :self.num_partial + int(self.count[items[0]])]
 
 
-def _scores(queries, key_blocks, plan, items):
-    """Float [N, query_block, slots · key_block]: scaled scores, -inf where a pair is not permitted."""
+def _scores(queries, key_blocks, plan, items, softcap):
+    """Float [N, query_block, slots · key_block]: scores, -inf where a pair is not permitted."""
     grid, slots = plan.grid, plan.slots(items)
     keys = key_blocks[slots].flatten(1, 2)
     scores = torch.bmm(queries, keys.transpose(1, 2))
+    scores = softcap * torch.tanh(scores / softcap) if softcap else scores
     if plan.num_partial:
         ids = plan.ids[items, :plan.num_partial]
         within = torch.arange(grid.key_block, device=ids.device)

@@ -1,9 +1,10 @@
 """Attention over chosen tiles on the CPU, in C++: every kept tile once, online softmax, nothing gathered.
 
-fp32; bfloat16 and float16 by conversion. The gradients make the scores again, tile by tile, so that memory stays linear
-in the tokens. Each call is an op of torch (`sentei::attend`, `sentei::attend_backward`, `sentei::shares`), so that
-`torch.compile` keeps it in its graph and tensors without memory never reach it. The instruction set is picked when the
-library is loaded.
+fp32 and bfloat16, float16 by conversion; sums are always fp32. The gradients make the scores again, tile by tile, so
+that memory stays linear in the tokens. The estimates that choose tiles are here too, and the choice. Each call is an
+op of torch (`sentei::attend`, `sentei::attend_backward`, `sentei::estimate`, `sentei::keep`), so that `torch.compile`
+keeps it in its graph and tensors without memory never reach it. The instruction set is picked when the library is
+loaded.
 """
 
 import ctypes
@@ -12,18 +13,22 @@ import torch
 from torch.autograd.forward_ad import unpack_dual
 
 from sentei.core.errors import ImplError, ResourceError, ShapeError
+from sentei.core.rules import bad_scores
 from sentei.kernels import native
-from sentei.kernels.attention.tiles import Grid, Tiles
+from sentei.kernels.attention.tiles import MAX_BLOCK, Grid, Tiles
 
 _LONGS = ("batch", "queries", "keys", "heads", "groups", "width", "value_width", "query_block", "key_block", "causal",
-          "threads", "first", "stride", "machine")
+          "window", "threads", "first", "stride", "machine", "bfloat16")
+ESTIMATES = ("exact", "pooled", "bounds", "folded")  # EstimateKind of native/select.cpp, by number
+NATIVE_RULES = ("All", "TopK", "Mass", "Threshold")  # RuleKind of native/rules.h, by number
+BAD_SCORES = 2  # what sentei_keep returns for them
 _PLAN = ("full_count", "full_ids", "partial_count", "partial_ids")
 
 
 class _Plan(ctypes.Structure):
     """The struct of native/call.h, field by field."""
 
-    _fields_ = [*((name, ctypes.c_void_p) for name in (*_PLAN, "order")),
+    _fields_ = [*((name, ctypes.c_void_p) for name in _PLAN),
                 *((name, ctypes.c_int64) for name in ("heads", "full_slots", "partial_slots"))]
 
 
@@ -35,7 +40,7 @@ class _Problem(ctypes.Structure):
         *((name, ctypes.c_int64 * 3) for name in ("query_stride", "key_stride", "value_stride")),
         ("plan", _Plan), ("lengths", ctypes.c_void_p),
         *((name, ctypes.c_int64) for name in _LONGS),
-        ("scale", ctypes.c_float), ("shares", ctypes.c_void_p),
+        ("scale", ctypes.c_float), ("softcap", ctypes.c_float), ("shares", ctypes.c_void_p),
     ]
 
 
@@ -45,8 +50,21 @@ class _Backward(ctypes.Structure):
     _fields_ = [
         ("problem", _Problem),
         *((name, ctypes.c_void_p) for name in ("gradient", "delta", "query", "key", "value")),
-        ("turned", _Plan),
     ]
+
+
+class _Estimate(ctypes.Structure):
+    """The struct of native/select.cpp, field by field."""
+
+    _fields_ = [("problem", _Problem), ("kind", ctypes.c_int64), ("square", ctypes.c_int64)]
+
+
+class _Choice(ctypes.Structure):
+    """The struct of native/select.cpp, field by field."""
+
+    _fields_ = [*((name, ctypes.c_void_p) for name in ("scores", "forced", "full", "parameters", *_PLAN)),
+                *((name, ctypes.c_int64) for name in ("batch", "heads", "query_blocks", "key_blocks", "mask_batch",
+                                                      "kind", "threads"))]
 
 
 def attend(
@@ -56,6 +74,7 @@ def attend(
     tiles: Tiles,
     *,
     scale: float,
+    softcap: float = 0.0,
     return_lse: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """See `sentei.kernels.attention.attend`.
@@ -68,76 +87,73 @@ def attend(
     reason = refusal(query, key, value)
     if reason:
         raise ImplError("fused_cpp", expected="tensors it can take", got=reason, do="use impl='auto'")
-    grid, tiles = tiles.grid, tiles.listed(query.shape[0], key.shape[2], query.device)
-    output, lse, _ = torch.ops.sentei.attend(query, key, value, [getattr(tiles, name) for name in _PLAN], grid.lengths,
-                                             _sizes(grid), scale)
+    plan = [] if tiles.is_everything else [getattr(tiles, name) for name in _PLAN]
+    output, lse, _ = torch.ops.sentei.attend(query, key, value, plan, tiles.grid.lengths, _sizes(tiles.grid), scale,
+                                             softcap)
     return (output, lse) if return_lse else output
 
 
 def _forward(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, plan: list[torch.Tensor],
-             lengths: torch.Tensor | None, sizes: list[int],
-             scale: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+             lengths: torch.Tensor | None, sizes: list[int], scale: float,
+             softcap: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The op `sentei::attend`: output, lse, and what the gradients need of the softmax.
 
     That is float32 [2, B, Tq, H]: the largest score, in powers of two, and 1 ÷ the sum.
 
     Args:
-        plan: full counts and ids, partial counts and ids, as `Tiles` has them.
+        plan: full counts and ids, partial counts and ids, as `Tiles` has them; empty for everything.
         lengths: the grid's.
-        sizes: query block, key block, and 1 for causal.
+        sizes: query block, key block, 1 for causal, and the window or 0.
     """
-    grid = _grid(query, key, lengths, sizes)
+    grid = _grid("attend", [query, key, value], plan, lengths, sizes)
     output, lse, softmax = _results(query, value)
     if lse.numel():
-        values = _rows(value)
-        problem, held = _problem(query, key, grid, scale)
-        problem.plan, listed = _plan(plan, grid.num_key_blocks, query.shape[2])
-        _set_value(problem, values)
-        problem.output, problem.lse, problem.softmax = (tensor.data_ptr() for tensor in (output, lse, softmax))
-        _finish(native.load().sentei_attend(ctypes.byref(problem)))
-        del held, listed
-    return output.to(query.dtype), lse, softmax
+        query, key, value = (_rows(tensor) for tensor in (query, key, value))
+        written = output if output.dtype == query.dtype else torch.empty_like(output, dtype=query.dtype)
+        problem = _problem(query, key, grid, scale, softcap)
+        _set_plan(problem, plan)
+        _set_value(problem, value)
+        problem.output, problem.lse, problem.softmax = (tensor.data_ptr() for tensor in (written, lse, softmax))
+        _finish(native.load().sentei_attend(ctypes.byref(problem)), grid)
+        output = written.to(output.dtype)
+    return output, lse, softmax
 
 
-def _forward_shapes(query, key, value, plan, lengths, sizes, scale):
-    output, lse, softmax = _results(query, value)
-    return output.to(query.dtype), lse, softmax
+def _forward_shapes(query, key, value, plan, lengths, sizes, scale, softcap):
+    _grid("attend", [query, key, value], plan, lengths, sizes)
+    return _results(query, value)
 
 
 def _backward(given: list[torch.Tensor], plan: list[torch.Tensor], lengths: torch.Tensor | None, sizes: list[int],
-              scale: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+              scale: float, softcap: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The op `sentei::attend_backward`: the gradients of query, key and value.
 
     Args:
         given: query, key, value, the softmax of `_forward`, the output's gradient, and delta [B, Tq, H]: its product
             with the output, less the gradient of the lse.
-        plan, lengths, sizes, scale: as in `_forward`.
+        plan, lengths, sizes, scale, softcap: as in `_forward`.
     """
+    grid = _backward_grid(given, plan, lengths, sizes)
     query, key, value, softmax, gradient, delta = (_rows(tensor) for tensor in given)
-    grid = _grid(query, key, lengths, sizes)
     gradients = [torch.zeros(tensor.shape, dtype=torch.float32, device="cpu") for tensor in (query, key, value)]
     if query.numel() and key.numel() and gradient.numel():
-        backward = _Backward()
-        backward.problem, held = _problem(query, key, grid, scale)
-        backward.problem.plan, listed = _plan(plan, grid.num_key_blocks, query.shape[2])
-        turned = Tiles(grid=grid, **dict(zip(_PLAN, plan, strict=True))).by_key()
-        backward.turned, turned = _plan(turned, grid.num_query_blocks, key.shape[2])
-        _set_value(backward.problem, value)
-        softmax, gradient, delta = softmax.contiguous(), gradient.contiguous(), delta.contiguous()
-        backward.problem.softmax, backward.gradient, backward.delta = (
-            tensor.data_ptr() for tensor in (softmax, gradient, delta))
-        backward.query, backward.key, backward.value = (tensor.data_ptr() for tensor in gradients)
-        _finish(native.load().sentei_backward(ctypes.byref(backward)))
-        del held, listed, turned
+        problem = _problem(query, key, grid, scale, softcap)
+        _set_plan(problem, plan)
+        _set_value(problem, value)
+        softmax, gradient, delta = (tensor.float().contiguous() for tensor in (softmax, gradient, delta))
+        problem.softmax = softmax.data_ptr()
+        backward = _Backward(problem, *(tensor.data_ptr() for tensor in (gradient, delta, *gradients)))
+        _finish(native.load().sentei_backward(ctypes.byref(backward)), grid)
     return tuple(found.to(tensor.dtype) for found, tensor in zip(gradients, given, strict=False))
 
 
-def _backward_shapes(given, plan, lengths, sizes, scale):
+def _backward_shapes(given, plan, lengths, sizes, scale, softcap):
+    _backward_grid(given, plan, lengths, sizes)
     return tuple(torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device) for tensor in given[:3])
 
 
 def _save(ctx, inputs, output):
-    query, key, value, plan, lengths, ctx.sizes, ctx.scale = inputs
+    query, key, value, plan, lengths, ctx.sizes, ctx.scale, ctx.softcap = inputs
     ctx.save_for_backward(query, key, value, *output, lengths, *plan)
 
 
@@ -145,26 +161,60 @@ def _differentiate(ctx, gradient, lse_gradient, _):
     query, key, value, output, _, softmax, lengths, *plan = ctx.saved_tensors
     delta = (gradient.float() * output.float()).sum(-1) - lse_gradient
     given = [query, key, value, softmax, gradient, delta]
-    gradients = torch.ops.sentei.attend_backward(given, plan, lengths, ctx.sizes, ctx.scale)
-    return *gradients, [None] * len(plan), None, None, None
+    gradients = torch.ops.sentei.attend_backward(given, plan, lengths, ctx.sizes, ctx.scale, ctx.softcap)
+    return *gradients, [None] * len(plan), None, None, None, None
 
 
-def _shares(query: torch.Tensor, key: torch.Tensor, lengths: torch.Tensor | None, sizes: list[int], rows: list[int],
-            scale: float) -> torch.Tensor:
-    """The op `sentei::shares`; `rows` are `first` and `stride` of `shares`."""
-    grid = _grid(query, key, lengths, sizes)
-    found = _shares_shape(query, key, lengths, sizes, rows, scale)
-    problem, held = _problem(query, key, grid, scale)
-    problem.first, problem.stride, problem.shares = *rows, found.data_ptr()
-    _finish(native.load().sentei_shares(ctypes.byref(problem)))
-    del held
+def _estimate(query: torch.Tensor, key: torch.Tensor, lengths: torch.Tensor | None, sizes: list[int],
+              rows: list[int], square: bool, scale: float) -> torch.Tensor:
+    """The op `sentei::estimate`; `rows` are kind, first and stride of `estimate`."""
+    grid = _grid("estimate", [query, key, key], [], lengths, sizes)
+    found = _estimate_shape(query, key, lengths, sizes, rows, square, scale)
+    if found.numel():
+        problem = _problem(_rows(query.float()), _rows(key.float()), grid, scale, 0.0)
+        kind, problem.first, problem.stride = rows
+        problem.shares = found.data_ptr()
+        _finish(native.load().sentei_estimate(ctypes.byref(_Estimate(problem, kind, square))), grid)
     return found
 
 
-def _shares_shape(query, key, lengths, sizes, rows, scale):
-    grid = _grid(query, key, lengths, sizes)
-    return query.new_empty(2, query.shape[0], query.shape[2], grid.num_query_blocks, grid.num_key_blocks,
+def _estimate_shape(query, key, lengths, sizes, rows, square, scale):
+    grid = _grid("estimate", [query, key, key], [], lengths, sizes)
+    kind, first, stride = rows if len(rows) == 3 else (-1, 0, 0)
+    fits = 0 <= kind < len(ESTIMATES) and 0 <= first < grid.query_block and 1 <= stride <= MAX_BLOCK
+    if not fits or (ESTIMATES[kind] == "folded" and (grid.query_block % stride or grid.key_block % stride)):
+        raise ShapeError("estimate", expected=f"a first row below {grid.query_block} and a stride that fits",
+                         got=str(rows), do="choose rows that a query block has")
+    return query.new_empty(query.shape[0], query.shape[2], grid.num_query_blocks, grid.num_key_blocks,
                            dtype=torch.float32)
+
+
+def _keep(scores: torch.Tensor, forced: torch.Tensor, full: torch.Tensor, rule: str,
+          parameters: list[float]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The op `sentei::keep`: counts and ids of full tiles and of partial ones, every id there is room for.
+
+    Args:
+        scores: float32 [B, P, QB, KB].
+        forced, full: bool [B or 1, 1, QB, KB].
+        rule, parameters: one of NATIVE_RULES, and its parameter for every head.
+    """
+    plan = _keep_shapes(scores, forced, full, rule, parameters)
+    scores, forced, full = (tensor.contiguous() for tensor in (scores, forced, full))
+    batch, heads, query_blocks, key_blocks = scores.shape
+    numbers = torch.tensor(parameters, dtype=torch.float64)
+    choice = _Choice(
+        *(tensor.data_ptr() for tensor in (scores, forced, full, numbers, *plan)), batch, heads, query_blocks,
+        key_blocks, forced.shape[0], NATIVE_RULES.index(rule), torch.get_num_threads())
+    status = native.load().sentei_keep(ctypes.byref(choice))
+    if status == BAD_SCORES:
+        raise bad_scores(rule)
+    _finish(status, None)
+    return plan
+
+
+def _keep_shapes(scores, forced, full, rule, parameters):
+    count, ids = (scores.new_empty(shape, dtype=torch.int32) for shape in (scores.shape[:3], scores.shape))
+    return count, ids, torch.empty_like(count), torch.empty_like(ids)
 
 
 def _refuse_twice(ctx, *gradients):
@@ -173,38 +223,59 @@ def _refuse_twice(ctx, *gradients):
 
 
 _OPS = torch.library.Library("sentei", "FRAGMENT")
-_OPS.define("attend(Tensor query, Tensor key, Tensor value, Tensor[] plan, Tensor? lengths, int[] sizes, float scale)"
+_OPS.define("attend(Tensor query, Tensor key, Tensor value, Tensor[] plan, Tensor? lengths, int[] sizes, float scale,"
+            " float softcap) -> (Tensor, Tensor, Tensor)")
+_OPS.define("attend_backward(Tensor[] given, Tensor[] plan, Tensor? lengths, int[] sizes, float scale, float softcap)"
             " -> (Tensor, Tensor, Tensor)")
-_OPS.define("attend_backward(Tensor[] given, Tensor[] plan, Tensor? lengths, int[] sizes, float scale)"
-            " -> (Tensor, Tensor, Tensor)")
-_OPS.define("shares(Tensor query, Tensor key, Tensor? lengths, int[] sizes, int[] rows, float scale) -> Tensor")
+_OPS.define("estimate(Tensor query, Tensor key, Tensor? lengths, int[] sizes, int[] rows, bool square, float scale)"
+            " -> Tensor")
+_OPS.define("keep(Tensor scores, Tensor forced, Tensor full, str rule, float[] parameters)"
+            " -> (Tensor, Tensor, Tensor, Tensor)")
 _OPS.impl("attend", _forward, "CPU")
-_OPS.impl("shares", _shares, "CPU")
+_OPS.impl("estimate", _estimate, "CPU")
+_OPS.impl("keep", _keep, "CPU")
 _OPS.impl("attend_backward", _backward, "CPU")
 torch.library.register_fake("sentei::attend", _forward_shapes, lib=_OPS)
 torch.library.register_fake("sentei::attend_backward", _backward_shapes, lib=_OPS)
-torch.library.register_fake("sentei::shares", _shares_shape, lib=_OPS)
+torch.library.register_fake("sentei::estimate", _estimate_shape, lib=_OPS)
+torch.library.register_fake("sentei::keep", _keep_shapes, lib=_OPS)
 torch.library.register_autograd("sentei::attend", _differentiate, setup_context=_save, lib=_OPS)
 torch.library.register_autograd("sentei::attend_backward", _refuse_twice, lib=_OPS)
 
 
-def shares(
-    query: torch.Tensor, key: torch.Tensor, grid: Grid, *, scale: float, first: int, stride: int
+def estimate(
+    query: torch.Tensor, key: torch.Tensor, grid: Grid, *, scale: float, rows: tuple[str, int, int], square: bool
 ) -> torch.Tensor:
-    """The share of every tile over one query row in `stride`, exactly: float32 [2, B, H, QB, KB], mean and mean square.
+    """The log share of every tile, as `select.estimate` defines it: float32 [B, H, QB, KB].
 
     Args:
         query, key: as in `attend`.
-        first, stride: rows first, first + stride, … of each query block.
+        rows: one of ESTIMATES, and of each query block the first row and the stride of those it scores; for "folded"
+            the rows that are folded. Others score every row.
+        square: pool the rows by their root mean square, and not by their mean.
     Raises:
-        ShapeError: a first row that no block has, or a stride below 1.
+        ShapeError: a first row that no block has, a stride below 1, or a fold that does not divide the blocks.
         ResourceError: memory ran out.
-    Cost: 1 / stride of the dense scores, and the exponentials of as many.
+    Cost: 1 / stride of the dense scores and the exponentials of as many, or what the estimator says.
     """
-    if not (0 <= first < grid.query_block and stride >= 1):
-        raise ShapeError("shares", expected=f"a first row below {grid.query_block} and a stride from 1",
-                         got=f"{first} and {stride}", do="choose rows that a query block has")
-    return torch.ops.sentei.shares(query, key, grid.lengths, _sizes(grid), [first, stride], scale)
+    grid.check("estimate", query, key, key)
+    rows = [ESTIMATES.index(rows[0]), *rows[1:]]
+    return torch.ops.sentei.estimate(query, key, grid.lengths, _sizes(grid), rows, square, scale)
+
+
+def keep(scores: torch.Tensor, forced: torch.Tensor, grid: Grid, *, rule: str, parameters: list[float]) -> Tiles:
+    """The plan of the tiles that a rule keeps, as `core/rules.py` and `Tiles.from_mask` define it.
+
+    Args:
+        scores: float32 [B, H, QB, KB]; -inf where not permitted.
+        forced: bool [B or 1, 1, QB, KB].
+        rule, parameters: one of NATIVE_RULES, and its parameter for every head.
+    Raises:
+        RuleError: NaN or +inf among the scores.
+        ResourceError: memory ran out.
+    """
+    plan = torch.ops.sentei.keep(scores, forced, grid.full(scores.device).expand_as(forced), rule, parameters)
+    return Tiles(grid=grid, **dict(zip(_PLAN, plan, strict=True)))
 
 
 def refusal(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> str:
@@ -218,69 +289,107 @@ def refusal(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> str:
     return ""
 
 
-def _problem(query: torch.Tensor, key: torch.Tensor, grid: Grid, scale: float) -> tuple[_Problem, tuple]:
-    """What both calls share, and the tensors that must outlive the call."""
-    query, key = _rows(query), _rows(key)
+def _problem(query: torch.Tensor, key: torch.Tensor, grid: Grid, scale: float, softcap: float) -> _Problem:
+    """What all calls share. It holds the tensors whose memory it names."""
     lengths = None if grid.lengths is None else grid.lengths.contiguous()
     problem = _Problem(
         query=query.data_ptr(), key=key.data_ptr(), lengths=None if lengths is None else lengths.data_ptr(),
         query_stride=(ctypes.c_int64 * 3)(*query.stride()[:3]), key_stride=(ctypes.c_int64 * 3)(*key.stride()[:3]),
         batch=query.shape[0], queries=grid.num_queries, keys=grid.num_keys, heads=query.shape[2], groups=key.shape[2],
         width=query.shape[3], query_block=grid.query_block, key_block=grid.key_block, causal=int(grid.causal),
-        threads=torch.get_num_threads(), machine=native.MACHINE, scale=scale)
-    return problem, (query, key, lengths)
-
-
-def _grid(query: torch.Tensor, key: torch.Tensor, lengths: torch.Tensor | None, sizes: list[int]) -> Grid:
-    """The grid that `_forward` was given in parts."""
-    return Grid(num_queries=query.shape[1], num_keys=key.shape[1], query_block=sizes[0], key_block=sizes[1],
-                causal=bool(sizes[2]), lengths=lengths)
-
-
-def _sizes(grid: Grid) -> list[int]:
-    """The part of a grid that tensors do not tell."""
-    return [grid.query_block, grid.key_block, int(grid.causal)]
-
-
-def _results(query: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Float32 output, lse and softmax of `_forward`, to be filled."""
-    shape = query.shape[:3]
-    return tuple(query.new_empty(size, dtype=torch.float32) for size in ((*shape, value.shape[3]), shape, (2, *shape)))
-
-
-def _plan(plan: list[torch.Tensor], blocks: int, heads: int) -> tuple[_Plan, tuple[torch.Tensor, ...]]:
-    """The plan that names some of `blocks`, with the order of its items, and the tensors that must outlive the call.
-
-    Args:
-        heads: for which the items are listed, H or G.
-    """
-    for count, ids in (plan[:2], plan[2:]):
-        filled = torch.arange(ids.shape[-1], device=ids.device) < count[..., None]
-        if not torch.equal(ids >= 0, filled) or bool((ids >= blocks).any()):
-            raise ShapeError("attend", expected=f"{blocks} blocks, -1 beyond the count",
-                             got="a plan that names others", do="build plans with Tiles.from_mask")
-    plan = [tensor.contiguous() for tensor in plan]
-    kept, plan_heads = plan[0] + plan[2], plan[0].shape[1]
-    kept = kept.repeat_interleave(heads // plan_heads, 1) if heads >= plan_heads else kept.unflatten(
-        1, (heads, -1)).sum(2)
-    order = torch.argsort(kept.flatten(), descending=True)
-    held = *plan, order
-    return _Plan(*(tensor.data_ptr() for tensor in held), plan_heads, plan[1].shape[-1], plan[3].shape[-1]), held
+        window=grid.window or 0, threads=torch.get_num_threads(), machine=native.MACHINE,
+        bfloat16=int(query.dtype == torch.bfloat16), scale=scale, softcap=softcap)
+    problem.held = [query, key, lengths]
+    return problem
 
 
 def _set_value(problem: _Problem, value: torch.Tensor) -> None:
     """Enters the value [B, Tk, G, Dv]."""
     problem.value, problem.value_width = value.data_ptr(), value.shape[3]
     problem.value_stride = (ctypes.c_int64 * 3)(*value.stride()[:3])
+    problem.held.append(value)
+
+
+def _set_plan(problem: _Problem, plan: list[torch.Tensor]) -> None:
+    """Enters the lists of a plan; without any it is everything that is permitted."""
+    if not plan:
+        return
+    listed = [part.contiguous() for part in plan]
+    problem.plan = _Plan(*(tensor.data_ptr() for tensor in listed), listed[0].shape[1], listed[1].shape[-1],
+                         listed[3].shape[-1])
+    problem.held.append(listed)
+
+
+def _grid(where: str, tensors: list[torch.Tensor], plan: list[torch.Tensor], lengths: torch.Tensor | None,
+          sizes: list[int]) -> Grid:
+    """The grid that an op was given in parts. Anyone may call an op, so what it is given is checked.
+
+    Args:
+        tensors: query, key, value.
+    Raises:
+        ShapeError: shapes, dtypes or devices that do not fit. One tensor without memory sends the whole call to the
+            shapes alone, whose result is not to be read.
+    """
+    query, key, _ = tensors
+    if len(sizes) != 4 or query.dim() != 4 or key.dim() != 4 or len(plan) not in (0, len(_PLAN)):
+        raise ShapeError(where, expected="four dimensions, four sizes and a plan of four parts or none",
+                         got=f"{list(query.shape)}, {list(key.shape)}, {sizes}, {len(plan)} parts",
+                         do="call it through attend")
+    grid = Grid(num_queries=query.shape[1], num_keys=key.shape[1], query_block=sizes[0], key_block=sizes[1],
+                causal=bool(sizes[2]), window=sizes[3] or None, lengths=lengths)
+    grid.check(where, *tensors)
+    heads = query.shape[2], key.shape[2]
+    if plan and Tiles(grid=grid, **dict(zip(_PLAN, plan, strict=True))).full_count.shape[:2] not in (
+            (query.shape[0], heads[0]), (query.shape[0], heads[1])):
+        raise ShapeError(where, expected=f"tiles of {query.shape[0]} rows, {heads[0]} or {heads[1]} heads",
+                         got=str(list(plan[0].shape)), do="build the tiles for these tensors")
+    others = {str(tensor.device) for tensor in (*plan, lengths) if tensor is not None} - {str(query.device)}
+    if others:
+        raise ShapeError(where, expected=f"plan and lengths on {query.device}", got=", ".join(sorted(others)),
+                         do="move them to the same device")
+    return grid
+
+
+def _backward_grid(given: list[torch.Tensor], plan: list[torch.Tensor], lengths: torch.Tensor | None,
+                   sizes: list[int]) -> Grid:
+    """The grid of `_backward`, whose further tensors are checked too."""
+    if len(given) != 6:
+        raise ShapeError("attend_backward", expected="6 tensors", got=str(len(given)), do="call it through attend")
+    query, _, value, *more = given
+    grid = _grid("attend_backward", given[:3], plan, lengths, sizes)
+    rows = query.shape[:3]
+    expected = (2, *rows), (*rows, value.shape[3]), rows
+    if any(tensor.shape != shape or tensor.device != query.device or not tensor.is_floating_point()
+           for tensor, shape in zip(more, expected, strict=True)):
+        raise ShapeError("attend_backward", expected=f"softmax, gradient and delta {', '.join(map(str, expected))}",
+                         got=", ".join(f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}" for tensor in more),
+                         do="call it through attend")
+    return grid
+
+
+def _sizes(grid: Grid) -> list[int]:
+    """The part of a grid that tensors do not tell."""
+    return [grid.query_block, grid.key_block, int(grid.causal), grid.window or 0]
+
+
+def _results(query: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Output, lse and softmax of `_forward`, to be filled; float32 but the output."""
+    shape = query.shape[:3]
+    return (query.new_empty(*shape, value.shape[3]), query.new_empty(shape, dtype=torch.float32),
+            query.new_empty(2, *shape, dtype=torch.float32))
 
 
 def _rows(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor in fp32 with contiguous rows, itself where it is that already."""
-    return tensor.float() if tensor.stride(-1) == 1 else tensor.float().contiguous()
+    """The tensor with contiguous rows, float32 unless it is bfloat16; itself where it is that already."""
+    tensor = tensor if tensor.dtype == torch.bfloat16 else tensor.float()
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def _finish(status: int) -> None:
+def _finish(status: int, grid: Grid) -> None:
     """Raises what the native call could not."""
+    if status == native.BAD_PLAN:
+        raise ShapeError("attend", expected=f"ascending ids of {grid.num_key_blocks} blocks, -1 beyond the count",
+                         got="a plan that names others", do="build plans with Tiles.from_mask")
     if status:
         raise ResourceError("attend", expected="memory for a packed copy of keys and values", got="none left",
                             do="use a shorter input, a smaller batch or a machine with more memory")

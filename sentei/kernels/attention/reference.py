@@ -1,6 +1,7 @@
 """Attention over chosen tiles, as the definition reads: one query at a time.
 
-    o_i = Σ_j softmax_j(scale · q_i·k_j) v_j      over the permitted keys j of the tiles kept for i
+    o_i = Σ_j softmax_j(s_ij) v_j      over the permitted keys j of the tiles kept for i
+    s_ij = scale · q_i·k_j, or softcap · tanh(scale · q_i·k_j / softcap)
 
 Any floating dtype, differentiable by autograd, for reading and for tests.
 Reference: Vaswani et al. 2017, arXiv 1706.03762, eq. 1.
@@ -18,6 +19,7 @@ def attend(
     tiles: Tiles,
     *,
     scale: float,
+    softcap: float = 0.0,
     return_lse: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """See `sentei.kernels.attention.attend`."""
@@ -33,6 +35,7 @@ def attend(
                 g = h // (heads // kv_heads)
                 keys = _kept_keys(tiles, b, h * tiles.full_count.shape[1] // heads, i)
                 scores = scale * (key[b, keys, g] @ query[b, i, h])
+                scores = softcap * torch.tanh(scores / softcap) if softcap else scores
                 lses.append(scores.logsumexp(0))
                 outputs.append(scores.softmax(0) @ value[b, keys, g])
     output = torch.stack(outputs).view(batch, num_queries, heads, -1) if outputs else value.new_zeros(

@@ -18,12 +18,14 @@ import torch
 from torch.nn.functional import pad
 
 from sentei.core.errors import FileError, RuleError
+from sentei.core.rules import All, Mass, Rule, Threshold, TopK
 from sentei.kernels.attention import fused_cpp
-from sentei.kernels.attention.tiles import MAX_BLOCK, Grid
+from sentei.kernels.attention.tiles import MAX_BLOCK, Grid, Tiles
 
 # Query blocks are scored in slabs whose dense scores would number about this many: the oracle then holds 128 MB in
 # fp32, a pooled estimate stays in cache.
 PAIRS_AT_ONCE = 1 << 25
+PARAMETER = {All: None, TopK: "k", Mass: "mass", Threshold: "ratio"}  # of the rules that native code has too
 
 
 class Estimator(ABC):
@@ -55,6 +57,10 @@ class Estimator(ABC):
         """Brings exact row scores [..., R, slots] to the R' rows of `log_mass`."""
         return exact
 
+    def native(self, grid: Grid) -> tuple[str, int, int] | None:
+        """The `rows` of `fused_cpp.estimate` with which it is this estimate; None where it has none."""
+        return None
+
     def to_json(self) -> dict:
         """The estimator as a JSON object."""
         return {"name": type(self).__name__.lower(), **asdict(self)}
@@ -73,6 +79,9 @@ class Pooled(Estimator):
     def log_mass(self, query, key, grid):
         mean = key.mean(-2)
         return torch.einsum("bgpsrd,bgkd->bgpsrk", query, mean).add_(_log(grid.key_block))
+
+    def native(self, grid):
+        return "pooled", 0, 1
 
 
 @dataclass(frozen=True)
@@ -103,6 +112,9 @@ class Antidiagonal(Estimator):
     def rows(self, exact):
         return exact.unflatten(-2, (-1, self.stride)).logsumexp(-2).sub_(_log(self.stride))
 
+    def native(self, grid):
+        return None if grid.query_block % self.stride or grid.key_block % self.stride else ("folded", 0, self.stride)
+
 
 @dataclass(frozen=True)
 class PageBounds(Estimator):
@@ -119,6 +131,9 @@ class PageBounds(Estimator):
         low, high = key.amin(-2), key.amax(-2)
         bound = torch.einsum("bgpsrd,bgkd->bgpsrk", query.clamp(min=0), high)
         return bound.add_(torch.einsum("bgpsrd,bgkd->bgpsrk", query.clamp(max=0), low)).add_(_log(grid.key_block))
+
+    def native(self, grid):
+        return "bounds", 0, 1
 
 
 class Exact(Estimator):
@@ -141,6 +156,10 @@ class Exact(Estimator):
 
     def rows(self, exact):
         return exact[..., self.sampled(exact.shape[-2]), :]
+
+    def native(self, grid):
+        rows = self.sampled(grid.query_block)
+        return "exact", rows.start, rows.step
 
 
 @dataclass(frozen=True)
@@ -214,10 +233,9 @@ def estimate(
     grid.check("estimate", query, key, key)
     if not grid.num_queries:
         return query.new_zeros(query.shape[0], query.shape[2], 0, grid.num_key_blocks)
-    if isinstance(estimator, Exact) and query.dtype != torch.float64 and not fused_cpp.refusal(query, key, key):
-        rows = estimator.sampled(grid.query_block)
-        mean, square = fused_cpp.shares(query, key, grid, scale=scale, first=rows.start, stride=rows.step)
-        scores = _log_shares(mean if pool == "mean" else square.sqrt_(), grid.permitted(query.device))
+    rows = None if fused_cpp.refusal(query, key, key) else estimator.native(grid)
+    if rows:
+        scores = fused_cpp.estimate(query, key, grid, scale=scale, rows=rows, square=pool == "rms")
     else:
         scores = _estimate(estimator, query, key, grid, scale, pool)
     return _with_history(scores, estimator.history, pool) if estimator.history else scores
@@ -341,6 +359,37 @@ def always_kept(grid: Grid, device: torch.device, *, window: int) -> torch.Tenso
     """Bool [B or 1, 1, QB, KB]: tiles no rule may drop: `near`, and the last query block (it makes the next token)."""
     final = torch.arange(grid.num_query_blocks, device=device) == grid.num_query_blocks - 1
     return near(grid, device, window=window) | (final[:, None] & grid.permitted(device))
+
+
+@torch.no_grad()
+def choose(rule: Rule, scores: torch.Tensor, forced: torch.Tensor, grid: Grid) -> Tiles:
+    """The plan of the tiles that `rule` keeps; keeping everything is the dense plan.
+
+    It is `Tiles.from_selection` of the rule's selection, without a selection where native code has the rule. There
+    shares are added up in double: a tile may differ where fp32 rounds across the edge of the rule.
+
+    Args:
+        scores: log shares [B, H or G, QB, KB]; -inf where not permitted.
+        forced: bool [B or 1, 1, QB, KB]; see `always_kept`.
+    Raises:
+        RuleError: NaN or +inf among the scores, or a parameter that does not fit them.
+    """
+    parameters = _parameters(rule, scores)
+    if parameters is None:
+        return Tiles.from_selection(rule(scores, forced=forced), grid)
+    tiles = fused_cpp.keep(scores, forced, grid, rule=type(rule).__name__, parameters=parameters)
+    kept = tiles.full_count.sum() + tiles.partial_count.sum()
+    return Tiles(grid=grid) if int(kept) == int((~torch.isneginf(scores)).sum()) else tiles
+
+
+def _parameters(rule, scores):
+    """The parameter of a rule for every head, where native code can take them; else None."""
+    if type(rule) not in PARAMETER or scores.dtype != torch.float32 or fused_cpp.refusal(scores, scores, scores):
+        return None
+    name, heads = PARAMETER[type(rule)], scores.shape[1]
+    value = 0.0 if name is None else getattr(rule, name)
+    values = value if isinstance(value, tuple) else (value,) * heads
+    return [float(value) for value in values] if len(values) == heads else None
 
 
 def _check_stride(where: str, stride: int, do: str) -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from sentei.core.errors import ShapeError
+from sentei.core.selection import Selection
 
 # Larger blocks choose nothing, and a kernel's scratch grows with their square.
 MAX_BLOCK = 4096
@@ -25,9 +26,11 @@ class Grid:
         num_queries, num_keys: tokens; the last block of either may be ragged.
         query_block, key_block: tokens a block.
         causal: a query sees no later position.
+        window: how many keys a query sees, up to its own position (a sliding window); None for all. Causal only.
         lengths: int64 [B, 2] or None; the real keys of each row are positions start ≤ j < stop.
     Raises:
-        ShapeError: a size below 0, a block outside 1 … MAX_BLOCK, lengths of another shape or dtype.
+        ShapeError: a size below 0, a block outside 1 … MAX_BLOCK, a window below 1 or without causality, lengths of
+            another shape or dtype.
     """
 
     num_queries: int
@@ -35,6 +38,7 @@ class Grid:
     query_block: int
     key_block: int
     causal: bool = True
+    window: int | None = None
     lengths: torch.Tensor | None = None
 
     def __post_init__(self):
@@ -43,6 +47,9 @@ class Grid:
             raise ShapeError("Grid", expected=f"sizes from 0 and blocks from 1 to {MAX_BLOCK}",
                              got=f"{self.num_queries} queries by {self.query_block}, {self.num_keys} keys by "
                              f"{self.key_block}", do="choose other blocks")
+        if self.window is not None and not (self.causal and self.window >= 1):
+            raise ShapeError("Grid", expected="a causal grid for a window, and at least 1 key in it",
+                             got=f"causal {self.causal}, window {self.window}", do="leave the window out")
         if self.lengths is not None and (self.lengths.dim() != 2 or self.lengths.shape[1] != 2
                                          or self.lengths.dtype != torch.int64):
             raise ShapeError("Grid", expected="lengths int64 [B, 2]",
@@ -62,6 +69,9 @@ class Grid:
         if not query.dtype == key.dtype == value.dtype or not query.is_floating_point():
             raise ShapeError(where, expected="one floating dtype", got=f"{query.dtype}, {key.dtype}, {value.dtype}",
                              do="convert them to the same dtype")
+        if not query.device == key.device == value.device:
+            raise ShapeError(where, expected="one device", got=f"{query.device}, {key.device}, {value.device}",
+                             do="move them to the same device")
         if (self.num_queries, self.num_keys) != (query.shape[1], key.shape[1]):
             raise ShapeError(where, expected=f"a grid of {query.shape[1]} queries and {key.shape[1]} keys",
                              got=f"{self.num_queries} and {self.num_keys}", do="build the tiles for these tensors")
@@ -100,8 +110,8 @@ class Grid:
         if self.lengths is None:
             stop = torch.tensor(self.num_keys, device=device).view(1, 1, 1, 1)
             return torch.zeros_like(stop), stop
-        start, stop = self.lengths.to(device).unbind(-1)
-        return start.view(-1, 1, 1, 1), stop.clamp(max=self.num_keys).view(-1, 1, 1, 1)
+        start, stop = self.lengths.to(device).clamp(0, self.num_keys).unbind(-1)
+        return start.view(-1, 1, 1, 1), stop.view(-1, 1, 1, 1)
 
     def real_keys(self, device: torch.device) -> torch.Tensor:
         """Bool [B or 1, Tk]: the keys that are no padding."""
@@ -112,23 +122,28 @@ class Grid:
     def permitted(self, device: torch.device) -> torch.Tensor:
         """Bool [B or 1, 1, QB, KB]: tiles that hold at least one permitted pair."""
         start, stop = self.bounds(device)
-        _, query_last = self.query_span(device)
+        query_first, query_last = self.query_span(device)
         key_first, key_last = self.key_span(device)
         lowest = torch.maximum(key_first, start)
-        some_key = (lowest <= key_last) & (lowest < stop)
+        some_key = ((lowest <= key_last) & (lowest < stop)).expand(-1, -1, self.num_query_blocks, -1)
         if not self.causal:
-            return some_key.expand(-1, -1, self.num_query_blocks, -1)
-        return some_key & (lowest <= query_last[:, None])
+            return some_key
+        permitted = some_key & (lowest <= query_last[:, None])
+        if self.window is None:
+            return permitted
+        highest = torch.minimum(torch.minimum(key_last, stop - 1), query_last[:, None])
+        return permitted & (highest > query_first[:, None] - self.window)
 
     def full(self, device: torch.device) -> torch.Tensor:
         """Bool [B or 1, 1, QB, KB]: tiles whose every pair is permitted."""
         start, stop = self.bounds(device)
-        query_first, _ = self.query_span(device)
+        query_first, query_last = self.query_span(device)
         key_first, key_last = self.key_span(device)
-        every_key = (key_first >= start) & (key_last < stop)
+        every_key = ((key_first >= start) & (key_last < stop)).expand(-1, -1, self.num_query_blocks, -1)
         if not self.causal:
-            return every_key.expand(-1, -1, self.num_query_blocks, -1)
-        return every_key & (key_last <= query_first[:, None])
+            return every_key
+        full = every_key & (key_last <= query_first[:, None])
+        return full if self.window is None else full & (key_first > query_last[:, None] - self.window)
 
     def pairs(self, positions: torch.Tensor, key_positions: torch.Tensor, batch: torch.Tensor) -> torch.Tensor:
         """Bool, broadcast of the arguments: may the query at `positions` see the key at `key_positions`?
@@ -140,7 +155,10 @@ class Grid:
         start, stop = (bound.flatten() for bound in self.bounds(positions.device))
         batch = batch if self.lengths is not None else torch.zeros_like(batch)
         seen = (key_positions >= start[batch]) & (key_positions < stop[batch])
-        return seen & (key_positions <= positions) if self.causal else seen
+        if not self.causal:
+            return seen
+        seen = seen & (key_positions <= positions)
+        return seen if self.window is None else seen & (key_positions > positions - self.window)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,7 +171,7 @@ class Tiles:
             None: everything that is permitted, the dense plan.
         full_ids, partial_ids: int32 [B, H, QB, slots]; ascending key blocks, -1 beyond the count.
     Raises:
-        ShapeError: shapes or dtypes that are not these.
+        ShapeError: shapes or dtypes that are not these, or parts on several devices.
     """
 
     grid: Grid
@@ -168,11 +186,13 @@ class Tiles:
             return
         good = all(part is not None and part.dtype == torch.int32 for part in parts) and (
             self.full_count.shape == self.partial_count.shape == self.full_ids.shape[:-1] == self.partial_ids.shape[:-1]
-            and self.full_count.dim() == 3 and self.full_count.shape[2] == self.grid.num_query_blocks)
+            and self.full_count.dim() == 3 and self.full_count.shape[2] == self.grid.num_query_blocks
+            and len({part.device for part in parts}) == 1)
         if not good:
             raise ShapeError("Tiles", expected=f"int32 counts [B, H, {self.grid.num_query_blocks}] and ids of that "
-                             "and slots, full and partial", got=", ".join(
-                                 "none" if part is None else f"{part.dtype} {list(part.shape)}" for part in parts),
+                             "and slots, full and partial, on one device", got=", ".join(
+                                 "none" if part is None else f"{part.dtype} {list(part.shape)} on {part.device}"
+                                 for part in parts),
                              do="build plans with Tiles.from_mask")
 
     @classmethod
@@ -191,6 +211,13 @@ class Tiles:
         partial_count, partial_ids = _pack(keep & ~full)
         return cls(grid=grid, full_count=full_count, full_ids=full_ids,
                    partial_count=partial_count, partial_ids=partial_ids)
+
+    @classmethod
+    def from_selection(cls, selection: Selection, grid: Grid) -> "Tiles":
+        """The plan of what a selection over [B, H, QB, KB] keeps; keeping everything is the dense plan."""
+        if bool((selection.count() == selection.permitted).all()):
+            return cls(grid=grid)
+        return cls.from_mask(selection.mask(), grid)
 
     @property
     def is_everything(self) -> bool:

@@ -1,43 +1,72 @@
 // What a call is about, and its tensors cut into blocks.
 #pragma once
 
+#include <dlfcn.h>
+
 #include <atomic>
+#include <functional>
+#include <memory>
 #include <new>
 #include <stdexcept>
 #include <system_error>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "simd.h"
 
 // The tiles to compute: for every item (batch, head, block) the blocks that go with it, full and partial ones apart.
+// Without lists (null) it is everything that is permitted.
 struct Plan {
   const int32_t *full_count, *full_ids, *partial_count, *partial_ids;  // [B, P, blocks], [B, P, blocks, slots]
-  const int64_t* order;                                                // items, longest first
-  int64_t heads, full_slots, partial_slots;                            // P = H or G
+  int64_t heads, full_slots, partial_slots;                            // P = H, G or 1
 };
 
 // Strides are in elements; the last dimension of every tensor is contiguous.
 struct Problem {
-  const float *query, *key, *value;  // [B, Tq, H, D], [B, Tk, G, D], [B, Tk, G, Dv]
-  float *output, *lse;               // [B, Tq, H, Dv] and [B, Tq, H], contiguous
+  const void *query, *key, *value;  // [B, Tq, H, D], [B, Tk, G, D], [B, Tk, G, Dv]
+  void* output;                     // [B, Tq, H, Dv], contiguous; of the same element type
+  float* lse;                       // [B, Tq, H], contiguous
   float* softmax;  // [2, B, Tq, H]: the largest score (of powers of two) and 1 / Σ 2^(score - largest); 0 without keys
   int64_t query_stride[3], key_stride[3], value_stride[3];
   Plan plan;               // of query blocks
   const int64_t* lengths;  // [B, 2] or null
   int64_t batch, queries, keys, heads, groups, width, value_width;
-  int64_t query_block, key_block, causal, threads;
-  int64_t first, stride;  // the estimate's rows of a query block
-  int64_t machine;        // the instruction set, -1 for the best
-  float scale;
-  float* shares;  // [B, H, QB, KB]: the estimate's result
+  int64_t query_block, key_block, causal, window, threads;  // window: keys a query sees up to its own; 0 for all
+  int64_t first, stride;                                    // the estimate's rows of a query block
+  int64_t machine;                                          // the instruction set, -1 for the best
+  int64_t bfloat16;                                         // the element type; else float32
+  float scale, softcap;  // scores are softcap · tanh(scale · q·k / softcap), or scale · q·k where it is 0
+  float* shares;         // [B, H, QB, KB]: the estimate's result
 };
 
 namespace {
 
-// Hands out 0 … count - 1, in order, to `threads` threads, or to fewer where the system gives no more:
-// work(i, scratch), with a scratch of each thread's own from make(). Throws bad_alloc when any of them ran out of
-// memory, after all have ended.
+enum Status { kDone = 0, kNoMemory = 1, kBadPlan = 2 };
+struct BadPlan {};
+
+// Runs run() on up to `threads` threads: those of torch's own OpenMP, where this process has one, so that there are not
+// two sets of threads which wait for work and take the cores from each other.
+template <class Run>
+void on_threads(int64_t threads, Run& run) {
+  using Parallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
+  static const auto parallel = reinterpret_cast<Parallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+  if (threads > 1 && parallel) {
+    parallel([](void* given) { (*static_cast<Run*>(given))(); }, &run, unsigned(threads), 0);
+    return;
+  }
+  std::vector<std::thread> others;
+  others.reserve(threads);
+  try {
+    for (int64_t t = 1; t < threads; ++t) others.emplace_back(std::ref(run));
+  } catch (const std::system_error&) {  // the system gives no more
+  }
+  run();
+  for (auto& other : others) other.join();
+}
+
+// Hands out 0 … count - 1, in order, to up to `threads` threads: work(i, scratch), with a scratch of each thread's own
+// from make(). Throws bad_alloc when any of them ran out of memory, after all have ended.
 template <class Make, class Work>
 void in_parallel(int64_t count, int64_t threads, Make make, Work work) {
   std::atomic<int64_t> next{0};
@@ -50,27 +79,22 @@ void in_parallel(int64_t count, int64_t threads, Make make, Work work) {
       failed = true;
     }
   };
-  std::vector<std::thread> others;
-  others.reserve(threads);
-  try {
-    for (int64_t t = 1; t < std::min(threads, count); ++t) others.emplace_back(run);
-  } catch (const std::system_error&) {
-  }
-  run();
-  for (auto& other : others) other.join();
+  if (count) on_threads(std::min(threads, count), run);
   if (failed) throw std::bad_alloc();
 }
 
-// 0, or 1 when memory ran out in work().
+// What became of work().
 template <class Work>
 int status_of(Work work) {
   try {
     work();
-    return 0;
+    return kDone;
   } catch (const std::bad_alloc&) {
-    return 1;
+    return kNoMemory;
   } catch (const std::length_error&) {
-    return 1;
+    return kNoMemory;
+  } catch (const BadPlan&) {
+    return kBadPlan;
   }
 }
 
@@ -79,103 +103,206 @@ struct Sizes {
       : query_blocks((p.queries + p.query_block - 1) / p.query_block),
         key_blocks((p.keys + p.key_block - 1) / p.key_block), machine(p.machine < 0 ? machines() - 1 : int(p.machine)),
         rows(int(round_up(p.query_block))), columns(int(round_up(p.key_block))), width(int(p.width)),
-        value_width(int(round_up(p.value_width))) {}
+        value_width(int(round_up(p.value_width))), per_group(p.heads / p.groups) {}
   int64_t query_blocks, key_blocks;
   int machine, rows, columns, width, value_width;  // rows, columns and value_width are rounded up
+  int64_t per_group;                               // query heads
 };
 
 // A tensor [B, T, heads, width].
 struct Tensor {
-  const float* data;
+  const void* data;
   const int64_t* stride;
   int64_t tokens, heads, width;
-  const float* at(int64_t row, int64_t token) const {
-    return data + row / heads * stride[0] + token * stride[1] + row % heads * stride[2];
+  bool bfloat16;
+
+  // One token's vector where it is float32.
+  INLINE const float* at(int64_t row, int64_t token) const {
+    return static_cast<const float*>(data) + row / heads * stride[0] + token * stride[1] + row % heads * stride[2];
+  }
+
+  // One token's vector, times a factor, to every `step`-th place.
+  INLINE void read(int64_t row, int64_t token, float* to, int64_t step = 1, float factor = 1.0f) const {
+    const int64_t at = row / heads * stride[0] + token * stride[1] + row % heads * stride[2];
+    if (bfloat16) {
+      const uint16_t* from = static_cast<const uint16_t*>(data) + at;
+      for (int64_t d = 0; d < width; ++d) to[d * step] = widen(from[d]) * factor;
+    } else {
+      const float* from = static_cast<const float*>(data) + at;
+      for (int64_t d = 0; d < width; ++d) to[d * step] = from[d] * factor;
+    }
   }
 };
 
-// A tensor's blocks as the micro-kernel reads them, times a factor: each [width][tokens] ("across") or [tokens][width],
-// what is contiguous rounded up, zeros beyond the end.
+// Some rows of a tensor (a row is b · heads + head), cut into blocks as the micro-kernel reads them, times a factor: each
+// [width][tokens] ("across") or [tokens][width], what is contiguous rounded up, zeros beyond the end.
 class Blocks {
  public:
-  Blocks(const Problem& p, const Tensor& from, int64_t block, bool across, float factor = 1.0f)
+  Blocks(const Problem& p, const Tensor& from, int64_t begin, int64_t end, int64_t block, bool across,
+         float factor = 1.0f)
       : line(int(round_up(across ? block : from.width))),
+        begin_(begin),
         blocks_((from.tokens + block - 1) / block),
         size_(line * (across ? from.width : block)),
-        data_(p.batch * from.heads * blocks_ * size_) {
-    in_parallel(p.batch * from.heads * blocks_, p.threads, [] { return 0; }, [&](int64_t i, int) {
-      const int64_t row = i / blocks_, first = i % blocks_ * block, last = std::min(first + block, from.tokens);
-      for (int64_t j = first; j < last; ++j) {
-        const float* token = from.at(row, j);
-        float* to = data_.data() + i * size_ + (j - first) * (across ? 1 : line);
-        for (int64_t d = 0; d < from.width; ++d) to[d * (across ? line : 1)] = token[d] * factor;
-      }
+        data_(new float[size_t((end - begin) * blocks_ * size_)]) {
+    in_parallel((end - begin) * blocks_, p.threads, [] { return 0; }, [&](int64_t i, int) {
+      const int64_t row = begin + i / blocks_, first = i % blocks_ * block;
+      float* to = data_.get() + i * size_;
+      if (first + block > from.tokens || line != (across ? block : from.width)) std::fill(to, to + size_, 0.0f);
+      for (int64_t j = first; j < std::min(first + block, from.tokens); ++j)
+        from.read(row, j, to + (j - first) * (across ? 1 : line), across ? line : 1, factor);
     });
   }
-  // `row` is b · heads + head.
-  const float* at(int64_t row, int64_t block) const { return data_.data() + (row * blocks_ + block) * size_; }
+  const float* at(int64_t row, int64_t block) const {
+    return data_.get() + ((row - begin_) * blocks_ + block) * size_;
+  }
 
   const int line;  // elements from one line to the next
 
  private:
-  int64_t blocks_, size_;
-  std::vector<float> data_;
+  int64_t begin_, blocks_, size_;
+  std::unique_ptr<float[]> data_;
 };
 
-INLINE Tensor queries_of(const Problem& p) { return {p.query, p.query_stride, p.queries, p.heads, p.width}; }
-INLINE Tensor keys_of(const Problem& p) { return {p.key, p.key_stride, p.keys, p.groups, p.width}; }
-INLINE Tensor values_of(const Problem& p) { return {p.value, p.value_stride, p.keys, p.groups, p.value_width}; }
+INLINE Tensor queries_of(const Problem& p) {
+  return {p.query, p.query_stride, p.queries, p.heads, p.width, bool(p.bfloat16)};
+}
+INLINE Tensor keys_of(const Problem& p) {
+  return {p.key, p.key_stride, p.keys, p.groups, p.width, bool(p.bfloat16)};
+}
+INLINE Tensor values_of(const Problem& p) {
+  return {p.value, p.value_stride, p.keys, p.groups, p.value_width, bool(p.bfloat16)};
+}
+
+// Calls work(begin, end) for runs of KV rows (b · G + g), as many at once as have `bytes` each of packed copies within
+// kPacked: memory stays that of one run, whatever the batch and the number of heads.
+constexpr int64_t kPacked = 32 << 20;
+template <class Work>
+void by_rows(const Problem& p, int64_t bytes, Work work) {
+  const int64_t rows = p.batch * p.groups, step = std::max<int64_t>(1, kPacked / std::max<int64_t>(1, bytes));
+  for (int64_t begin = 0; begin < rows; begin += step) work(begin, std::min(begin + step, rows));
+}
 
 // An item of the queries; they are numbered (batch, head, query block), the last fastest.
 struct Item {
   INLINE Item(const Problem& p, const Sizes& s, int64_t number)
       : block(number % s.query_blocks), row(number / s.query_blocks), h(row % p.heads), b(row / p.heads),
-        group(b * p.groups + h / (p.heads / p.groups)), first(block * p.query_block) {}
+        group(row / s.per_group), first(block * p.query_block) {}
   int64_t block, row, h, b, group, first;
 };
 
-// What a plan keeps for block `block` of `blocks`, partial ones first.
-struct Kept {
-  INLINE Kept(const Problem& p, const Plan& plan, int64_t b, int64_t h, int64_t block, int64_t blocks)
-      : plan(plan), place((b * plan.heads + h * plan.heads / p.heads) * blocks + block),
-        partial(plan.partial_count[place]), count(partial + plan.full_count[place]) {}
-  INLINE bool is_partial(int32_t slot) const { return slot < partial; }
+struct Span {
+  int64_t first, end;
+};
+
+// The keys that query positions `low` … `high` may see: those that some may, or those that every one may.
+INLINE Span seen(const Problem& p, int64_t b, int64_t low, int64_t high) {
+  const int64_t start = p.lengths ? std::max<int64_t>(p.lengths[2 * b], 0) : 0;
+  const int64_t stop = p.lengths ? std::min(p.lengths[2 * b + 1], p.keys) : p.keys;
+  return {p.window ? std::max(start, low - p.window + 1) : start,
+          p.causal ? std::max<int64_t>(0, std::min(stop, high + 1)) : stop};
+}
+
+// The key blocks of which a query block may see some pair, and those of which it may see every pair.
+struct Reach {
+  INLINE Reach(const Problem& p, int64_t b, int64_t block) {
+    const int64_t first = p.keys - p.queries + block * p.query_block;
+    const int64_t last = first + std::min(p.query_block, p.queries - block * p.query_block) - 1;
+    const Span some = seen(p, b, first, last), every = seen(p, b, last, first);
+    if (some.first >= some.end) return;
+    permitted = {some.first / p.key_block, (some.end - 1) / p.key_block + 1};
+    full = {(every.first + p.key_block - 1) / p.key_block, every.end / p.key_block};
+    if (full.first >= full.end) full = {permitted.end, permitted.end};
+  }
+  INLINE bool is_partial(int64_t block) const { return block < full.first || block >= full.end; }
+  INLINE bool has(int64_t block) const { return permitted.first <= block && block < permitted.end; }
+  Span permitted{0, 0}, full{0, 0};
+};
+
+// What a plan keeps of the key blocks for one query block, partial ones first. Which are partial follows from what is
+// permitted, so a list cannot say otherwise.
+struct Kept : Reach {
+  INLINE Kept(const Problem& p, const Sizes& s, int64_t b, int64_t h, int64_t block)
+      : Reach(p, b, block), plan(p.plan) {
+    if (plan.full_count) {
+      place = (b * plan.heads + h * plan.heads / p.heads) * s.query_blocks + block;
+      partial = plan.partial_count[place];
+      count = partial + plan.full_count[place];
+    } else {
+      partial = int32_t(permitted.end - permitted.first - (full.end - full.first));
+      count = int32_t(permitted.end - permitted.first);
+    }
+  }
   INLINE int64_t block(int32_t slot) const {
-    return is_partial(slot) ? plan.partial_ids[place * plan.partial_slots + slot]
+    if (plan.full_count)
+      return slot < partial ? plan.partial_ids[place * plan.partial_slots + slot]
                             : plan.full_ids[place * plan.full_slots + slot - partial];
+    if (slot >= partial) return full.first + slot - partial;
+    const int64_t before = full.first - permitted.first;
+    return slot < before ? permitted.first + slot : full.end + slot - before;
   }
   const Plan& plan;
-  int64_t place;
+  int64_t place = 0;
   int32_t partial, count;
 };
+
+// Numbers begin … end - 1, those with the largest size(number) first.
+template <class Size>
+std::vector<int64_t> longest_first(int64_t begin, int64_t end, Size size) {
+  std::vector<std::pair<int64_t, int64_t>> sized;
+  for (int64_t i = begin; i < end; ++i) sized.emplace_back(-size(i), i);
+  std::sort(sized.begin(), sized.end());
+  std::vector<int64_t> order;
+  for (const auto& [_, number] : sized) order.push_back(number);
+  return order;
+}
+
+// Throws BadPlan unless every list holds `blocks` ascending ids at most, -1 beyond its count.
+inline void check_lists(const int32_t* count, const int32_t* ids, int64_t lists, int64_t slots, int64_t blocks) {
+  for (int64_t i = 0; i < lists; ++i, ids += slots) {
+    if (count[i] < 0 || count[i] > slots) throw BadPlan();
+    int64_t before = -1;
+    for (int64_t slot = 0; slot < slots; ++slot) {
+      const int64_t id = ids[slot];
+      if (slot < count[i] ? id <= before || id >= blocks : id != -1) throw BadPlan();
+      before = id;
+    }
+  }
+}
+
+inline void check_plan(const Problem& p, const Sizes& s) {
+  const int64_t lists = p.batch * p.plan.heads * s.query_blocks;
+  if (!p.plan.full_count) return;
+  check_lists(p.plan.full_count, p.plan.full_ids, lists, p.plan.full_slots, s.key_blocks);
+  check_lists(p.plan.partial_count, p.plan.partial_ids, lists, p.plan.partial_slots, s.key_blocks);
+}
 
 // Query rows first, first + step, … of one head, times what makes scores powers of two; zeros beyond the end.
 INLINE void load_queries(const Problem& p, int64_t row, int64_t first, int rows, int step, float* to) {
   const Tensor query = queries_of(p);
-  for (int r = 0; r < rows; ++r) {
+  for (int r = 0; r < rows; ++r, to += p.width) {
     const int64_t i = first + int64_t(r) * step;
-    for (int64_t d = 0; d < p.width; ++d)
-      to[r * p.width + d] = i < p.queries ? query.at(row, i)[d] * (p.scale * kLog2E) : 0.0f;
+    if (i < p.queries)
+      query.read(row, i, to, 1, p.scale * kLog2E);
+    else
+      std::fill(to, to + p.width, 0.0f);
   }
 }
 
 // The permitted keys of a query in a block, counted from the block's first: from `first` to before `end`.
-struct Seen {
-  INLINE Seen(const Problem& p, int64_t b, int64_t query, int64_t block) {
-    const int64_t base = block * p.key_block, stop = p.lengths ? std::min(p.lengths[2 * b + 1], p.keys) : p.keys;
-    first = (p.lengths ? p.lengths[2 * b] : 0) - base;
-    end = std::min(p.causal ? std::min(stop, p.keys - p.queries + query + 1) - base : stop - base, p.key_block);
-  }
-  int64_t first, end;
-};
+INLINE Span seen_in(const Problem& p, int64_t b, int64_t query, int64_t block) {
+  const int64_t position = p.keys - p.queries + query, base = block * p.key_block;
+  const Span keys = seen(p, b, position, position);
+  return {keys.first - base, std::min(keys.end - base, p.key_block)};
+}
 
 // Minus infinity where row r of a tile of scores, at query first_row + r · step, may not see a key of a block.
 INLINE void forbid(const Problem& p, int64_t b, int64_t first_row, int rows, int step, int64_t block, float* scores,
                    int columns) {
   for (int r = 0; r < rows; ++r) {
-    const Seen seen(p, b, first_row + int64_t(r) * step, block);
+    const Span keys = seen_in(p, b, first_row + int64_t(r) * step, block);
     for (int j = 0; j < columns; ++j)
-      if (j < seen.first || j >= seen.end) scores[r * columns + j] = kNone;
+      if (j < keys.first || j >= keys.end) scores[r * columns + j] = kNone;
   }
 }
 

@@ -328,6 +328,12 @@ INLINE void add_values(const float* weights, int64_t apart, const T* value, int6
         output[n * output_apart + d] += weights[n * apart + j] * wide_one(value + j * next + d);
 }
 
+// Asks for a row of keys or values before it is needed: no processor guesses where the next kept page is.
+template <class T>
+INLINE void fetch(const T* row, int64_t width) {
+  for (int64_t d = 0; d < width; d += 64 / int64_t(sizeof(T))) __builtin_prefetch(row + d);
+}
+
 // Attention of a row's heads of one group to a run of its pages: not normalised, with the largest score and the sum.
 template <int L, class T>
 INLINE void attend_run(const Work& w, int64_t choice, int64_t run, Scratch& t) {
@@ -341,9 +347,14 @@ INLINE void attend_run(const Work& w, int64_t choice, int64_t run, Scratch& t) {
     const Part part(p, b, row, ids[i]);
     const int64_t place = (i - first) * cell + part.first - ids[i] * p.page;
     const T* key = w.row_of<T>(p.key, p.key_stride, group, part.first);
+    const T* value = w.row_of<T>(p.value, p.value_stride, group, part.first);
+    const int64_t after = std::min(ids[std::min(i + 1, last - 1)] * p.page, p.keys - (part.end - part.first));
+    const T* next = w.row_of<T>(p.key, p.key_stride, group, after);
     by_heads(w.per_group, [&](auto heads, int64_t h) INLINE_LAMBDA {
       constexpr int N = decltype(heads)::value;
       for (int64_t j = 0; j < part.end - part.first; ++j) {
+        if (h == 0) fetch(next + j * p.key_stride[1], p.width);
+        if (h == 0) fetch(value + j * p.value_stride[1], p.value_width);
         float found[N];
         dots<L, N>(w.query_of(choice) + h * p.width, p.width, key + j * p.key_stride[1], p.width, found);
         for (int n = 0; n < N; ++n) t.scores[(h + n) * line + place + j] = found[n];

@@ -34,6 +34,21 @@ constexpr float kLog2E = 1.44269504088896341f, kLn2 = 0.69314718055994531f;
 
 int64_t round_up(int64_t value) { return (value + kColumns - 1) / kColumns * kColumns; }
 
+// bfloat16 is the upper half of a float32.
+INLINE float widen(uint16_t half) {
+  const uint32_t bits = uint32_t(half) << 16;
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+// To the nearest, ties to even; a NaN stays one.
+INLINE uint16_t narrow(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return value != value ? uint16_t(bits >> 16 | 0x40) : uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
 // How many instruction sets this machine can run, from the plainest.
 int machines() {
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
@@ -157,17 +172,32 @@ struct Simd {
     return fold(sum, [](auto a, auto b) INLINE_LAMBDA { return a + b; });
   }
 
+  // Scores (of powers of two) become cap · tanh(score / cap), cap in the same unit.
+  static INLINE void soften_peaks(float* row, int columns, float cap) {
+    for (int j = 0; j < columns; j += L) {
+      const Vec twice = load(row + j) * (2 * kLog2E / cap);
+      store(row + j, cap - 2 * cap / (exp2(twice > 126.0f ? Vec{} + 126.0f : twice) + 1.0f));
+    }
+  }
+
   // One number for all columns, or one a column.
   static INLINE Vec at(float number, int) { return Vec{} + number; }
   static INLINE Vec at(const float* numbers, int j) { return load(numbers + j); }
 
   // In the backward: scores become weights 2^(score - top) / sum, and the gradients of the weights those of the scores.
   template <class Numbers>
-  static INLINE void soften(float* scores, float* gradients, int columns, Numbers top, Numbers inverse, Numbers delta) {
+  // `cap` is that of `soften_peaks`, 0 where there was none.
+  static INLINE void soften(float* scores, float* gradients, int columns, Numbers top, Numbers inverse, Numbers delta,
+                            float cap) {
     for (int j = 0; j < columns; j += L) {
-      const Vec weight = exp2(load(scores + j) - at(top, j)) * at(inverse, j);
+      const Vec score = load(scores + j), weight = exp2(score - at(top, j)) * at(inverse, j);
+      Vec gradient = weight * (load(gradients + j) - at(delta, j));
+      if (cap != 0.0f) {
+        const Vec bent = (score < -cap ? Vec{} - cap : score) / cap;  // what is forbidden weighs 0, and no NaN
+        gradient *= 1.0f - bent * bent;
+      }
       store(scores + j, weight);
-      store(gradients + j, weight * (load(gradients + j) - at(delta, j)));
+      store(gradients + j, gradient);
     }
   }
 };

@@ -57,24 +57,25 @@ class Pages:
         if not can_choose(self.rule):
             raise RuleError("paging", expected="All, TopK, Mass or Threshold, of one number",
                             got=repr(self.rule)[:200], do="choose pages by one of these")
-        # Not by `grid.check`: this runs for every layer of every token.
-        shapes, bounds, lengths = (query.shape, key.shape, value.shape), self.bounds, self.lengths
-        if not all(len(shape) == 4 for shape in shapes) or not (
-                shapes[0][0] == shapes[1][0] == shapes[2][0] and shapes[1][1:3] == shapes[2][1:3]
-                and shapes[0][3] == shapes[1][3] and shapes[1][2] and shapes[0][2] % shapes[1][2] == 0
-                and (self.num_queries, self.num_keys) == (shapes[0][1], shapes[1][1])
-                and key.dtype == value.dtype and query.is_floating_point() and key.is_floating_point()):
+        # Not by `grid.check`, and number by number: this runs for every layer of every token.
+        fits = query.dim() == key.dim() == value.dim() == 4
+        if fits:
+            (batch, rows, heads, width), (_, keys, groups, _) = query.shape, key.shape
+            fits = (key.shape == (batch, keys, groups, width) and groups and heads % groups == 0
+                    and value.shape == (batch, keys, groups, value.shape[3])
+                    and self.num_queries == rows and self.num_keys == keys
+                    and key.dtype == value.dtype and query.is_floating_point() and key.is_floating_point())
+        if not fits:
             raise ShapeError("paging", expected=f"query [B, {self.num_queries}, H, D], key [B, {self.num_keys}, G, D], "
                              f"value [B, {self.num_keys}, G, Dv], G dividing H, of floats, key and value of one dtype",
                              got=", ".join(f"{x.dtype} {list(x.shape)}" for x in (query, key, value)),
                              do="bring the heads to dimension 2")
-        batch, keys, groups, width = shapes[1]
+        lengths, bounds = self.lengths, self.bounds
         if lengths is not None and (lengths.shape != (batch, 2) or lengths.dtype != torch.int64):
             raise ShapeError("paging", expected=f"lengths int64 [{batch}, 2]", do="give one (start, stop) a row",
                              got=f"{lengths.dtype} {list(lengths.shape)}")
-        if bounds is not None and not (
-                bounds.dim() == 5 and bounds.shape[:2] == (batch, groups) and bounds.shape[3:] == (2, width)
-                and bounds.shape[2] >= keys // PAGE and bounds.dtype == key.dtype):
+        if bounds is not None and not (bounds.dim() == 5 and bounds.shape == (batch, groups, bounds.shape[2], 2, width)
+                                       and bounds.shape[2] >= keys // PAGE and bounds.dtype == key.dtype):
             raise ShapeError("paging", expected=f"bounds {key.dtype} [{batch}, {groups}, {keys // PAGE} or more, 2, "
                              f"{width}]", got=f"{bounds.dtype} {list(bounds.shape)}",
                              do="give the bounds of this key, or none")

@@ -1,0 +1,147 @@
+"""Linear layers of a model that take few rows, as in decoding, with the native kernel, where that was measured faster.
+
+Nothing is rewritten: a module of exactly `nn.Linear` gets another class with the same parameters and another `forward`,
+so its path, state_dict, hooks and tied weights stay what they are.
+"""
+
+import statistics
+import time
+from collections import defaultdict
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from sentei.kernels.linear import fused_cpp
+
+ROWS = (1, 4, 8)  # measured, in turn; a number that is not faster ends it
+RUNS = 4
+SAMPLE = 12  # modules of a shape that are measured
+MARGIN = 1.02  # below this a gain is noise
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """What a linear layer was given and why.
+
+    Args:
+        path: of the module.
+        outputs, width, dtype: of its weight.
+        most_rows: the native kernel takes up to so many; 0 leaves the module as it was.
+        reason: measured gains, or what the kernel cannot take.
+    """
+
+    path: str
+    outputs: int
+    width: int
+    dtype: torch.dtype
+    most_rows: int
+    reason: str
+
+
+class FewRowLinear(nn.Linear):
+    """An `nn.Linear` whose few-row products are the native kernel's; `few_rows` is its Choice."""
+
+    few_rows: Choice
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """As `nn.Linear`; more rows, other dtypes, gradients and what else the kernel refuses take torch's own path."""
+        weight, bias, choice = self.weight, self.bias, self.few_rows
+        if (input.numel() <= choice.most_rows * choice.width and input.dtype is choice.dtype
+                and not fused_cpp.refusal(input, weight, bias)):
+            return fused_cpp.run(input, weight, bias)
+        return nn.functional.linear(input, weight, bias)
+
+
+def install(model: nn.Module, *, most_rows: int | None = None) -> list[Choice]:
+    """Lets the model's linear layers take few rows with the native kernel where it is faster on this machine.
+
+    Args:
+        model: any model; modules of exactly `nn.Linear` are considered, the output head among them.
+        most_rows: take so many without measuring, 0 to 8.
+    Returns:
+        a Choice for every `nn.Linear`, in the model's order.
+    Cost: measuring takes about a hundred passes over a dozen layers of each shape, with the present number of threads.
+
+    The choice holds for the dtype the weights now have; in another one torch's own path runs.
+    """
+    remove(model)
+    modules = {path: module for path, module in model.named_modules() if type(module) is nn.Linear}
+    refused = {path: _refusal(module) for path, module in modules.items()}
+    taken = [module for path, module in modules.items() if not refused[path]]
+    found = _measure(taken) if most_rows is None else {
+        _kind(module): (min(most_rows, fused_cpp.MOST_ROWS), "asked for") for module in taken}
+    choices = []
+    for path, module in modules.items():
+        rows, reason = (0, refused[path]) if refused[path] else found[_kind(module)]
+        outputs, width = module.weight.shape
+        choice = Choice(path=path, outputs=outputs, width=width, dtype=module.weight.dtype, most_rows=rows,
+                        reason=reason)
+        choices.append(choice)
+        if rows:
+            module.few_rows = choice
+            module.__class__ = FewRowLinear
+    return choices
+
+
+def remove(model: nn.Module) -> None:
+    """Makes the model's linear layers plain again."""
+    for module in model.modules():
+        if type(module) is FewRowLinear:
+            del module.few_rows
+            module.__class__ = nn.Linear
+
+
+@torch.no_grad()
+def _refusal(module: nn.Linear) -> str:
+    """What the kernel cannot take of this module, whatever the input."""
+    weight = module.weight
+    if weight.numel() == 0:
+        return "a weight without numbers"
+    return fused_cpp.refusal(torch.ones(1, weight.shape[1], dtype=weight.dtype, device=weight.device), weight,
+                             module.bias)
+
+
+def _kind(module: nn.Linear) -> tuple:
+    """Modules of one kind are measured together."""
+    return tuple(module.weight.shape), module.weight.dtype, module.bias is not None
+
+
+@torch.no_grad()
+def _measure(modules: list[nn.Linear]) -> dict[tuple, tuple[int, str]]:
+    """The rows up to which the native kernel is faster, and the measured gains, for every kind of module.
+
+    A pass goes through the modules in the model's order, so that each weight has left the cache, as in decoding, when
+    its turn comes again.
+    """
+    number, sample = defaultdict(int), []
+    for module in modules:
+        number[_kind(module)] += 1
+        sample += [module] if number[_kind(module)] <= SAMPLE else []
+    gains = {rows: _gains(sample, rows) for rows in ROWS}
+    found = {}
+    for kind in number:
+        best = 0
+        for rows in ROWS:
+            if gains[rows][kind] < MARGIN:
+                break
+            best = rows
+        found[kind] = best, ", ".join(f"{gains[rows][kind]:.2f} times as fast at {rows} rows" for rows in ROWS)
+    return found
+
+
+def _gains(modules: list[nn.Linear], rows: int) -> dict[tuple, float]:
+    """Seconds of torch's path ÷ seconds of the native one, the median over modules and runs, for every kind."""
+    inputs = {_kind(module): torch.randn(rows, module.weight.shape[1]).to(module.weight.dtype) for module in modules}
+    seconds = defaultdict(lambda: ([], []))
+    paths = nn.functional.linear, fused_cpp.linear
+    for run in range(RUNS + 1):
+        for which in (0, 1) if run % 2 else (1, 0):
+            for module in modules:
+                kind = _kind(module)
+                start = time.perf_counter()
+                paths[which](inputs[kind], module.weight, module.bias)
+                if run:
+                    seconds[kind][which].append(time.perf_counter() - start)
+    return {kind: statistics.median(eager / native for eager, native in zip(*pair, strict=True))
+            for kind, pair in seconds.items()}

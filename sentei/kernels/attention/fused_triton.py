@@ -1,0 +1,168 @@
+"""Attention over chosen tiles on a GPU, in Triton: every kept tile once, online softmax, nothing gathered.
+
+bfloat16 and float16 on tensor cores with sums in fp32; fp32 by three products of TensorFloat32, which together are as
+exact as fp32. The gradients make the scores again, tile by tile, so that memory stays linear in the tokens. Each call
+is an op of torch (`sentei::attend_triton`, `sentei::attend_triton_backward`), so that `torch.compile` keeps it in its
+graph and tensors without memory never reach it. Triton is imported by the first call.
+"""
+
+import importlib.util
+
+import torch
+from torch.autograd.forward_ad import unpack_dual
+
+from sentei.core.errors import ImplError, ShapeError
+from sentei.kernels.attention.tiles import Grid, Tiles
+
+MAX_WIDTH = 256
+_PLAN = ("full_count", "full_ids", "partial_count", "partial_ids")
+
+
+def attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    tiles: Tiles,
+    *,
+    scale: float,
+    softcap: float = 0.0,
+    return_lse: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """See `sentei.kernels.attention.attend`.
+
+    Raises:
+        ImplError: `refusal` has a reason.
+        ShapeError: a plan that names tiles the grid does not have.
+    """
+    reason = refusal(query, key, value, tiles, softcap)
+    if reason:
+        raise ImplError("fused_triton", expected="tensors and blocks it can take", got=reason, do="use impl='auto'")
+    if scale < 0:  # the kernels take the largest score before they scale it
+        query, scale = -query, -scale
+    grid, plan = tiles.grid, [] if tiles.is_everything else [getattr(tiles, name) for name in _PLAN]
+    output, lse, _ = torch.ops.sentei.attend_triton(query, key, value, plan, grid.lengths,
+                                                    [grid.query_block, grid.key_block, int(grid.causal)], scale)
+    return (output, lse) if return_lse else output
+
+
+def refusal(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, tiles: Tiles, softcap: float = 0.0
+) -> str:
+    """Why this implementation cannot take these tensors and this plan; empty when it can."""
+    if tiles.grid.window is not None or softcap:
+        return "a sliding window or a soft cap"
+    if importlib.util.find_spec("triton") is None:
+        return "a Python without triton"
+    if query.dtype not in (torch.float32, torch.bfloat16, torch.float16) or not _runs_on(query.device):
+        return f"{query.dtype} on {query.device}"
+    widths = query.shape[-1], value.shape[-1]
+    if not all(1 <= width <= MAX_WIDTH for width in widths):
+        return f"heads {widths[0]} and {widths[1]} wide, not 1 to {MAX_WIDTH}"
+    blocks = tiles.grid.query_block, tiles.grid.key_block
+    if not tiles.is_everything and not all(block >= 16 and block & (block - 1) == 0 for block in blocks):
+        return f"blocks of {blocks[0]} by {blocks[1]}, not powers of two from 16"
+    if any(unpack_dual(tensor).tangent is not None for tensor in (query, key, value)):
+        return "tensors that carry a forward gradient"
+    return ""
+
+
+def _runs_on(device: torch.device) -> bool:
+    """Whether Triton makes code for the device: Ampere and later, or the CPU where Triton was told to interpret."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type != "cpu":
+        return False
+    from triton import knobs
+
+    return knobs.runtime.interpret
+
+
+def _forward(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, plan: list[torch.Tensor],
+             lengths: torch.Tensor | None, sizes: list[int],
+             scale: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The op `sentei::attend_triton`: output, lse, and what the gradients need of the softmax.
+
+    That is float32 [2, B, Tq, H]: the largest score, in powers of two, and 1 ÷ the sum.
+
+    Args:
+        plan: full counts and ids, partial counts and ids, as `Tiles` has them; empty for the dense plan.
+        lengths: the grid's.
+        sizes: query block, key block, and 1 for causal.
+    """
+    from sentei.kernels.attention import triton_tiles
+
+    grid = _grid(query, key, lengths, sizes)
+    _check(plan, grid)
+    return triton_tiles.forward((query, key, value), plan, grid, scale,
+                                  triton_tiles.launch("forward", query, value))
+
+
+def _forward_shapes(query, key, value, plan, lengths, sizes, scale):
+    shape = query.shape[:3]
+    return (query.new_empty(*shape, value.shape[3]), query.new_empty(shape, dtype=torch.float32),
+            query.new_empty((2, *shape), dtype=torch.float32))
+
+
+def _backward(given: list[torch.Tensor], plan: list[torch.Tensor], lengths: torch.Tensor | None, sizes: list[int],
+              scale: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The op `sentei::attend_triton_backward`: the gradients of query, key and value.
+
+    Args:
+        given: query, key, value, output, the softmax of `_forward`, and the gradients of output and lse.
+        plan, lengths, sizes, scale: as in `_forward`.
+    """
+    from sentei.kernels.attention import triton_tiles
+
+    starts = tuple(triton_tiles.launch(half, given[0], given[2]) for half in ("query", "key"))
+    return triton_tiles.backward(tuple(given), plan, _grid(*given[:2], lengths, sizes), scale, starts)
+
+
+def _backward_shapes(given, plan, lengths, sizes, scale):
+    return tuple(tensor.new_empty(tensor.shape) for tensor in given[:3])
+
+
+def _save(ctx, inputs, output):
+    query, key, value, plan, lengths, ctx.sizes, ctx.scale = inputs
+    ctx.save_for_backward(query, key, value, *output, lengths, *plan)
+
+
+def _differentiate(ctx, gradient, lse_gradient, _):
+    query, key, value, output, _, softmax, lengths, *plan = ctx.saved_tensors
+    given = [query, key, value, output, softmax, gradient, lse_gradient]
+    gradients = torch.ops.sentei.attend_triton_backward(given, plan, lengths, ctx.sizes, ctx.scale)
+    return *gradients, [None] * len(plan), None, None, None
+
+
+def _refuse_twice(ctx, *gradients):
+    raise ImplError("fused_triton", expected="first gradients only", got="gradients of gradients",
+                    do="use impl='eager' or 'reference'")
+
+
+_OPS = torch.library.Library("sentei", "FRAGMENT")
+_OPS.define("attend_triton(Tensor query, Tensor key, Tensor value, Tensor[] plan, Tensor? lengths, int[] sizes, "
+            "float scale) -> (Tensor, Tensor, Tensor)")
+_OPS.define("attend_triton_backward(Tensor[] given, Tensor[] plan, Tensor? lengths, int[] sizes, float scale)"
+            " -> (Tensor, Tensor, Tensor)")
+for _device in ("CUDA", "CPU"):  # the CPU for Triton's interpreter
+    _OPS.impl("attend_triton", _forward, _device)
+    _OPS.impl("attend_triton_backward", _backward, _device)
+torch.library.register_fake("sentei::attend_triton", _forward_shapes, lib=_OPS)
+torch.library.register_fake("sentei::attend_triton_backward", _backward_shapes, lib=_OPS)
+torch.library.register_autograd("sentei::attend_triton", _differentiate, setup_context=_save, lib=_OPS)
+torch.library.register_autograd("sentei::attend_triton_backward", _refuse_twice, lib=_OPS)
+
+
+def _grid(query: torch.Tensor, key: torch.Tensor, lengths: torch.Tensor | None, sizes: list[int]) -> Grid:
+    """The grid that `_forward` was given in parts."""
+    return Grid(num_queries=query.shape[1], num_keys=key.shape[1], query_block=sizes[0], key_block=sizes[1],
+                causal=bool(sizes[2]), lengths=lengths)
+
+
+def _check(plan: list[torch.Tensor], grid: Grid) -> None:
+    """Raises ShapeError for a plan that names a block the grid does not have: it would be read outside the tensors."""
+    wrong = [(torch.arange(ids.shape[-1], device=ids.device) < count[..., None])
+             & ((ids < 0) | (ids >= grid.num_key_blocks)) for count, ids in zip(plan[::2], plan[1::2], strict=True)]
+    wrong += [count > ids.shape[-1] for count, ids in zip(plan[::2], plan[1::2], strict=True)]
+    if plan and bool(torch.stack([part.any() for part in wrong]).any()):
+        raise ShapeError("attend", expected=f"blocks from 0 to {grid.num_key_blocks - 1} up to the count",
+                         got="a plan that names others", do="build plans with Tiles.from_mask")

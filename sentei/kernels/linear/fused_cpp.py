@@ -1,0 +1,113 @@
+"""A linear layer for few rows on the CPU, in C++: every weight is read once, for all rows.
+
+fp32 and bfloat16, summed in fp32; no gradients. A call is an op of torch (`sentei::linear`) where torch looks on (a
+compiled graph, a dispatch mode, a tensor that is more than its memory), and a plain call of the library elsewhere,
+because a token takes hundreds of them.
+"""
+
+import ctypes
+from functools import cache
+
+import torch
+from torch.autograd import forward_ad
+
+from sentei.core.errors import ImplError, ResourceError
+from sentei.kernels import native
+
+MOST_ROWS = 8  # of native/linear.cpp
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """See `sentei.kernels.linear.linear`.
+
+    Raises:
+        ImplError: `refusal` has a reason.
+        ResourceError: memory ran out.
+    """
+    reason = refusal(x, weight, bias)
+    if reason:
+        raise ImplError("fused_cpp", expected="a product it can take", got=reason, do="use impl='auto'")
+    return run(x, weight, bias)
+
+
+def run(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """`linear` for who has just asked `refusal`."""
+    if _is_watched(x, weight):
+        return torch.ops.sentei.linear(x, weight, bias)
+    return _linear(x, weight, bias)
+
+
+def refusal(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> str:
+    """Why this implementation cannot take these tensors; empty when it can."""
+    compiling = torch.compiler.is_compiling()
+    if not compiling and native.missing():  # a graph finds out when it runs
+        return native.missing()
+    dtype, others = x.dtype, (weight,) if bias is None else (weight, bias)
+    if dtype is not torch.float32 and dtype is not torch.bfloat16 or not x.is_cpu:
+        return f"{dtype} on {x.device}"
+    for other in others:
+        if other.dtype is not dtype or not other.is_cpu:
+            return f"{other.dtype} on {other.device} with {dtype} on {x.device}"
+    if not 1 <= x.numel() <= MOST_ROWS * x.shape[-1]:
+        return f"an input that is empty or has more than {MOST_ROWS} rows"
+    if weight.stride(1) != 1:
+        return "weights whose rows are not contiguous"
+    if torch.is_autocast_enabled("cpu"):
+        return "autocast"
+    if torch.is_grad_enabled() and (x.requires_grad or any(other.requires_grad for other in others)):
+        return "tensors that want gradients"
+    if not compiling and torch._C._functorch.peek_interpreter_stack() is not None:
+        return "a function transform"
+    if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in (x, *others)):
+        return "tensors that carry a forward gradient"
+    return ""
+
+
+def _is_watched(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether something other than these tensors' memory counts."""
+    return (torch.compiler.is_compiling() or type(x) is not torch.Tensor or type(weight) not in _PLAIN
+            or torch._C._len_torch_dispatch_stack() > 0 or torch._C._get_tracing_state() is not None
+            or x.is_neg() or weight.is_neg())
+
+
+def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """The op `sentei::linear`."""
+    output = _shape(x, weight, bias)
+    if not x.is_contiguous():
+        x = x.contiguous()
+    if bias is not None and not bias.is_contiguous():
+        bias = bias.contiguous()
+    outputs, width = weight.shape
+    status = _call()(x.data_ptr(), weight.data_ptr(), None if bias is None else bias.data_ptr(), output.data_ptr(),
+                     x.numel() // width, width, outputs, width, weight.stride(0), x.dtype is torch.bfloat16,
+                     torch.get_num_threads(), native.MACHINE)
+    if status:
+        raise ResourceError("linear", expected="memory for a copy of the input", got="none left",
+                            do="use a machine with more memory")
+    return output
+
+
+@cache
+def _call():
+    """The function of the library; its arguments are pointers and 64-bit integers."""
+    function = native.load().sentei_linear
+    function.argtypes = [ctypes.c_void_p] * 4 + [ctypes.c_int64] * 8
+    return function
+
+
+def _shape(x, weight, bias):
+    shape = list(x.shape)
+    shape[-1] = weight.shape[0]
+    return x.new_empty(shape)
+
+
+def _refuse(ctx, gradient):
+    raise ImplError("fused_cpp", expected="no gradients", got="a backward", do="use impl='auto'")
+
+
+_OPS = torch.library.Library("sentei", "FRAGMENT")
+_OPS.define("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+_OPS.impl("linear", _linear, "CPU")
+torch.library.register_fake("sentei::linear", _shape, lib=_OPS)
+torch.library.register_autograd("sentei::linear", _refuse, lib=_OPS)

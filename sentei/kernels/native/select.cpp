@@ -1,0 +1,345 @@
+// The estimates that choose tiles (their definition is kernels/attention/select.py), and the choice itself.
+//
+// Rows of queries lie across the lanes of a vector, so that a tile's largest score and its sum are taken for many rows
+// at once, and keys are read where they are. Scores are powers of two.
+#include "call.h"
+#include "rules.h"
+
+// What stands for the keys of a tile: themselves, their mean, their bounds, or their folds of `stride`.
+enum EstimateKind : int64_t { kExact = 0, kPooled = 1, kBounds = 2, kFolded = 3 };
+
+struct Estimate {
+  Problem problem;  // of float32; first and stride are the rows of kExact; stride is the fold of kFolded
+  int64_t kind, square;  // square: the root of the rows' mean square, not their mean
+};
+
+// Everything is contiguous: scores [B, P, QB, KB], masks [mask_batch, QB, KB], a parameter a head, and the plan's
+// counts [B, P, QB] and ids [B, P, QB, KB].
+struct Choice {
+  const float* scores;
+  const uint8_t *forced, *full;
+  const double* parameters;
+  int32_t *full_count, *full_ids, *partial_count, *partial_ids;
+  int64_t batch, heads, query_blocks, key_blocks, mask_batch, kind, threads;
+};
+
+namespace {
+
+constexpr int kLanes = 48;     // rows that an item has at least, where there are so many: keys are then read less often
+constexpr int kMostLanes = 512;  // rows of several heads in an item: its scratch stays in the cache
+constexpr int kUnits = 64;     // products of a row that are held at once
+constexpr int kBadScores = 2;  // of sentei_keep: NaN or plus infinity
+
+// How the work is cut: an item is some heads of a KV group and a run of query blocks; its lanes are [block][head][row].
+struct Cut {
+  explicit Cut(const Estimate& e, const Sizes& s)
+      : first(e.kind == kExact ? e.problem.first : 0), step(e.kind == kExact ? int(e.problem.stride) : 1),
+        fold(e.kind == kFolded ? int(e.problem.stride) : 1), parts(e.kind == kBounds ? 2 : fold),
+        units(e.kind == kExact || e.kind == kFolded ? int(e.problem.key_block) / fold : 1),
+        exact_rows(int((e.problem.query_block - first + step - 1) / step)), rows(exact_rows / fold),
+        heads(heads_of(e.problem.heads / e.problem.groups, exact_rows)),
+        run(int(e.problem.window ? 1 : std::min<int64_t>(std::max(1, kLanes / (heads * rows)), s.query_blocks))),
+        runs((s.query_blocks + run - 1) / run), lanes(int(round_up(run * heads * rows))),
+        exact_lanes(int(round_up(run * heads * exact_rows)) + kColumns), tiles(std::max(1, kUnits / units)),
+        weight(e.kind == kFolded ? fold : e.kind == kExact ? 1 : e.problem.key_block) {}
+  // Heads of a group that go together: as many as divide them evenly and do not have too many rows.
+  static int heads_of(int64_t group, int64_t rows) {
+    int64_t heads = group;
+    while (heads > 1 && (group % heads || heads * rows > kMostLanes)) --heads;
+    return int(heads);
+  }
+  int64_t first;
+  int step, fold, parts, units, exact_rows, rows, heads, run;
+  int64_t runs;
+  int lanes, exact_lanes, tiles;
+  float weight;  // how many keys a unit stands for
+};
+
+// The mean of the keys of each full tile, or their lowest and highest numbers: [B, G, tiles, parts, width].
+std::vector<float> joined_keys(const Estimate& e) {
+  const Problem& p = e.problem;
+  const Tensor key = keys_of(p);
+  const int64_t parts = e.kind == kBounds ? 2 : 1, tiles = p.keys / p.key_block, size = parts * p.width;
+  std::vector<float> joined(p.batch * p.groups * tiles * size);
+  in_parallel(p.batch * p.groups * tiles, p.threads, [] { return 0; }, [&](int64_t i, int) {
+    float* high = joined.data() + i * size;
+    const int64_t row = i / tiles, first = i % tiles * p.key_block;
+    std::copy_n(key.at(row, first), p.width, high);
+    if (parts == 2) std::copy_n(high, p.width, high + p.width);
+    for (int64_t j = 1; j < p.key_block; ++j) {
+      const float* token = key.at(row, first + j);
+      for (int64_t d = 0; d < p.width; ++d) {
+        if (parts == 1) {
+          high[d] += token[d];
+        } else {  // a NaN is taken, and stays
+          const float x = token[d], low = high[p.width + d];
+          high[d] = x > high[d] || x != x ? x : high[d];
+          high[p.width + d] = x < low || x != x ? x : low;
+        }
+      }
+    }
+    if (parts == 1)
+      for (int64_t d = 0; d < p.width; ++d) high[d] /= float(p.key_block);
+  });
+  return joined;
+}
+
+// What stands for the keys of one KV head: part j of unit u.
+struct Units {
+  Units(const Estimate& e, const Cut& cut, const std::vector<float>& joined, int64_t b, int64_t group) {
+    const Problem& p = e.problem;
+    if (joined.empty()) {
+      data = keys_of(p).at(b * p.groups + group, 0);
+      part = p.key_stride[1];
+      unit = part * cut.fold;
+    } else {
+      part = p.width;
+      unit = part * cut.parts;
+      data = joined.data() + (b * p.groups + group) * (p.keys / p.key_block) * unit;
+    }
+  }
+  const float* data;
+  int64_t part, unit;
+};
+
+struct EstimateScratch {
+  EstimateScratch(const Problem& p, const Sizes& s, const Cut& cut)
+      : query(p.width * cut.exact_lanes),
+        columns(cut.parts > 1 ? cut.parts * p.width * cut.lanes : 0),
+        scores(std::max(cut.tiles * cut.units * int64_t(cut.lanes),
+                        p.key_block * round_up(cut.heads * cut.exact_rows))),
+        top(s.key_blocks * cut.lanes), sum(top.size()), exact_top(cut.exact_lanes), exact_sum(cut.exact_lanes) {}
+  std::vector<float> query;       // [width][exact lanes]: every row whose exact scores are wanted
+  std::vector<float> columns;     // [part][width][lanes]: what `Units` are multiplied with, where that is another
+  std::vector<float> scores;      // [unit][lanes]
+  std::vector<float> top, sum;    // [tile][lanes]: a row's mass on a tile is sum · 2^top
+  std::vector<float> exact_top, exact_sum;
+};
+
+// The rows' largest score (minus infinity where there is none) and weight · Σ 2^(score - largest).
+template <int L>
+INLINE void reduce(const float* scores, int line, int units, int lanes, float weight, float* top, float* sum) {
+  typedef typename Simd<L>::Vec Vec;
+  for (int lane = 0; lane < lanes; lane += L) {
+    Vec most = Vec{} + kNone;
+    for (int u = 0; u < units; ++u) {
+      const Vec next = Simd<L>::load(scores + u * line + lane);
+      most = next > most ? next : most;
+    }
+    const Vec from = most == kNone ? Vec{} : most;  // a NaN makes the sum one, and minus infinity adds nothing
+    Vec total{};
+    for (int u = 0; u < units; ++u) total += Simd<L>::exp2(Simd<L>::load(scores + u * line + lane) - from);
+    Simd<L>::store(top + lane, most);
+    Simd<L>::store(sum + lane, total * weight);
+  }
+}
+
+INLINE void load_rows(const Estimate& e, const Cut& cut, int64_t row, int64_t block, EstimateScratch& t) {
+  const Problem& p = e.problem;
+  const Tensor query = queries_of(p);
+  std::fill(t.query.begin(), t.query.end(), 0.0f);
+  float* to = t.query.data();
+  for (int64_t s = block; s < block + cut.run; ++s)
+    for (int64_t h = 0; h < cut.heads; ++h)
+      for (int64_t r = 0; r < cut.exact_rows; ++r, ++to) {
+        const int64_t i = s * p.query_block + cut.first + r * cut.step;
+        if (i >= p.queries) continue;
+        query.read(row + h, i, to, cut.exact_lanes, p.scale * kLog2E);
+      }
+  for (int64_t d = 0; d < p.width && cut.parts > 1; ++d)
+    for (int j = 0; j < cut.parts; ++j) {
+      float* column = t.columns.data() + (j * p.width + d) * cut.lanes;
+      const float* rows = t.query.data() + d * cut.exact_lanes;
+      for (int lane = 0; lane < cut.run * cut.heads * cut.rows; ++lane) {
+        const float x = rows[lane * cut.fold + cut.fold - 1 - (e.kind == kFolded ? j : 0)];
+        const bool other = j == 0 ? x < 0 : x > 0;  // of the two signs; a NaN has none
+        column[lane] = e.kind == kFolded ? x / float(cut.fold) : other ? 0.0f : x;
+      }
+    }
+}
+
+// The mass of full tiles, as the estimate has it.
+template <int L>
+INLINE void full_tiles(const Estimate& e, const Cut& cut, const Units& units, int64_t first, int64_t end,
+                       EstimateScratch& t) {
+  const int width = int(e.problem.width), line = cut.parts > 1 ? cut.lanes : cut.exact_lanes;
+  const float* columns = cut.parts > 1 ? t.columns.data() : t.query.data();
+  for (int64_t tile = first; tile < end; tile += cut.tiles) {
+    const int count = int(std::min<int64_t>(cut.tiles, end - tile));
+    float* top = t.top.data() + tile * cut.lanes;
+    float* sum = t.sum.data() + tile * cut.lanes;
+    float* scores = cut.units == 1 ? top : t.scores.data();
+    for (int j = 0; j < cut.parts; ++j)
+      Simd<L>::product(units.data + tile * cut.units * units.unit + j * units.part, int(units.unit),
+                       columns + j * width * line, line, scores, cut.lanes, count * cut.units, cut.lanes, width, j > 0);
+    if (cut.units == 1) {
+      std::fill(sum, sum + count * cut.lanes, cut.weight);
+      continue;
+    }
+    for (int i = 0; i < count; ++i)
+      reduce<L>(scores + i * cut.units * cut.lanes, cut.lanes, cut.units, cut.lanes, cut.weight, top + i * cut.lanes,
+                sum + i * cut.lanes);
+  }
+}
+
+// The mass of a tile on the edge of what is permitted, exactly, for the `at`-th block of a run.
+template <int L>
+INLINE void edge_tile(const Estimate& e, const Cut& cut, int64_t b, int64_t group, int64_t block, int at, int64_t tile,
+                      EstimateScratch& t) {
+  const Problem& p = e.problem;
+  const int rows = cut.heads * cut.exact_rows, lanes = int(round_up(rows));
+  const int64_t base = tile * p.key_block;
+  const int count = int(std::min(p.key_block, p.keys - base));
+  const float* keys = keys_of(p).at(b * p.groups + group, base);
+  Simd<L>::product(keys, int(p.key_stride[1]), t.query.data() + at * rows, cut.exact_lanes, t.scores.data(), lanes,
+                   count, lanes, int(p.width), false);
+  for (int row = 0; row < rows; ++row) {
+    const Span span = seen_in(p, b, block * p.query_block + cut.first + row % cut.exact_rows * cut.step, tile);
+    for (int j = 0; j < count; ++j)
+      if (j < span.first || j >= span.end) t.scores[j * lanes + row] = kNone;
+  }
+  reduce<L>(t.scores.data(), lanes, count, lanes, 1.0f, t.exact_top.data(), t.exact_sum.data());
+  float* top = t.top.data() + tile * cut.lanes + at * cut.heads * cut.rows;
+  float* sum = t.sum.data() + tile * cut.lanes + at * cut.heads * cut.rows;
+  for (int lane = 0; lane < cut.heads * cut.rows; ++lane) {  // one lane for the rows of a fold
+    const float* tops = t.exact_top.data() + lane * cut.fold;
+    const float most = *std::max_element(tops, tops + cut.fold), from = most == kNone ? 0.0f : most;
+    float total = 0;
+    for (int i = 0; i < cut.fold; ++i) total += t.exact_sum[lane * cut.fold + i] * std::exp2(tops[i] - from);
+    top[lane] = most;
+    sum[lane] = total / cut.fold;
+  }
+}
+
+// From mass to shares, in `sum`; a row that sees nothing has none.
+template <int L>
+INLINE void shares_of(const Cut& cut, int64_t first, int64_t end, EstimateScratch& t) {
+  typedef typename Simd<L>::Vec Vec;
+  for (int lane = 0; lane < cut.lanes; lane += L) {
+    Vec most = Vec{} + kNone, total{};
+    for (int64_t j = first; j < end; ++j) {
+      const Vec next = Simd<L>::load(t.top.data() + j * cut.lanes + lane);
+      most = next > most ? next : most;
+    }
+    most = most == kNone ? Vec{} : most;
+    for (int64_t j = first; j < end; ++j) {
+      float* sum = t.sum.data() + j * cut.lanes + lane;
+      const Vec mass = Simd<L>::load(sum) * Simd<L>::exp2(Simd<L>::load(t.top.data() + j * cut.lanes + lane) - most);
+      Simd<L>::store(sum, mass);
+      total += mass;
+    }
+    const Vec factor = total == 0.0f ? Vec{} : 1.0f / total;
+    for (int64_t j = first; j < end; ++j) {
+      float* sum = t.sum.data() + j * cut.lanes + lane;
+      Simd<L>::store(sum, Simd<L>::load(sum) * factor);
+    }
+  }
+}
+
+// The logarithm of the rows' mean share or of its root mean square; no share is told as less than the smallest number.
+template <int L>
+INLINE float pooled(const float* shares, int rows, bool square) {
+  typename Simd<L>::Vec lanes{};
+  int r = 0;
+  for (; r + L <= rows; r += L) {
+    const auto share = Simd<L>::load(shares + r);
+    lanes += square ? share * share : share;
+  }
+  float sum = Simd<L>::fold(lanes, [](auto a, auto b) INLINE_LAMBDA { return a + b; });
+  for (; r < rows; ++r) sum += square ? shares[r] * shares[r] : shares[r];
+  const float mean = sum / rows, share = square ? std::sqrt(mean) : mean;
+  return std::log(share < std::numeric_limits<float>::min() ? std::numeric_limits<float>::min() : share);
+}
+
+template <int L>
+INLINE void estimate_item(const Estimate& e, const Sizes& s, const Cut& cut, const std::vector<float>& joined,
+                          int64_t number, EstimateScratch& t) {
+  const Problem& p = e.problem;
+  const int64_t sets = p.batch * p.heads / cut.heads, row = number % sets * cut.heads;  // b · heads + the first head
+  const int64_t b = row / p.heads, group = row % p.heads / (p.heads / p.groups);
+  const int64_t block = (cut.runs - 1 - number / sets) * cut.run;  // the longest first
+  const int64_t blocks = std::min<int64_t>(cut.run, s.query_blocks - block);
+  const Reach whole(p, b, block + blocks - 1);  // the last block of a run sees most
+  load_rows(e, cut, row, block, t);
+  full_tiles<L>(e, cut, Units(e, cut, joined, b, group), whole.full.first, whole.full.end, t);
+  const int lanes = cut.heads * cut.rows;
+  for (int64_t at = 0; at < blocks; ++at) {
+    const Reach reach(p, b, block + at);
+    for (int64_t j = whole.permitted.first; j < whole.permitted.end; ++j) {
+      if (!reach.is_partial(j)) continue;
+      std::fill_n(t.top.data() + j * cut.lanes + at * lanes, lanes, kNone);
+      std::fill_n(t.sum.data() + j * cut.lanes + at * lanes, lanes, 0.0f);
+      if (reach.has(j)) edge_tile<L>(e, cut, b, group, block + at, int(at), j, t);
+    }
+  }
+  shares_of<L>(cut, whole.permitted.first, whole.permitted.end, t);
+  for (int64_t at = 0; at < blocks; ++at) {
+    const Reach reach(p, b, block + at);
+    for (int64_t h = 0; h < cut.heads; ++h) {
+      float* to = p.shares + ((row + h) * s.query_blocks + block + at) * s.key_blocks;
+      const float* shares = t.sum.data() + at * lanes + h * cut.rows;
+      std::fill_n(to, s.key_blocks, kNone);
+      for (int64_t j = reach.permitted.first; j < reach.permitted.end; ++j)
+        to[j] = pooled<L>(shares + j * cut.lanes, cut.rows, e.square);
+    }
+  }
+}
+ON_EVERY_MACHINE(estimate_item, (const Estimate& e, const Sizes& s, const Cut& cut, const std::vector<float>& joined,
+                                 int64_t number, EstimateScratch& t), (e, s, cut, joined, number, t))
+
+struct ChoiceScratch {
+  RuleScratch rule;
+  std::vector<uint8_t> kept;
+};
+
+// The tiles one query block keeps, full and partial ones apart; false where its scores are bad.
+bool choose_item(const Choice& c, int64_t number, ChoiceScratch& t) {
+  const int64_t head = number / c.query_blocks % c.heads, b = number / c.query_blocks / c.heads;
+  const int64_t mask = (b % c.mask_batch * c.query_blocks + number % c.query_blocks) * c.key_blocks;
+  const float* scores = c.scores + number * c.key_blocks;
+  const auto kind = RuleKind(c.kind);
+  if (keep(kind, c.parameters[head], scores, c.forced + mask, c.key_blocks, t.kept.data(), t.rule) < 0) return false;
+  int32_t* full = c.full_ids + number * c.key_blocks;
+  int32_t* partial = c.partial_ids + number * c.key_blocks;
+  std::fill_n(full, c.key_blocks, -1);
+  std::fill_n(partial, c.key_blocks, -1);
+  int32_t fulls = 0, partials = 0;
+  for (int64_t j = 0; j < c.key_blocks; ++j)
+    if (t.kept[j]) (c.full[mask + j] ? full[fulls++] : partial[partials++]) = int32_t(j);
+  c.full_count[number] = fulls;
+  c.partial_count[number] = partials;
+  return true;
+}
+
+}  // namespace
+
+extern "C" {
+
+int sentei_estimate_size() { return int(sizeof(Estimate)); }
+int sentei_choice_size() { return int(sizeof(Choice)); }
+
+// Both return 0, or 1 when memory ran out; what they were to fill is then unfinished.
+int sentei_estimate(const Estimate* estimate) {
+  return status_of([&] {
+    const Estimate& e = *estimate;
+    const Problem& p = e.problem;
+    const Sizes s(p);
+    const Cut cut(e, s);
+    const bool joins = e.kind == kPooled || e.kind == kBounds;
+    const std::vector<float> joined = joins ? joined_keys(e) : std::vector<float>();
+    in_parallel(p.batch * p.heads / cut.heads * cut.runs, p.threads, [&] { return EstimateScratch(p, s, cut); },
+                [&](int64_t i, EstimateScratch& t) { estimate_item_on[s.machine](e, s, cut, joined, i, t); });
+  });
+}
+
+int sentei_keep(const Choice* choice) {
+  std::atomic<bool> bad{false};
+  const int status = status_of([&] {
+    const Choice& c = *choice;
+    in_parallel(c.batch * c.heads * c.query_blocks, c.threads,
+                [&] { return ChoiceScratch{{}, std::vector<uint8_t>(c.key_blocks)}; },
+                [&](int64_t i, ChoiceScratch& t) { if (!choose_item(c, i, t)) bad = true; });
+  });
+  return status ? status : bad ? kBadScores : 0;
+}
+}

@@ -1,0 +1,58 @@
+"""Malformed calls of the native entries raise errors; they never end the process, hang it or give a wrong shape."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import malformed
+import pytest
+
+from sentei.kernels import native
+
+pytestmark = pytest.mark.skipif(bool(native.missing()), reason=native.missing())
+SCRIPT = Path(malformed.__file__)
+
+
+def run(first: int, count: int, before: str = "") -> subprocess.CompletedProcess:
+    """The calls in a process of their own; `before` is code that runs first."""
+    code = f"import sys, malformed\n{before}\nsys.exit(malformed.main({first}, {count}))"
+    path = os.pathsep.join(map(str, (SCRIPT.parents[1], SCRIPT.parent)))
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=590,
+                          env={**os.environ, "PYTHONPATH": path})
+
+
+def check(done: subprocess.CompletedProcess, count: int) -> None:
+    """Fails with the calls that were accepted and, after a crash, the number of the one that was not answered."""
+    lines = done.stdout.splitlines()
+    wrong = [line for line in lines if " WRONG " in line]
+    assert done.returncode == 0 and len(lines) == count, (
+        f"exit {done.returncode} after {lines[-1:]}, wrong: {wrong[:10]}\n{done.stderr[:2000]}")
+
+
+def test_malformed_calls_raise_and_never_crash():
+    check(run(0, 400), 400)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first", range(0, 10_000, 2500))
+def test_so_do_ten_thousand(first):
+    check(run(first, 2500), 2500)
+
+
+def test_every_entry_and_every_damage_is_drawn():
+    calls = [malformed.drawn(number) for number in range(400)]
+    assert {entry for entry, *_ in calls} == set(malformed.ENTRIES)
+    done = {told.split()[0] for _, _, damages, _ in calls for told in damages}
+    assert done == {damage.__name__ for damage in malformed.DAMAGES}
+
+
+@pytest.mark.parametrize(("before", "seen"), [
+    ("malformed.fused_cpp.Tiles = lambda **parts: __import__('types').SimpleNamespace(**parts)", "exit"),
+    ("malformed.fused_cpp.Grid.check = lambda *_: None", "exit"),
+    ("malformed.outcome = lambda _: __import__('ctypes').string_at(0)", "exit -11"),
+    ("malformed.public.__globals__['attend'] = lambda q, *_, **__: (q, q)", "accepted public"),
+], ids=["plans unchecked", "tensors unchecked", "crash", "accepts everything"])
+def test_a_missing_guard_is_seen(before, seen):
+    with pytest.raises(AssertionError, match=seen):
+        check(run(0, 60, before), 60)

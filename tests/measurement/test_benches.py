@@ -1,0 +1,105 @@
+"""`sentei bench`: rows as they are measured, no ratio where outputs differ, and a peer that cannot run."""
+
+import json
+
+import pytest
+import torch
+from torch._dynamo.exc import BackendCompilerFailed
+
+from sentei.core.errors import SenteiError
+from sentei.measurement import attention_bench, benches, memory_bench
+from sentei.measurement.attention_bench import Case
+from sentei.measurement.latency import Comparison, measured
+
+KEYS = {"bench", "case", "peer", "ours_s", "peer_s", "ratio", "machine", "low", "high"}
+
+
+@pytest.fixture
+def small(monkeypatch) -> None:
+    """Cases of milliseconds; FlexAttention is not compiled, which then reads no tiles, so all of them are kept."""
+    monkeypatch.setattr(attention_bench, "CASES", {
+        "exact": [Case(2, 1, 8, 130)], "sparse": [Case(2, 2, 8, 256, kept=0.9999)],
+        "backward": [Case(4, 2, 8, 130, backward=True)]})
+    monkeypatch.setattr(attention_bench, "compiled_flex", lambda: torch.nn.attention.flex_attention.flex_attention)
+
+
+def measure(*cases: str, absent=print) -> list[dict]:
+    return list(benches.rows("attention", list(cases), 2, absent))
+
+
+def test_a_row_has_the_keys_of_every_bench(small):
+    rows = measure()
+    assert [row["peer"] for row in rows] == ["torch sdpa", "torch sdpa", "compiled FlexAttention", "torch sdpa"]
+    for row in rows:
+        assert set(row) == KEYS | {"gflops"} and row["low"] <= row["ratio"] <= row["high"]
+        assert row["case"] in benches.line(row) and json.loads(json.dumps(row, allow_nan=False)) == row
+
+
+def test_a_row_is_there_before_the_next_is_measured(small, monkeypatch):
+    rows = benches.rows("attention", [], 1, print)
+    assert next(rows)["peer"] == "torch sdpa"
+    monkeypatch.setattr(attention_bench, "interleave", lambda *_, **__: pytest.fail("measured too early"))
+    with pytest.raises(pytest.fail.Exception, match="measured too early"):
+        next(rows)
+
+
+@pytest.mark.parametrize("case", ["exact", "sparse", "backward"])
+def test_outputs_that_differ_have_no_ratio(small, monkeypatch, case):
+    right = attention_bench.attend
+    monkeypatch.setattr(attention_bench, "attend", lambda *given, **named: right(*given, **named) * 1.1)
+    with pytest.raises(AssertionError, match="not close"):
+        measure(case)
+
+
+def test_a_peer_that_cannot_be_compiled_is_said_to_be_absent(small, monkeypatch):
+    class Failed(BackendCompilerFailed):  # whose own arguments differ between versions of torch
+        def __init__(self):
+            RuntimeError.__init__(self, "No working C++ compiler found")
+
+    def fail(*given, **named):
+        raise Failed
+
+    monkeypatch.setattr(attention_bench, "compiled_flex", lambda: fail)
+    told = []
+    assert [row["peer"] for row in measure("sparse", absent=told.append)] == ["torch sdpa"]
+    assert len(told) == 1 and told[0].startswith("compiled FlexAttention cannot run here: ") and "compiler" in told[0]
+
+
+@pytest.mark.parametrize(("given", "error"), [
+    (("atention", [], 1), "bench: expected one of attention, memory, got 'atention'"),
+    (("attention", ["exact", "dense"], 1), "bench attention: expected cases of exact, .*, got dense"),
+    (("attention", [], 0), "--runs: expected 1 or more, got 0"),
+])
+def test_what_there_is_not_is_refused(given, error):
+    with pytest.raises(SenteiError, match=error):
+        next(benches.rows(*given, print))
+
+
+def test_a_ratio_is_peer_over_ours_pair_by_pair():
+    row = measured("b", "c", "p", Comparison(dense=[3.0, 8.0, 2.0], pruned=[1.0, 2.0, 2.0], date=""), operations=4e9)
+    assert (row["ratio"], row["low"], row["high"]) == (3.0, 1.0, 4.0)
+    assert (row["peer_s"], row["ours_s"], row["gflops"]) == (3.0, 2.0, 2.0)
+
+
+@pytest.mark.parametrize("flags", [[], ["--json"]], ids=["table", "json"])
+def test_the_verb_prints_a_line_a_row(sentei, small, flags):
+    done = sentei("bench", "attention", "exact", "sparse", "--runs", 1, *flags)
+    lines = done.stdout.splitlines()
+    assert done.returncode == 0 and len(lines) == (3 if flags else 4)
+    if flags:
+        assert all(set(json.loads(line)) >= KEYS for line in lines)
+    else:
+        assert lines[0].split() == benches.head().split() and "torch sdpa" in lines[1]
+
+
+def test_memory_is_what_a_call_takes_beside_inputs_and_output(monkeypatch, capsys):
+    """A kernel that makes three tensors of 32 MiB beside its output."""
+    monkeypatch.setitem(memory_bench.CASES, "exact", Case(2, 1, 8, 300))
+
+    def greedy(case):
+        held = [torch.ones(8 << 20) for _ in range(3)]
+        return held[0][:5] + held[2][:5]
+
+    monkeypatch.setitem(memory_bench.KERNELS, "ours", greedy)
+    memory_bench.report("exact", "ours")
+    assert 0.85 * 96 <= json.loads(capsys.readouterr().out)["bytes"] / memory_bench.MIB <= 1.15 * 96
