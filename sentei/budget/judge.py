@@ -10,9 +10,9 @@ from functools import partial
 import torch
 from torch import nn
 
+from sentei.budget.workload import Workload
 from sentei.conversion import wrapper
 from sentei.conversion.plan import Plan, attention_path, convert
-from sentei.budget.workload import Workload
 from sentei.core.storage import Stages
 from sentei.core.tracing import Record, Trace, trace
 from sentei.measurement.latency import Comparison, interleave
@@ -55,14 +55,15 @@ class Judge:
         self.model, self.workload, self.windows, self.stages = model, workload, windows, stages
         self.inputs = {**inputs, "workload": str(workload)}
         self.dense: dict[str, torch.Tensor] = {}
-        self._prefixes: tuple[str, list] = ("", [])  # of the use that was read last
+        self._read: tuple[str, list] = ("", [])  # the use that was read last, and its prefixes
         wrapper.use(model, "sdpa")
 
     def prepare(self, use: str, step: Step) -> None:
         """Reads the windows of one use with the dense model; a step a window."""
         def work() -> dict:
+            prefixes = self._prefixes(use)
             convert(self.model, Plan())
-            return {"losses": self._losses(use, step)}
+            return {"losses": self._losses(use, prefixes, step)}
 
         result = self.stages.run(f"dense-{use}", {**self.inputs, "use": use}, work)
         self.dense[use] = torch.tensor(result["losses"], dtype=torch.float64)
@@ -70,11 +71,11 @@ class Judge:
     def judge(self, plan: Plan, use: str, step: Step) -> Judgement:
         """The plan on the windows of one use; a step a window."""
         def work() -> dict:
-            self._prefix(use)
+            prefixes = self._prefixes(use)
             convert(self.model, plan)
             try:
                 with trace(self.model, _Counts()) as counts:
-                    losses = self._losses(use, step)
+                    losses = self._losses(use, prefixes, step)
                 density = {entry.layer: counts.density_at(f"{attention_path(self.model, entry.layer)}.connections")
                            for entry in plan.entries}
             finally:
@@ -113,25 +114,26 @@ class Judge:
                 run.begin(plan)
                 start = time.perf_counter()
                 run()
-                return {"seconds": time.perf_counter() - start}
+                seconds = time.perf_counter() - start
             finally:
-                step()
                 convert(self.model, Plan())
+            step()
+            return {"seconds": seconds}
 
         inputs = {**self.inputs, "use": use, "plan": plan.to_json()}
         return self.stages.run(f"seconds-{short_key(plan)}", inputs, work)["seconds"]
 
-    def _prefix(self, use: str) -> list:
-        """What the readings of each window of a use begin with, by the dense model."""
-        if self._prefixes[0] != use:
-            self._prefixes = "", []
+    def _prefixes(self, use: str) -> list:
+        """What every reading of a use's windows begins with; the model is dense afterwards if they had to be made."""
+        if self._read[0] != use:
+            self._read = "", []  # first those of another use are let go: at 8,000 tokens each is some 400 MB
             convert(self.model, Plan())
-            self._prefixes = use, [self.workload.prefix(self.model, row) for row in self.windows[use]]
-        return self._prefixes[1]
+            self._read = use, [self.workload.prefix(self.model, row) for row in self.windows[use]]
+        return self._read[1]
 
-    def _losses(self, use: str, step: Step) -> list[list[float]]:
+    def _losses(self, use: str, prefixes: list, step: Step) -> list[list[float]]:
         losses = []
-        for row, prefix in zip(self.windows[use], self._prefix(use), strict=True):
+        for row, prefix in zip(self.windows[use], prefixes, strict=True):
             losses.append(self.workload.losses(self.model, row, prefix).tolist())
             step()
         return losses
@@ -141,12 +143,15 @@ class _Run:
     """One run of a judge's workload on the first window of a use: `begin`, which is not timed, and the call itself."""
 
     def __init__(self, judge: Judge, use: str):
-        self.judge, self.row, self.prefix = judge, judge.windows[use][0], judge._prefix(use)[0]
+        self.model, self.workload = judge.model, judge.workload
+        self.row, self.prefix = judge.windows[use][0], judge._prefixes(use)[0]
+        self.work: Step = lambda: None
 
     def begin(self, plan: Plan) -> None:
         """Converts the model and does what comes before the work."""
-        convert(self.judge.model, plan)
-        self.work = self.judge.workload.begin(self.judge.model, self.row, self.prefix)
+        self.work = lambda: None  # what the last run holds is let go first
+        convert(self.model, plan)
+        self.work = self.workload.begin(self.model, self.row, self.prefix)
 
     def __call__(self) -> None:
         self.work()

@@ -64,12 +64,19 @@ def from_json(value: list[dict]) -> list[LayerSlack]:
 def options(workload: Workload) -> list[Rule]:
     """The rules tried in every layer, the one that keeps everything first.
 
-    For a prompt that is the dense layer. For decoding it is our kernel on all pages, which reads our cache: no layer
-    is better off with another.
+    For a prompt that is the dense layer. For decoding it is our kernel on all pages: a layer that stays dense would
+    keep transformers' cache, which is copied for every token.
     """
     if workload.lever == "decode":
         return [Threshold(ratio) for ratio in (0.0, 1e-4, 3e-4, 1e-3, 3e-3, 0.01, 0.03, 0.1)]
     return [All(), *(Threshold(ratio) for ratio in (0.003, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32))]
+
+
+def whole_plan(workload: Workload, layers: tuple[int, ...], config: Config) -> Plan:
+    """The plan in which every layer keeps everything, the first of its options."""
+    rule = options(workload)[0]
+    return Plan() if isinstance(rule, All) else Plan.everywhere(
+        layers, "connections", replace(config, **{workload.lever: rule}))
 
 
 @torch.no_grad()
@@ -162,7 +169,8 @@ class _PagesProbe(_Probe):
             start = time.perf_counter()
             room(query[:, -1:], *others)
             seconds.append(time.perf_counter() - start)
-        return room.select(room.score(*inputs), *inputs), room(*inputs), statistics.median(seconds)
+        selection = room.select(room.score(*inputs), *inputs)
+        return selection, room.apply(selection, *inputs), statistics.median(seconds)
 
 
 PROBES = {"rule": _Probe, "decode": _PagesProbe}

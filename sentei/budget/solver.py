@@ -42,12 +42,12 @@ class Candidate:
 
 @dataclass(frozen=True, kw_only=True)
 class _Layer:
-    """A layer's measured options and the time fitted to all layers."""
+    """A layer's measured options and the time fitted to all layers; `whole_seconds` is that of keeping everything."""
 
     slack: LayerSlack
     fixed: float
     per_density: float
-    dense_seconds: float
+    whole_seconds: float
 
     def seconds(self, density: float) -> float:
         return self.fixed + self.per_density * density
@@ -58,9 +58,9 @@ def family(slack: list[LayerSlack], config: Config, workload: Workload) -> list[
     layers = _fit(slack)
     # Where dropping costs nothing at all, any price sweeps from dense to sparsest.
     errors = [max(option.error) for layer in slack for option in layer.options[1:] if max(option.error)] or [1.0]
-    seconds = max(sum(layer.dense_seconds for layer in layers), 1e-9)
+    candidates = [_dense(layers)]
+    seconds = max(candidates[0].seconds, 1e-9)
     low, high = math.log(1e-6 * max(errors) / seconds), math.log(1e3 * sum(errors) / seconds)
-    candidates = [Candidate(name="dense", plan=Plan(), seconds=seconds, density=1.0)]
     for number in range(PRICES):
         price = math.exp(low + (high - low) * number / (PRICES - 1))
         candidate = _at_price(layers, config, workload, price)
@@ -73,8 +73,7 @@ def family(slack: list[LayerSlack], config: Config, workload: Workload) -> list[
 def uniform(slack: list[LayerSlack], config: Config, workload: Workload) -> list[Candidate]:
     """The same rule in every layer, for comparison: dense first and sparsest last."""
     layers = _fit(slack)
-    dense = sum(layer.dense_seconds for layer in layers)
-    candidates = [Candidate(name="dense", plan=Plan(), seconds=dense, density=1.0)]
+    candidates = [_dense(layers)]
     for number, option in enumerate(slack[0].options):
         if isinstance(option.rule, All):
             continue
@@ -85,6 +84,10 @@ def uniform(slack: list[LayerSlack], config: Config, workload: Workload) -> list
         candidates.append(Candidate(name=f"uniform {option.rule}", plan=plan, seconds=seconds,
                                     density=_mean(densities)))
     return candidates
+
+
+def _dense(layers: list[_Layer]) -> Candidate:
+    return Candidate(name="dense", plan=Plan(), seconds=sum(layer.whole_seconds for layer in layers), density=1.0)
 
 
 def search(candidates: list[Candidate], good: Callable[[Candidate], bool]) -> int:
@@ -108,8 +111,8 @@ def _at_price(layers: list[_Layer], config: Config, workload: Workload, price: f
         density = _mean([options[pick].density[head] for head, pick in enumerate(picks)])
         error = sum(options[pick].error[head] for head, pick in enumerate(picks))
         may_be_dense = isinstance(options[0].rule, All)
-        if may_be_dense and error + price * layer.seconds(density) >= price * layer.dense_seconds:
-            seconds, density = seconds + layer.dense_seconds, 1.0
+        if may_be_dense and error + price * layer.seconds(density) >= price * layer.whole_seconds:
+            seconds, density = seconds + layer.whole_seconds, 1.0
         else:
             ratios = tuple(0.0 if pick == 0 else options[pick].rule.ratio for pick in picks)
             rule = Threshold(ratios if workload.per_head else ratios[0])
@@ -138,8 +141,8 @@ def _fit(slack: list[LayerSlack]) -> list[_Layer]:
     mean_x, mean_y = _mean([x for x, _ in points]), _mean([y for _, y in points])
     spread = sum((x - mean_x) ** 2 for x, _ in points)
     slope = max(0.0, sum((x - mean_x) * (y - mean_y) for x, y in points) / spread) if spread else 0.0
-    dense = statistics.median(layer.options[0].seconds for layer in slack)
-    return [_Layer(slack=layer, fixed=max(0.0, mean_y - slope * mean_x), per_density=slope, dense_seconds=dense)
+    whole = statistics.median(layer.options[0].seconds for layer in slack)
+    return [_Layer(slack=layer, fixed=max(0.0, mean_y - slope * mean_x), per_density=slope, whole_seconds=whole)
             for layer in slack]
 
 
@@ -192,19 +195,19 @@ class Forecast:
 
     Args:
         dense: seconds of the dense workload.
-        others: seconds of everything but the prunable layers' attention, once it is ours.
+        others: seconds of everything but the prunable layers' attention, where that is ours.
         runs: how often each layer attends in the workload.
     """
 
     dense: float
     others: float
-    runs: int = 1
+    runs: int
+
+    @classmethod
+    def made(cls, slack: list[LayerSlack], workload: Workload, *, dense: float, whole: float) -> "Forecast":
+        """From measured seconds of the workload: dense, and with every layer keeping everything."""
+        attention = workload.timed_runs * _dense(_fit(slack)).seconds
+        return cls(dense=dense, others=whole - attention, runs=workload.timed_runs)
 
     def __call__(self, candidate: Candidate) -> float:
         return self.dense / max(self.others + self.runs * candidate.seconds, 1e-9) if candidate.plan.entries else 1.0
-
-
-def base(slack: list[LayerSlack], config: Config, workload: Workload) -> Candidate:
-    """The candidate that keeps everything: what a forecast starts from."""
-    whole = uniform(slack, config, workload)
-    return whole[0] if isinstance(slack[0].options[0].rule, All) else whole[1]

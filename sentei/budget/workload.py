@@ -26,27 +26,14 @@ class Workload(ABC):
         kind: its name.
         lever: the field of the room's Config that holds the rule for it.
         per_head: whether that rule may differ by head.
+        least: the fewest tokens that make sense.
     """
 
     tokens: int
     kind: ClassVar[str]
     lever: ClassVar[str]
     per_head: ClassVar[bool]
-
-    @staticmethod
-    def parse(text: str) -> "Workload":
-        """From "prefill:4096" or "decode:8000".
-
-        Raises:
-            SenteiError: another form, or too few tokens.
-        """
-        match = re.fullmatch(r"([a-z]+):([0-9]{1,9})", text)
-        kind = WORKLOADS.get(match[1]) if match else None
-        if kind is None or int(match[2]) < kind.least:
-            raise SenteiError("--workload", expected=" or ".join(
-                f"{name}:TOKENS with at least {kind.least} tokens" for name, kind in WORKLOADS.items()),
-                got=repr(text), do="name one, e.g. --workload prefill:4096")
-        return kind(int(match[2]))
+    least: ClassVar[int]
 
     def __str__(self) -> str:
         return f"{self.kind}:{self.tokens}"
@@ -113,8 +100,9 @@ class Prefill(Workload):
 class Decode(Workload):
     """Writing one token at a time with a cache that ends at `tokens`.
 
-    Quality is read from the last tokens of the row, up to READ, that many a call as still count as decoding: each
-    row chooses for itself, so it is what one by one gives. The prompt before them is read whole.
+    Quality is read from the last READ tokens, or the second half of fewer, ROWS a call, which still counts as decoding:
+    each token chooses for itself, so it is what one by one gives. The prompt before them is read whole, by the dense
+    model.
     """
 
     kind, lever, per_head, least = "decode", "decode", False, 8
@@ -157,11 +145,13 @@ class Decode(Workload):
     def begin(self, model, row, prefix):
         """The cache is filled up to the last steps, and one step is made, in which a cache may take its final form."""
         cache, first = copy.deepcopy(prefix), len(row) - self._read
-        for part in row[first:len(row) - self.timed_tokens - 1].split(self.ROWS):
-            model.get_decoder()(input_ids=part[None], past_key_values=cache, use_cache=True)
-        tokens = row[len(row) - self.timed_tokens - 1:].split(1)
-        self._step(model, tokens[0], cache)
-        return lambda: [self._step(model, token, cache) for token in tokens[1:]]
+        stop = len(row) - self.timed_tokens - 1
+        for start in range(first, stop, self.ROWS):
+            part = row[None, start:min(start + self.ROWS, stop)]
+            model.get_decoder()(input_ids=part, past_key_values=cache, use_cache=True)
+        warm, *tokens = row[stop:].split(1)
+        self._step(model, warm, cache)
+        return lambda: [self._step(model, token, cache) for token in tokens]
 
     @staticmethod
     @torch.no_grad()
@@ -171,4 +161,17 @@ class Decode(Workload):
         return int(logits[0, -1].argmax())
 
 
-WORKLOADS = {kind.kind: kind for kind in (Prefill, Decode)}
+def workload_of(text: str) -> Workload:
+    """The workload that "prefill:4096" or "decode:8000" names.
+
+    Raises:
+        SenteiError: another form, or too few tokens.
+    """
+    kinds = {kind.kind: kind for kind in (Prefill, Decode)}
+    match = re.fullmatch(r"([a-z]+):([0-9]{1,9})", text)
+    kind = kinds.get(match[1]) if match else None
+    if kind is None or int(match[2]) < kind.least:
+        raise SenteiError("--workload", expected=" or ".join(
+            f"{name}:TOKENS with at least {kind.least} tokens" for name, kind in kinds.items()),
+            got=repr(text), do="name one, e.g. --workload prefill:4096")
+    return kind(int(match[2]))
