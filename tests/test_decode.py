@@ -128,7 +128,7 @@ def test_what_is_timed_on_the_dense_side_has_a_plain_cache(prune, sparse, monkey
 
 
 @pytest.mark.parametrize("flags, changes, message", [
-    (["--no-lookahead"], {}, "--no-lookahead: expected a prefill workload"),
+    (["--no-lookahead"], {}, "expected a prefill workload"),
     ([], {"workload": "decode:1025"}, "at most the model's context of 1,024 tokens"),
     ([], {"workload": "decode:7"}, "decode:TOKENS with at least 8 tokens"),
 ], ids=["lookahead", "context", "short"])
