@@ -85,7 +85,8 @@ def prune_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--text", metavar="FILE", help="plain text in UTF-8 to calibrate and to measure quality on "
                         "(default: Python's own language documentation)")
     parser.add_argument("--workload", default="prefill:4096", metavar="KIND:TOKENS",
-                        help="what is to become faster (default: %(default)s)")
+                        help="what is to become faster: prefill:TOKENS, the reading of a prompt, or decode:TOKENS, the "
+                        "tokens written when the text is that long (default: %(default)s)")
     goal = parser.add_mutually_exclusive_group()
     goal.add_argument("--quality", metavar="Q", help="find the fastest plan with at least this quality, above 0 and at "
                       f"most 1: dense perplexity / pruned perplexity on held-out text (default: {QUALITY})")
@@ -152,7 +153,8 @@ def prune_summary(result: dict, interval: tuple[float, float], report: Path) -> 
     return table({
         "model": result["model"],
         "workload": f"{result['workload']}, {result['dtype']}, {result['threads']} threads",
-        "speed-up": f"{result['speedup']:.2f} times ({dense['seconds']:.3g} s dense, {pruned['seconds']:.3g} s pruned)",
+        "speed-up": f"{result['speedup']:.2f} times ({dense['seconds']:.3g} s dense, {pruned['seconds']:.3g} s pruned; "
+                    f"{dense['tokens_per_second']:.3g} and {pruned['tokens_per_second']:.3g} tokens a second)",
         "quality": f"{result['quality']:.4f}, between {interval[0]:.4f} and {interval[1]:.4f} "
                    f"(perplexity {dense['perplexity']:.4g} dense, {pruned['perplexity']:.4g} pruned)",
         **({"without lookahead": f"quality {strict:.4f}"} if strict is not None else {}),
@@ -222,6 +224,7 @@ VERBS = {
             "sentei prune",
             "sentei prune ./my-model --text notes.txt --quality 0.995 --out ./faster",
             "sentei prune --workload prefill:8000 --speed 1.5",
+            "sentei prune --workload decode:8000",
             "sentei prune --no-lookahead",
             "sentei prune --json > result.json",
         ),

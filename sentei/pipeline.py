@@ -18,10 +18,11 @@ from torch import nn
 
 from sentei.axes.connections import Config
 from sentei.budget import slack as slack_of
-from sentei.budget.goal import Goal, Workload
+from sentei.budget.goal import Goal
 from sentei.budget.judge import Judge
 from sentei.budget.proof import RUNS, Proof, first_proven
-from sentei.budget.solver import Solution, solve
+from sentei.budget.solver import Forecast, Solution, solve
+from sentei.budget.workload import Workload, workload_of
 from sentei.conversion import export
 from sentei.conversion.checkpoints import DTYPES, load_model, load_tokenizer, locate
 from sentei.conversion.plan import Plan, convert, prunable_layers
@@ -64,7 +65,7 @@ class Request:
     Args:
         model: a folder, a .gguf file, with `online` a hub id, or None for the embedded default.
         text: plain text in UTF-8, or None for the interpreter's documentation.
-        workload: e.g. "prefill:4096".
+        workload: e.g. "prefill:4096" or "decode:8000".
         quality, speed: the bound; exactly one of them.
         dtype: "float32" or "bfloat16".
         out: the folder to write, or None for one named after the job below ./sentei-out.
@@ -83,7 +84,9 @@ class Request:
     lookahead: bool = True
 
     def __post_init__(self):
-        Workload.parse(self.workload)
+        if self.work().lever == "decode" and not self.lookahead:
+            raise SenteiError("--no-lookahead", expected="a prefill workload", got=repr(self.workload),
+                              do="leave it out: what a decoded token keeps is never chosen from a later one")
         self.goal()
         if self.dtype not in DTYPES:
             raise SenteiError("--dtype", expected=f"one of {', '.join(DTYPES)}", got=repr(self.dtype),
@@ -92,6 +95,10 @@ class Request:
     def goal(self) -> Goal:
         """The bound that is asked."""
         return Goal(quality=self.quality, speed=self.speed, lookahead=self.lookahead)
+
+    def work(self) -> Workload:
+        """What is to become faster."""
+        return workload_of(self.workload)
 
     def command(self) -> str:
         """The command line that asks the same."""
@@ -166,7 +173,7 @@ def run(request: Request, progress: Progress) -> Outcome:
         tokenizer = load_tokenizer(checkpoint)
         subject = Subject(model=load_model(checkpoint, request.dtype), tokenizer=tokenizer, name=checkpoint.name,
                           source=checkpoint.source, fingerprint=checkpoint.fingerprint, command=request.command())
-        windows = _windows(subject, text, Workload.parse(request.workload))
+        windows = _windows(subject, text, request.work())
         step("loaded")
     job = f"{subject.name}-{request.workload.replace(':', '-')}-{request.dtype}-{subject.fingerprint[:6]}"
     out = request.out or Path("sentei-out") / job
@@ -205,7 +212,7 @@ def prune(model: nn.Module | str | None = None, tokenizer=None, *, text: Path | 
     subject = Subject(model=model, tokenizer=tokenizer, name=name, source=f"{name} (a model in memory)",
                       fingerprint=_fingerprint(model), command=request.call())
     content = read_text(request.text)
-    windows = _windows(subject, content, Workload.parse(workload))
+    windows = _windows(subject, content, request.work())
     with nullcontext() if request.out is None else _claimed(request.out):
         convert(model.eval(), Plan())
         return _prune(subject, content, windows, request, request.out, progress)
@@ -232,22 +239,26 @@ def _prune(subject: Subject, text: Text, windows: dict[str, torch.Tensor], reque
            progress: Progress) -> Outcome:
     """The job itself, once its input is accepted."""
     goal, layers, config = request.goal(), prunable_layers(subject.model), Config()
-    rules = slack_of.options()
+    workload = request.work()
+    rules = slack_of.options(workload)
     inputs = {"model": subject.fingerprint, "text": text.sha256, "workload": request.workload, "dtype": request.dtype,
               "environment": environment(), "kernel": native.identity(), "config": config.to_json(),
               "rules": [rule.to_json() for rule in rules], "windows": WINDOWS}
     stages, clock = Stages(out and out / "stages"), Clock()
-    judge = Judge(subject.model, windows, stages, inputs)
-    with clock("calibrate"), progress.stage("calibrate", len(windows["choose"]) + len(windows["verify"]) + 1) as step:
-        judge.prepare("choose", step)
+    judge = Judge(subject.model, workload, windows, stages, inputs)
+    whole = slack_of.whole_plan(workload, layers, config)
+    steps = len(windows["choose"]) + len(windows["verify"]) + len({Plan(), whole})
+    with clock("calibrate"), progress.stage("calibrate", steps) as step:
+        dense_seconds, whole_seconds = (judge.seconds(plan, "calibrate", step) for plan in (Plan(), whole))
         judge.prepare("verify", step)
-        dense_seconds = judge.dense_seconds("calibrate", step)
+        judge.prepare("choose", step)
     with clock("slack"), progress.stage("slack", len(layers) * len(windows["calibrate"])) as step:
         slack = slack_of.from_json(stages.run("slack", inputs, lambda: {"layers": slack_of.to_json(slack_of.measure(
-            subject.model, windows["calibrate"], layers, config, rules=rules, step=step))})["layers"])
+            subject.model, workload, windows["calibrate"], layers, config, rules=rules, step=step))})["layers"])
+    forecast = Forecast.made(slack, workload, dense=dense_seconds, whole=whole_seconds)
     with clock("solve"), progress.stage("solve", JUDGEMENTS * len(windows["choose"])) as step:
-        solution = solve(goal, slack, config, lambda candidate: judge.judge(
-            candidate.plan if goal.lookahead else candidate.plan.without_lookahead(), "choose", step), dense_seconds)
+        solution = solve(goal, workload, slack, config, lambda candidate: judge.judge(
+            candidate.plan if goal.lookahead else candidate.plan.without_lookahead(), "choose", step), forecast)
     readings = 1 if goal.lookahead else 2
     with clock("measure"), progress.stage("measure", 2 * RUNS + 2 + readings * len(windows["verify"])) as step:
         proof = first_proven(goal, solution, judge, step)
@@ -259,7 +270,7 @@ def _prune(subject: Subject, text: Text, windows: dict[str, torch.Tensor], reque
             _export(subject, proof, windows["verify"][0], out, result, step)
         with progress.stage("report", 1) as step:
             details = _details(subject, text, request, proof, layers)
-            details |= {"slack": slack_of.to_json(slack), "points": _points(solution, proof, layers, dense_seconds),
+            details |= {"slack": slack_of.to_json(slack), "points": _points(solution, proof, layers, forecast),
                         "seconds": dict(clock)}
             report = write_report(out, result, details)
             step()
@@ -325,11 +336,11 @@ def _fingerprint(model: nn.Module) -> str:
 def _result(request: Request, subject: Subject, proof: Proof, layers: tuple[int, ...], out: Path | None) -> dict:
     """The public object."""
     quality, density = proof.judgement.quality, proof.judgement.density
-    tokens = Workload.parse(request.workload).tokens
-    result = public(model=subject.name, workload=request.workload, dtype=request.dtype, tokens=tokens,
+    work = request.work()
+    result = public(model=subject.name, workload=request.workload, dtype=request.dtype, tokens=work.timed_tokens,
                     perplexity=(quality.dense, quality.pruned), seconds=proof.comparison.seconds(),
                     speedup=proof.comparison.speedup())
-    plan = [{"layer": entry.layer, "room": entry.room, "rule": entry.config.rule.to_json(),
+    plan = [{"layer": entry.layer, "room": entry.room, "rule": getattr(entry.config, work.lever).to_json(),
              "density": sum(density[entry.layer]) / len(density[entry.layer])}
             for entry in proof.candidate.plan.entries]
     strict = {} if proof.strict is None else {"quality_without_lookahead": proof.strict.quality.value}
@@ -362,22 +373,24 @@ def _details(subject: Subject, text: Text, request: Request, proof: Proof, layer
     heads = subject.model.config.num_attention_heads
     density = [[1.0] * heads if layer in layers else None for layer in range(subject.model.config.num_hidden_layers)]
     for layer, kept in proof.judgement.density.items():
-        density[layer] = kept
-    tokens = Workload.parse(request.workload).tokens
+        # A KV group that chooses as one, as in decoding, stands for its heads.
+        density[layer] = [share for share in kept for _ in range(heads // len(kept))]
+    work = request.work()
     return {"goal": {"quality": request.quality} if request.speed is None else {"speed": request.speed},
             "met": not proof.reason, "reason": proof.reason, "quality_interval": [quality.low, quality.high],
             "speedup_interval": [min(ratios), max(ratios)], "source": subject.source, "density": density,
             "text": {"name": text.name, "sha256": text.sha256,
-                     "tokens": {use: count * tokens for use, count in WINDOWS.items()}},
-            "timings": timings, "environment": environment(), "verify_attempts": proof.attempts,
+                     "tokens": {use: count * work.tokens for use, count in WINDOWS.items()}},
+            "timings": timings, "timed_tokens": work.timed_tokens, "environment": environment(),
+            "verify_attempts": proof.attempts,
             "strict": proof.strict and {"quality_interval": [proof.strict.quality.low, proof.strict.quality.high],
                                         "density": proof.strict.mean_density(layers)},
             "command": subject.command, "date": comparison.date}
 
 
-def _points(solution: Solution, proof: Proof, layers: tuple[int, ...], dense_seconds: float) -> list[dict]:
+def _points(solution: Solution, proof: Proof, layers: tuple[int, ...], forecast: Forecast) -> list[dict]:
     """Every plan judged while choosing, as it was read there, with its speed-up as foreseen."""
     return [{"name": candidate.name, "quality": judgement.quality.value,
-             "speedup": dense_seconds / max(dense_seconds - solution.dense_attention + candidate.seconds, 1e-9),
-             "density": judgement.mean_density(layers), "chosen": candidate.plan == proof.candidate.plan}
+             "speedup": forecast(candidate), "density": judgement.mean_density(layers),
+             "chosen": candidate.plan == proof.candidate.plan}
             for candidate, judgement in solution.judged]

@@ -19,11 +19,11 @@ from sentei.pipeline import LOCK, MARKER
 ROOT = Path(cli.__file__).parents[1]
 RESULT = {"config.json", "model.safetensors", "sentei.json", "sentei-receipt.json", "report.html"}
 # What is kept, by kind, when a run is stopped at a step of a stage.
-DENSE = {"dense-choose", "dense-verify", "dense-seconds"}
+DENSE = {"dense-choose", "dense-verify", "seconds"}
 STOPS = [
     ("load", 1, set()),
     ("calibrate", 0, set()),
-    ("calibrate", 3, {"dense-choose"}),
+    ("calibrate", 4, {"seconds", "dense-verify"}),
     ("slack", 2, DENSE),
     ("solve", 3, DENSE | {"slack", "choose"}),
     ("measure", 1, DENSE | {"slack", "choose"}),
@@ -84,7 +84,17 @@ def test_with_another_text_nothing_of_the_first_is_kept(prune, tmp_path):
     text.write_text("another text " * 200)
     assert prune(text=text).returncode == 0
     after = stamps(tmp_path / "out")
-    assert not {name for name in DENSE | {"slack"} if after[name] == before[name]}
+    kept = {name for name in before if after.get(name) == before[name]}
+    assert not kinds(kept) & (DENSE | {"slack"})
+
+
+def test_with_another_workload_nothing_of_the_first_is_kept(prune, tmp_path):
+    prune()
+    before = stamps(tmp_path / "out")
+    assert prune(workload="prefill:128").returncode == 0
+    after = stamps(tmp_path / "out")
+    kept = {name for name in before if after.get(name) == before[name]}
+    assert not kinds(kept) & (DENSE | {"slack"})
 
 
 @pytest.fixture

@@ -69,7 +69,7 @@ def test_the_same_request_does_nothing_twice(subject, done, monkeypatch):
     def never(*arguments):
         raise AssertionError("a finished stage was done again")
 
-    monkeypatch.setattr("sentei.budget.judge.token_losses", never)
+    monkeypatch.setattr("sentei.budget.workload.token_losses", never)
     monkeypatch.setattr("sentei.budget.slack.measure", never)
     monkeypatch.setattr("sentei.budget.judge.interleave", never)
     again = pipeline.run(pipeline.Request(**subject, quality=0.5, out=Path(done.result["out"])), pipeline.Silent())
@@ -95,7 +95,8 @@ def test_a_speed_out_of_reach_is_not_met_and_says_how_far_it_came(subject, tmp_p
     ({"quality": 0.9, "speed": 2.0}, "goal: expected either a quality or a speed"),
     ({"speed": 0.5}, "--speed: expected a number from 1, got 0.5"),
     ({"quality": 0.9, "workload": "prefill:1"}, "--workload: expected prefill:TOKENS"),
-    ({"quality": 0.9, "workload": "decode:64"}, "--workload: expected prefill:TOKENS"),
+    ({"quality": 0.9, "workload": "decode:7"}, "or decode:TOKENS with at least 8 tokens, got 'decode:7'"),
+    ({"quality": 0.9, "workload": "decode:64", "lookahead": False}, "--no-lookahead: expected a prefill workload"),
 ], ids=lambda value: "")
 def test_a_request_made_in_python_is_checked_too(settings, message):
     with pytest.raises(SenteiError, match=message):
@@ -115,7 +116,7 @@ def test_two_runs_do_not_share_a_folder(subject, tmp_path):
 
 
 def test_where_no_plan_is_faster_the_bound_is_not_met_and_the_dense_model_is_kept(subject, tmp_path, monkeypatch):
-    monkeypatch.setattr("sentei.pipeline.solve", lambda *_: Solution(ladder=[DENSE], judged=[], dense_attention=1.0))
+    monkeypatch.setattr("sentei.pipeline.solve", lambda *_: Solution(ladder=[DENSE], judged=[]))
     outcome = pipeline.run(pipeline.Request(**subject, quality=0.5, out=tmp_path / "out"), pipeline.Silent())
     assert not outcome.met and "faster than the dense model" in outcome.reason
     assert outcome.result["speedup"] == 1 and outcome.result["plan"] == []
@@ -134,8 +135,8 @@ def test_a_stage_is_done_again_when_the_rules_or_the_kernel_have_changed(subject
         raise RuntimeError("done again")
 
     new = [All(), Threshold(0.5)] if changed.endswith("options") else "another library"
-    monkeypatch.setattr(changed, lambda: new)
-    monkeypatch.setattr("sentei.budget.judge.token_losses", noticed)
+    monkeypatch.setattr(changed, lambda *_: new)
+    monkeypatch.setattr("sentei.budget.judge.Judge._prefixes", noticed)
     with pytest.raises(RuntimeError, match="done again"):
         pipeline.run(pipeline.Request(**subject, quality=0.5, out=Path(done.result["out"])), pipeline.Silent())
 
@@ -164,8 +165,8 @@ def test_a_model_in_memory_is_as_it_was_when_the_input_is_refused(subject, tmp_p
 def test_without_lookahead_a_strict_reading_is_held_to_the_bound_too(prune, tmp_path, monkeypatch, flags):
     plan = Plan.everywhere((0, 1), "connections", Config(rule=Threshold(0.5), window=0))
     sparse = Candidate(name="sparse", plan=plan, seconds=1.0, density=0.5)
-    monkeypatch.setattr("sentei.pipeline.solve", lambda goal, slack, config, judge, seconds: Solution(
-        ladder=[sparse], judged=[(sparse, judge(sparse))], dense_attention=1.0))
+    monkeypatch.setattr("sentei.pipeline.solve", lambda goal, work, slack, config, judge, forecast: Solution(
+        ladder=[sparse], judged=[(sparse, judge(sparse))]))
     summary = prune(*flags, workload="prefill:512", quality=0.1).stdout
     result = json.loads(prune(*flags, "--json", workload="prefill:512", quality=0.1).stdout)
     policy = json.loads((tmp_path / "out" / "sentei.json").read_text())

@@ -1,40 +1,10 @@
-"""What the user asks for: a workload, and a bound on quality or on speed."""
+"""What the user asks for: a bound on quality or on speed."""
 
-import re
 from dataclasses import dataclass
 
 from sentei.budget.judge import Judgement
 from sentei.core.errors import SenteiError
 from sentei.measurement.latency import Comparison
-
-
-@dataclass(frozen=True, kw_only=True)
-class Workload:
-    """What is to become faster.
-
-    Args:
-        kind: "prefill".
-        tokens: of the prompt.
-    """
-
-    kind: str
-    tokens: int
-
-    @classmethod
-    def parse(cls, text: str) -> "Workload":
-        """From "prefill:4096".
-
-        Raises:
-            SenteiError: another form, or fewer than 2 tokens.
-        """
-        match = re.fullmatch(r"(prefill):([0-9]{1,9})", text)
-        if match is None or int(match[2]) < 2:
-            raise SenteiError("--workload", expected="prefill:TOKENS with at least 2 tokens", got=repr(text),
-                              do="name one, e.g. --workload prefill:4096")
-        return cls(kind=match[1], tokens=int(match[2]))
-
-    def __str__(self) -> str:
-        return f"{self.kind}:{self.tokens}"
 
 
 @dataclass(frozen=True, kw_only=True)

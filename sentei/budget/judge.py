@@ -10,12 +10,13 @@ from functools import partial
 import torch
 from torch import nn
 
+from sentei.budget.workload import Workload
 from sentei.conversion import wrapper
 from sentei.conversion.plan import Plan, attention_path, convert
 from sentei.core.storage import Stages
 from sentei.core.tracing import Record, Trace, trace
 from sentei.measurement.latency import Comparison, interleave
-from sentei.measurement.quality import Quality, compare, token_losses
+from sentei.measurement.quality import Quality, compare
 
 Step = Callable[[], object]
 
@@ -43,21 +44,26 @@ class Judge:
 
     Args:
         model: a transformers model; on its sdpa path from now on, and dense again after every judgement.
+        workload: what is judged and timed.
         windows: int64 [N, T] tokens a use, e.g. {"choose": …, "verify": …}.
         stages: where judgements are kept.
         inputs: what every judgement depends on beside the plan, JSON-able.
     """
 
-    def __init__(self, model: nn.Module, windows: dict[str, torch.Tensor], stages: Stages, inputs: dict):
-        self.model, self.windows, self.stages, self.inputs = model, windows, stages, inputs
+    def __init__(self, model: nn.Module, workload: Workload, windows: dict[str, torch.Tensor], stages: Stages,
+                 inputs: dict):
+        self.model, self.workload, self.windows, self.stages = model, workload, windows, stages
+        self.inputs = {**inputs, "workload": str(workload)}
         self.dense: dict[str, torch.Tensor] = {}
+        self._read: tuple[str, list] = ("", [])  # the use that was read last, and its prefixes
         wrapper.use(model, "sdpa")
 
     def prepare(self, use: str, step: Step) -> None:
         """Reads the windows of one use with the dense model; a step a window."""
         def work() -> dict:
+            prefixes = self._prefixes(use)
             convert(self.model, Plan())
-            return {"losses": [self._losses(row, step) for row in self.windows[use]]}
+            return {"losses": self._losses(use, prefixes, step)}
 
         result = self.stages.run(f"dense-{use}", {**self.inputs, "use": use}, work)
         self.dense[use] = torch.tensor(result["losses"], dtype=torch.float64)
@@ -65,10 +71,11 @@ class Judge:
     def judge(self, plan: Plan, use: str, step: Step) -> Judgement:
         """The plan on the windows of one use; a step a window."""
         def work() -> dict:
+            prefixes = self._prefixes(use)
             convert(self.model, plan)
             try:
                 with trace(self.model, _Counts()) as counts:
-                    losses = [self._losses(row, step) for row in self.windows[use]]
+                    losses = self._losses(use, prefixes, step)
                 density = {entry.layer: counts.density_at(f"{attention_path(self.model, entry.layer)}.connections")
                            for entry in plan.entries}
             finally:
@@ -82,19 +89,16 @@ class Judge:
                          density={int(layer): heads for layer, heads in result["density"].items()})
 
     def time(self, plan: Plan, use: str, runs: int, step: Step) -> Comparison:
-        """Seconds of prefilling the first window of `use`, dense (transformers' sdpa) and pruned, in turn.
+        """Seconds of the workload on the first window of `use`, dense (transformers' sdpa) and pruned, in turn.
 
-        A prefill fills the cache and makes the logits of the last token, as `generate` does. A plan that prunes
-        nothing is the dense model, so its seconds are the dense ones and its speed-up is 1, whatever the clock says.
+        A plan that prunes nothing is the dense model, so its seconds are the dense ones and its speed-up is 1,
+        whatever the clock says.
         """
         def work() -> dict:
-            convert(self.model, plan)
-            pruned = wrapper.IMPLEMENTATION if plan.entries else "sdpa"
-            prefill = partial(self._prefill, use)
+            run = _Run(self, use)
             try:
-                found = interleave(prefill, prefill if plan.entries else lambda: None, runs=runs, step=step,
-                                   before=(lambda: wrapper.use(self.model, "sdpa"),
-                                           lambda: wrapper.use(self.model, pruned)))
+                found = interleave(run, run if plan.entries else lambda: None, runs=runs, step=step, before=(
+                    partial(run.begin, Plan()), partial(run.begin, plan) if plan.entries else lambda: None))
             finally:
                 convert(self.model, Plan())
             return asdict(found if plan.entries else replace(found, pruned=found.dense))
@@ -102,25 +106,55 @@ class Judge:
         inputs = {**self.inputs, "use": use, "plan": plan.to_json(), "runs": runs}
         return Comparison(**self.stages.run(f"time-{short_key(plan)}", inputs, work))
 
-    def dense_seconds(self, use: str, step: Step) -> float:
-        """Seconds of one dense prefill, for forecasts; what is reported comes from `time`."""
+    def seconds(self, plan: Plan, use: str, step: Step) -> float:
+        """Seconds of one run of the workload with a plan, for forecasts; what is reported comes from `time`."""
         def work() -> dict:
-            convert(self.model, Plan())
-            start = time.perf_counter()
-            self._prefill(use)
+            run = _Run(self, use)
+            try:
+                run.begin(plan)
+                start = time.perf_counter()
+                run()
+                seconds = time.perf_counter() - start
+            finally:
+                convert(self.model, Plan())
             step()
-            return {"seconds": time.perf_counter() - start}
+            return {"seconds": seconds}
 
-        return self.stages.run("dense-seconds", {**self.inputs, "use": use}, work)["seconds"]
+        inputs = {**self.inputs, "use": use, "plan": plan.to_json()}
+        return self.stages.run(f"seconds-{short_key(plan)}", inputs, work)["seconds"]
 
-    @torch.no_grad()
-    def _prefill(self, use: str) -> None:
-        self.model(input_ids=self.windows[use][:1], use_cache=True, logits_to_keep=1)
+    def _prefixes(self, use: str) -> list:
+        """What every reading of a use's windows begins with; the model is dense afterwards if they had to be made."""
+        if self._read[0] != use:
+            self._read = "", []  # first those of another use are let go: at 8,000 tokens each is some 400 MB
+            convert(self.model, Plan())
+            self._read = use, [self.workload.prefix(self.model, row) for row in self.windows[use]]
+        return self._read[1]
 
-    def _losses(self, row: torch.Tensor, step: Step) -> list[float]:
-        losses = token_losses(self.model, row[None])[0].tolist()
-        step()
+    def _losses(self, use: str, prefixes: list, step: Step) -> list[list[float]]:
+        losses = []
+        for row, prefix in zip(self.windows[use], prefixes, strict=True):
+            losses.append(self.workload.losses(self.model, row, prefix).tolist())
+            step()
         return losses
+
+
+class _Run:
+    """One run of a judge's workload on the first window of a use: `begin`, which is not timed, and the call itself."""
+
+    def __init__(self, judge: Judge, use: str):
+        self.model, self.workload = judge.model, judge.workload
+        self.row, self.prefix = judge.windows[use][0], judge._prefixes(use)[0]
+        self.work: Step = lambda: None
+
+    def begin(self, plan: Plan) -> None:
+        """Converts the model and does what comes before the work."""
+        self.work = lambda: None  # what the last run holds is let go first
+        convert(self.model, plan)
+        self.work = self.workload.begin(self.model, self.row, self.prefix)
+
+    def __call__(self) -> None:
+        self.work()
 
 
 def short_key(plan: Plan) -> str:

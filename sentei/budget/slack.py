@@ -16,8 +16,10 @@ import torch
 from torch import nn
 
 from sentei.axes.connections import Config, Connections
+from sentei.budget.workload import Workload
 from sentei.conversion.plan import Plan, attention_path, convert
 from sentei.core.rules import All, Rule, Threshold, rule_from_json
+from sentei.core.selection import Selection
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +30,7 @@ class Option:
         rule: the same for every head.
         density: kept ÷ permitted tiles, a head.
         error: e_h, a head.
-        seconds: of choosing and attending, the median over the calibration windows.
+        seconds: of choosing and attending, the median over the calibration windows; of one token where decoded.
     """
 
     rule: Rule
@@ -39,7 +41,7 @@ class Option:
 
 @dataclass(frozen=True, kw_only=True)
 class LayerSlack:
-    """A layer's options, from the dearest to the cheapest; the first is the dense layer."""
+    """A layer's options, from the dearest to the cheapest; the first keeps everything."""
 
     layer: int
     options: list[Option]
@@ -58,39 +60,54 @@ def from_json(value: list[dict]) -> list[LayerSlack]:
                                 for option in layer["options"]]) for layer in value]
 
 
-def options(ratios: tuple[float, ...] = (0.003, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32)) -> list[Rule]:
-    """The rules tried in every layer, dense first."""
-    return [All(), *(Threshold(ratio) for ratio in ratios)]
+def options(workload: Workload) -> list[Rule]:
+    """The rules tried in every layer, the one that keeps everything first.
+
+    For a prompt that is the dense layer. For decoding it is our kernel on all pages: a layer that stays dense would
+    keep transformers' cache, which is copied for every token.
+    """
+    if workload.lever == "decode":
+        return [Threshold(ratio) for ratio in (0.0, 1e-4, 3e-4, 1e-3, 3e-3, 0.01, 0.03, 0.1)]
+    return [All(), *(Threshold(ratio) for ratio in (0.003, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32))]
+
+
+def whole_plan(workload: Workload, layers: tuple[int, ...], config: Config) -> Plan:
+    """The plan in which every layer keeps everything, the first of its options."""
+    rule = options(workload)[0]
+    return Plan() if isinstance(rule, All) else Plan.everywhere(
+        layers, "connections", replace(config, **{workload.lever: rule}))
 
 
 @torch.no_grad()
 def measure(
-    model: nn.Module, tokens: torch.Tensor, layers: tuple[int, ...], config: Config, *,
+    model: nn.Module, workload: Workload, tokens: torch.Tensor, layers: tuple[int, ...], config: Config, *,
     rules: list[Rule], step: Callable[[], object] = lambda: None
 ) -> list[LayerSlack]:
     """Tries every rule in every layer of `layers`.
 
     Args:
         model: a transformers model; it is dense again afterwards.
+        workload: says which field of the config the rules are for, and what is read of a window.
         tokens: int64 [N, T] calibration windows, read one by one.
         layers: the prunable ones.
         config: everything but the rule.
-        rules: dense first.
+        rules: the one that keeps everything first.
         step: called after every layer of every window (N · len(layers) times).
     Cost: N passes, each with every rule's attention on top.
     """
-    convert(model, Plan.everywhere(layers, "connections", replace(config, rule=All())))
+    prefixes = [workload.prefix(model, row) for row in tokens]
+    convert(model, Plan.everywhere(layers, "connections", replace(config, **{workload.lever: rules[0]})))
     found = {layer: [] for layer in layers}
     handles = []
     try:
         for layer in layers:
             path = attention_path(model, layer)
             attention, block = model.get_submodule(path), model.get_submodule(path.rpartition(".")[0])
-            probe = _Probe(attention, config, rules, found[layer], step)
+            probe = PROBES[workload.lever](attention, config, rules, found[layer], step)
             handles.append(block.register_forward_pre_hook(probe.before, with_kwargs=True))
             handles.append(attention.connections.register_forward_pre_hook(probe))
-        for row in tokens:
-            model.get_decoder()(input_ids=row[None], use_cache=False)
+        for row, prefix in zip(tokens, prefixes, strict=True):
+            workload.sample(model, row, prefix)
     finally:
         for handle in handles:
             handle.remove()
@@ -99,7 +116,7 @@ def measure(
 
 
 class _Probe:
-    """Tries every rule on the inputs one layer's room receives."""
+    """Tries every rule on the inputs one layer's room receives, for a prompt."""
 
     def __init__(self, attention: nn.Module, config: Config, rules: list[Rule], found: list, step: Callable):
         self.attention, self.config, self.rules, self.found, self.step = attention, config, rules, found, step
@@ -114,12 +131,7 @@ class _Probe:
         """Measures every rule; called before the room itself runs, dense."""
         measured, dense = [], None
         for rule in self.rules:
-            room = Connections(replace(self.config, rule=rule), causal=module.causal, scale=module.scale)
-            start = time.perf_counter()
-            scores = room.score(*inputs)
-            selection = rule(scores, forced=room.forced(*inputs), unit=room.unit)
-            output = room.apply(selection, *inputs)
-            seconds = time.perf_counter() - start
+            selection, output, seconds = self.attempt(rule, module, inputs)
             dense = output if dense is None else dense
             kept = selection.count().double().mean(0).sum(-1) / selection.permitted.double().mean(0).sum(-1)
             per_head = output.shape[2] // len(kept)
@@ -127,12 +139,46 @@ class _Probe:
         self.found.append(measured)
         self.step()
 
+    def attempt(self, rule: Rule, module: Connections, inputs: tuple) -> tuple[Selection, torch.Tensor, float]:
+        """The choice, the output and the seconds of both."""
+        room = Connections(replace(self.config, rule=rule), causal=module.causal, scale=module.scale)
+        start = time.perf_counter()
+        scores = room.score(*inputs)
+        selection = rule(scores, forced=room.forced(*inputs), unit=room.unit)
+        output = room.apply(selection, *inputs)
+        return selection, output, time.perf_counter() - start
+
     def _error(self, change: torch.Tensor) -> torch.Tensor:
         """Float64 [H]: what the change [B, T, H, D] of each head adds to the stream, squared, against the stream."""
         weight = self.attention.o_proj.weight.unflatten(1, (change.shape[2], -1))
         moments = torch.einsum("bthd,bthe->hde", change, change).float() / (change.shape[0] * change.shape[1])
         gram = torch.einsum("ohd,ohe->hde", weight, weight).float()
         return ((moments * gram).sum((1, 2)) / self.stream).double()
+
+
+class _PagesProbe(_Probe):
+    """The same for rows that are decoded; the seconds are those of the last row alone.
+
+    They are the least of RUNS: a call of a tenth of a millisecond that loses the processor to another process once
+    takes a hundred times as long, and that is not what the rule costs.
+    """
+
+    RUNS = 9
+
+    def attempt(self, rule, module, inputs):
+        """As for a prompt."""
+        room = Connections(replace(self.config, decode=rule), causal=module.causal, scale=module.scale)
+        query, *others = inputs
+        seconds = []
+        for _ in range(self.RUNS):
+            start = time.perf_counter()
+            room(query[:, -1:], *others)
+            seconds.append(time.perf_counter() - start)
+        selection = room.select(room.score(*inputs), *inputs)
+        return selection, room.apply(selection, *inputs), min(seconds)
+
+
+PROBES = {"rule": _Probe, "decode": _PagesProbe}
 
 
 def _average(rules: list[Rule], found: list) -> list[Option]:

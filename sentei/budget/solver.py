@@ -9,15 +9,16 @@ the last good one and the first bad one.
 
 import math
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from sentei.axes.connections import Config
 from sentei.budget.goal import Goal
 from sentei.budget.judge import Judgement
 from sentei.budget.slack import LayerSlack
+from sentei.budget.workload import Workload
 from sentei.conversion.plan import Entry, Plan
-from sentei.core.rules import Threshold
+from sentei.core.rules import All, Threshold
 
 PRICES = 16
 
@@ -41,46 +42,52 @@ class Candidate:
 
 @dataclass(frozen=True, kw_only=True)
 class _Layer:
-    """A layer's measured options and the time fitted to all layers."""
+    """A layer's measured options and the time fitted to all layers; `whole_seconds` is that of keeping everything."""
 
     slack: LayerSlack
     fixed: float
     per_density: float
-    dense_seconds: float
+    whole_seconds: float
 
     def seconds(self, density: float) -> float:
         return self.fixed + self.per_density * density
 
 
-def family(slack: list[LayerSlack], config: Config) -> list[Candidate]:
+def family(slack: list[LayerSlack], config: Config, workload: Workload) -> list[Candidate]:
     """The plans for growing prices of a second, dense first and sparsest last, without repetitions."""
     layers = _fit(slack)
     # Where dropping costs nothing at all, any price sweeps from dense to sparsest.
     errors = [max(option.error) for layer in slack for option in layer.options[1:] if max(option.error)] or [1.0]
-    seconds = max(sum(layer.dense_seconds for layer in layers), 1e-9)
+    candidates = [_dense(layers)]
+    seconds = max(candidates[0].seconds, 1e-9)
     low, high = math.log(1e-6 * max(errors) / seconds), math.log(1e3 * sum(errors) / seconds)
-    candidates = [Candidate(name="dense", plan=Plan(), seconds=seconds, density=1.0)]
     for number in range(PRICES):
         price = math.exp(low + (high - low) * number / (PRICES - 1))
-        candidate = _at_price(layers, config, price)
-        if candidate.plan != candidates[-1].plan and candidate.seconds < candidates[-1].seconds:
+        candidate = _at_price(layers, config, workload, price)
+        if candidate.plan != candidates[-1].plan and (candidate.seconds < candidates[-1].seconds
+                                                      or not candidates[-1].plan.entries):
             candidates.append(candidate)
     return candidates
 
 
-def uniform(slack: list[LayerSlack], config: Config) -> list[Candidate]:
+def uniform(slack: list[LayerSlack], config: Config, workload: Workload) -> list[Candidate]:
     """The same rule in every layer, for comparison: dense first and sparsest last."""
     layers = _fit(slack)
-    candidates = []
+    candidates = [_dense(layers)]
     for number, option in enumerate(slack[0].options):
+        if isinstance(option.rule, All):
+            continue
         densities = [_mean(layer.slack.options[number].density) for layer in layers]
-        numbers = [layer.layer for layer in slack] if number else []
-        plan = Plan.everywhere(numbers, "connections", replace(config, rule=option.rule))
-        seconds = [layer.seconds(density) if number else layer.dense_seconds
-                   for layer, density in zip(layers, densities, strict=True)]
-        candidates.append(Candidate(name=f"uniform {option.rule}" if number else "dense", plan=plan,
-                                    seconds=sum(seconds), density=_mean(densities)))
+        plan = Plan.everywhere([layer.layer for layer in slack], "connections",
+                               replace(config, **{workload.lever: option.rule}))
+        seconds = sum(layer.seconds(density) for layer, density in zip(layers, densities, strict=True))
+        candidates.append(Candidate(name=f"uniform {option.rule}", plan=plan, seconds=seconds,
+                                    density=_mean(densities)))
     return candidates
+
+
+def _dense(layers: list[_Layer]) -> Candidate:
+    return Candidate(name="dense", plan=Plan(), seconds=sum(layer.whole_seconds for layer in layers), density=1.0)
 
 
 def search(candidates: list[Candidate], good: Callable[[Candidate], bool]) -> int:
@@ -95,29 +102,33 @@ def search(candidates: list[Candidate], good: Callable[[Candidate], bool]) -> in
     return low
 
 
-def _at_price(layers: list[_Layer], config: Config, price: float) -> Candidate:
+def _at_price(layers: list[_Layer], config: Config, workload: Workload, price: float) -> Candidate:
     entries, seconds, densities = [], 0.0, []
     for layer in layers:
-        picks = [_pick(layer, head, price) for head in range(len(layer.slack.options[0].density))]
-        density = _mean([layer.slack.options[pick].density[head] for head, pick in enumerate(picks)])
-        error = sum(layer.slack.options[pick].error[head] for head, pick in enumerate(picks))
-        if error + price * layer.seconds(density) >= price * layer.dense_seconds:
-            seconds, density = seconds + layer.dense_seconds, 1.0
+        options = layer.slack.options
+        heads = range(len(options[0].density))
+        picks = [_pick(layer, [head] if workload.per_head else heads, price) for head in heads]
+        density = _mean([options[pick].density[head] for head, pick in enumerate(picks)])
+        error = sum(options[pick].error[head] for head, pick in enumerate(picks))
+        may_be_dense = isinstance(options[0].rule, All)
+        if may_be_dense and error + price * layer.seconds(density) >= price * layer.whole_seconds:
+            seconds, density = seconds + layer.whole_seconds, 1.0
         else:
-            ratios = tuple(0.0 if pick == 0 else layer.slack.options[pick].rule.ratio for pick in picks)
+            ratios = tuple(0.0 if pick == 0 else options[pick].rule.ratio for pick in picks)
+            rule = Threshold(ratios if workload.per_head else ratios[0])
             entries.append(Entry(layer=layer.slack.layer, room="connections",
-                                 config=replace(config, rule=Threshold(ratios))))
+                                 config=replace(config, **{workload.lever: rule})))
             seconds += layer.seconds(density)
         densities.append(density)
     return Candidate(name=f"price {price:.3g}", plan=Plan(tuple(entries)), seconds=seconds, density=_mean(densities))
 
 
-def _pick(layer: _Layer, head: int, price: float) -> int:
-    """The option with the least error plus priced time for one head."""
+def _pick(layer: _Layer, heads: Sequence[int], price: float) -> int:
+    """The option with the least error plus priced time for these heads together."""
     options = layer.slack.options
     per_head = price * layer.per_density / len(options[0].density)
-    return min(range(len(options)),
-               key=lambda pick: options[pick].error[head] + per_head * options[pick].density[head])
+    return min(range(len(options)), key=lambda pick: sum(
+        options[pick].error[head] + per_head * options[pick].density[head] for head in heads))
 
 
 def _fit(slack: list[LayerSlack]) -> list[_Layer]:
@@ -130,8 +141,8 @@ def _fit(slack: list[LayerSlack]) -> list[_Layer]:
     mean_x, mean_y = _mean([x for x, _ in points]), _mean([y for _, y in points])
     spread = sum((x - mean_x) ** 2 for x, _ in points)
     slope = max(0.0, sum((x - mean_x) * (y - mean_y) for x, y in points) / spread) if spread else 0.0
-    dense = statistics.median(layer.options[0].seconds for layer in slack)
-    return [_Layer(slack=layer, fixed=max(0.0, mean_y - slope * mean_x), per_density=slope, dense_seconds=dense)
+    whole = statistics.median(layer.options[0].seconds for layer in slack)
+    return [_Layer(slack=layer, fixed=max(0.0, mean_y - slope * mean_x), per_density=slope, whole_seconds=whole)
             for layer in slack]
 
 
@@ -146,16 +157,14 @@ class Solution:
     Args:
         ladder: candidates in the order to try them; each next one is safer (quality bound) or faster (speed bound).
         judged: every candidate judged on the way, with its judgement.
-        dense_attention: seconds of all prunable layers' attention when nothing is pruned.
     """
 
     ladder: list[Candidate]
-    dense_attention: float
     judged: list[tuple[Candidate, Judgement]]
 
 
-def solve(goal: Goal, slack: list[LayerSlack], config: Config, judge: Callable[[Candidate], Judgement],
-          dense_seconds: float) -> Solution:
+def solve(goal: Goal, workload: Workload, slack: list[LayerSlack], config: Config,
+          judge: Callable[[Candidate], Judgement], forecast: Callable[[Candidate], float]) -> Solution:
     """The plans to try for a goal.
 
     For a quality bound: of the graded family and of the uniform one the fastest plan that `judge` finds good, and
@@ -163,7 +172,7 @@ def solve(goal: Goal, slack: list[LayerSlack], config: Config, judge: Callable[[
 
     Args:
         judge: judges a candidate on text kept for choosing.
-        dense_seconds: of the whole dense workload.
+        forecast: the speed-up foreseen for a candidate.
     """
     judged: list[tuple[Candidate, Judgement]] = []
 
@@ -171,12 +180,34 @@ def solve(goal: Goal, slack: list[LayerSlack], config: Config, judge: Callable[[
         judged.append((candidate, judge(candidate)))
         return goal.is_good(judged[-1][1])
 
-    graded = family(slack, config)
+    graded = family(slack, config, workload)
     if goal.speed is not None:
-        wanted = graded[0].seconds - dense_seconds * (1 - 1 / goal.speed)
-        ladder = [candidate for candidate in graded if candidate.seconds <= wanted] or graded[-1:]
+        ladder = [candidate for candidate in graded if forecast(candidate) >= goal.speed] or graded[-1:]
         judged.append((ladder[0], judge(ladder[0])))
-        return Solution(ladder=ladder, judged=judged, dense_attention=graded[0].seconds)
-    ladders = [candidates[:search(candidates, good) + 1] for candidates in (graded, uniform(slack, config))]
-    return Solution(ladder=min(ladders, key=lambda ladder: ladder[-1].seconds)[::-1], judged=judged,
-                    dense_attention=graded[0].seconds)
+        return Solution(ladder=ladder, judged=judged)
+    ladders = [candidates[:search(candidates, good) + 1] for candidates in (graded, uniform(slack, config, workload))]
+    return Solution(ladder=min(ladders, key=lambda ladder: ladder[-1].seconds)[::-1], judged=judged)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Forecast:
+    """The speed-up a candidate is foreseen to have: `forecast(candidate)`.
+
+    Args:
+        dense: seconds of the dense workload.
+        others: seconds of everything but the prunable layers' attention, where that is ours.
+        runs: how often each layer attends in the workload.
+    """
+
+    dense: float
+    others: float
+    runs: int
+
+    @classmethod
+    def made(cls, slack: list[LayerSlack], workload: Workload, *, dense: float, whole: float) -> "Forecast":
+        """From measured seconds of the workload: dense, and with every layer keeping everything."""
+        attention = workload.timed_runs * _dense(_fit(slack)).seconds
+        return cls(dense=dense, others=whole - attention, runs=workload.timed_runs)
+
+    def __call__(self, candidate: Candidate) -> float:
+        return self.dense / max(self.others + self.runs * candidate.seconds, 1e-9) if candidate.plan.entries else 1.0

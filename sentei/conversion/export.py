@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from sentei.conversion import cache
 from sentei.conversion.checkpoints import DTYPES, load_model, locate
 from sentei.conversion.model_folder import member
 from sentei.conversion.plan import Plan, convert
@@ -159,10 +160,18 @@ def _threads(policy: dict) -> int:
 
 @torch.no_grad()
 def _logits(model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
-    """Float32 [ROWS, vocabulary]: the logits of the last ROWS positions, from one pass over tokens [T]."""
+    """Float32 [ROWS, vocabulary]: the logits of the last ROWS positions of tokens [T].
+
+    From one pass; where decoding is pruned from a cache of the others, as in decoding.
+    """
     if not len(tokens):
         raise SenteiError("receipt", expected="at least one token", got="none", do="give a longer text")
-    return model(input_ids=tokens[None], use_cache=False, logits_to_keep=ROWS).logits[0].float().contiguous()
+    if not cache.pruned_layers(model):
+        return model(input_ids=tokens[None], use_cache=False, logits_to_keep=ROWS).logits[0].float().contiguous()
+    kept = cache.make(model)
+    if len(tokens) > ROWS:
+        model(input_ids=tokens[None, :-ROWS], past_key_values=kept, use_cache=True, logits_to_keep=1)
+    return model(input_ids=tokens[None, -ROWS:], past_key_values=kept, use_cache=True).logits[0].float().contiguous()
 
 
 def _clean_config(path: Path) -> None:

@@ -28,11 +28,31 @@ def token_losses(model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
 
 
 def _losses_of(model: nn.Module, row: torch.Tensor) -> torch.Tensor:
-    hidden = model.get_decoder()(input_ids=row[None], use_cache=False).last_hidden_state[0, :-1]
+    return _losses(model, model.get_decoder()(input_ids=row[None], use_cache=False).last_hidden_state[0, :-1], row[1:])
+
+
+@torch.no_grad()
+def losses_after(model: nn.Module, row: torch.Tensor, cache: object, *, rows: int) -> torch.Tensor:
+    """The same for the tokens of a row whose beginning is in a cache, float64 [T - length of the cache - 1].
+
+    Args:
+        model: as in `token_losses`.
+        row: int64 [T], from its first token on.
+        cache: transformers' cache of its first tokens; it takes in the others.
+        rows: how many tokens are read at once.
+    """
+    first = cache.get_seq_length()
+    hidden = [model.get_decoder()(input_ids=part[None], past_key_values=cache, use_cache=True).last_hidden_state[0]
+              for part in row[first:-1].split(rows)]
+    return _losses(model, torch.cat(hidden), row[first + 1:])
+
+
+def _losses(model: nn.Module, hidden: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Of tokens [N], from the decoder's states [N, width] that foretell them."""
     head = model.get_output_embeddings()
     softcap = getattr(model.config, "final_logit_softcapping", None)
     losses = []
-    for rows, targets in zip(hidden.split(ROWS_AT_ONCE), row[1:].split(ROWS_AT_ONCE), strict=True):
+    for rows, targets in zip(hidden.split(ROWS_AT_ONCE), tokens.split(ROWS_AT_ONCE), strict=True):
         logits = head(rows).float()
         if softcap:
             logits = softcap * torch.tanh(logits / softcap)

@@ -50,7 +50,7 @@ def render(result: dict, details: dict) -> str:
     style = template.split(STYLE[0])[1].split(STYLE[1])[0]
     digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
     sections = (_comparison(result, details), _tried(result, details), _slack(details), _plan(result, details),
-                _method(details), _repeat(details))
+                _method(result, details), _repeat(details))
     return Template(template).substitute(
         policy=f"default-src 'none'; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'",
         title=escape(visible(f"{result['model']}, pruned by sentei")),
@@ -68,7 +68,8 @@ def render(result: dict, details: dict) -> str:
 def summary(result: dict, details: dict) -> str:
     """The result in one sentence of plain text, for the head of the page and for a terminal."""
     kind, _, size = str(result["workload"]).partition(":")
-    task = f"prefills {int(size):,} tokens" if kind == "prefill" and size.isascii() and size.isdigit() else \
+    tasks = {"prefill": "prefills {:,} tokens", "decode": "writes the last tokens of {:,}"}
+    task = tasks[kind].format(int(size)) if kind in tasks and size.isascii() and size.isdigit() else \
         f"runs {visible(result['workload'])}"
     if not result["plan"]:
         return f"{visible(result['model'])} {task} dense, as before: no plan that was tried meets the goal."
@@ -143,7 +144,8 @@ def _strict(result: dict, details: dict) -> str:
 
 
 def _comparison(result: dict, details: dict) -> str:
-    forms = {"perplexity": ",.4g", "seconds": ",.3f", "tokens_per_second": ",.0f"}
+    decodes = _decodes(result)
+    forms = {"perplexity": ",.4g", "seconds": ",.3f", "tokens_per_second": ",.1f" if decodes else ",.0f"}
     rows = [_row(name, *(_number(result[name][key], form) for key, form in forms.items()))
             for name in ("dense", "pruned")]
     quality = percent(result["quality"], details["goal"].get("quality")).replace(" %", "&nbsp;%")
@@ -154,11 +156,12 @@ def _comparison(result: dict, details: dict) -> str:
     table = _table(("model", "perplexity", "seconds", "tokens/s"), rows)
     strip = drawing.timing_strip(details["timings"])
     counts = ", ".join(f"{len(values):,} {_words(name)}" for name, values in details["timings"].items())
-    caption = f"Every timed run, taking turns ({counts}); upright strokes are medians."
+    run = f" of {counted(details['timed_tokens'], 'token')}, one at a time" if decodes else ""
+    caption = f"Every timed run{run}, taking turns ({counts}); upright strokes are medians."
     figure = f"<figure>{strip}<figcaption>{caption}</figcaption></figure>" if strip else ""
     return _section("Dense against pruned",
                     "Same weights, same tokens, same threads. Dense is the attention of transformers itself (scaled "
-                    "dot product). Small print: intervals.",
+                    f"dot product){' with its own cache' if decodes else ''}. Small print: intervals.",
                     f'<div class="pair even"><div>{table}</div>{figure}</div>')
 
 
@@ -256,12 +259,18 @@ def _held_out(details: dict, plan: str) -> str:
             f"{attempts - 1} before it did not meet the goal)")
 
 
-def _method(details: dict) -> str:
+def _decodes(result: dict) -> bool:
+    return str(result["workload"]).startswith("decode:")
+
+
+def _method(result: dict, details: dict) -> str:
     text = details["text"]
     uses = {"calibrate": "to measure slack", "choose": "to choose the plan", "verify": "to check the bound"}
     tokens = [f"{number:,} {uses.get(use) or _words(use)}" for use, number in text["tokens"].items()]
     quality = _pairs([
         ("measure", "dense perplexity ÷ pruned perplexity; 100&nbsp;% is no loss"),
+        ("decoding", "read is the end of each text, after a prompt that is read dense, as the plan runs; a token's "
+         "choice is its own, from no later token") if _decodes(result) else
         ("lookahead", "what a block of tokens keeps is chosen with the whole block in sight, as the plan runs"
          + ("" if details.get("strict") is None else "; the bound is also kept, and the plans tried were judged, "
             "without lookahead: what a token keeps is chosen from no later one")),

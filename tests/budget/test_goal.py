@@ -2,7 +2,7 @@
 
 import pytest
 
-from sentei.budget.goal import Goal, Workload
+from sentei.budget.goal import Goal
 from sentei.budget.judge import Judgement
 from sentei.core.errors import SenteiError
 from sentei.measurement.latency import Comparison
@@ -53,15 +53,3 @@ def test_a_goal_that_is_none_is_refused(settings):
 
 def test_the_ends_of_the_ranges_are_goals():
     assert Goal(quality=1.0).quality == Goal(speed=1.0).speed == 1.0
-
-
-@pytest.mark.parametrize("text", ["prefill:2", "prefill:4096"])
-def test_a_workload_is_written_as_it_is_read(text):
-    assert str(Workload.parse(text)) == text
-
-
-@pytest.mark.parametrize("text", ["prefill:1", "prefill:", "prefill:4k", "decode:64", " prefill:64",
-                                  "prefill:9999999999"])
-def test_a_workload_that_is_none_is_refused(text):
-    with pytest.raises(SenteiError, match="--workload: expected prefill:TOKENS with at least 2 tokens"):
-        Workload.parse(text)

@@ -7,6 +7,7 @@ from tiny import tiny_model
 from sentei.axes.connections import Config
 from sentei.budget import judge as module
 from sentei.budget.judge import Judge, Judgement, short_key
+from sentei.budget.workload import Prefill
 from sentei.conversion import wrapper
 from sentei.conversion.plan import Entry, Plan
 from sentei.core.rules import All, Threshold
@@ -28,7 +29,7 @@ SPARSE = plan_of(Threshold(0.9), 1)
 
 @pytest.fixture
 def judge(tmp_path) -> Judge:
-    judge = Judge(tiny_model("llama"), WINDOWS, Stages(tmp_path), {"model": "tiny"})
+    judge = Judge(tiny_model("llama"), Prefill(200), WINDOWS, Stages(tmp_path), {"model": "tiny"})
     for use in WINDOWS:
         judge.prepare(use, lambda: None)
     return judge
@@ -71,33 +72,44 @@ def test_a_plan_is_judged_once_for_each_use_and_model(judge, tmp_path):
     assert steps_of(judge, SPARSE, "verify") == 2
     assert steps_of(judge, SPARSE, "choose") == 0, "a use must not push out another"
     assert steps_of(judge, plan_of(Threshold(0.9), 2), "choose") == 2
-    again = Judge(judge.model, WINDOWS, Stages(tmp_path), {"model": "another"})
+    again = Judge(judge.model, Prefill(200), WINDOWS, Stages(tmp_path), {"model": "another"})
     again.dense = judge.dense
     assert steps_of(again, SPARSE, "choose") == 2
 
 
-def test_dense_and_pruned_are_timed_each_with_its_own_attention(judge, monkeypatch):
+@pytest.fixture
+def calls(judge, monkeypatch) -> list:
+    """The attention of every timed run, and what the model was called with; it does no work."""
     seen = []
-    monkeypatch.setattr(judge, "_prefill", lambda use: seen.append((use, judge.model.config._attn_implementation)))
+    monkeypatch.setattr(judge.workload.__class__, "begin", lambda self, model, row, prefix: lambda: seen.append(
+        (model.config._attn_implementation, row)))
+    return seen
+
+
+def test_dense_and_pruned_are_timed_each_with_its_own_attention(judge, calls):
     found = judge.time(SPARSE, "verify", 1, lambda: None)
-    sdpa, pruned = ("verify", "sdpa"), ("verify", wrapper.IMPLEMENTATION)
-    assert seen == [pruned, sdpa, sdpa, pruned] and len(found.dense) == 1
+    assert [name for name, _ in calls] == [wrapper.IMPLEMENTATION, "sdpa", "sdpa", wrapper.IMPLEMENTATION]
+    assert len(found.dense) == 1 and all(torch.equal(row, WINDOWS["verify"][0]) for _, row in calls)
 
 
-def test_the_empty_plan_is_timed_as_dense_on_both_sides(judge, monkeypatch):
-    seen = set()
-    monkeypatch.setattr(judge, "_prefill", lambda use: seen.add(judge.model.config._attn_implementation))
+def test_the_empty_plan_is_timed_as_dense_alone(judge, calls):
     judge.time(Plan(), "verify", 1, lambda: None)
-    assert seen == {"sdpa"}
+    assert [name for name, _ in calls] == ["sdpa", "sdpa"]
 
 
-def test_timing_prefills_one_window_with_a_cache_and_the_last_token_s_logits(judge, monkeypatch):
-    calls = []
-    monkeypatch.setattr(judge.model, "forward", lambda **inputs: calls.append(inputs))
-    assert judge.dense_seconds("verify", lambda: None) >= 0
-    (call,) = calls
-    assert torch.equal(call.pop("input_ids"), WINDOWS["verify"][:1])
-    assert call == {"use_cache": True, "logits_to_keep": 1}
+def test_seconds_of_a_plan_are_those_of_one_run_with_it_and_measured_once(judge, calls):
+    steps = []
+    for plan in (Plan(), SPARSE, SPARSE):
+        assert judge.seconds(plan, "verify", lambda: steps.append(1)) >= 0
+    assert [name for name, _ in calls] == ["sdpa", wrapper.IMPLEMENTATION] and len(steps) == 2
+    assert not wrapper.rooms(judge.model)
+
+
+def test_another_workload_is_judged_anew(judge, tmp_path):
+    other = Judge(judge.model, Prefill(100), WINDOWS, Stages(tmp_path), {"model": "tiny"})
+    steps = []
+    other.prepare("choose", lambda: steps.append(1))
+    assert len(steps) == 2
 
 
 def test_layers_the_plan_does_not_name_count_as_whole():

@@ -36,7 +36,7 @@ class Told:
         return Comparison(dense=[self.plans[plan.entries[0].layer][1]] * runs, pruned=[1.0] * runs, date="today")
 
     def prove(self, goal: Goal):
-        return first_proven(goal, Solution(ladder=self.ladder, dense_attention=1.0, judged=[]), self, lambda: None)
+        return first_proven(goal, Solution(ladder=self.ladder, judged=[]), self, lambda: None)
 
 
 def test_the_first_plan_that_keeps_the_bound_and_is_faster_is_taken():

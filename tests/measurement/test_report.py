@@ -93,7 +93,7 @@ def test_sentence_when_met():
     pytest.param({"goal": {"speed": 1.5}}, "at 99.1 % of the dense quality, where 1.5× was asked.", id="speed"),
     pytest.param({"speedup": 0.93}, "tokens at 0.93× the dense speed, which is slower, at 99.1 % of the dense quality, "
                  "where 99 % was asked.", id="slower"),
-    pytest.param({"workload": "decode:9"}, "Instruct runs decode:9 1.21× faster at 99.1 % of the dense quality, "
+    pytest.param({"workload": "train:9"}, "Instruct runs train:9 1.21× faster at 99.1 % of the dense quality, "
                  "where 99 % was asked.", id="another workload"),
 ])
 def test_sentence_when_not_met(changes, end):

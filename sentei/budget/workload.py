@@ -1,0 +1,177 @@
+"""What is to become faster: the reading of a prompt, or the tokens that follow it.
+
+A workload knows how a model does it once (to be timed), how its quality is read from a row of text, and which field of
+the room's configuration prunes it.
+"""
+
+import copy
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import nn
+
+from sentei.core.errors import SenteiError
+from sentei.measurement.quality import losses_after, token_losses
+
+
+@dataclass(frozen=True)
+class Workload(ABC):
+    """One kind of work on `tokens` tokens.
+
+    Attributes:
+        kind: its name.
+        lever: the field of the room's Config that holds the rule for it.
+        per_head: whether that rule may differ by head.
+        least: the fewest tokens that make sense.
+    """
+
+    tokens: int
+    kind: ClassVar[str]
+    lever: ClassVar[str]
+    per_head: ClassVar[bool]
+    least: ClassVar[int]
+
+    def __str__(self) -> str:
+        return f"{self.kind}:{self.tokens}"
+
+    @property
+    @abstractmethod
+    def timed_tokens(self) -> int:
+        """How many tokens a timed run is about."""
+
+    @property
+    @abstractmethod
+    def timed_runs(self) -> int:
+        """How many passes through the model a timed run is."""
+
+    @abstractmethod
+    def prefix(self, model: nn.Module, row: torch.Tensor) -> object:
+        """What every reading of a row begins with, made once by the dense model."""
+
+    @abstractmethod
+    def losses(self, model: nn.Module, row: torch.Tensor, prefix: object) -> torch.Tensor:
+        """Negative log-likelihoods, float64 [N], in nats, of the tokens this work is about."""
+
+    @abstractmethod
+    def sample(self, model: nn.Module, row: torch.Tensor, prefix: object) -> None:
+        """One pass through the model in which every layer receives what is typical of this work."""
+
+    @abstractmethod
+    def begin(self, model: nn.Module, row: torch.Tensor, prefix: object) -> Callable[[], object]:
+        """Does what comes before the work, and returns the work itself, to be timed."""
+
+
+class Prefill(Workload):
+    """Reading a prompt: a cache is filled and the logits of its last token are made, as `generate` does."""
+
+    kind, lever, per_head, least = "prefill", "rule", True, 2
+
+    @property
+    def timed_tokens(self) -> int:
+        """The prompt."""
+        return self.tokens
+
+    @property
+    def timed_runs(self) -> int:
+        """One."""
+        return 1
+
+    def prefix(self, model, row):
+        """Nothing."""
+        return None
+
+    def losses(self, model, row, prefix):
+        """Of every token of the row after its first."""
+        return token_losses(model, row[None])[0]
+
+    def sample(self, model, row, prefix):
+        """The whole row."""
+        model.get_decoder()(input_ids=row[None], use_cache=False)
+
+    def begin(self, model, row, prefix):
+        """The whole reading is timed."""
+        return torch.no_grad()(lambda: model(input_ids=row[None], use_cache=True, logits_to_keep=1))
+
+
+class Decode(Workload):
+    """Writing one token at a time with a cache that ends at `tokens`.
+
+    Quality is read from the last READ tokens, or the second half of fewer, ROWS a call, which still counts as decoding:
+    each token chooses for itself, so it is what one by one gives. The prompt before them is read whole, by the dense
+    model.
+    """
+
+    kind, lever, per_head, least = "decode", "decode", False, 8
+    READ, ROWS, STEPS = 1024, 64, 32
+
+    @property
+    def timed_tokens(self) -> int:
+        """The steps of a timed run; one more comes before them."""
+        return min(self.STEPS, self._read - 1)
+
+    @property
+    def timed_runs(self) -> int:
+        """A pass a step."""
+        return self.timed_tokens
+
+    @property
+    def _read(self) -> int:
+        return min(self.READ, self.tokens // 2)
+
+    @torch.no_grad()
+    def prefix(self, model, row):
+        """The dense model's cache of the tokens before those that are read."""
+        from transformers import DynamicCache
+
+        cache = DynamicCache(config=model.config)
+        model.get_decoder()(input_ids=row[None, :-self._read], past_key_values=cache, use_cache=True)
+        return cache
+
+    def losses(self, model, row, prefix):
+        """Of the last tokens of the row."""
+        return losses_after(model, row, copy.deepcopy(prefix), rows=self.ROWS)
+
+    def sample(self, model, row, prefix):
+        """The first tokens after the prefix, as many as a call of ours decodes at once."""
+        first = len(row) - self._read
+        model.get_decoder()(input_ids=row[None, first:first + self.ROWS], past_key_values=copy.deepcopy(prefix),
+                            use_cache=True)
+
+    @torch.no_grad()
+    def begin(self, model, row, prefix):
+        """The cache is filled up to the last steps, and one step is made, in which a cache may take its final form."""
+        cache, first = copy.deepcopy(prefix), len(row) - self._read
+        stop = len(row) - self.timed_tokens - 1
+        for start in range(first, stop, self.ROWS):
+            part = row[None, start:min(start + self.ROWS, stop)]
+            model.get_decoder()(input_ids=part, past_key_values=cache, use_cache=True)
+        warm, *tokens = row[stop:].split(1)
+        self._step(model, warm, cache)
+        return lambda: [self._step(model, token, cache) for token in tokens]
+
+    @staticmethod
+    @torch.no_grad()
+    def _step(model, token, cache):
+        """The most likely next token."""
+        logits = model(input_ids=token[None], past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        return int(logits[0, -1].argmax())
+
+
+def workload_of(text: str) -> Workload:
+    """The workload that "prefill:4096" or "decode:8000" names.
+
+    Raises:
+        SenteiError: another form, or too few tokens.
+    """
+    kinds = {kind.kind: kind for kind in (Prefill, Decode)}
+    match = re.fullmatch(r"([a-z]+):([0-9]{1,9})", text)
+    kind = kinds.get(match[1]) if match else None
+    if kind is None or int(match[2]) < kind.least:
+        raise SenteiError("--workload", expected=" or ".join(
+            f"{name}:TOKENS with at least {kind.least} tokens" for name, kind in kinds.items()),
+            got=repr(text), do="name one, e.g. --workload prefill:4096")
+    return kind(int(match[2]))
