@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
+from torch.autograd import forward_ad
 
 from sentei.core.errors import ImplError, RuleError, ShapeError
 from sentei.core.rules import All, Capacity, Mass, Rule, Threshold, TopK
@@ -299,6 +300,23 @@ def test_gradients_are_those_of_eager_and_the_fused_kernel_refuses_them():
         single = [tensor.detach().float().requires_grad_() for tensor in tensors]
         with pytest.raises(ImplError, match="fused_cpp: .*tensors that want gradients"):
             paging.attend(*single, case.pages(single[1].detach()), scale=SCALE, impl="fused_cpp")
+
+
+@needs_library
+@pytest.mark.parametrize("which", range(3), ids=["query", "key", "value"])
+def test_whichever_tensor_wants_or_carries_a_gradient_keeps_the_fused_kernel_away(which):
+    case = Case(rows=1, keys=40, rule=TopK(1))
+    tensors = case.tensors(torch.float32)
+    wanting = [tensor.clone().requires_grad_(place == which) for place, tensor in enumerate(tensors)]
+    assert paging.choose_impl("auto", *wanting) == ("eager", "fused_cpp cannot take tensors that want gradients")
+    with torch.no_grad():
+        assert paging.choose_impl("auto", *wanting)[0] == "fused_cpp"
+    with forward_ad.dual_level():
+        tensors[which] = forward_ad.make_dual(tensors[which], torch.ones_like(tensors[which]))
+        reason = "tensors that carry a forward gradient"
+        assert paging.choose_impl("auto", *tensors) == ("eager", f"fused_cpp cannot take {reason}")
+        with pytest.raises(ImplError, match=reason):
+            paging.attend(*tensors, case.pages(tensors[1])._replace(bounds=None), scale=SCALE, impl="fused_cpp")
 
 
 @needs_library

@@ -114,12 +114,11 @@ def _pages(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bounds: 
 
 def _results(query, key, value, bounds, lengths, kept, sizes, numbers):
     """The two tensors to be filled."""
-    (batch, rows, heads, _), task = query.shape, sizes[0]
-    pages = (batch, key.shape[2], rows, -(-key.shape[1] // PAGE))
+    (batch, rows, heads, _), (_, num_keys, groups, _), task = query.shape, key.shape, sizes[0]
     output = (0,) if task == _SCORE else (batch, rows, heads, value.shape[3])
-    return (torch.empty(output, dtype=torch.float32, device=query.device),
-            torch.empty((0,) if task == _GIVEN else pages, dtype=torch.float32 if task == _SCORE else torch.bool,
-                        device=query.device))
+    made = (0,) if task == _GIVEN else (batch, groups, rows, -(-num_keys // PAGE))
+    return (query.new_empty(output, dtype=torch.float32),
+            query.new_empty(made, dtype=torch.float32 if task == _SCORE else torch.bool))
 
 
 def _rows(tensor: torch.Tensor) -> torch.Tensor:
