@@ -204,9 +204,9 @@ class Connections(Axis):
         return merge(*kept, *attend_dropped(query, key, value, tiles, scale=scale))[0]
 
     def shortcut(self, query, key, value, lengths=None, bounds=None):
-        grid = self.grid(query, key, lengths)
         if self.reads_pages(query.shape[1]):
             return self.attend_pages(query, key, value, lengths, bounds)[0]
+        grid = self.grid(query, key, lengths)
         if query.shape[1] <= self.config.tile[0]:
             return self.attend(Tiles(grid=grid), query, key, value)
         if isinstance(self.rule, Certified):

@@ -107,7 +107,7 @@ class _Paged:
 
     def _show(self, length):
         keys, values, bounds = self.buffers
-        self.keys, self.values = keys[:, :, :length], values[:, :, :length]
+        self.keys, self.values = keys.narrow(2, 0, length), values.narrow(2, 0, length)
         self.keys.pages = bounds
         self.shown = self.keys
         return self.keys, self.values

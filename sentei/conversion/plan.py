@@ -100,7 +100,7 @@ def convert(model: nn.Module, plan: Plan) -> nn.Module:
     Raises:
         UnsupportedError: a family not in the table, a layer that does not exist or is not of full attention, or
             attention that does not go through transformers' interface.
-    Cost: a forward pass of two tokens, to see that every room is reached.
+    Cost: a forward pass or two of two tokens, to see that every room is reached.
     """
     layers = prunable_layers(model)
     wrong = sorted({entry.layer for entry in plan.entries} - set(layers))

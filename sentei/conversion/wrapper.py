@@ -4,12 +4,15 @@ The attention function and the mask function are registered under one name: with
 the causal mask silently. Modules without a room run transformers' sdpa path, unchanged.
 """
 
+from dataclasses import replace
+
 import torch
 from torch import nn
 
 from sentei.axes.connections import Connections
 from sentei.conversion import cache, linear
 from sentei.core.errors import UnsupportedError
+from sentei.core.rules import All
 from sentei.core.tracing import trace
 
 IMPLEMENTATION = "sentei"
@@ -106,26 +109,22 @@ def attention_forward(module, query, key, value, attention_mask, scaling=None, *
     Returns:
         output [B, Tq, H, D] and None, as transformers expects.
     """
+    room = getattr(module, "connections", None)
+    lengths, obstacles = _read(attention_mask, extra)
+    takes = room is not None and not obstacles
+    bounds = getattr(key, "pages", None)
+    # Only the kernels of pages read keys of another dtype than the query's.
+    if key.dtype != query.dtype and not (takes and room.reads_pages(query.shape[2])):
+        key, value, bounds = key.to(query.dtype), value.to(query.dtype), None
+    if takes:
+        output = room(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), lengths, bounds)
+        return output.contiguous(), None
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    room = getattr(module, "connections", None)
-    lengths, understood = _lengths(attention_mask)
-    obstacles = {"attention dropout": extra.get("dropout"), "a soft cap on the scores": extra.get("softcap"),
-                 "attention sinks": extra.get("s_aux") is not None,
-                 "attention to later tokens": extra.get("is_causal") is False,
-                 "a mask that is not causal with padding at the ends": not understood}
-    found = [name for name, holds in obstacles.items() if holds]
-    if room is not None and found:
-        room.tap.bypass(" and ".join(found))
-    reads_pages = room is not None and not found and room.reads_pages(query.shape[2])
-    bounds = getattr(key, "pages", None) if reads_pages else None
-    if key.dtype != query.dtype and not reads_pages:
-        key, value = key.to(query.dtype), value.to(query.dtype)
-    if room is None or found:
-        mask = _dense_mask(attention_mask, query.shape[2], key.shape[2])
-        return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, **extra)
-    query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
-    return room(query, key, value, lengths, bounds).contiguous(), None
+    if room is not None:
+        room.tap.bypass(" and ".join(obstacles))
+    mask = _dense_mask(attention_mask, query.shape[2], key.shape[2])
+    return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, **extra)
 
 
 def mask_forward(batch_size, q_length, kv_length, q_offset=0, kv_offset=0, mask_function=None, attention_mask=None,
@@ -144,6 +143,23 @@ def mask_forward(batch_size, q_length, kv_length, q_offset=0, kv_offset=0, mask_
         return sdpa_mask(batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset,
                          kv_offset=kv_offset, mask_function=mask_function, attention_mask=attention_mask, **extra)
     return None if attention_mask is None or attention_mask.all() else attention_mask
+
+
+def _read(mask: torch.Tensor | None, extra: dict) -> tuple[torch.Tensor | None, list[str]]:
+    """The lengths that a mask stands for, and what in this call no room can take."""
+    lengths, understood = _lengths(mask)
+    obstacles = []
+    if extra.get("dropout"):
+        obstacles.append("attention dropout")
+    if extra.get("softcap"):
+        obstacles.append("a soft cap on the scores")
+    if extra.get("s_aux") is not None:
+        obstacles.append("attention sinks")
+    if extra.get("is_causal") is False:
+        obstacles.append("attention to later tokens")
+    if not understood:
+        obstacles.append("a mask that is not causal with padding at the ends")
+    return lengths, obstacles
 
 
 def _lengths(mask: torch.Tensor | None) -> tuple[torch.Tensor | None, bool]:
@@ -171,13 +187,23 @@ def _dense_mask(mask: torch.Tensor | None, num_queries: int, num_keys: int) -> t
 
 @torch.no_grad()
 def _reached(model: nn.Module) -> set[str]:
-    """The attention modules whose room a forward pass of two tokens in eval mode went through."""
+    """The attention modules whose room a forward pass of two tokens in eval mode went through.
+
+    Two tokens are few enough to read pages; so a second pass goes without them, through the rules for prompts.
+    """
     token = torch.zeros(1, 2, dtype=torch.int64, device=next(model.parameters()).device)
     modes = [(module, module.training) for module in model.modules()]
+    paged = [(room, room.config) for room in rooms(model).values() if room.is_paged]
     try:
         with trace(model.eval()) as records:
             model(input_ids=token, use_cache=False)
+            for room, config in paged:
+                room.config = replace(config, decode=All())
+            if paged:
+                model(input_ids=token, use_cache=False)
     finally:
+        for room, config in paged:
+            room.config = config
         for module, mode in modes:
             module.training = mode
     return {path.removesuffix(".connections") for path in records.paths()}

@@ -13,7 +13,7 @@ from sentei.conversion import wrapper
 from sentei.conversion.families import FAMILIES
 from sentei.conversion.plan import Entry, Plan, attention_path, convert, prunable_layers
 from sentei.core.errors import FileError, RuleError, UnsupportedError
-from sentei.core.rules import Mass, Threshold, TopK
+from sentei.core.rules import All, Mass, Threshold, TopK
 from sentei.kernels.attention.select import ESTIMATORS
 
 IDS = torch.arange(3, 67)[None]
@@ -97,6 +97,16 @@ def test_a_second_plan_replaces_the_first():
     assert list(rooms) == ["model.layers.2.self_attn"] and rooms["model.layers.2.self_attn"].rule == TopK(2)
     fresh = convert(tiny_model("llama"), Plan((entry(2, rule=TopK(2)),)))
     assert torch.equal(logits(model), logits(fresh))
+
+
+@pytest.mark.parametrize("decode", [All(), Mass(0.5)], ids=["prompts only", "with pages"])
+def test_a_rule_for_other_heads_is_refused_though_two_tokens_are_few_enough_to_read_pages(decode):
+    model = tiny_model("llama")
+    with pytest.raises(RuleError, match=r"expected scores \[\.\.\., H=3, Q, C\]"):
+        convert(model, Plan((entry(0), entry(1, rule=Mass((0.5, 0.5, 0.5)), decode=decode))))
+    assert wrapper.rooms(model) == {} and model.config._attn_implementation == "sdpa"
+    fits = entry(1, rule=Mass((0.5, 0.5, 0.5, 0.5)), decode=decode)
+    assert wrapper.rooms(convert(model, Plan((fits,))))["model.layers.1.self_attn"].config == fits.config
 
 
 @pytest.mark.parametrize("family, layers, refused", [

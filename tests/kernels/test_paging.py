@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
+from torch.autograd import forward_ad
 
 from sentei.core.errors import ImplError, RuleError, ShapeError
 from sentei.core.rules import All, Capacity, Mass, Rule, Threshold, TopK
@@ -52,13 +53,13 @@ class Case:
     def expected(self, tensors: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Output, choice and scores in fp64, by the definition."""
         wide = [tensor.double() for tensor in tensors]
-        pages = replace(self.pages(wide[1]), bounds=None)
+        pages = self.pages(wide[1])._replace(bounds=None)
         return (*paging.attend(*wide, pages, scale=SCALE, impl="reference"),
                 paging.score(*wide[:2], pages, scale=SCALE, impl="reference"))
 
     def is_stable(self, scores: torch.Tensor, kept: torch.Tensor) -> bool:
         """Whether scores with an error as large as fp32 makes lead to the same choice; equal ones stay equal."""
-        pages = replace(self.pages(self.tensors()[1]), bounds=None)
+        pages = self.pages(self.tensors()[1])._replace(bounds=None)
         size = 1e-5 * (1 + scores[~scores.isneginf()].abs().max()) if (~scores.isneginf()).any() else 0
         return all(torch.equal(pages.choose(scores + size * torch.sin(scores.nan_to_num(neginf=0) * factor)), kept)
                    for factor in (1e3, 2e4, -3e5))
@@ -193,7 +194,7 @@ def test_padding_may_hold_nan_and_ties_go_to_the_lower_page(impl):
     expected = paging.attend(query, key, value, case.pages(key), scale=SCALE, impl=impl)
     for tensor in (key, value):
         tensor[0, :21] = tensor[1, 99:] = torch.nan
-    pages = replace(case.pages(key), bounds=bounds_of(key.transpose(1, 2)))
+    pages = case.pages(key)._replace(bounds=bounds_of(key.transpose(1, 2)))
     found = paging.attend(query, key, value, pages, scale=SCALE, impl=impl)
     assert torch.equal(found[1], expected[1]) and torch.equal(found[0], expected[0])
     assert found[1][0, 0, 1].nonzero()[:, 0].tolist() == [1, 2, 3, 7]
@@ -241,7 +242,7 @@ def test_strides_and_a_buffer_with_room_do_not_matter(impl):
     apart = torch.stack([turned, turned], -1)[..., 0]
     views = [buffer[:, :, :90].transpose(1, 2) for buffer in room]
     for other in (turned, apart):
-        found = paging.attend(other, *views, replace(case.pages(key), bounds=bounds), scale=SCALE, impl=impl)
+        found = paging.attend(other, *views, case.pages(key)._replace(bounds=bounds), scale=SCALE, impl=impl)
         assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
 
 
@@ -285,7 +286,7 @@ def test_the_other_pages_are_not_read():
 
 
 def test_gradients_are_those_of_eager_and_the_fused_kernel_refuses_them():
-    case = Case(rows=2, keys=70, rule=TopK(3), heads=4, lengths=((0, 70), (66, 67)))
+    case = Case(rows=2, keys=70, rule=TopK(3), heads=4, width=3, lengths=((0, 70), (66, 67)))
     tensors = [tensor.requires_grad_() for tensor in case.tensors()]
     pages = case.pages(tensors[1].detach())
     assert paging.choose_impl("auto", *tensors)[0] == "eager"
@@ -299,6 +300,23 @@ def test_gradients_are_those_of_eager_and_the_fused_kernel_refuses_them():
         single = [tensor.detach().float().requires_grad_() for tensor in tensors]
         with pytest.raises(ImplError, match="fused_cpp: .*tensors that want gradients"):
             paging.attend(*single, case.pages(single[1].detach()), scale=SCALE, impl="fused_cpp")
+
+
+@needs_library
+@pytest.mark.parametrize("which", range(3), ids=["query", "key", "value"])
+def test_whichever_tensor_wants_or_carries_a_gradient_keeps_the_fused_kernel_away(which):
+    case = Case(rows=1, keys=40, rule=TopK(1))
+    tensors = case.tensors(torch.float32)
+    wanting = [tensor.clone().requires_grad_(place == which) for place, tensor in enumerate(tensors)]
+    assert paging.choose_impl("auto", *wanting) == ("eager", "fused_cpp cannot take tensors that want gradients")
+    with torch.no_grad():
+        assert paging.choose_impl("auto", *wanting)[0] == "fused_cpp"
+    with forward_ad.dual_level():
+        tensors[which] = forward_ad.make_dual(tensors[which], torch.ones_like(tensors[which]))
+        reason = "tensors that carry a forward gradient"
+        assert paging.choose_impl("auto", *tensors) == ("eager", f"fused_cpp cannot take {reason}")
+        with pytest.raises(ImplError, match=reason):
+            paging.attend(*tensors, case.pages(tensors[1])._replace(bounds=None), scale=SCALE, impl="fused_cpp")
 
 
 @needs_library
@@ -336,14 +354,14 @@ def test_what_does_not_fit_is_refused():
                   dict(lengths=torch.ones(1, 2)), dict(bounds=torch.ones(1, 2, 1, 2, 8)),
                   dict(bounds=torch.ones(1, 2, 2, 2, 8).bfloat16())):
         with pytest.raises(ShapeError, match="paging: expected"):
-            paging.attend(query, key, key, replace(pages, **wrong))
+            paging.attend(query, key, key, pages._replace(**wrong))
     for tensors in ((query[0], key, key), (query, key, key.double()), (query[:, :, :3], key, key),
                     (query, key, key[:, 1:])):
         with pytest.raises(ShapeError, match="paging: expected"):
             paging.attend(*tensors, pages)
     for rule in (Capacity(0.5), TopK((1, 2)), None):
         with pytest.raises(RuleError, match="paging: expected All, TopK, Mass or Threshold, of one number"):
-            paging.attend(query, key, key, replace(pages, rule=rule))
+            paging.attend(query, key, key, pages._replace(rule=rule))
     with pytest.raises(ImplError, match="expected impl 'auto'"):
         paging.attend(query, key, key, pages, impl="cuda")
     if not native.missing():

@@ -72,15 +72,19 @@ def choose_impl(impl: str, query: torch.Tensor, key: torch.Tensor, value: torch.
     """The implementation that will run for these arguments of `attend`, and why.
 
     Raises:
-        ImplError: an unknown name.
+        ImplError: an unknown name, or one that cannot run here.
     """
-    if impl in IMPLS:
-        return impl, "asked for by name"
-    if impl != "auto":
+    if impl in ("auto", "fused_cpp"):
+        reason = fused_cpp.refusal(query, key, value)
+        if not reason:
+            return "fused_cpp", "the fastest there is" if impl == "auto" else "asked for by name"
+        if impl == "auto":
+            return "eager", f"fused_cpp cannot take {reason}"
+        raise ImplError("fused_cpp", expected="tensors it can take", got=reason, do="use impl='auto'")
+    if impl not in IMPLS:
         raise ImplError("paging", expected=f"impl 'auto', {', '.join(map(repr, IMPLS))}", got=repr(impl),
                         do="choose one of these")
-    reason = fused_cpp.refusal(query, key, value)
-    return ("eager", f"fused_cpp cannot take {reason}") if reason else ("fused_cpp", "the fastest there is")
+    return impl, "asked for by name"
 
 
 def cost(selection: Selection, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> Cost:

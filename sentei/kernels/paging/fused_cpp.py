@@ -10,13 +10,15 @@ import struct
 import torch
 from torch.autograd.forward_ad import unpack_dual
 
-from sentei.core.errors import ImplError, ResourceError, RuleError
+from sentei.core.errors import ResourceError, RuleError
 from sentei.kernels import native
 from sentei.kernels.paging.pages import PAGE, RULES, Pages
 
 # The struct of native/decode.cpp: pointers, strides and sizes, then parameter and scale.
 _PAGED = struct.Struct("=8Q 13q 15q 2d")
 _SCORE, _GIVEN, _CHOOSE = 0, 1, 2
+# What can be read; float16 is converted first.
+_DTYPES = torch.float32, torch.bfloat16, torch.float16
 _KINDS = {rule: (number, name) for number, (rule, name) in enumerate(RULES.items())}
 
 
@@ -36,8 +38,9 @@ def attend(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `sentei.kernels.paging.attend`.
 
+    It takes tensors that fit and that `refusal` lets pass; `sentei.kernels.paging` has asked.
+
     Raises:
-        ImplError: `refusal` has a reason.
         ResourceError: memory ran out.
     """
     output, chosen = _run(query, key, value, pages, scale, _CHOOSE if kept is None else _GIVEN, kept)
@@ -48,21 +51,18 @@ def refusal(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> str:
     """Why this implementation cannot take these tensors; empty when it can."""
     if not torch.compiler.is_compiling() and native.missing():  # a graph finds out when it runs
         return native.missing()
-    good = (torch.float32, torch.bfloat16, torch.float16)
-    if not query.is_cpu or query.dtype not in good or key.dtype not in good:
+    if not query.is_cpu or query.dtype not in _DTYPES or key.dtype not in _DTYPES:
         return f"{query.dtype} and {key.dtype} on {query.device}"
     if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
         return "tensors that want gradients"
-    if any(unpack_dual(tensor).tangent is not None for tensor in (query, key, value)):
+    # One after the other: this runs for every layer of every token, and a generator costs as much as all three.
+    if not (unpack_dual(query).tangent is unpack_dual(key).tangent is unpack_dual(value).tangent is None):
         return "tensors that carry a forward gradient"
     return ""
 
 
 def _run(query, key, value, pages, scale, task, kept):
     """What `_pages` gives, of which a task leaves something empty."""
-    reason = refusal(query, key, value)
-    if reason:
-        raise ImplError("fused_cpp", expected="tensors it can take", got=reason, do="use impl='auto'")
     rule, name = _KINDS[type(pages.rule)]
     sizes = [task, rule, pages.window, int(pages.causal)]
     numbers = [scale, float(getattr(pages.rule, name)) if name else 0.0]
@@ -114,17 +114,16 @@ def _pages(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bounds: 
 
 def _results(query, key, value, bounds, lengths, kept, sizes, numbers):
     """The two tensors to be filled."""
-    (batch, rows, heads, _), task = query.shape, sizes[0]
-    pages = (batch, key.shape[2], rows, -(-key.shape[1] // PAGE))
+    (batch, rows, heads, _), (_, num_keys, groups, _), task = query.shape, key.shape, sizes[0]
     output = (0,) if task == _SCORE else (batch, rows, heads, value.shape[3])
-    return (torch.empty(output, dtype=torch.float32, device=query.device),
-            torch.empty((0,) if task == _GIVEN else pages, dtype=torch.float32 if task == _SCORE else torch.bool,
-                        device=query.device))
+    made = (0,) if task == _GIVEN else (batch, groups, rows, -(-num_keys // PAGE))
+    return (query.new_empty(output, dtype=torch.float32),
+            query.new_empty(made, dtype=torch.float32 if task == _SCORE else torch.bool))
 
 
 def _rows(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor with contiguous rows, itself where it has them already."""
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+    return tensor if tensor.stride()[-1] == 1 else tensor.contiguous()
 
 
 _OPS = torch.library.Library("sentei", "FRAGMENT")

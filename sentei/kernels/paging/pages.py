@@ -1,6 +1,6 @@
 """What every implementation reads: the pages of keys, what a row may see of them, and how it chooses."""
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -14,9 +14,8 @@ PAGE = 16
 RULES = {All: None, TopK: "k", Mass: "mass", Threshold: "ratio"}
 
 
-@dataclass(frozen=True, kw_only=True)
-class Pages:
-    """The pages of one call and the choice among them.
+class Pages(NamedTuple):
+    """The pages of one call and the choice among them. One is made for every layer of every token, hence a tuple.
 
     Args:
         num_queries, num_keys, causal, lengths: as in Grid.
