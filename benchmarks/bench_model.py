@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from sentei.budget.workload import WORKLOADS, Workload
+from sentei.budget.workload import Decode, Prefill, Workload
 from torch import nn
 
 from benchmarks.publish import table, write_result
@@ -28,6 +28,7 @@ from sentei.measurement.latency import interleave
 from sentei.measurement.outcome import environment
 from sentei.measurement.text import read_text, windows_of
 
+KINDS = {"prefill": Prefill, "decode": Decode}
 EXACT = {"prefill": Config(rule=All()), "decode": Config(decode=Threshold(0.0))}
 
 
@@ -50,7 +51,7 @@ def rows(kinds: list[str], dtypes: list[str], tokens: int, folders: list[Path], 
     row = windows_of(tokenizer, read_text(None).text, length=tokens, needed={"row": 1})["row"][0]
     for dtype in dtypes:
         model = load_model(checkpoint, dtype)
-        for workload in (WORKLOADS[kind](tokens) for kind in kinds):
+        for workload in (KINDS[kind](tokens) for kind in kinds):
             prefix = workload.prefix(model, row)
             for name, plan in plans(model, workload, folders).items():
                 work = {}
@@ -72,7 +73,7 @@ def rows(kinds: list[str], dtypes: list[str], tokens: int, folders: list[Path], 
 def main() -> None:
     """Measures what is asked for and writes the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("kinds", nargs="*", default=list(WORKLOADS), help=f"which of {', '.join(WORKLOADS)}; all")
+    parser.add_argument("kinds", nargs="*", default=list(KINDS), help=f"which of {', '.join(KINDS)}; all")
     parser.add_argument("--dtype", action="append", help="float32 or bfloat16; both when none is named")
     parser.add_argument("--tokens", type=int, default=8000)
     parser.add_argument("--plan", action="append", type=Path, default=[], help="a folder written by sentei prune")

@@ -20,6 +20,7 @@ from benchmarks.equal_density import RULES, Observation, change, everywhere, obs
 from benchmarks.publish import table, write_result
 from sentei.axes.connections import Config, Connections
 from sentei.budget.judge import Judge
+from sentei.budget.workload import Prefill
 from sentei.conversion.plan import prunable_layers
 from sentei.core.rules import TopK
 from sentei.core.storage import Stages
@@ -109,7 +110,7 @@ def main() -> None:
     parser.add_argument("--stages", type=Path, help="a folder for what is done, to go on from")
     arguments = parser.parse_args()
     measured = subject.load(arguments)
-    judge = Judge(measured.model, {"judge": measured.windows}, Stages(arguments.stages),
+    judge = Judge(measured.model, Prefill(arguments.tokens), {"judge": measured.windows}, Stages(arguments.stages),
                   {**measured.facts, "environment": environment()})
     head = ["density asked", "estimate, criterion", "rule", "density", "true mass kept", "perplexity, 95 % interval"]
     lines = rows(measured.model, measured.windows, judge, arguments.rooms, arguments.rules)
