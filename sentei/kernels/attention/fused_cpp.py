@@ -12,8 +12,8 @@ import ctypes
 import torch
 from torch.autograd.forward_ad import unpack_dual
 
-from sentei.core.errors import ImplError, ResourceError, ShapeError
-from sentei.core.rules import bad_scores
+from sentei.core.errors import ImplError, ResourceError, RuleError, ShapeError
+from sentei.core.rules import MAX_K, bad_scores
 from sentei.kernels import native
 from sentei.kernels.attention.tiles import MAX_BLOCK, Grid, Tiles
 
@@ -213,8 +213,24 @@ def _keep(scores: torch.Tensor, forced: torch.Tensor, full: torch.Tensor, rule: 
 
 
 def _keep_shapes(scores, forced, full, rule, parameters):
+    _check_keep(scores, forced, full, rule, parameters)
     count, ids = (scores.new_empty(shape, dtype=torch.int32) for shape in (scores.shape[:3], scores.shape))
     return count, ids, torch.empty_like(count), torch.empty_like(ids)
+
+
+def _check_keep(scores: torch.Tensor, forced: torch.Tensor, full: torch.Tensor, rule: str,
+                parameters: list[float]) -> None:
+    """Anyone may call an op, so what it is given is checked."""
+    if not (scores.dim() == forced.dim() == 4 and scores.dtype == torch.float32 and forced.shape == full.shape
+            and forced.shape[0] in (1, scores.shape[0]) and forced.shape[1:] == (1, *scores.shape[2:])
+            and forced.dtype == full.dtype == torch.bool and scores.device == forced.device == full.device):
+        raise ShapeError("keep", expected="scores float32 [B, P, QB, KB], forced and full bool [B or 1, 1, QB, KB]",
+                         got=", ".join(f"{x.dtype} {list(x.shape)} on {x.device}" for x in (scores, forced, full)),
+                         do="give masks of these scores")
+    most = MAX_K if rule == "TopK" else 1
+    if rule not in NATIVE_RULES or len(parameters) != scores.shape[1] or not all(0 <= n <= most for n in parameters):
+        raise RuleError("keep", expected=f"one of {', '.join(NATIVE_RULES)}, and a number from 0 to {most} for each of "
+                        f"{scores.shape[1]} heads", got=f"{rule}, {parameters}"[:200], do="choose others")
 
 
 def _refuse_twice(ctx, *gradients):
