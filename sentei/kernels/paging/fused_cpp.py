@@ -103,8 +103,9 @@ def _pages(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bounds: 
         0 if lengths is None else lengths.data_ptr(), output.data_ptr(), made.data_ptr(), choice.data_ptr(),
         *rows.stride()[:3], *key.stride()[:3], *value.stride()[:3],
         *((0, 0, 0, 0) if bounds is None else bounds.stride()[:4]),
-        batch, query.shape[1], num_keys, query.shape[2], groups, width, value.shape[3], PAGE, min(window, num_keys), causal,
-        key.dtype == torch.bfloat16, task, rule, torch.get_num_threads(), native.MACHINE, numbers[1], numbers[0]))
+        batch, query.shape[1], num_keys, query.shape[2], groups, width, value.shape[3], PAGE,
+        min(window, num_keys), bool(causal), key.dtype == torch.bfloat16, task, rule, torch.get_num_threads(),
+        native.MACHINE, numbers[1], numbers[0]))
     if status == 2:
         raise RuleError("paging", expected="finite scores", got="NaN or infinity",
                         do="look for overflow in the queries and keys")

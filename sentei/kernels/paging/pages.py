@@ -53,7 +53,8 @@ class Pages:
               kept: torch.Tensor | None = None) -> None:
         """Raises ShapeError or RuleError unless the tensors fit one another and these pages, and the rule is of ours.
 
-        Also unless a choice made before is bool [B, G, R, KB], or 1 for B, G or R. The query may have another floating dtype than the key and the value.
+        Also unless a choice made before is bool [B, G, R, KB], or 1 for B, G or R. The query may have another floating
+        dtype than the key and the value.
         """
         if not can_choose(self.rule):
             raise RuleError("paging", expected="All, TopK, Mass or Threshold, of one number",
@@ -71,7 +72,8 @@ class Pages:
                     and query.device == key.device == value.device)
         if not fits:
             raise ShapeError("paging", expected=f"query [B, {self.num_queries}, H, D], key [B, {self.num_keys}, G, D], "
-                             f"value [B, {self.num_keys}, G, Dv], G dividing H, of floats, key and value of one dtype, on one device",
+                             f"value [B, {self.num_keys}, G, Dv], G dividing H, of floats, key and value of one dtype, "
+                             "all on one device",
                              got=", ".join(f"{x.dtype} {list(x.shape)} on {x.device}" for x in (query, key, value)),
                              do="bring the heads to dimension 2")
         self._check_extras(key, rows, kept)
