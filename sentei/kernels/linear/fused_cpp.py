@@ -121,8 +121,8 @@ def _check(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> 
             or bias is not None and bias.shape != weight.shape[:1]
             or not 1 <= x.numel() <= MOST_ROWS * x.shape[-1] or x.dtype not in (torch.float32, torch.bfloat16)
             or any(tensor.dtype != x.dtype or tensor.device.type != "cpu" for tensor in given)):
-        raise ShapeError("linear", expected=f"x [..., I] of 1 to {MOST_ROWS} rows, weight [O, I] of contiguous rows and "
-                         "bias [O], float32 or bfloat16, on the CPU", do="call it through linear",
+        raise ShapeError("linear", expected=f"x [..., I] of 1 to {MOST_ROWS} rows, weight [O, I] of contiguous rows "
+                         "and bias [O], float32 or bfloat16, on the CPU", do="call it through linear",
                          got=", ".join(f"{x.dtype} {list(x.shape)} on {x.device}" for x in given))
 
 
