@@ -206,8 +206,9 @@ def drawn(number: int) -> tuple[Callable, Arguments, list[str], bool]:
     valid_for, entries, damages = FAMILIES[number % 2]
     entry = draw.choice(list(entries))
     given, done, wrong = valid_for(draw), [], False
-    choices = [(damage, name) for damage, names in damages.items() for name in names if name in entries[entry]]
-    for damage, name in draw.sample(choices, k=draw.choice([1, 1, 1, 2, 3])):
+    choices = {damage: [name for name in names if name in entries[entry]] for damage, names in damages.items()}
+    for damage in draw.sample([damage for damage in choices if choices[damage]], k=draw.choice([1, 1, 1, 2, 3])):
+        name = draw.choice(choices[damage])
         try:
             wrong |= damage(draw, given, name)
         except (AttributeError, RuntimeError, IndexError, TypeError, ValueError, NotImplementedError):
