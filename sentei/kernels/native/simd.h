@@ -178,7 +178,7 @@ struct Simd {
     for (int j = 0; j < columns; j += L) {
       const Vec twice = load(row + j) * (2 * kLog2E / cap);
       const Vec grown = exp2(twice > 126.0f ? Vec{} + 126.0f : twice), part = 1.0f / (grown + 1.0f);
-      store(row + j, cap - 2 * cap * part);
+      store(row + j, cap - 2 * cap / (grown + 1.0f));
       const Vec slope = 4.0f * grown * part * part;
       if (slopes) store(slopes + j, slope == slope ? slope : Vec{});
     }
