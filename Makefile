@@ -39,7 +39,7 @@ test-sanitized: .venv/ready-test  ## the kernels' tests, with a native library t
 	@rm -rf build/sanitized && mkdir -p build/sanitized && cp -r sentei tests pyproject.toml build/sanitized
 	@rm -f build/sanitized/$(NATIVE)/_native*.so
 	@$(CXX) -O1 -g -fno-omit-frame-pointer -fsanitize=$(SANITIZE) -fno-sanitize-recover=all -std=c++17 -fPIC -shared \
-	  -pthread -Wno-psabi -o build/sanitized/$(NATIVE)/_native.so build/sanitized/$(NATIVE)/*.cpp
+	  -pthread -Wno-psabi -o build/sanitized/$(NATIVE)/_native.so build/sanitized/$(NATIVE)/*.cpp -ldl
 	@cd build/sanitized && $(SANITIZE_RUN) $(abspath .venv)/bin/python -m pytest tests/kernels -m "not slow and not gpu" \
 	  -p no:cacheprovider -k "not memory_that_cannot_be_had" $(ARGS)
 

@@ -15,11 +15,11 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from sentei.budget.workload import Decode, Prefill, Workload
 from torch import nn
 
 from benchmarks.publish import table, write_result
 from sentei.axes.connections import Config
+from sentei.budget.workload import Decode, Prefill, Workload
 from sentei.conversion import export
 from sentei.conversion.checkpoints import load_model, load_tokenizer, locate
 from sentei.conversion.plan import Plan, convert, prunable_layers

@@ -10,13 +10,24 @@ import sys
 from collections.abc import Callable
 from random import Random
 
+import malformed_choices
 import torch
+from malformed_choices import (
+    LARGE,
+    Arguments,
+    no_memory,
+    no_tensor,
+    other_dtype,
+    other_lengths,
+    other_rank,
+    other_scale,
+    other_strides,
+    resized,
+)
 
 from sentei.kernels.attention import Grid, Tiles, attend, fused_cpp
 
 PLAN = ("full_count", "full_ids", "partial_count", "partial_ids")
-LARGE = (2**31 - 1, 2**31, 2**32, 2**62, 2**63 - 1)
-Arguments = dict[str, object]
 
 
 def valid(draw: Random) -> Arguments:
@@ -39,6 +50,7 @@ def valid(draw: Random) -> Arguments:
     return {"query": query, "key": key, "value": value, "softmax": softmax, "gradient": gradient, "delta": delta,
             "lengths": lengths, "sizes": [grid.query_block, grid.key_block, int(grid.causal), grid.window or 0],
             "rows": [0, draw.randrange(grid.query_block), draw.randint(1, 4)], "scale": 0.3,
+            "softcap": draw.choice([0.0, 0.0, 2.0]),
             **{name: getattr(tiles, name) for name in PLAN}}
 
 
@@ -52,7 +64,8 @@ def grid_of(given: Arguments) -> Grid:
 def public(given: Arguments) -> tuple[list[torch.Tensor], list[list[int]]]:
     tiles = Tiles(grid=grid_of(given), **{name: given[name] for name in PLAN})
     query, key, value = given["query"], given["key"], given["value"]
-    found = attend(query, key, value, tiles, scale=given["scale"], impl="fused_cpp", return_lse=True)
+    found = attend(query, key, value, tiles, scale=given["scale"], softcap=given["softcap"],
+                   impl="fused_cpp", return_lse=True)
     return list(found), [[*query.shape[:3], value.shape[3]], [*query.shape[:3]]]
 
 
@@ -71,7 +84,7 @@ def estimate_shape(given: Arguments) -> list[int]:
 def raw(given: Arguments) -> tuple[list[torch.Tensor], list[list[int]]]:
     query, value = given["query"], given["value"]
     found = torch.ops.sentei.attend(query, given["key"], value, [given[name] for name in PLAN], given["lengths"],
-                                    given["sizes"], given["scale"], 0.0)
+                                    given["sizes"], given["scale"], given["softcap"])
     rows = [*query.shape[:3]]
     return list(found), [[*rows, value.shape[3]], rows, [2, *rows]]
 
@@ -79,7 +92,7 @@ def raw(given: Arguments) -> tuple[list[torch.Tensor], list[list[int]]]:
 def raw_backward(given: Arguments) -> tuple[list[torch.Tensor], list[list[int]]]:
     tensors = [given[name] for name in ("query", "key", "value", "softmax", "gradient", "delta")]
     found = torch.ops.sentei.attend_backward(tensors, [given[name] for name in PLAN], given["lengths"], given["sizes"],
-                                             given["scale"], 0.0)
+                                             given["scale"], given["softcap"])
     return list(found), [[*tensor.shape] for tensor in tensors[:3]]
 
 
@@ -91,42 +104,18 @@ def raw_estimate(given: Arguments) -> tuple[list[torch.Tensor], list[list[int]]]
 
 SHARED, OWN = ("query", "key", "lengths", "sizes", "scale"), ("softmax", "gradient", "delta")
 ENTRIES: dict[Callable, tuple[str, ...]] = {  # what each reads
-    public: (*SHARED, "value", *PLAN), public_estimate: (*SHARED, "rows"), raw: (*SHARED, "value", *PLAN),
-    raw_backward: (*SHARED, "value", *PLAN, *OWN), raw_estimate: (*SHARED, "rows"),
+    public: (*SHARED, "value", "softcap", *PLAN), public_estimate: (*SHARED, "rows"),
+    raw: (*SHARED, "value", "softcap", *PLAN), raw_backward: (*SHARED, "value", "softcap", *PLAN, *OWN),
+    raw_estimate: (*SHARED, "rows"),
 }
 
 # Each damage changes one argument and says whether the call must now be refused.
 
 
-def other_rank(draw: Random, given: Arguments, name: str) -> bool:
-    tensor = given[name]
-    given[name] = draw.choice([lambda: tensor[None], lambda: tensor.flatten(), lambda: tensor.sum(0),
-                               lambda: torch.zeros((), dtype=tensor.dtype), lambda: tensor[..., None]])()
-    return True
-
-
 def other_size(draw: Random, given: Arguments, name: str) -> bool:
-    """One dimension is longer or shorter; seen without memory, and not always wrong (any value width will do)."""
-    tensor = given[name]
-    place = draw.randrange(tensor.dim())
-    shape = [*tensor.shape]
-    shape[place] = draw.choice([size for size in (0, 1, 2, 7, 1000) if size != shape[place]])
-    if tensor.numel():
-        index = torch.arange(shape[place]).clamp(max=tensor.shape[place] - 1)
-        given[name] = tensor.index_select(place, index)
-    else:
-        given[name] = tensor.new_zeros(shape)
+    """Not always wrong: any value width will do."""
+    given[name], place = resized(draw, given[name])
     return name == "key" and place == 3 or name in OWN
-
-
-def other_dtype(draw: Random, given: Arguments, name: str) -> bool:
-    given[name] = given[name].to(draw.choice([torch.int64, torch.complex64, torch.bool, torch.int8]))
-    return True
-
-
-def no_memory(draw: Random, given: Arguments, name: str) -> bool:
-    given[name] = given[name].to("meta")
-    return True
 
 
 def plan_dtype(draw: Random, given: Arguments, name: str) -> bool:
@@ -194,38 +183,8 @@ def other_rows(draw: Random, given: Arguments, name: str) -> bool:
     return True
 
 
-def other_lengths(draw: Random, given: Arguments, name: str) -> bool:
-    """Lengths out of range are clipped, which is no error; those of another shape or dtype are."""
-    batch = len(given["query"])
-    good = torch.tensor([[draw.choice([-5, 0, 3, -2**63, 2**63 - 1]) for _ in range(2)] for _ in range(batch)])
-    wrong = [good[:, :1], good.float(), good[0], good.new_zeros(batch + 1, 2), good.to("meta"), good.int()]
-    given["lengths"] = draw.choice([good, draw.choice(wrong)])
-    return given["lengths"] is not good
-
-
-def other_scale(draw: Random, given: Arguments, name: str) -> bool:
-    given["scale"] = draw.choice([float("nan"), float("inf"), -float("inf"), 1e300, 0.0, -1e-320, "0.3", [0.3]])
-    return not isinstance(given["scale"], float)
-
-
-def other_strides(draw: Random, given: Arguments, name: str) -> bool:
-    """The same numbers seen through other strides, or one row seen many times; no error at all."""
-    tensor = given[name]
-    if tensor.dim() != 4:
-        return False
-    given[name] = draw.choice([
-        lambda: tensor.transpose(1, 3).contiguous().transpose(1, 3),
-        lambda: torch.stack([tensor, tensor], -1)[..., 0],
-        lambda: tensor[:, :1].expand(tensor.shape) if tensor.shape[1] else tensor,
-        lambda: tensor[:1].as_strided(tensor[:1].shape, (2**40, *tensor.stride()[1:])).expand(tensor.shape)
-        if tensor.numel() else tensor,
-        lambda: torch.complex(tensor.float(), -tensor.float()).conj().imag.to(tensor.dtype),
-    ])()
-    return False
-
-
-def no_tensor(draw: Random, given: Arguments, name: str) -> bool:
-    given[name] = draw.choice([None, 3, "query", [given[name]]])
+def other_cap(draw: Random, given: Arguments, name: str) -> bool:
+    given["softcap"] = draw.choice([float("nan"), float("inf"), -1.0, -float("inf"), "2"])
     return True
 
 
@@ -235,18 +194,21 @@ DAMAGES: dict[Callable, tuple[str, ...]] = {  # and to what each can be done
     plan_dtype: PLAN, other_ids: ("full_ids", "partial_ids"), other_counts: ("full_count", "partial_count"),
     swapped_plan: ("full_ids",), plan_of_another_grid: ("sizes",), other_sizes: ("sizes",), other_rows: ("rows",),
     other_lengths: ("lengths",), other_scale: ("scale",), other_strides: ("query", "key", "value", "gradient"),
-    no_tensor: TENSORS + PLAN,
+    no_tensor: TENSORS + PLAN, other_cap: ("softcap",),
 }
+FAMILIES = (valid, ENTRIES, DAMAGES), (malformed_choices.valid, malformed_choices.ENTRIES, malformed_choices.DAMAGES)
 
 
 def drawn(number: int) -> tuple[Callable, Arguments, list[str], bool]:
     """The call of this number: its entry and arguments, what was done to them, and whether it must be refused."""
     draw = Random(number)
     torch.manual_seed(number)
-    entry = draw.choice(list(ENTRIES))
-    given, done, wrong = valid(draw), [], False
-    choices = [(damage, name) for damage, names in DAMAGES.items() for name in names if name in ENTRIES[entry]]
-    for damage, name in draw.sample(choices, k=draw.choice([1, 1, 1, 2, 3])):
+    valid_for, entries, damages = FAMILIES[number % 2]
+    entry = draw.choice(list(entries))
+    given, done, wrong = valid_for(draw), [], False
+    choices = {damage: [name for name in names if name in entries[entry]] for damage, names in damages.items()}
+    for damage in draw.sample([damage for damage in choices if choices[damage]], k=draw.choice([1, 1, 1, 2, 3])):
+        name = draw.choice(choices[damage])
         try:
             wrong |= damage(draw, given, name)
         except (AttributeError, RuntimeError, IndexError, TypeError, ValueError, NotImplementedError):

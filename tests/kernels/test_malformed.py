@@ -12,6 +12,8 @@ from sentei.kernels import native
 
 pytestmark = pytest.mark.skipif(bool(native.missing()), reason=native.missing())
 SCRIPT = Path(malformed.__file__)
+OPS = "sys.modules['sentei'].kernels"
+CALLS = 400  # enough for every entry and every damage
 
 
 def run(first: int, count: int, before: str = "") -> subprocess.CompletedProcess:
@@ -31,7 +33,7 @@ def check(done: subprocess.CompletedProcess, count: int) -> None:
 
 
 def test_malformed_calls_raise_and_never_crash():
-    check(run(0, 400), 400)
+    check(run(0, CALLS), CALLS)
 
 
 @pytest.mark.slow
@@ -41,18 +43,24 @@ def test_so_do_ten_thousand(first):
 
 
 def test_every_entry_and_every_damage_is_drawn():
-    calls = [malformed.drawn(number) for number in range(400)]
-    assert {entry for entry, *_ in calls} == set(malformed.ENTRIES)
-    done = {told.split()[0] for _, _, damages, _ in calls for told in damages}
-    assert done == {damage.__name__ for damage in malformed.DAMAGES}
+    calls = [malformed.drawn(number) for number in range(CALLS)]
+    for _, entries, damages in malformed.FAMILIES:
+        assert set(entries) <= {entry for entry, *_ in calls}
+        done = {told.split()[0] for entry, _, all_done, _ in calls if entry in entries for told in all_done}
+        assert done == {damage.__name__ for damage in damages}
 
 
 @pytest.mark.parametrize(("before", "seen"), [
-    ("malformed.fused_cpp.Tiles = lambda **parts: __import__('types').SimpleNamespace(**parts)", "exit"),
+    ("malformed.fused_cpp._finish = lambda *_: None", "accepted public: other_ids"),
     ("malformed.fused_cpp.Grid.check = lambda *_: None", "exit"),
-    ("malformed.outcome = lambda _: __import__('ctypes').string_at(0)", "exit -11"),
+    pytest.param(f"{OPS}.topk.fused_cpp._check_backward = lambda *_: None", "exit", marks=pytest.mark.slow),
+    pytest.param(f"{OPS}.paging.fused_cpp._check = lambda *_: None", "exit", marks=pytest.mark.slow),
+    pytest.param(f"{OPS}.linear.fused_cpp._check = lambda *_: None", "exit", marks=pytest.mark.slow),
+    pytest.param("malformed.fused_cpp._check_keep = lambda *_: None", "exit", marks=pytest.mark.slow),
+    ("malformed.outcome = lambda _: __import__('ctypes').string_at(0)", r"exit (-11|1) after \['0 '\]"),
     ("malformed.public.__globals__['attend'] = lambda q, *_, **__: (q, q)", "accepted public"),
-], ids=["plans unchecked", "tensors unchecked", "crash", "accepts everything"])
+], ids=["what plans are answered", "tensors", "top-k's gradients", "pages", "weights", "scores", "crash",
+        "accepts everything"])
 def test_a_missing_guard_is_seen(before, seen):
     with pytest.raises(AssertionError, match=seen):
-        check(run(0, 60, before), 60)
+        check(run(0, 200, before), 200)

@@ -333,6 +333,7 @@ def test_a_compiled_function_keeps_it_in_one_graph_and_it_is_a_proper_op():
     for task, kept in ((0, None), (1, torch.ones(2, 2, 2, 5, dtype=torch.bool)), (2, None)):
         made = torch.ops.sentei.pages(*tensors, pages.bounds, pages.lengths, kept, [task, 2, 0, 1], [SCALE, 0.5])
         fake = [tensor.to("meta") for tensor in tensors]
+        kept = None if kept is None else kept.to("meta")
         shapes = torch.ops.sentei.pages(*fake, None, None, kept, [task, 2, 0, 1], [SCALE, 0.5])
         assert [(x.shape, x.dtype) for x in made] == [(x.shape, x.dtype) for x in shapes]
 

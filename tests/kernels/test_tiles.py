@@ -22,7 +22,8 @@ def pairs_of(grid: Grid, batch: int) -> torch.Tensor:
         start, stop = (0, grid.num_keys) if grid.lengths is None else grid.lengths[b].tolist()
         for i in range(grid.num_queries):
             for j in range(start, stop):
-                pairs[b, i, j] = not grid.causal or j <= i + grid.num_keys - grid.num_queries
+                behind = i + grid.num_keys - grid.num_queries - j
+                pairs[b, i, j] = not grid.causal or 0 <= behind < (grid.window or grid.num_keys)
     return pairs
 
 
@@ -61,8 +62,10 @@ def grids(draw) -> Grid:
     keys = draw(st.integers(1, 10))
     span = st.tuples(st.integers(0, keys), st.integers(0, keys)).map(sorted)
     lengths = draw(st.none() | st.lists(span, min_size=1, max_size=3).map(torch.tensor))
+    causal = draw(st.booleans())
     return Grid(num_queries=draw(st.integers(0, 10)), num_keys=keys, query_block=draw(st.integers(1, 5)),
-                key_block=draw(st.integers(1, 5)), causal=draw(st.booleans()), lengths=lengths)
+                key_block=draw(st.integers(1, 5)), causal=causal, lengths=lengths,
+                window=draw(st.none() | st.integers(1, 12)) if causal else None)
 
 
 @settings(deadline=None, max_examples=60, derandomize=True)

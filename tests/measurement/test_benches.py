@@ -20,7 +20,7 @@ def small(monkeypatch) -> None:
     monkeypatch.setattr(attention_bench, "CASES", {
         "exact": [Case(2, 1, 8, 130)], "sparse": [Case(2, 2, 8, 256, kept=0.9999)],
         "backward": [Case(4, 2, 8, 130, backward=True)]})
-    monkeypatch.setattr(attention_bench, "compiled_flex", lambda: torch.nn.attention.flex_attention.flex_attention)
+    monkeypatch.setattr(attention_bench, "compiled", lambda: torch.nn.attention.flex_attention.flex_attention)
 
 
 def measure(*cases: str, absent=print) -> list[dict]:
@@ -59,7 +59,7 @@ def test_a_peer_that_cannot_be_compiled_is_said_to_be_absent(small, monkeypatch)
     def fail(*given, **named):
         raise Failed
 
-    monkeypatch.setattr(attention_bench, "compiled_flex", lambda: fail)
+    monkeypatch.setattr(attention_bench, "compiled", lambda: fail)
     told = []
     assert [row["peer"] for row in measure("sparse", absent=told.append)] == ["torch sdpa"]
     assert len(told) == 1 and told[0].startswith("compiled FlexAttention cannot run here: ") and "compiler" in told[0]

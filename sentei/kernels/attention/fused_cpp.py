@@ -8,12 +8,13 @@ loaded.
 """
 
 import ctypes
+import math
 
 import torch
 from torch.autograd.forward_ad import unpack_dual
 
-from sentei.core.errors import ImplError, ResourceError, ShapeError
-from sentei.core.rules import bad_scores
+from sentei.core.errors import ImplError, ResourceError, RuleError, ShapeError
+from sentei.core.rules import MAX_K, bad_scores
 from sentei.kernels import native
 from sentei.kernels.attention.tiles import MAX_BLOCK, Grid, Tiles
 
@@ -107,7 +108,7 @@ def _forward(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, plan: 
         lengths: the grid's.
         sizes: query block, key block, 1 for causal, and the window or 0.
     """
-    grid = _grid("attend", [query, key, value], plan, lengths, sizes)
+    grid = _grid("attend", [query, key, value], plan, lengths, sizes, softcap)
     output, lse, softmax = _results(query, value)
     if lse.numel():
         query, key, value = (_rows(tensor) for tensor in (query, key, value))
@@ -122,7 +123,7 @@ def _forward(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, plan: 
 
 
 def _forward_shapes(query, key, value, plan, lengths, sizes, scale, softcap):
-    _grid("attend", [query, key, value], plan, lengths, sizes)
+    _grid("attend", [query, key, value], plan, lengths, sizes, softcap)
     return _results(query, value)
 
 
@@ -161,7 +162,7 @@ def _backward(given: list[torch.Tensor], plan: list[torch.Tensor], lengths: torc
             with the output, less the gradient of the lse.
         plan, lengths, sizes, scale, softcap: as in `_forward`.
     """
-    grid = _backward_grid(given, plan, lengths, sizes)
+    grid = _backward_grid(given, plan, lengths, sizes, softcap)
     query, key, value, softmax, gradient, delta = (_rows(tensor) for tensor in given)
     gradients = [torch.zeros(tensor.shape, dtype=torch.float32, device="cpu") for tensor in (query, key, value)]
     if query.numel() and key.numel() and gradient.numel():
@@ -176,7 +177,7 @@ def _backward(given: list[torch.Tensor], plan: list[torch.Tensor], lengths: torc
 
 
 def _backward_shapes(given, plan, lengths, sizes, scale, softcap):
-    _backward_grid(given, plan, lengths, sizes)
+    _backward_grid(given, plan, lengths, sizes, softcap)
     return tuple(torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device) for tensor in given[:3])
 
 
@@ -241,8 +242,24 @@ def _keep(scores: torch.Tensor, forced: torch.Tensor, full: torch.Tensor, rule: 
 
 
 def _keep_shapes(scores, forced, full, rule, parameters):
+    _check_keep(scores, forced, full, rule, parameters)
     count, ids = (scores.new_empty(shape, dtype=torch.int32) for shape in (scores.shape[:3], scores.shape))
     return count, ids, torch.empty_like(count), torch.empty_like(ids)
+
+
+def _check_keep(scores: torch.Tensor, forced: torch.Tensor, full: torch.Tensor, rule: str,
+                parameters: list[float]) -> None:
+    """Anyone may call an op, so what it is given is checked."""
+    if not (scores.dim() == forced.dim() == 4 and scores.dtype == torch.float32 and forced.shape == full.shape
+            and forced.shape[0] in (1, scores.shape[0]) and forced.shape[1:] == (1, *scores.shape[2:])
+            and forced.dtype == full.dtype == torch.bool and scores.device == forced.device == full.device):
+        raise ShapeError("keep", expected="scores float32 [B, P, QB, KB], forced and full bool [B or 1, 1, QB, KB]",
+                         got=", ".join(f"{x.dtype} {list(x.shape)} on {x.device}" for x in (scores, forced, full)),
+                         do="give masks of these scores")
+    most = MAX_K if rule == "TopK" else 1
+    if rule not in NATIVE_RULES or len(parameters) != scores.shape[1] or not all(0 <= n <= most for n in parameters):
+        raise RuleError("keep", expected=f"one of {', '.join(NATIVE_RULES)}, and a number from 0 to {most} for each of "
+                        f"{scores.shape[1]} heads", got=f"{rule}, {parameters}"[:200], do="choose others")
 
 
 def _refuse_twice(ctx, *gradients):
@@ -367,7 +384,7 @@ def _set_plan(problem: _Problem, plan: list[torch.Tensor]) -> None:
 
 
 def _grid(where: str, tensors: list[torch.Tensor], plan: list[torch.Tensor], lengths: torch.Tensor | None,
-          sizes: list[int]) -> Grid:
+          sizes: list[int], softcap: float = 0.0) -> Grid:
     """The grid that an op was given in parts. Anyone may call an op, so what it is given is checked.
 
     Args:
@@ -384,6 +401,8 @@ def _grid(where: str, tensors: list[torch.Tensor], plan: list[torch.Tensor], len
     grid = Grid(num_queries=query.shape[1], num_keys=key.shape[1], query_block=sizes[0], key_block=sizes[1],
                 causal=bool(sizes[2]), window=sizes[3] or None, lengths=lengths)
     grid.check(where, *tensors)
+    if not 0 <= softcap < math.inf:
+        raise ShapeError(where, expected="a softcap from 0", got=str(softcap), do="give 0 for none")
     heads = query.shape[2], key.shape[2]
     if plan and Tiles(grid=grid, **dict(zip(_PLAN, plan, strict=True))).full_count.shape[:2] not in (
             (query.shape[0], heads[0]), (query.shape[0], heads[1])):
@@ -397,12 +416,12 @@ def _grid(where: str, tensors: list[torch.Tensor], plan: list[torch.Tensor], len
 
 
 def _backward_grid(given: list[torch.Tensor], plan: list[torch.Tensor], lengths: torch.Tensor | None,
-                   sizes: list[int]) -> Grid:
+                   sizes: list[int], softcap: float) -> Grid:
     """The grid of `_backward`, whose further tensors are checked too."""
     if len(given) != 6:
         raise ShapeError("attend_backward", expected="6 tensors", got=str(len(given)), do="call it through attend")
     query, _, value, *more = given
-    grid = _grid("attend_backward", given[:3], plan, lengths, sizes)
+    grid = _grid("attend_backward", given[:3], plan, lengths, sizes, softcap)
     rows = query.shape[:3]
     expected = (2, *rows), (*rows, value.shape[3]), rows
     if any(tensor.shape != shape or tensor.device != query.device or not tensor.is_floating_point()

@@ -11,7 +11,7 @@ from functools import cache
 import torch
 from torch.autograd import forward_ad
 
-from sentei.core.errors import ImplError, ResourceError
+from sentei.core.errors import ImplError, ResourceError, ShapeError
 from sentei.kernels import native
 
 MOST_ROWS = 8  # of native/linear.cpp
@@ -33,7 +33,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
 
 def run(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """`linear` for who has just asked `refusal`."""
-    if _is_watched(x, weight):
+    if _is_watched(x, weight) or bias is not None and bias.is_neg():
         return torch.ops.sentei.linear(x, weight, bias)
     return _linear(x, weight, bias)
 
@@ -72,8 +72,8 @@ def _is_watched(x: torch.Tensor, weight: torch.Tensor) -> bool:
 
 
 def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """The op `sentei::linear`."""
-    output = _shape(x, weight, bias)
+    """The product, of tensors that `refusal` takes."""
+    output = _empty(x, weight)
     if not x.is_contiguous():
         x = x.contiguous()
     if bias is not None and not bias.is_contiguous():
@@ -96,10 +96,34 @@ def _call():
     return function
 
 
-def _shape(x, weight, bias):
+def _empty(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """The output, to be filled."""
     shape = list(x.shape)
     shape[-1] = weight.shape[0]
     return x.new_empty(shape)
+
+
+def _op(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """The op `sentei::linear`."""
+    _check(x, weight, bias)
+    return _linear(x, weight, bias)
+
+
+def _shape(x, weight, bias):
+    _check(x, weight, bias)
+    return _empty(x, weight)
+
+
+def _check(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+    """Anyone may call an op, so what it is given is checked."""
+    given = (x, weight) if bias is None else (x, weight, bias)
+    if (x.dim() == 0 or weight.dim() != 2 or x.shape[-1] != weight.shape[1] or weight.stride(1) != 1
+            or bias is not None and bias.shape != weight.shape[:1]
+            or not 1 <= x.numel() <= MOST_ROWS * x.shape[-1] or x.dtype not in (torch.float32, torch.bfloat16)
+            or any(tensor.dtype != x.dtype or tensor.device.type != "cpu" for tensor in given)):
+        raise ShapeError("linear", expected=f"x [..., I] of 1 to {MOST_ROWS} rows, weight [O, I] of contiguous rows "
+                         "and bias [O], float32 or bfloat16, on the CPU", do="call it through linear",
+                         got=", ".join(f"{x.dtype} {list(x.shape)} on {x.device}" for x in given))
 
 
 def _refuse(ctx, gradient):
@@ -108,6 +132,6 @@ def _refuse(ctx, gradient):
 
 _OPS = torch.library.Library("sentei", "FRAGMENT")
 _OPS.define("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
-_OPS.impl("linear", _linear, "CPU")
+_OPS.impl("linear", _op, "CPU")
 torch.library.register_fake("sentei::linear", _shape, lib=_OPS)
 torch.library.register_autograd("sentei::linear", _refuse, lib=_OPS)

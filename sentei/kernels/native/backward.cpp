@@ -52,7 +52,7 @@ struct Sources {
 };
 
 struct Scratch {
-  std::vector<float> scores, gradients, left, right, first, second, top, inverse, delta;
+  std::vector<float> scores, gradients, left, right, first, second, top, inverse, delta, slopes;
 };
 
 // dQ of a block: Σ over its tiles of dS K, with dS = P (dO Vᵀ - delta).
@@ -62,6 +62,7 @@ INLINE void query_item(const Backward& w, const Sizes& s, int64_t number, const 
   const Item item(p, s, number);
   const int rows = int(std::min(p.query_block, p.queries - item.first)), width = from.key_rows.line;
   const float *top = p.softmax, *inverse = top + p.batch * p.queries * p.heads, cap = p.softcap * kLog2E;
+  float* slopes = cap != 0.0f ? t.slopes.data() : nullptr;
   load_queries(p, item.row, item.first, rows, 1, t.left.data());
   std::fill(t.first.begin(), t.first.end(), 0.0f);
   const Kept kept(p, s, item.b, item.h, item.block);
@@ -70,7 +71,8 @@ INLINE void query_item(const Backward& w, const Sizes& s, int64_t number, const 
     float *scores = t.scores.data(), *gradients = t.gradients.data();
     Simd<L>::product(t.left.data(), int(p.width), from.keys.at(item.group, j), s.columns, scores, s.columns, rows,
                      s.columns, int(p.width), false);
-    for (int r = 0; cap != 0.0f && r < rows; ++r) Simd<L>::soften_peaks(scores + r * s.columns, s.columns, cap);
+    for (int r = 0; slopes && r < rows; ++r)
+      Simd<L>::soften_peaks(scores + r * s.columns, s.columns, cap, slopes + r * s.columns);
     if (kept.is_partial(j) || s.columns != p.key_block)
       forbid(p, item.b, item.first, rows, 1, j, scores, s.columns);
     Simd<L>::product(from.gradient_rows.at(item.row, item.block), from.gradient_rows.line,
@@ -79,7 +81,7 @@ INLINE void query_item(const Backward& w, const Sizes& s, int64_t number, const 
     for (int r = 0; r < rows; ++r) {
       const int64_t where = (item.b * p.queries + item.first + r) * p.heads + item.h;
       Simd<L>::soften(scores + r * s.columns, gradients + r * s.columns, s.columns, top[where], inverse[where],
-                      w.delta[where], cap);
+                      w.delta[where], slopes ? slopes + r * s.columns : nullptr);
     }
     Simd<L>::product(gradients, s.columns, from.key_rows.at(item.group, j), width, t.first.data(), width, rows, width,
                      int(p.key_block), true);
@@ -101,6 +103,7 @@ INLINE void key_item(const Backward& w, const Sizes& s, int64_t number, const Tu
   const int64_t first = block * p.key_block;
   const int keys = int(std::min(p.key_block, p.keys - first)), width = from.query_rows.line;
   const float *top = p.softmax, *inverse = top + p.batch * p.queries * p.heads, cap = p.softcap * kLog2E;
+  float* slopes = cap != 0.0f ? t.slopes.data() : nullptr;
   for (int r = 0; r < keys; ++r) {
     keys_of(p).read(group, first + r, t.left.data() + r * p.width);
     values_of(p).read(group, first + r, t.right.data() + r * p.value_width);
@@ -116,7 +119,8 @@ INLINE void key_item(const Backward& w, const Sizes& s, int64_t number, const Tu
       float *scores = t.scores.data(), *gradients = t.gradients.data();
       Simd<L>::product(t.left.data(), int(p.width), from.scaled.at(row, i), s.rows, scores, s.rows, keys, s.rows,
                        int(p.width), false);
-      for (int r = 0; cap != 0.0f && r < keys; ++r) Simd<L>::soften_peaks(scores + r * s.rows, s.rows, cap);
+      for (int r = 0; slopes && r < keys; ++r)
+        Simd<L>::soften_peaks(scores + r * s.rows, s.rows, cap, slopes + r * s.rows);
       Simd<L>::product(t.right.data(), int(p.value_width), from.gradients.at(row, i), s.rows, gradients, s.rows, keys,
                        s.rows, int(p.value_width), false);
       for (int64_t r = 0; r < s.rows; ++r) {  // a column beyond the end weighs nothing
@@ -133,7 +137,7 @@ INLINE void key_item(const Backward& w, const Sizes& s, int64_t number, const Tu
         }
       for (int r = 0; r < keys; ++r)
         Simd<L>::soften(scores + r * s.rows, gradients + r * s.rows, s.rows, t.top.data(), t.inverse.data(),
-                        t.delta.data(), cap);
+                        t.delta.data(), slopes ? slopes + r * s.rows : nullptr);
       Simd<L>::product(scores, s.rows, from.gradient_rows.at(row, i), s.value_width, t.second.data(), s.value_width,
                        keys, s.value_width, int(p.query_block), true);
       Simd<L>::product(gradients, s.rows, from.query_rows.at(row, i), width, t.first.data(), width, keys, width,
@@ -171,7 +175,7 @@ int sentei_backward(const Backward* backward) {
       return Scratch{std::vector<float>(tile), std::vector<float>(tile), std::vector<float>(block * p.width),
                      std::vector<float>(block * p.value_width), std::vector<float>(block * width),
                      std::vector<float>(block * s.value_width), std::vector<float>(s.rows), std::vector<float>(s.rows),
-                     std::vector<float>(s.rows)};
+                     std::vector<float>(s.rows), std::vector<float>(p.softcap != 0.0f ? tile : 0)};
     };
     const int64_t wide = width + s.value_width;  // of a token in one layout; keys have three, queries four
     by_rows(p, 8 * wide * (p.keys + s.per_group * p.queries), [&](int64_t begin, int64_t end) {

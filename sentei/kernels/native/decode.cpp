@@ -106,8 +106,8 @@ INLINE void dots(const float* rows, int64_t apart, const T* key, int64_t width, 
 // What a row may see of a page: keys first … end - 1 of the whole sequence.
 struct Part {
   INLINE Part(const Paged& p, int64_t b, int64_t row, int64_t page) {
-    const int64_t start = p.lengths ? p.lengths[2 * b] : 0;
-    const int64_t stop = p.lengths ? std::min(p.lengths[2 * b + 1], p.keys) : p.keys;
+    const int64_t start = p.lengths ? std::clamp<int64_t>(p.lengths[2 * b], 0, p.keys) : 0;
+    const int64_t stop = p.lengths ? std::clamp<int64_t>(p.lengths[2 * b + 1], 0, p.keys) : p.keys;
     const int64_t limit = p.causal ? std::min(stop, p.keys - p.rows + row + 1) : stop;
     first = std::max(start, page * p.page);
     end = std::min(limit, (page + 1) * p.page);

@@ -172,11 +172,15 @@ struct Simd {
     return fold(sum, [](auto a, auto b) INLINE_LAMBDA { return a + b; });
   }
 
-  // Scores (of powers of two) become cap · tanh(score / cap), cap in the same unit.
-  static INLINE void soften_peaks(float* row, int columns, float cap) {
+  // Scores (of powers of two) become cap · tanh(score / cap), cap in the same unit. `slopes`, unless null, gets the
+  // derivative: not 1 - tanh², of which nothing is left near the cap. That of a NaN is 0: it may yet be forbidden.
+  static INLINE void soften_peaks(float* row, int columns, float cap, float* slopes = nullptr) {
     for (int j = 0; j < columns; j += L) {
       const Vec twice = load(row + j) * (2 * kLog2E / cap);
-      store(row + j, cap - 2 * cap / (exp2(twice > 126.0f ? Vec{} + 126.0f : twice) + 1.0f));
+      const Vec grown = exp2(twice > 126.0f ? Vec{} + 126.0f : twice), part = 1.0f / (grown + 1.0f);
+      store(row + j, cap - 2 * cap / (grown + 1.0f));
+      const Vec slope = 4.0f * grown * part * part;
+      if (slopes) store(slopes + j, slope == slope ? slope : Vec{});
     }
   }
 
@@ -185,17 +189,14 @@ struct Simd {
   static INLINE Vec at(const float* numbers, int j) { return load(numbers + j); }
 
   // In the backward: scores become weights 2^(score - top) / sum, and the gradients of the weights those of the scores.
+  // `slopes` are those of `soften_peaks`, null where there was none.
   template <class Numbers>
-  // `cap` is that of `soften_peaks`, 0 where there was none.
   static INLINE void soften(float* scores, float* gradients, int columns, Numbers top, Numbers inverse, Numbers delta,
-                            float cap) {
+                            const float* slopes) {
     for (int j = 0; j < columns; j += L) {
       const Vec score = load(scores + j), weight = exp2(score - at(top, j)) * at(inverse, j);
       Vec gradient = weight * (load(gradients + j) - at(delta, j));
-      if (cap != 0.0f) {
-        const Vec bent = (score < -cap ? Vec{} - cap : score) / cap;  // what is forbidden weighs 0, and no NaN
-        gradient *= 1.0f - bent * bent;
-      }
+      if (slopes) gradient *= load(slopes + j);
       store(scores + j, weight);
       store(gradients + j, gradient);
     }

@@ -48,7 +48,7 @@ Problem problem_of(const TopK& t) {
 struct Range {
   INLINE Range(const TopK& t, int64_t b, int64_t query) {
     const int64_t place = t.keys - t.queries + query;
-    first = t.lengths ? std::max<int64_t>(t.lengths[2 * b], 0) : 0;
+    first = t.lengths ? std::clamp<int64_t>(t.lengths[2 * b], 0, t.keys) : 0;
     end = t.lengths ? std::min(t.lengths[2 * b + 1], t.keys) : t.keys;
     if (t.causal) end = std::min(end, place + 1);
     end = std::max(first, end);
@@ -324,6 +324,16 @@ INLINE void topk_item(const TopK& t, const Problem& p, int64_t number, const Blo
 ON_EVERY_MACHINE(topk_item, (const TopK& t, const Problem& p, int64_t number, const Blocks& keys, Scratch& s),
                  (t, p, number, keys, s))
 
+// Throws BadPlan unless every query names keys there are, ascending, and -1 after them.
+void check_ids(const TopK& t) {
+  const int64_t rows = t.batch * t.queries * t.heads;
+  for (int64_t where = 0; where < rows; ++where) {
+    const int32_t* ids = t.ids + where * t.slots;
+    const int32_t count = int32_t(std::find(ids, ids + t.slots, -1) - ids);
+    check_lists(&count, ids, 1, t.slots, t.keys);
+  }
+}
+
 // How many keys a query kept: they come first, then -1.
 INLINE int kept_of(const TopK& t, int64_t where) {
   const int32_t* ids = t.ids + where * t.slots;
@@ -384,7 +394,8 @@ extern "C" {
 int sentei_topk_size() { return int(sizeof(TopK)); }
 int sentei_topk_backward_size() { return int(sizeof(TopKBackward)); }
 
-// Both return 0, or 1 when memory ran out; the results are then unfinished.
+// Both return a Status; unless it is kDone the results are unfinished. Only the backward, whose ids are given, knows
+// kBadPlan.
 int sentei_topk(const TopK* call) {
   return status_of([&] {
     const TopK& t = *call;
@@ -404,6 +415,7 @@ int sentei_topk_backward(const TopKBackward* backward) {
     const TopK& t = w.call;
     const Problem p = problem_of(t);
     const int64_t rows = t.batch * t.queries * t.heads;
+    check_ids(t);
     std::vector<float> weights(rows * t.slots), scores(rows * t.slots);
     in_parallel(rows, t.threads, [&] { return std::vector<float>(t.slots + kColumns); },
                 [&](int64_t i, std::vector<float>& softened) {

@@ -41,7 +41,7 @@ def attend(
         pages: what may be seen, and the rule.
         scale: on the scores; D**-0.5 by default.
         impl: "auto", or one of IMPLS, which then runs or raises.
-        kept: bool [B, G, R, KB], a choice made before; None: made here.
+        kept: bool [B, G, R, KB] or 1 for any but the last, a choice made before; None: made here.
     Returns:
         output [B, R, H, Dv] in the query's dtype, and the choice. A row that sees nothing gives 0. What stands in
         padding, NaN included, reaches neither.
@@ -51,7 +51,7 @@ def attend(
         ImplError: an unknown implementation, or one that cannot run here.
     Cost: two multiply-adds a page, head and channel to choose; kept keys · (D + Dv) a head.
     """
-    pages.check(query, key, value)
+    pages.check(query, key, value, kept)
     name, _ = choose_impl(impl, query, key, value)
     return IMPLS[name](query, key, value, pages, scale=query.shape[-1] ** -0.5 if scale is None else scale, kept=kept)
 

@@ -5,12 +5,14 @@ There are no gradients. The call goes straight to the library, because a torch o
 a graph of `torch.compile` gets the op `sentei::pages`.
 """
 
+import math
 import struct
 
 import torch
 from torch.autograd.forward_ad import unpack_dual
 
-from sentei.core.errors import ResourceError, RuleError
+from sentei.core.errors import ResourceError, RuleError, ShapeError
+from sentei.core.rules import TopK
 from sentei.kernels import native
 from sentei.kernels.paging.pages import PAGE, RULES, Pages
 
@@ -73,7 +75,7 @@ def _run(query, key, value, pages, scale, task, kept):
 def _pages(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bounds: torch.Tensor | None,
            lengths: torch.Tensor | None, kept: torch.Tensor | None, sizes: list[int],
            numbers: list[float]) -> tuple[torch.Tensor, torch.Tensor]:
-    """The op `sentei::pages`: float32 output [B, R, H, Dv] and bool choice [B, G, R, KB].
+    """Without the checks of the op `sentei::pages`: float32 output [B, R, H, Dv] and bool choice [B, G, R, KB].
 
     For the task _SCORE nothing and float32 scores instead, for _GIVEN output and nothing.
 
@@ -85,7 +87,7 @@ def _pages(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bounds: 
     Raises:
         RuleError: a score is NaN or infinite.
     """
-    output, made = _results(query, key, value, bounds, lengths, kept, sizes, numbers)
+    output, made = _empty(query, key, value, sizes[0])
     if not (query.numel() and key.numel() and value.numel()):
         return output.zero_(), made.fill_(-torch.inf if made.is_floating_point() else False)
     task, rule, window, causal = sizes
@@ -101,8 +103,9 @@ def _pages(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bounds: 
         0 if lengths is None else lengths.data_ptr(), output.data_ptr(), made.data_ptr(), choice.data_ptr(),
         *rows.stride()[:3], *key.stride()[:3], *value.stride()[:3],
         *((0, 0, 0, 0) if bounds is None else bounds.stride()[:4]),
-        batch, query.shape[1], num_keys, query.shape[2], groups, width, value.shape[3], PAGE, window, causal,
-        key.dtype == torch.bfloat16, task, rule, torch.get_num_threads(), native.MACHINE, numbers[1], numbers[0]))
+        batch, query.shape[1], num_keys, query.shape[2], groups, width, value.shape[3], PAGE,
+        min(window, num_keys), bool(causal), key.dtype == torch.bfloat16, task, rule, torch.get_num_threads(),
+        native.MACHINE, numbers[1], numbers[0]))
     if status == 2:
         raise RuleError("paging", expected="finite scores", got="NaN or infinity",
                         do="look for overflow in the queries and keys")
@@ -112,9 +115,35 @@ def _pages(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bounds: 
     return output, made
 
 
-def _results(query, key, value, bounds, lengths, kept, sizes, numbers):
+def _op(query, key, value, bounds, lengths, kept, sizes, numbers):
+    """The op: anyone may call it, so what it is given is checked."""
+    _check(query, key, value, bounds, lengths, kept, sizes, numbers)
+    return _pages(query, key, value, bounds, lengths, kept, sizes, numbers)
+
+
+def _shapes(query, key, value, bounds, lengths, kept, sizes, numbers):
+    _check(query, key, value, bounds, lengths, kept, sizes, numbers)
+    return _empty(query, key, value, sizes[0])
+
+
+def _check(query, key, value, bounds, lengths, kept, sizes, numbers) -> None:
+    """Raises ShapeError or RuleError unless the parts of a call fit one another."""
+    if not (query.dim() == key.dim() == 4 and len(sizes) == 4 and len(numbers) == 2
+            and sizes[0] in (_SCORE, _GIVEN, _CHOOSE) and (sizes[0] == _GIVEN) == (kept is not None)
+            and 0 <= sizes[1] < len(RULES)):
+        raise ShapeError("paging", expected="four dimensions, a task and kept where it is given, a rule, window and "
+                         "causal, and two numbers", got=f"{list(query.shape)}, {list(key.shape)}, {sizes}, {numbers}",
+                         do="call it through attend")
+    (kind, name), number = list(RULES.items())[sizes[1]], numbers[1]
+    rule = kind(**{name: int(number) if kind is TopK and math.isfinite(number) else number} if name else {})
+    Pages(num_queries=query.shape[1], num_keys=key.shape[1], rule=rule, window=sizes[2], causal=bool(sizes[3]),
+          lengths=lengths, bounds=bounds).check(query, key, value, kept)
+
+
+def _empty(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+           task: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The two tensors to be filled."""
-    (batch, rows, heads, _), (_, num_keys, groups, _), task = query.shape, key.shape, sizes[0]
+    (batch, rows, heads, _), (_, num_keys, groups, _) = query.shape, key.shape
     output = (0,) if task == _SCORE else (batch, rows, heads, value.shape[3])
     made = (0,) if task == _GIVEN else (batch, groups, rows, -(-num_keys // PAGE))
     return (query.new_empty(output, dtype=torch.float32),
@@ -122,12 +151,13 @@ def _results(query, key, value, bounds, lengths, kept, sizes, numbers):
 
 
 def _rows(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor with contiguous rows, itself where it has them already."""
-    return tensor if tensor.stride()[-1] == 1 else tensor.contiguous()
+    """The tensor with contiguous rows and no pending sign, itself where it is that already."""
+    tensor = tensor.resolve_neg()
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 _OPS = torch.library.Library("sentei", "FRAGMENT")
 _OPS.define("pages(Tensor query, Tensor key, Tensor value, Tensor? bounds, Tensor? lengths, Tensor? kept, int[] sizes,"
             " float[] numbers) -> (Tensor, Tensor)")
-_OPS.impl("pages", _pages, "CPU")
-torch.library.register_fake("sentei::pages", _results, lib=_OPS)
+_OPS.impl("pages", _op, "CPU")
+torch.library.register_fake("sentei::pages", _shapes, lib=_OPS)

@@ -48,14 +48,18 @@ class Pages(NamedTuple):
         """Bool [B, G, R, KB]: what is kept by `scores` of that shape; what is forced is a part of it."""
         return self.rule(scores, forced=near(self.grid, scores.device, window=self.window), unit=PAGE).mask()
 
-    def check(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
+    def check(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+              kept: torch.Tensor | None = None) -> None:
         """Raises ShapeError or RuleError unless the tensors fit one another and these pages, and the rule is of ours.
 
-        The query may have another floating dtype than the key and the value.
+        Also unless a choice made before is bool [B, G, R, KB], or 1 for B, G or R. The query may have another floating
+        dtype than the key and the value.
         """
         if not can_choose(self.rule):
             raise RuleError("paging", expected="All, TopK, Mass or Threshold, of one number",
                             got=repr(self.rule)[:200], do="choose pages by one of these")
+        if self.window < 0:
+            raise RuleError("paging", expected="a window from 0", got=str(self.window), do="choose another window")
         # Not by `grid.check`, and number by number: this runs for every layer of every token.
         fits = query.dim() == key.dim() == value.dim() == 4
         if fits:
@@ -63,21 +67,35 @@ class Pages(NamedTuple):
             fits = (key.shape == (batch, keys, groups, width) and groups and heads % groups == 0
                     and value.shape == (batch, keys, groups, value.shape[3])
                     and self.num_queries == rows and self.num_keys == keys
-                    and key.dtype == value.dtype and query.is_floating_point() and key.is_floating_point())
+                    and key.dtype == value.dtype and query.is_floating_point() and key.is_floating_point()
+                    and query.device == key.device == value.device)
         if not fits:
             raise ShapeError("paging", expected=f"query [B, {self.num_queries}, H, D], key [B, {self.num_keys}, G, D], "
-                             f"value [B, {self.num_keys}, G, Dv], G dividing H, of floats, key and value of one dtype",
-                             got=", ".join(f"{x.dtype} {list(x.shape)}" for x in (query, key, value)),
+                             f"value [B, {self.num_keys}, G, Dv], G dividing H, of floats, key and value of one dtype, "
+                             "all on one device",
+                             got=", ".join(f"{x.dtype} {list(x.shape)} on {x.device}" for x in (query, key, value)),
                              do="bring the heads to dimension 2")
-        lengths, bounds = self.lengths, self.bounds
-        if lengths is not None and (lengths.shape != (batch, 2) or lengths.dtype != torch.int64):
+        self._check_extras(key, rows, kept)
+
+    def _check_extras(self, key: torch.Tensor, rows: int, kept: torch.Tensor | None) -> None:
+        """Raises ShapeError unless lengths, bounds and a choice made before fit the key and the rows."""
+        (batch, keys, groups, width), lengths, bounds = key.shape, self.lengths, self.bounds
+        if lengths is not None and (lengths.shape != (batch, 2) or lengths.dtype != torch.int64
+                                    or lengths.device != key.device):
             raise ShapeError("paging", expected=f"lengths int64 [{batch}, 2]", do="give one (start, stop) a row",
-                             got=f"{lengths.dtype} {list(lengths.shape)}")
+                             got=f"{lengths.dtype} {list(lengths.shape)} on {lengths.device}")
         if bounds is not None and not (bounds.dim() == 5 and bounds.shape == (batch, groups, bounds.shape[2], 2, width)
-                                       and bounds.shape[2] >= keys // PAGE and bounds.dtype == key.dtype):
+                                       and bounds.shape[2] >= keys // PAGE and bounds.dtype == key.dtype
+                                       and bounds.device == key.device):
             raise ShapeError("paging", expected=f"bounds {key.dtype} [{batch}, {groups}, {keys // PAGE} or more, 2, "
-                             f"{width}]", got=f"{bounds.dtype} {list(bounds.shape)}",
+                             f"{width}]", got=f"{bounds.dtype} {list(bounds.shape)} on {bounds.device}",
                              do="give the bounds of this key, or none")
+        if kept is not None and not (
+                kept.dim() == 4 and kept.dtype == torch.bool and kept.shape[3] == self.num_pages
+                and kept.shape[0] in (1, batch) and kept.shape[1] in (1, groups) and kept.shape[2] in (1, rows)
+                and kept.device == key.device):
+            raise ShapeError("paging", expected=f"kept bool [{batch}, {groups}, {rows}, {self.num_pages}]",
+                             got=f"{kept.dtype} {list(kept.shape)} on {kept.device}", do="give a choice of these pages")
 
 
 def can_choose(rule: Rule) -> bool:

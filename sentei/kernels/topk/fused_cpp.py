@@ -9,8 +9,9 @@ import ctypes
 import torch
 from torch.autograd.forward_ad import unpack_dual
 
-from sentei.core.errors import ImplError, ResourceError
+from sentei.core.errors import ImplError, ResourceError, RuleError, ShapeError
 from sentei.kernels import native
+from sentei.kernels.attention.tiles import Grid
 from sentei.kernels.topk.choice import Choice
 
 _LONGS = ("batch", "queries", "keys", "heads", "groups", "width", "value_width", "causal", "threads", "machine", "best",
@@ -73,7 +74,7 @@ def refusal(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> str:
 def _forward(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: torch.Tensor | None,
              sizes: list[int], scale: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The op `sentei::topk`: output, lse and ids; `sizes` are k, the window or -1, and 1 for causal."""
-    output, lse, ids = _results(query, key, value, sizes)
+    output, lse, ids = _results((query, key, value), lengths, sizes)
     if ids.numel():
         call, held = _call((query, key, value), ids, lengths, sizes, scale)
         call.output, call.lse = output.data_ptr(), lse.data_ptr()
@@ -85,7 +86,7 @@ def _forward(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, length
 
 
 def _forward_shapes(query, key, value, lengths, sizes, scale):
-    output, lse, ids = _results(query, key, value, sizes)
+    output, lse, ids = _results((query, key, value), lengths, sizes)
     return output.to(query.dtype), lse, ids
 
 
@@ -97,6 +98,7 @@ def _backward(given: list[torch.Tensor], ids: torch.Tensor, lengths: torch.Tenso
         given: query, key, value, and the gradients of output and lse.
         ids, lengths, sizes, scale: as in `_forward`.
     """
+    _check_backward(given, ids, lengths, sizes)
     query, key, value = given[:3]
     gradients = [torch.zeros(tensor.shape, dtype=torch.float32, device="cpu") for tensor in (query, key, value)]
     if ids.numel():
@@ -111,6 +113,7 @@ def _backward(given: list[torch.Tensor], ids: torch.Tensor, lengths: torch.Tenso
 
 
 def _backward_shapes(given, ids, lengths, sizes, scale):
+    _check_backward(given, ids, lengths, sizes)
     return tuple(torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device) for tensor in given[:3])
 
 
@@ -144,9 +147,44 @@ torch.library.register_autograd("sentei::topk", _differentiate, setup_context=_s
 torch.library.register_autograd("sentei::topk_backward", _refuse_twice, lib=_OPS)
 
 
-def _results(query, key, value, sizes):
+def _choice(where: str, tensors: tuple[torch.Tensor, ...], lengths: torch.Tensor | None, sizes: list[int]) -> Choice:
+    """The choice that an op was given in parts. Anyone may call an op, so what it is given is checked."""
+    query, key, value = tensors
+    if query.dim() != 4 or key.dim() != 4 or len(sizes) != 3 or sizes[1] < -1:
+        raise ShapeError(where, expected="four dimensions, and as sizes k, a window or -1, and 1 for causal",
+                         got=f"{list(query.shape)}, {list(key.shape)}, {sizes}", do="call it through attend_topk")
+    grid = Grid(num_queries=query.shape[1], num_keys=key.shape[1], query_block=1, key_block=1, lengths=lengths)
+    grid.check(where, query, key, value)
+    if lengths is not None and lengths.device != query.device:
+        raise ShapeError(where, expected=f"lengths on {query.device}", got=str(lengths.device),
+                         do="move them to the same device")
+    if sizes[1] >= 0 and not sizes[2]:
+        raise RuleError(where, expected="a window of causal attention", got=f"sizes {sizes}",
+                        do="give -1 for the window")
+    return Choice(sizes[0], None if sizes[1] < 0 else sizes[1])
+
+
+def _check_backward(given: list[torch.Tensor], ids: torch.Tensor, lengths: torch.Tensor | None,
+                    sizes: list[int]) -> None:
+    """Raises ShapeError or RuleError unless all that `_backward` is given fits; the ids themselves are read later."""
+    if len(given) != 5:
+        raise ShapeError("topk_backward", expected="5 tensors", got=str(len(given)), do="call it through attend_topk")
+    query, key, value, gradient, lse_gradient = given
+    slots = _choice("topk_backward", (query, key, value), lengths, sizes).slots(key.shape[1])
+    rows = query.shape[:3]
+    if not (gradient.shape == (*rows, value.shape[3]) and lse_gradient.shape == rows and ids.shape == (*rows, slots)
+            and gradient.is_floating_point() and lse_gradient.is_floating_point() and ids.dtype == torch.int32
+            and gradient.device == lse_gradient.device == ids.device == query.device):
+        raise ShapeError("topk_backward", expected=f"gradients [*{list(rows)}, {value.shape[3]}] and {list(rows)}, and "
+                         f"ids int32 [*{list(rows)}, {slots}]", do="call it through attend_topk",
+                         got=", ".join(f"{x.dtype} {list(x.shape)} on {x.device}" for x in (*given[3:], ids)))
+
+
+def _results(tensors: tuple[torch.Tensor, ...], lengths: torch.Tensor | None,
+             sizes: list[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Float32 output and lse and int32 ids of `_forward`, to be filled."""
-    choice = Choice(sizes[0], None if sizes[1] < 0 else sizes[1])
+    choice = _choice("topk", tensors, lengths, sizes)
+    query, key, value = tensors
     shape = query.shape[:3]
     return (query.new_empty(*shape, value.shape[3], dtype=torch.float32), query.new_empty(shape, dtype=torch.float32),
             query.new_empty(*shape, choice.slots(key.shape[1]), dtype=torch.int32))
@@ -164,7 +202,7 @@ def _call(tensors: tuple[torch.Tensor, ...], ids: torch.Tensor, lengths: torch.T
         query_stride=strides[0], key_stride=strides[1], value_stride=strides[2],
         batch=query.shape[0], queries=query.shape[1], keys=key.shape[1], heads=query.shape[2], groups=key.shape[2],
         width=query.shape[3], value_width=value.shape[3], best=min(sizes[0], key.shape[1]),
-        window=min(sizes[1], key.shape[1]), causal=sizes[2], slots=ids.shape[3], threads=torch.get_num_threads(),
+        window=min(sizes[1], key.shape[1]), causal=bool(sizes[2]), slots=ids.shape[3], threads=torch.get_num_threads(),
         machine=native.MACHINE, scale=scale)
     return call, (tensors, lengths, ids)
 
@@ -176,6 +214,9 @@ def _rows(tensor: torch.Tensor) -> torch.Tensor:
 
 def _finish(status: int) -> None:
     """Raises what the native call could not."""
+    if status == native.BAD_PLAN:
+        raise ShapeError("topk_backward", expected="ascending ids of keys, and -1 after them", got="others",
+                         do="give the ids of attend_topk")
     if status:
         raise ResourceError("attend_topk", expected="memory for a packed copy of the keys", got="none left",
                             do="use a shorter input, a smaller batch or a machine with more memory")
