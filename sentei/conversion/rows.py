@@ -184,12 +184,13 @@ def _foreign(weight: torch.Tensor) -> str:
 def _try(module: nn.Module, mixin: type, attribute: str, forms: list[tuple]) -> str:
     """Switches the module to the first form whose native results are its own on random rows of several sizes."""
     expected = list(_results(module))
-    own, most = type(module), max(fused_cpp.MOST_ROWS, len(SCALES))
+    own = type(module)
     for form in forms:
         module.__class__ = _few_rows_class(mixin, own)
         setattr(module, attribute, form)
         width, dtype = input_of(module, 1).shape[-1], input_of(module, 1).dtype
-        module.few_rows = Choice(path="", outputs=0, width=width, dtype=dtype, most_rows=most, reason="")
+        module.few_rows = Choice(path="", outputs=0, width=width, dtype=dtype, most_rows=NORM_ROWS[-1],
+                                 reason="")
         found = [module._native(x) for x in _tried(module)]
         if all(y is not None and _same(y, expected[i]) for i, y in enumerate(found)):
             return ""

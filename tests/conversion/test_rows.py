@@ -128,7 +128,16 @@ def test_only_what_was_measured_faster_is_switched(monkeypatch):
         assert {isinstance(module, FewRows) for module in model} == {switched}
 
 
-def test_it_measures_and_a_second_install_starts_afresh():
+def test_it_measures_and_a_second_install_starts_afresh(monkeypatch):
     model = tiny_model("gemma3_text")
+    counts, norm = set(), rows.rows.norm
+
+    def noted(x, *others):
+        output = norm(x, *others)
+        counts.update([] if output is None else [x.shape[-2]])
+        return output
+
+    monkeypatch.setattr(rows.rows, "norm", noted)
     install(model, most_rows=8)
     assert all("times as fast" in choice.reason for choice in install(model))
+    assert counts >= set(rows.NORM_ROWS)
