@@ -21,7 +21,9 @@ def calls(monkeypatch) -> list[str]:
     """The native calls that gave something."""
     made = []
     for name in ("gated", "norm"):
-        def noted(*arguments, name=name, function=getattr(rows.rows, name)):
+        function = getattr(rows.rows, name)
+
+        def noted(*arguments, name=name, function=function):
             output = function(*arguments)
             made.extend([] if output is None else [name])
             return output

@@ -99,8 +99,8 @@ def test_every_other_case_is_left():
     x, weight = torch.ones(2, 6), torch.ones(6)
     layers = to(torch.float32, layer(5, 6, 1, False), layer(5, 6, 2, False), layer(4, 5, 3, False))
     assert rows.gated(x, *layers, "silu") is not None and rows.norm(x, weight, 1e-6, 0.0) is not None
-    for other in (x.double(), x.half(), x.to(HALF), x.to("meta"), torch.ones(0, 6), torch.ones(2, 3), torch.ones(6, 2).T,
-                  torch.tensor(1.0), nn.Parameter(x).as_subclass(type("Own", (torch.Tensor,), {}))):
+    for other in (x.double(), x.half(), x.to(HALF), x.to("meta"), torch.ones(0, 6), torch.ones(2, 3),
+                  torch.ones(6, 2).T, torch.tensor(1.0), nn.Parameter(x).as_subclass(type("Own", (torch.Tensor,), {}))):
         assert rows.gated(other, *layers, "silu") is None and rows.norm(other, weight, 1e-6, 0.0) is None
     assert rows.gated(torch.ones(9, 6), *layers, "silu") is None
     assert rows.gated(x, layers[0], layers[0], layers[0], "silu") is None
