@@ -10,9 +10,9 @@ from functools import partial
 import torch
 from torch import nn
 
-from sentei.budget.workload import Workload
 from sentei.conversion import wrapper
 from sentei.conversion.plan import Plan, attention_path, convert
+from sentei.budget.workload import Workload
 from sentei.core.storage import Stages
 from sentei.core.tracing import Record, Trace, trace
 from sentei.measurement.latency import Comparison, interleave
