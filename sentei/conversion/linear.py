@@ -7,6 +7,7 @@ so its path, state_dict, hooks and tied weights stay what they are.
 import statistics
 import time
 from collections import defaultdict
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 
 import torch
@@ -19,16 +20,17 @@ RUNS = 4
 SAMPLE = 12  # modules of a shape that are measured
 MARGIN = 1.02  # below this a gain is noise
 # The attribute of a model that holds what was measured, by kind of module.
-MEASURED = "few_row_linears_of_sentei"
+MEASURED = "few_rows_of_sentei"
+Known = dict[Hashable, tuple[int, str]]  # kind of module: the most rows, and why
 
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """What a linear layer was given and why.
+    """What a module was given and why.
 
     Args:
         path: of the module.
-        outputs, width, dtype: of its weight.
+        outputs, width, dtype: the numbers it makes of a row, those of the row, and their dtype.
         most_rows: the native kernel takes up to so many; 0 leaves the module as it was.
         reason: measured gains, or what the kernel cannot take.
     """
@@ -48,9 +50,14 @@ class FewRowLinear(nn.Linear):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """As `nn.Linear`; more rows, other dtypes, gradients and what else the kernel refuses take torch's own path."""
-        weight, bias, choice = self.weight, self.bias, self.few_rows
-        if (input.numel() <= choice.most_rows * choice.width and input.dtype is choice.dtype
-                and not fused_cpp.refusal(input, weight, bias)):
+        choice, own = self.few_rows, self._parameters
+        few = input.dtype is choice.dtype and input.numel() <= choice.most_rows * choice.width
+        if few:
+            output = fused_cpp.at_once(input, own.get("weight"), own.get("bias"))
+            if output is not None:
+                return output
+        weight, bias = self.weight, self.bias
+        if few and input.shape[-1:] == weight.shape[1:] and not fused_cpp.refusal(input, weight, bias):
             return fused_cpp.run(input, weight, bias)
         return nn.functional.linear(input, weight, bias)
 
@@ -69,14 +76,12 @@ def install(model: nn.Module, *, most_rows: int | None = None) -> list[Choice]:
     The choice holds for the dtype the weights now have; in another one torch's own path runs.
     """
     remove(model)
-    measured = model.__dict__.setdefault(MEASURED, {})
+    known = model.__dict__.setdefault(MEASURED, {})
     modules = {path: module for path, module in model.named_modules() if type(module) is nn.Linear}
     refused = {path: _refusal(module) for path, module in modules.items()}
     taken = [module for path, module in modules.items() if not refused[path]]
-    found = measured if most_rows is None else {
+    found = _measured(taken, known) if most_rows is None else {
         _kind(module): (min(most_rows, fused_cpp.MOST_ROWS), "asked for") for module in taken}
-    if most_rows is None and not {_kind(module) for module in taken} <= measured.keys():
-        measured.update(_measure(taken))
     choices = []
     for path, module in modules.items():
         rows, reason = (0, refused[path]) if refused[path] else found[_kind(module)]
@@ -113,41 +118,58 @@ def _kind(module: nn.Linear) -> tuple:
     return tuple(module.weight.shape), module.weight.dtype, module.bias is not None, torch.get_num_threads()
 
 
+def _measured(modules: list[nn.Linear], known: Known) -> Known:
+    return faster_rows(modules, _kind, (lambda module, x: nn.functional.linear(x, module.weight, module.bias),
+                                        lambda module, x: fused_cpp.linear(x, module.weight, module.bias)), known)
+
+
 @torch.no_grad()
-def _measure(modules: list[nn.Linear]) -> dict[tuple, tuple[int, str]]:
-    """The rows up to which the native kernel is faster, and the measured gains, for every kind of module.
+def faster_rows(modules: list[nn.Module], kind_of: Callable[[nn.Module], Hashable], ways: tuple[Callable, Callable],
+                known: Known, steps: tuple[int, ...] = ROWS) -> Known:
+    """The rows up to which the second way is faster than the first, and the measured gains, for every kind of module.
+
+    Args:
+        modules: of a model, in its order, each with a `weight` or a `gate_proj` whose last dimension is the input's.
+        kind_of: modules that give the same are measured together.
+        ways: functions of a module and its input.
+        known: what was measured before; it is used and added to.
+        steps: numbers of rows, in turn; one that is not faster ends it.
 
     A pass goes through the modules in the model's order, so that each weight has left the cache, as in decoding, when
     its turn comes again.
     """
     number, sample = defaultdict(int), []
-    for module in modules:
-        number[_kind(module)] += 1
-        sample += [module] if number[_kind(module)] <= SAMPLE else []
-    gains = {rows: _gains(sample, rows) for rows in ROWS}
-    found = {}
+    for module in (module for module in modules if kind_of(module) not in known):
+        number[kind_of(module)] += 1
+        sample += [module] if number[kind_of(module)] <= SAMPLE else []
+    gains = {rows: _gains(sample, kind_of, ways, rows) for rows in steps}
     for kind in number:
         best = 0
-        for rows in ROWS:
+        for rows in steps:
             if gains[rows][kind] < MARGIN:
                 break
             best = rows
-        found[kind] = best, ", ".join(f"{gains[rows][kind]:.2f} times as fast at {rows} rows" for rows in ROWS)
-    return found
+        known[kind] = best, ", ".join(f"{gains[rows][kind]:.2f} times as fast at {rows} rows" for rows in steps)
+    return known
 
 
-def _gains(modules: list[nn.Linear], rows: int) -> dict[tuple, float]:
-    """Seconds of torch's path ÷ seconds of the native one, the median over modules and runs, for every kind."""
-    inputs = {_kind(module): torch.randn(rows, module.weight.shape[1]).to(module.weight.dtype) for module in modules}
+def input_of(module: nn.Module, rows: int) -> torch.Tensor:
+    """Random rows, [1, rows, I], that the module takes."""
+    weight = module.weight if hasattr(module, "weight") else module.gate_proj.weight
+    return torch.randn(1, rows, weight.shape[-1], generator=torch.Generator().manual_seed(rows)).to(weight.dtype)
+
+
+def _gains(modules, kind_of, ways, rows) -> dict[Hashable, float]:
+    """Seconds of the first way ÷ seconds of the second, the median over modules and runs, for every kind."""
+    inputs = {kind_of(module): input_of(module, rows) for module in modules}
     seconds = defaultdict(lambda: ([], []))
-    paths = nn.functional.linear, fused_cpp.linear
     for run in range(RUNS + 1):
         for which in (0, 1) if run % 2 else (1, 0):
             for module in modules:
-                kind = _kind(module)
+                kind = kind_of(module)
                 start = time.perf_counter()
-                paths[which](inputs[kind], module.weight, module.bias)
+                ways[which](module, inputs[kind])
                 if run:
                     seconds[kind][which].append(time.perf_counter() - start)
-    return {kind: statistics.median(eager / native for eager, native in zip(*pair, strict=True))
+    return {kind: statistics.median(first / second for first, second in zip(*pair, strict=True))
             for kind, pair in seconds.items()}

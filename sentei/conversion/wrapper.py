@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from sentei.axes.connections import Connections
-from sentei.conversion import cache, linear
+from sentei.conversion import cache
+from sentei.conversion import rows as few_rows
 from sentei.core.errors import UnsupportedError
 from sentei.core.rules import All
 from sentei.core.tracing import trace
@@ -73,9 +74,9 @@ def _place(model: nn.Module, new: dict[str, Connections]) -> None:
         room.scale = module.scaling
         module.connections = room.to(next(module.parameters()).device)
     layers = cache.pruned_layers(model)
-    linear.remove(model)
+    few_rows.remove(model)
     if layers:
-        linear.install(model)
+        few_rows.install(model)
         setattr(model, HOOK, cache.watch(model.get_decoder(), layers, IMPLEMENTATION))
 
 

@@ -19,13 +19,16 @@ TOKENS = torch.tensor([[5, 9, 17, 33]])
 @pytest.fixture
 def calls(monkeypatch) -> list[int]:
     """The rows of every native product."""
-    rows, run = [], linear.fused_cpp.run
+    rows = []
+    for name in ("at_once", "run"):
+        function = getattr(linear.fused_cpp, name)
 
-    def noted(x, weight, bias):
-        rows.append(x.numel() // x.shape[-1])
-        return run(x, weight, bias)
+        def noted(x, weight, bias, function=function):
+            output = function(x, weight, bias)
+            rows.extend([] if output is None else [x.numel() // x.shape[-1]])
+            return output
 
-    monkeypatch.setattr(linear.fused_cpp, "run", noted)
+        monkeypatch.setattr(linear.fused_cpp, name, noted)
     return rows
 
 
@@ -113,8 +116,8 @@ def test_what_the_kernel_cannot_take_is_left_and_said():
                                               ((0.9, 2.0, 2.0), 0), ((1.01, 2.0, 2.0), 0)], ids=str)
 def test_only_what_was_measured_faster_is_switched(gains, most_rows, monkeypatch):
     module = nn.Sequential(nn.Linear(6, 5), nn.Linear(6, 5))
-    monkeypatch.setattr(linear, "_gains", lambda modules, rows: dict.fromkeys(
-        map(linear._kind, modules), gains[linear.ROWS.index(rows)]))
+    monkeypatch.setattr(linear, "_gains", lambda modules, kind_of, ways, rows: dict.fromkeys(
+        map(kind_of, modules), gains[linear.ROWS.index(rows)]))
     choices = install(module)
     assert {choice.most_rows for choice in choices} == {most_rows}
     assert f"{gains[0]:.2f} times as fast at 1 rows" in choices[0].reason
@@ -125,3 +128,12 @@ def test_it_measures_every_shape_and_a_second_install_starts_afresh():
     module = nn.Sequential(nn.Linear(6, 5), nn.Linear(6, 7, bias=False))
     install(module, most_rows=8)
     assert all("times as fast" in choice.reason for choice in install(module))
+
+
+@torch.no_grad()
+def test_an_input_of_another_width_is_refused_by_torch():
+    module = nn.Sequential(nn.Linear(6, 5))
+    install(module, most_rows=8)
+    for wrong in (torch.ones(1, 12), torch.ones(2, 3)):
+        with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+            module(wrong)

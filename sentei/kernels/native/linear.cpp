@@ -1,4 +1,5 @@
-// A linear layer for few rows: every weight is read from memory once, for all rows, as fast as memory gives it.
+// What a step of decoding is made of, for few rows: a linear layer, a gated MLP, an RMS norm. Every weight is read from
+// memory once, for all rows, as fast as memory gives it.
 #include "call.h"
 
 namespace {
@@ -7,7 +8,25 @@ namespace {
 struct Linear {
   const void *input, *weight, *bias;  // [R, I], [O, I], [O] or null; all of one dtype
   void* output;                       // [R, O]
+  float* wide;                        // [R, O]: takes the output's place where it is not null
   int64_t rows, width, outputs, input_stride, weight_stride;
+};
+
+// All contiguous and of one dtype; biases may be null.
+struct Gated {
+  const void *input, *gate, *up, *down;               // [R, I], [F, I], [F, I], [O, F]
+  const void *gate_bias, *up_bias, *down_bias;        // [F], [F], [O]
+  void* output;                                       // [R, O]
+  int64_t rows, width, hidden, outputs;               // hidden: F
+  bool tanh;                                          // the activation: gelu by tanh, else silu
+};
+
+// All contiguous and of one dtype.
+struct Norm {
+  const void *input, *weight;  // [R, I], [I]
+  void* output;                // [R, I]
+  int64_t rows, width;
+  float epsilon, shift;        // the weights are shift + weight
 };
 
 constexpr int64_t kPiece = 512 << 10;  // bytes of weights that are one piece of work, about
@@ -113,8 +132,12 @@ INLINE void outputs(const Linear& p, const float* inputs, int64_t first) {
     for (int k = 0; k < K; ++k) {
       const float total = Simd<L>::fold(sum[r][k], [](auto a, auto b) INLINE_LAMBDA { return a + b; });
       const auto* bias = static_cast<const Number*>(p.bias);
-      static_cast<Number*>(p.output)[r * p.outputs + first + k] =
-          Kind::narrow(bias ? total + Kind::widen(bias[first + k]) : total);
+      const float value = bias ? total + Kind::widen(bias[first + k]) : total;
+      const int64_t at = r * p.outputs + first + k;
+      if (p.wide)
+        p.wide[at] = value;
+      else
+        static_cast<Number*>(p.output)[at] = Kind::narrow(value);
     }
 }
 
@@ -154,6 +177,63 @@ INLINE void run_bfloat16(const Linear& p, const float* inputs, int64_t first, in
 ON_EVERY_MACHINE(run_bfloat16, (const Linear& p, const float* inputs, int64_t first, int64_t last),
                  (p, inputs, first, last))
 
+// gate becomes act(gate) · up, where act(g) = g / (1 + 2^t): silu with t = -g log2(e), and gelu by tanh, because
+// (1 + tanh u) / 2 = 1 / (1 + e^(-2u)).
+template <int L>
+INLINE void activate(float* gate, const float* up, int64_t count, bool tanh) {
+  using Vec = typename Simd<L>::Vec;
+  auto one = [&](Vec g, Vec u) INLINE_LAMBDA {
+    const Vec t = tanh ? g * (-1.5957691216057308f * kLog2E) * (1.0f + 0.044715f * g * g) : g * -kLog2E;
+    return g / (1.0f + (t > 127.0f ? Vec{} - kNone : Simd<L>::exp2(t))) * u;
+  };
+  int64_t i = 0;
+  for (; i + L <= count; i += L) Simd<L>::store(gate + i, one(Simd<L>::load(gate + i), Simd<L>::load(up + i)));
+  float rest[2][L]{};
+  std::copy(gate + i, gate + count, rest[0]);
+  std::copy(up + i, up + count, rest[1]);
+  Simd<L>::store(rest[0], one(Simd<L>::load(rest[0]), Simd<L>::load(rest[1])));
+  std::copy_n(rest[0], count - i, gate + i);
+}
+ON_EVERY_MACHINE(activate, (float* gate, const float* up, int64_t count, bool tanh), (gate, up, count, tanh))
+
+// y = x / sqrt(mean(x²) + epsilon) · (shift + weight), in this order in fp32, rounded once.
+template <class Kind, int L>
+INLINE void norm(const Norm& p) {
+  using Number = typename Kind::Number;
+  const auto* weight = static_cast<const Number*>(p.weight);
+  for (int64_t r = 0; r < p.rows; ++r) {
+    const auto* from = static_cast<const Number*>(p.input) + r * p.width;
+    auto* to = static_cast<Number*>(p.output) + r * p.width;
+    typename Simd<L>::Vec one, two, sum[2]{};
+    auto add = [&](const Number* numbers) INLINE_LAMBDA {
+      Kind::template load<L>(numbers, one, two);
+      sum[0] += one * one;
+      sum[1] += two * two;
+    };
+    int64_t i = 0;
+    for (; i + 2 * L <= p.width; i += 2 * L) add(from + i);
+    Number rest[2 * L]{};
+    std::copy(from + i, from + p.width, rest);
+    add(rest);
+    const float total = Simd<L>::fold(sum[0] + sum[1], [](auto a, auto b) INLINE_LAMBDA { return a + b; });
+    const float factor = 1.0f / std::sqrt(total / float(p.width) + p.epsilon);
+    for (int64_t j = 0; j < p.width; ++j)
+      to[j] = Kind::narrow(Kind::widen(from[j]) * factor * (p.shift + Kind::widen(weight[j])));
+  }
+}
+
+template <int L>
+INLINE void norm_float32(const Norm& p) {
+  norm<Float32, L>(p);
+}
+ON_EVERY_MACHINE(norm_float32, (const Norm& p), (p))
+
+template <int L>
+INLINE void norm_bfloat16(const Norm& p) {
+  norm<BFloat16, L>(p);
+}
+ON_EVERY_MACHINE(norm_bfloat16, (const Norm& p), (p))
+
 // Adds up floats, as fast as one loop reads memory: what the benchmark holds a product against.
 template <int L>
 INLINE void read(const float* from, int64_t count, float* total) {
@@ -166,29 +246,79 @@ INLINE void read(const float* from, int64_t count, float* total) {
 }
 ON_EVERY_MACHINE(read, (const float* from, int64_t count, float* total), (from, count, total))
 
-// The inputs as `outputs` reads them: for every 2 L places the rows in turn, zeros beyond the end.
+// Inputs as `outputs` reads them: for every 2 L places the rows in turn, zeros beyond the end.
 template <class Kind>
-std::vector<float> laid_out(const Linear& p, int lanes) {
-  const int64_t step = 2 * lanes;
-  std::vector<float> inputs((p.width + step - 1) / step * step * p.rows);
-  for (int64_t r = 0; r < p.rows; ++r) {
-    const auto* from = static_cast<const typename Kind::Number*>(p.input) + r * p.input_stride;
-    for (int64_t i = 0; i < p.width; i += step) {
-      float* to = inputs.data() + i * p.rows + r * step;
-      for (int j = 0; j < std::min(step, p.width - i); ++j) to[Kind::place(j, lanes)] = Kind::widen(from[i + j]);
+class LaidOut {
+ public:
+  LaidOut(int64_t rows, int64_t width, int lanes)
+      : rows_(rows), step_(2 * lanes), numbers_((width + step_ - 1) / step_ * step_ * rows) {}
+  // Numbers first … last - 1 of a row, which begins at `from`.
+  template <class Read>
+  void write(int64_t row, int64_t first, int64_t last, Read from) {
+    for (int64_t i = first; i < last;) {
+      const int64_t begin = i / step_ * step_, end = std::min(begin + step_, last);
+      float* to = numbers_.data() + begin * rows_ + row * step_;
+      for (; i < end; ++i) to[Kind::place(int(i - begin), int(step_ / 2))] = from(i);
     }
+  }
+  const float* data() const { return numbers_.data(); }
+
+ private:
+  int64_t rows_, step_;
+  std::vector<float> numbers_;
+};
+
+template <class Kind>
+LaidOut<Kind> laid_out(const void* input, int64_t rows, int64_t width, int64_t stride, int lanes) {
+  LaidOut<Kind> inputs(rows, width, lanes);
+  for (int64_t r = 0; r < rows; ++r) {
+    const auto* from = static_cast<const typename Kind::Number*>(input) + r * stride;
+    inputs.write(r, 0, width, [&](int64_t i) { return Kind::widen(from[i]); });
   }
   return inputs;
 }
 
+// work(first, last) for pieces of the outputs, of which each reads `bytes` of weights.
+template <class Work>
+void in_pieces(int64_t outputs, int64_t bytes, int64_t threads, Work work) {
+  const int64_t all = outputs * bytes;
+  const int64_t most = all < kAlone ? 1 : threads * ((all + threads * kPiece - 1) / (threads * kPiece));
+  const int64_t piece = std::max<int64_t>((outputs + most - 1) / most, 4);
+  in_parallel((outputs + piece - 1) / piece, threads, [] { return 0; }, [&](int64_t i, int) {
+    work(i * piece, std::min(outputs, (i + 1) * piece));
+  });
+}
+
 template <class Kind, class Run>
 void linear(const Linear& p, Run run, int64_t threads, int machine) {
-  const std::vector<float> inputs = laid_out<Kind>(p, 4 << machine);
-  const int64_t bytes = p.outputs * p.width * int64_t(sizeof(typename Kind::Number));
-  const int64_t most = bytes < kAlone ? 1 : threads * ((bytes + threads * kPiece - 1) / (threads * kPiece));
-  const int64_t piece = std::max<int64_t>((p.outputs + most - 1) / most, 4);
-  in_parallel((p.outputs + piece - 1) / piece, threads, [] { return 0; }, [&](int64_t i, int) {
-    run(p, inputs.data(), i * piece, std::min(p.outputs, (i + 1) * piece));
+  const auto inputs = laid_out<Kind>(p.input, p.rows, p.width, p.input_stride, 4 << machine);
+  in_pieces(p.outputs, p.width * int64_t(sizeof(typename Kind::Number)), threads, [&](int64_t first, int64_t last) {
+    run(p, inputs.data(), first, last);
+  });
+}
+
+// What is between the products stays in fp32, whatever the dtype.
+template <class Kind, class Run>
+void gated(const Gated& p, Run run, int64_t threads, int machine) {
+  const int lanes = 4 << machine;
+  const int64_t size = sizeof(typename Kind::Number);
+  const auto inputs = laid_out<Kind>(p.input, p.rows, p.width, p.width, lanes);
+  std::vector<float> gates(p.rows * p.hidden), ups(p.rows * p.hidden);
+  LaidOut<Kind> hidden(p.rows, p.hidden, lanes);
+  const Linear gate{nullptr, p.gate, p.gate_bias, nullptr, gates.data(), p.rows, p.width, p.hidden, 0, p.width};
+  const Linear up{nullptr, p.up, p.up_bias, nullptr, ups.data(), p.rows, p.width, p.hidden, 0, p.width};
+  const Linear down{nullptr, p.down, p.down_bias, p.output, nullptr, p.rows, p.hidden, p.outputs, 0, p.hidden};
+  in_pieces(p.hidden, 2 * p.width * size, threads, [&](int64_t first, int64_t last) {
+    run(gate, inputs.data(), first, last);
+    run(up, inputs.data(), first, last);
+    for (int64_t r = 0; r < p.rows; ++r) {
+      float* row = gates.data() + r * p.hidden;
+      activate_on[machine](row + first, ups.data() + r * p.hidden + first, last - first, p.tanh);
+      hidden.write(r, first, last, [&](int64_t i) { return row[i]; });
+    }
+  });
+  in_pieces(p.outputs, p.hidden * size, threads, [&](int64_t first, int64_t last) {
+    run(down, hidden.data(), first, last);
   });
 }
 
@@ -202,13 +332,35 @@ int sentei_linear(const void* input, const void* weight, const void* bias, void*
                   int64_t outputs, int64_t input_stride, int64_t weight_stride, int64_t half, int64_t threads,
                   int64_t machine) {
   return status_of([&] {
-    const Linear p{input, weight, bias, output, rows, width, outputs, input_stride, weight_stride};
+    const Linear p{input, weight, bias, output, nullptr, rows, width, outputs, input_stride, weight_stride};
     const int set = machine < 0 ? machines() - 1 : int(machine);
     if (half)
       linear<BFloat16>(p, run_bfloat16_on[set], threads, set);
     else
       linear<Float32>(p, run_float32_on[set], threads, set);
   });
+}
+
+// down(act(gate(x)) · up(x)) for one to eight rows; `tanh` says gelu by tanh, else silu; the rest as above.
+int sentei_gated(const void* input, const void* gate, const void* up, const void* down, const void* gate_bias,
+                 const void* up_bias, const void* down_bias, void* output, int64_t rows, int64_t width, int64_t hidden,
+                 int64_t outputs, int64_t tanh, int64_t half, int64_t threads, int64_t machine) {
+  return status_of([&] {
+    const Gated p{input, gate, up, down, gate_bias, up_bias, down_bias, output, rows, width, hidden, outputs,
+                  tanh != 0};
+    const int set = machine < 0 ? machines() - 1 : int(machine);
+    if (half)
+      gated<BFloat16>(p, run_bfloat16_on[set], threads, set);
+    else
+      gated<Float32>(p, run_float32_on[set], threads, set);
+  });
+}
+
+// An RMS norm of any number of rows, on this thread.
+void sentei_norm(const void* input, const void* weight, void* output, int64_t rows, int64_t width, double epsilon,
+                 double shift, int64_t half, int64_t machine) {
+  const Norm p{input, weight, output, rows, width, float(epsilon), float(shift)};
+  (half ? norm_bfloat16_on : norm_float32_on)[machine < 0 ? machines() - 1 : int(machine)](p);
 }
 
 // Adds up `count` floats, which 128 divides.

@@ -1,0 +1,111 @@
+"""The native gated MLP and RMS norm against fp64, and what they leave to a module's own forward."""
+
+import pytest
+import torch
+from torch import nn
+
+from sentei.kernels import native
+from sentei.kernels.linear import rows
+
+pytestmark = pytest.mark.skipif(bool(native.missing()), reason=native.missing())
+HALF = torch.bfloat16
+
+
+@pytest.fixture(params=range(1 if native.missing() else native.machines()), ids=lambda number: f"machine {number}")
+def machine(request, monkeypatch) -> None:
+    """Each instruction set of this processor in turn."""
+    monkeypatch.setattr(native, "MACHINE", request.param)
+
+
+@pytest.fixture(autouse=True)
+def without_gradients():
+    with torch.no_grad():
+        yield
+
+
+def random(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def layer(outputs: int, width: int, seed: int, with_bias: bool):
+    return random(outputs, width, seed=seed) / width**0.5, random(outputs, seed=seed + 9) if with_bias else None
+
+
+def to(dtype, *layers):
+    return [tuple(None if part is None else part.to(dtype) for part in layer) for layer in layers]
+
+
+def eager(x, gate, up, down, activation):
+    multiply = nn.functional.linear
+    return multiply(rows.ACTIVATIONS[activation](multiply(x, *gate)) * multiply(x, *up), *down)
+
+
+def eager_norm(x, weight, epsilon, shift):
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)
+    return (normed * (shift + weight.to(wide.dtype))).to(x.dtype)
+
+
+@pytest.mark.parametrize("activation", rows.ACTIVATIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=str)
+@pytest.mark.parametrize("width, hidden, outputs", [(1, 1, 1), (37, 53, 29), (64, 96, 64), (130, 401, 7)])
+@pytest.mark.parametrize("size", [1.0, 40.0])
+def test_gated_is_as_near_to_fp64_as_torch(activation, dtype, width, hidden, outputs, size, machine):
+    for count in range(1, 9):
+        x = (random(1, count, width, seed=count) * size).to(dtype)
+        layers = to(dtype, *(layer(*shape, seed, count % 2 == 0) for seed, shape in enumerate(
+            [(hidden, width), (hidden, width), (outputs, hidden)])))
+        exact = eager(x.double(), *to(torch.float64, *layers), activation)
+        y, own = rows.gated(x, *layers, activation), eager(x, *layers, activation)
+        assert y.dtype is dtype and y.shape == own.shape
+        unit = torch.finfo(torch.float32 if dtype is torch.float32 else dtype).eps * exact.norm()
+        assert (y - exact).norm() <= max(2 * (own - exact).norm(), 2 * unit)
+
+
+@pytest.mark.parametrize("shift", [0.0, 1.0])
+@pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=str)
+@pytest.mark.parametrize("width", [1, 7, 16, 33, 576])
+@pytest.mark.parametrize("size", [1e-4, 1.0, 1e4])
+def test_norm_is_as_near_to_fp64_as_torch(shift, dtype, width, size, machine):
+    x, weight = (random(1, 8, width) * size).to(dtype), random(width, seed=1).to(dtype)
+    exact = eager_norm(x.double(), weight.double(), 1e-6, shift)
+    y, own = rows.norm(x, weight, 1e-6, shift), eager_norm(x, weight, 1e-6, shift)
+    assert y.dtype is dtype and y.shape == x.shape
+    assert (y - exact).norm() <= max(2 * (own - exact).norm(), torch.finfo(dtype).eps * exact.norm())
+    assert all(torch.equal(rows.norm(x[:, :count], weight, 1e-6, shift), y[:, :count]) for count in range(1, 9))
+
+
+@pytest.mark.parametrize("activation", rows.ACTIVATIONS)
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf, -torch.inf, 1e30], ids=str)
+def test_what_is_not_a_number_reaches_its_row_and_no_other(activation, poison, machine):
+    layers = to(torch.float32, layer(33, 21, 1, False), layer(33, 21, 2, False), layer(5, 33, 3, False))
+    x, weight = random(3, 21).float(), random(21, seed=4).float()
+    x[1, 20] = poison
+    torch.testing.assert_close(rows.gated(x, *layers, activation), eager(x, *layers, activation), equal_nan=True,
+                               rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(rows.norm(x, weight, 1e-6, 0.0), eager_norm(x, weight, 1e-6, 0.0), equal_nan=True)
+
+
+def test_a_row_of_gated_depends_on_nothing_but_itself(machine, monkeypatch):
+    layers = to(torch.float32, layer(1501, 131, 1, True), layer(1501, 131, 2, False), layer(903, 1501, 3, True))
+    x = random(8, 131).float()
+    expected = torch.cat([rows.gated(row[None], *layers, "silu") for row in x])
+    for threads in (1, 2, 3):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        assert torch.equal(rows.gated(x, *layers, "silu"), expected)
+
+
+def test_every_other_case_is_left():
+    x, weight = torch.ones(2, 6), torch.ones(6)
+    layers = to(torch.float32, layer(5, 6, 1, False), layer(5, 6, 2, False), layer(4, 5, 3, False))
+    assert rows.gated(x, *layers, "silu") is not None and rows.norm(x, weight, 1e-6, 0.0) is not None
+    for other in (x.double(), x.half(), x.to(HALF), x.to("meta"), torch.ones(0, 6), torch.ones(2, 3),
+                  torch.ones(6, 2).T, torch.tensor(1.0), nn.Parameter(x).as_subclass(type("Own", (torch.Tensor,), {}))):
+        assert rows.gated(other, *layers, "silu") is None and rows.norm(other, weight, 1e-6, 0.0) is None
+    assert rows.gated(torch.ones(9, 6), *layers, "silu") is None
+    assert rows.gated(x, layers[0], layers[0], layers[0], "silu") is None
+    assert rows.norm(torch.ones(rows.MOST_NUMBERS // 6 + 1, 6), weight, 1e-6, 0.0) is None
+    for context in (torch.enable_grad(), torch.autocast("cpu"), torch.device("cpu"),
+                    torch._subclasses.FakeTensorMode()):
+        with context:
+            assert rows.gated(x, *layers, "silu") is None and rows.norm(x, weight, 1e-6, 0.0) is None
