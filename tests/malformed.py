@@ -211,7 +211,7 @@ def drawn(number: int) -> tuple[Callable, Arguments, list[str], bool]:
         name = draw.choice(choices[damage])
         try:
             wrong |= damage(draw, given, name)
-        except (AttributeError, RuntimeError, IndexError, TypeError, ValueError, NotImplementedError):
+        except (AttributeError, RuntimeError, IndexError, TypeError, ValueError, ArithmeticError):
             continue  # an argument that was damaged before cannot always be damaged again
         done.append(f"{damage.__name__} {name}")
     return entry, given, done, wrong and len(done) == 1
