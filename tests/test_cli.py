@@ -166,7 +166,7 @@ def test_summary_is_all_of_stdout_and_says_how_to_use_the_result(sentei):
     lines = dict(re.split("  +", line, maxsplit=1) for line in done.stdout.splitlines())
     assert list(lines) == ["model", "workload", "speed-up", "quality", "density", "report", "use it"]
     assert lines["workload"] == "prefill:64, float32, 2 threads"
-    assert lines["speed-up"] == "1.25 times (4 s dense, 3.2 s pruned)"
+    assert lines["speed-up"] == "1.25 times (4 s dense, 3.2 s pruned; 1.02e+03 and 1.02e+03 tokens a second)"
     assert lines["quality"] == "0.9912, between 0.9901 and 0.9923 (perplexity 12.5 dense, 12.5 pruned)"
     assert lines["report"] == "a folder/report.html"
     assert eval(lines["use it"].removeprefix("import sentei; model = sentei.load(")[:-1]) == "it's \"here\""

@@ -15,8 +15,9 @@ PLAIN = [case for case in CASES if not case.softcap]
 SPREAD = [Case(name="spread", queries=70, keys=90, tile=(16, 8), heads=4, groups=2, logits=6.0),
           Case(name="spread, padded", queries=64, keys=64, tile=(8, 16), logits=6.0, lengths=((5, 60), (0, 64)))]
 EPS = (0.5, 0.01, 1e-6)
+needs_library = pytest.mark.skipif(bool(native.missing()), reason=native.missing())
 every_way = pytest.mark.parametrize("natively", [
-    pytest.param(True, marks=pytest.mark.skipif(bool(native.missing()), reason=native.missing())), False],
+    pytest.param(True, marks=needs_library), False],
     ids=["native", "plain torch"])
 
 
@@ -97,7 +98,7 @@ def test_gradients_are_those_of_what_is_kept(natively, dtype, monkeypatch):
         assert errors[0] <= 2 * errors[1] + 8 * torch.finfo(dtype).eps * true.abs().max().clamp(min=1)
 
 
-@pytest.mark.skipif(bool(native.missing()), reason=native.missing())
+@needs_library
 def test_without_a_cut_that_bites_it_is_the_dense_kernel_bit_for_bit():
     case = SPREAD[0]
     output, kept = attend_certified(*case.tensors(torch.float32), case.grid(), 1e-30, scale=0.3)
@@ -116,7 +117,7 @@ def test_a_nan_is_not_dropped(natively, monkeypatch):
     assert kept[..., 0].all() and output.isnan().all()
 
 
-@pytest.mark.skipif(bool(native.missing()), reason=native.missing())
+@needs_library
 def test_it_is_a_proper_op_of_torch():
     tensors = SPREAD[0].tensors(torch.float32)
     torch.library.opcheck(torch.ops.sentei.certify.default, (*tensors, None, [16, 8, 1, 0], 0.3, 5.0))
