@@ -14,7 +14,7 @@ setup(ext_modules=[Extension(
     sources=sorted(map(str, NATIVE.glob("*.cpp"))),
     depends=sorted(map(str, NATIVE.glob("*.h"))),
     extra_compile_args=["-O3", "-std=c++17", "-pthread", "-Wno-psabi"],
-    extra_link_args=["-pthread"],
+    extra_link_args=["-pthread", "-ldl"],
     language="c++",
     optional=True,
 )])
