@@ -109,17 +109,25 @@ def _forward(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, plan: 
         sizes: query block, key block, 1 for causal, and the window or 0.
     """
     grid = _grid("attend", [query, key, value], plan, lengths, sizes, softcap)
-    output, lse, softmax = _results(query, value)
+    rows = [_rows(tensor) for tensor in (query, key, value)]
+    problem = _problem(*rows[:2], grid, scale, softcap)
+    _set_plan(problem, plan)
+    return _computed(problem, rows, grid, query.dtype)
+
+
+def _computed(problem: _Problem, rows: list[torch.Tensor], grid: Grid,
+              dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Output in a dtype, lse and softmax of a problem, to which only the value and the results are missing.
+
+    Args:
+        rows: query, key and value as `_rows` gives them.
+    """
+    output, lse, softmax = _results(rows[0], rows[2])
     if lse.numel():
-        query, key, value = (_rows(tensor) for tensor in (query, key, value))
-        written = output if output.dtype == query.dtype else torch.empty_like(output, dtype=query.dtype)
-        problem = _problem(query, key, grid, scale, softcap)
-        _set_plan(problem, plan)
-        _set_value(problem, value)
-        problem.output, problem.lse, problem.softmax = (tensor.data_ptr() for tensor in (written, lse, softmax))
+        _set_value(problem, rows[2])
+        problem.output, problem.lse, problem.softmax = (tensor.data_ptr() for tensor in (output, lse, softmax))
         _finish(native.load().sentei_attend(ctypes.byref(problem)), grid)
-        output = written.to(output.dtype)
-    return output, lse, softmax
+    return output.to(dtype), lse, softmax
 
 
 def _forward_shapes(query, key, value, plan, lengths, sizes, scale, softcap):
@@ -131,18 +139,11 @@ def _certify(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, length
              sizes: list[int], scale: float, cut: float) -> tuple[torch.Tensor, torch.Tensor]:
     """The op `sentei::certify`: output and kept of `certify`; the cut is in powers of two."""
     grid = _grid("certify", [query, key, value], [], lengths, sizes)
-    output, kept = _certify_shapes(query, key, value, lengths, sizes, scale, cut)
-    if output.numel():
-        _, lse, softmax = _results(query, value)
-        query, key, value = (_rows(tensor) for tensor in (query, key, value))
-        written = torch.empty_like(output, dtype=query.dtype)
-        problem = _problem(query, key, grid, scale, 0.0)
-        _set_value(problem, value)
-        problem.output, problem.lse, problem.softmax = (tensor.data_ptr() for tensor in (written, lse, softmax))
-        problem.cut, problem.kept = cut, kept.data_ptr()
-        _finish(native.load().sentei_attend(ctypes.byref(problem)), grid)
-        output = written.to(output.dtype)
-    return output, kept
+    _, kept = _certify_shapes(query, key, value, lengths, sizes, scale, cut)
+    rows = [_rows(tensor) for tensor in (query, key, value)]
+    problem = _problem(*rows[:2], grid, scale, 0.0)
+    problem.cut, problem.kept = cut, kept.data_ptr()
+    return _computed(problem, rows, grid, query.dtype)[0], kept
 
 
 def _certify_shapes(query, key, value, lengths, sizes, scale, cut):
