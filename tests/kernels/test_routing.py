@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sentei.core.errors import ImplError, ShapeError
-from sentei.kernels.routing import IMPLS, choose_impl, route
+from sentei.kernels.routing import IMPLS, Stack, choose_impl, route
+from sentei.kernels.routing.stack import ACTIVATIONS
 
 every_impl = pytest.mark.parametrize("impl", IMPLS)
 
@@ -152,3 +153,25 @@ def test_every_implementation_has_the_signature_of_the_door():
     for function in IMPLS.values():
         assert list(inspect.signature(function).parameters.values()) == expected
         assert inspect.signature(function).return_annotation == door.return_annotation
+
+
+@pytest.mark.parametrize("gated", [True, False], ids=["gated", "plain"])
+@pytest.mark.parametrize("activation", sorted(ACTIVATIONS))
+def test_a_stack_is_a_sequence_of_feed_forward_networks(activation, gated):
+    torch.manual_seed(0)
+    gate, up, down = torch.randn(3, 5, 4).double(), torch.randn(3, 5, 4).double(), torch.randn(3, 2, 5).double()
+    stack, x = Stack(up=up, down=down, gate=gate if gated else None, activation=activation), torch.randn(6, 4).double()
+    act = ACTIVATIONS[activation]
+    for e, expert in enumerate(stack):
+        hidden = act(x @ gate[e].T) * (x @ up[e].T) if gated else act(x @ up[e].T)
+        torch.testing.assert_close(expert(x), hidden @ down[e].T)
+    assert len(stack) == len(list(stack)) == 3
+
+
+@pytest.mark.parametrize("wrong", [{"down": torch.zeros(3, 2, 6)}, {"gate": torch.zeros(3, 5, 3)},
+                                   {"up": torch.zeros(5, 4)}, {"down": torch.zeros(3, 2, 5).half()},
+                                   {"activation": "tanh"}], ids=str)
+def test_a_stack_whose_parts_do_not_fit_is_refused(wrong):
+    parts = {"up": torch.zeros(3, 5, 4), "down": torch.zeros(3, 2, 5), "gate": torch.zeros(3, 5, 4)}
+    with pytest.raises(ShapeError):
+        Stack(**{**parts, **wrong})

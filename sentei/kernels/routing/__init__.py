@@ -7,8 +7,9 @@ import torch
 from sentei.core.errors import ImplError, ShapeError
 from sentei.core.shapes import check_shape
 from sentei.kernels.routing import reference
+from sentei.kernels.routing.stack import Stack
 
-__all__ = ["IMPLS", "choose_impl", "route"]
+__all__ = ["IMPLS", "Stack", "choose_impl", "route"]
 
 IMPLS = {"reference": reference.route}
 
