@@ -1,4 +1,4 @@
-"""Experts of one shape as stacked weights, which fast kernels read; to the definition they are functions, one by one."""
+"""Experts of one shape as stacked weights, for fast kernels; to the definition they are functions, one by one."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
