@@ -2,19 +2,23 @@
 
 Run from the repository's root: python -m benchmarks.bench_model --tokens 8000
 
-Dense is transformers' sdpa path with its own cache, in the same dtype and threads. "Exact" keeps every key and only the
-kernels, the cache and the few-row layers are ours. "Pruned" is the plan of a folder that `sentei prune` wrote (--plan),
-whose quality its receipt tells. Both sides run in turn in one process; a ratio is the median over neighbouring pairs,
-dense ÷ ours. A decoded token's time is the mean over the steps of a run, at the end of the text.
+Dense is transformers' sdpa path with its own cache, in the same threads; of the same dtype, or of the one --against
+names, where another dtype is the faster one to run dense. "Exact" keeps every key and only the kernels, the cache and
+the few-row layers are ours. "Pruned" is the plan of a folder that `sentei prune` wrote (--plan). Both sides run in turn
+in one process; a ratio is the median over neighbouring pairs, dense ÷ ours. A decoded token's time is the mean over the
+steps of a run, at the end of the text. Quality is the dense side's perplexity ÷ ours on that text, a window that no
+plan was made on, so that it holds what a change of dtype costs as well; in brackets its 95 % interval.
 """
 
 import argparse
 import json
-import statistics
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from benchmarks.publish import table, write_result
@@ -24,10 +28,12 @@ from sentei.conversion import export
 from sentei.conversion.checkpoints import load_model, load_tokenizer, locate
 from sentei.conversion.plan import Plan, convert, prunable_layers
 from sentei.core.rules import All, Threshold
-from sentei.measurement.latency import interleave
-from sentei.measurement.outcome import environment
+from sentei.measurement.latency import interleave, measured
+from sentei.measurement.quality import compare
 from sentei.measurement.text import read_text, windows_of
+from sentei.pipeline import WINDOWS
 
+DTYPES = ("float32", "bfloat16")
 KINDS = {"prefill": Prefill, "decode": Decode}
 EXACT = {"prefill": Config(rule=All()), "decode": Config(decode=Threshold(0.0))}
 
@@ -39,53 +45,91 @@ def plans(model: nn.Module, workload: Workload, folders: list[Path]) -> dict[str
         policy = export.read_policy(folder)
         facts = policy["facts"]
         if facts["workload"] == str(workload):
-            name = f"pruned, quality {facts['quality']:.4f}, density {facts['density']:.2f}"
-            found[name] = Plan.from_json(policy["plan"])
+            found[f"pruned to density {facts['density']:.2f}"] = Plan.from_json(policy["plan"])
     return found
 
 
-def rows(kinds: list[str], dtypes: list[str], tokens: int, folders: list[Path], runs: int) -> Iterator[dict]:
+@dataclass(frozen=True, kw_only=True)
+class Side:
+    """A model and what its work starts from, e.g. the cache of a prompt.
+
+    Args:
+        dtype: of the model's weights.
+        row: the tokens of one window.
+        prefix: what `Workload.prefix` made of them with this model, dense.
+    """
+
+    model: nn.Module
+    dtype: str
+    workload: Workload
+    row: torch.Tensor
+    prefix: object
+
+    @classmethod
+    def of(cls, model: nn.Module, dtype: str, workload: Workload, row: torch.Tensor) -> "Side":
+        """The side before its first run."""
+        convert(model, Plan())
+        return cls(model=model, dtype=dtype, workload=workload, row=row, prefix=workload.prefix(model, row))
+
+    def losses(self, plan: Plan) -> torch.Tensor:
+        """Of the tokens of the row that the workload reads."""
+        convert(self.model, plan)
+        return self.workload.losses(self.model, self.row, self.prefix)
+
+    def begin(self, plan: Plan) -> Callable[[], object]:
+        """The work, ready to be timed."""
+        convert(self.model, plan)
+        return self.workload.begin(self.model, self.row, self.prefix)
+
+
+def rows(asked: argparse.Namespace) -> Iterator[dict]:
     """One row for every workload, dtype and plan."""
-    checkpoint, machine = locate(None), environment()["processor"]
-    tokenizer = load_tokenizer(checkpoint)
-    row = windows_of(tokenizer, read_text(None).text, length=tokens, needed={"row": 1})["row"][0]
-    for dtype in dtypes:
-        model = load_model(checkpoint, dtype)
-        for workload in (KINDS[kind](tokens) for kind in kinds):
-            prefix = workload.prefix(model, row)
-            for name, plan in plans(model, workload, folders).items():
-                work = {}
+    checkpoint = locate(None)
+    length = asked.tokens
+    row = windows_of(load_tokenizer(checkpoint), read_text(None).text, length=length, needed=WINDOWS)["verify"][0]
+    for kind, dtype in product(asked.kinds, asked.dtype or DTYPES):
+        ours = Side.of(load_model(checkpoint, dtype), dtype, KINDS[kind](length), row)
+        other = asked.against or dtype
+        dense = ours if other == dtype else Side.of(load_model(checkpoint, other), other, ours.workload, row)
+        expected = dense.losses(Plan())
+        for name, plan in plans(ours.model, ours.workload, asked.plan).items():
+            yield _row(dense, ours, plan, f"{checkpoint.name}, {ours.workload}, {dtype}, {name}", expected, asked.runs)
 
-                def begin(which: Plan, work=work, workload=workload, prefix=prefix, model=model) -> None:
-                    convert(model, which)
-                    work["run"] = workload.begin(model, row, prefix)
 
-                timed = interleave(lambda work=work: work["run"](), lambda work=work: work["run"](), runs=runs,
-                                   before=(partial(begin, Plan()), partial(begin, plan)))
-                dense, ours = (seconds / workload.timed_runs for seconds in timed.seconds())
-                ratios = timed.ratios()
-                convert(model, Plan())
-                yield {"bench": "model", "case": f"{checkpoint.name}, {workload}, {dtype}, {name}",
-                       "peer": "transformers sdpa", "ours_s": ours, "peer_s": dense,
-                       "ratio": statistics.median(ratios), "low": min(ratios), "high": max(ratios), "machine": machine}
+def _row(dense: Side, ours: Side, plan: Plan, case: str, expected: torch.Tensor, runs: int) -> dict:
+    """One measurement; `expected` are the dense side's losses."""
+    quality = compare(expected[None], ours.losses(plan)[None])
+    ready = {}
+
+    def begin(which: str, side: Side, chosen: Plan) -> None:
+        ready[which] = side.begin(chosen)
+
+    timed = interleave(lambda: ready["dense"](), lambda: ready["ours"](), runs=runs,
+                       before=(partial(begin, "dense", dense, Plan()), partial(begin, "ours", ours, plan)))
+    made = measured("model", case, f"transformers sdpa {dense.dtype}", timed)
+    each = ours.workload.timed_runs
+    return {**made, "ours_s": made["ours_s"] / each, "peer_s": made["peer_s"] / each, "quality": quality.value,
+            "quality_low": quality.low, "quality_high": quality.high}
 
 
 def main() -> None:
     """Measures what is asked for and writes the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kinds", nargs="*", default=list(KINDS), help=f"which of {', '.join(KINDS)}; all")
-    parser.add_argument("--dtype", action="append", help="float32 or bfloat16; both when none is named")
+    parser.add_argument("--dtype", action="append", choices=DTYPES, help="both when none is named")
     parser.add_argument("--tokens", type=int, default=8000)
     parser.add_argument("--plan", action="append", type=Path, default=[], help="a folder written by sentei prune")
     parser.add_argument("--runs", type=int, default=3, help="timed pairs a row")
+    parser.add_argument("--against", choices=DTYPES, help="the dtype of the dense side; the same when it is not given")
     asked = parser.parse_args()
     lines = []
-    for row in rows(asked.kinds, asked.dtype or ["float32", "bfloat16"], asked.tokens, asked.plan, asked.runs):
+    for row in rows(asked):
         print(json.dumps(row), flush=True)
-        lines.append([row["case"], f"{1000 * row['ours_s']:,.1f}", f"{1000 * row['peer_s']:,.1f}",
-                      f"**{row['ratio']:.2f}** ({row['low']:.2f} to {row['high']:.2f})"])
-    write_result(f"model-{asked.tokens}", __doc__, [table(["case", "ours ms", "transformers ms", "transformers ÷ ours"],
-                                                          lines)])
+        lines.append([row["case"], row["peer"], f"{1000 * row['ours_s']:,.1f}", f"{1000 * row['peer_s']:,.1f}",
+                      f"**{row['ratio']:.2f}** ({row['low']:.2f} to {row['high']:.2f})",
+                      f"{row['quality']:.4f} ({row['quality_low']:.4f} to {row['quality_high']:.4f})"])
+    head = ["case", "dense side", "ours ms", "dense ms", "dense ÷ ours", "quality"]
+    write_result(f"model-{'-'.join(asked.kinds)}-{asked.tokens}", __doc__, [table(head, lines)])
 
 
 if __name__ == "__main__":
