@@ -16,7 +16,7 @@ from collections.abc import Callable
 import torch
 
 from benchmarks.publish import table, write_result
-from sentei.measurement.attention_bench import BLOCK, Case, agree, sdpa
+from sentei.benches.attention import BLOCK, Case, agree, sdpa
 from sentei.measurement.io_model import Attention, cache_sizes
 
 TOKENS = (512, 1024, 2048, 4096, 8192)

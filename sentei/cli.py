@@ -21,9 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
+from sentei.benches import table as benches
 from sentei.core.errors import ResourceError, SenteiError
 from sentei.core.storage import disk_is_full
-from sentei.measurement import benches
 
 # Takes a result as data and as text, and prints the one or the other.
 Say = Callable[[dict, str], None]

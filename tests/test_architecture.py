@@ -25,9 +25,10 @@ FLOORS = {
     "circuit": {"core"},
     "measurement": LOWER,
     "conversion": LOWER,
+    "benches": LOWER | {"conversion", "measurement"},
     "budget": LOWER | {"conversion", "measurement"},
     "pipeline": LOWER | {"conversion", "measurement", "budget"},
-    "cli": {"core", "pipeline", "measurement", "geometry", "circuit"},
+    "cli": {"core", "pipeline", "measurement", "benches", "geometry", "circuit"},
     "__main__": {"cli"},
     "__init__": LOWER | {"conversion", "measurement", "budget", "pipeline", "geometry", "circuit"},
 }

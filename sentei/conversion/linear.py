@@ -129,7 +129,7 @@ def faster_rows(modules: list[nn.Module], kind_of: Callable[[nn.Module], Hashabl
     """The rows up to which the second way is faster than the first, and the measured gains, for every kind of module.
 
     Args:
-        modules: of a model, in its order, each with a `weight` or a `gate_proj` whose last dimension is the input's.
+        modules: of a model, in its order; the last dimension of a module's first parameter is its input's.
         kind_of: modules that give the same are measured together.
         ways: functions of a module and its input.
         known: what was measured before; it is used and added to.
@@ -155,7 +155,7 @@ def faster_rows(modules: list[nn.Module], kind_of: Callable[[nn.Module], Hashabl
 
 def input_of(module: nn.Module, rows: int) -> torch.Tensor:
     """Random rows, [1, rows, I], that the module takes."""
-    weight = module.weight if hasattr(module, "weight") else module.gate_proj.weight
+    weight = next(module.parameters())
     return torch.randn(1, rows, weight.shape[-1], generator=torch.Generator().manual_seed(rows)).to(weight.dtype)
 
 

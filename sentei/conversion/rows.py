@@ -1,13 +1,18 @@
-"""The modules of a decoding step, for few rows in native calls: linear layers, gated MLPs and RMS norms.
+"""What a decoding step is made of, few rows in native calls: linear layers, gated MLPs, RMS norms, attention's heads.
 
 Found by what they are made of and proven by what they compute, whatever the family: a module of three linear layers and
-an activation is taken for a gated MLP, one whose class ends in RMSNorm for a norm, and either only where the native
-result is that of the module's own forward on random rows. As in `conversion.linear` a module gets another class, a
-subclass of its own, and keeps its parameters, path, state_dict and hooks.
+an activation is taken for a gated MLP, one whose class ends in RMSNorm for a norm, one with a room and the layers of
+heads for an attention; and each only where the native result is that of the module's own forward on random rows. As in
+`conversion.linear` a module gets another class, a subclass of its own, and keeps its parameters, path, state_dict and
+hooks.
 """
 
-from collections.abc import Iterator
+import copy
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -19,10 +24,13 @@ from sentei.kernels import native
 from sentei.kernels.linear import fused_cpp, rows
 
 LAYERS = ("gate_proj", "up_proj", "down_proj")
+HEADS, HEAD_NORMS = ("q_proj", "k_proj", "v_proj"), ("q_norm", "k_norm")
+ATTENTION_INPUTS = ["self", "hidden_states", "position_embeddings", "attention_mask", "past_key_values", "kwargs"]
 NORM_ROWS = (1, 8, 64)  # measured; a norm of each head has many to a token
 EPSILONS = ("variance_epsilon", "eps")
 SCALES = (1.0, 1e-3, 30.0)  # of the rows a module is tried on: small ones tell the epsilon
 ROUNDINGS = 8  # of the dtype, of a result's largest number: what the own forward may differ by
+HEADS_DIFFER = 1e-3  # the same in fp32, where a softmax of scores is between; every other rotation differs by far more
 
 
 class FewRows:
@@ -52,14 +60,8 @@ class FewRowGated(FewRows):
         act, name = self.activation
         if parts.get("act_fn") is not act or act._forward_hooks or act._forward_pre_hooks or _has_any_global_hook():
             return None
-        layers = []
-        for path in LAYERS:
-            layer = parts[path]
-            if (type(layer) is not FewRowLinear and type(layer) is not nn.Linear or layer._forward_hooks
-                    or layer._forward_pre_hooks):
-                return None
-            layers.append((layer._parameters.get("weight"), layer._parameters.get("bias")))
-        return rows.gated(x, *layers, name)
+        layers = _plain_layers(parts, LAYERS)
+        return None if layers is None else rows.gated(x, *layers, name)
 
 
 class FewRowNorm(FewRows):
@@ -72,6 +74,64 @@ class FewRowNorm(FewRows):
         return rows.norm(x, self._parameters.get("weight"), self.__dict__[epsilon], shift)
 
 
+class FewRowHeads:
+    """An attention module whose queries, keys and values of few rows, turned, are made by one native call.
+
+    What comes before and after them is the module's own: the cache, the attention function, the output layer.
+    """
+
+    few_rows: Choice
+    turn: tuple[str, float]  # the name of ε's attribute in its norms, and their shift
+
+    def forward(self, hidden_states, position_embeddings=None, attention_mask=None, past_key_values=None, **named):
+        """As the module's own; see `FewRowLinear.forward`."""
+        choice, heads = self.few_rows, None
+        attend = attention_functions().get(self.config._attn_implementation)
+        if (attend is not None and type(hidden_states) is torch.Tensor and hidden_states.dtype is choice.dtype
+                and hidden_states.numel() <= choice.most_rows * choice.width and not self.training):
+            heads = self._native(hidden_states, position_embeddings)
+        if heads is None:
+            return super().forward(hidden_states=hidden_states, position_embeddings=position_embeddings,
+                                   attention_mask=attention_mask, past_key_values=past_key_values, **named)
+        query, key, value = heads
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        output, weights = attend(self, query, key, value, attention_mask, dropout=0.0, scaling=self.scaling, **named)
+        return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1)), weights
+
+    def _native(self, x, position_embeddings):
+        parts = self._modules
+        layers = _plain_layers(parts, HEADS)
+        norms = [parts[name] for name in HEAD_NORMS if name in parts]
+        if layers is None or not isinstance(position_embeddings, tuple) or any(
+                norm._forward_hooks or norm._forward_pre_hooks for norm in norms):
+            return None
+        weights = [norm._parameters.get("weight") for norm in norms] or [None, None]
+        epsilon, shift = self.turn
+        return rows.heads(x, *layers, rows.Turn(*position_embeddings, *weights,
+                                                norms[0].__dict__[epsilon] if norms else 0.0, shift))
+
+
+def _plain_layers(parts: dict[str, nn.Module], names: tuple[str, ...]) -> list[rows.Layer] | None:
+    """Weight and bias of linear layers on which nobody has put a hook; else None."""
+    layers = []
+    for name in names:
+        layer = parts[name]
+        if (type(layer) is not FewRowLinear and type(layer) is not nn.Linear or layer._forward_hooks
+                or layer._forward_pre_hooks):
+            return None
+        layers.append((layer._parameters.get("weight"), layer._parameters.get("bias")))
+    return layers
+
+
+@cache
+def attention_functions():
+    """transformers' table of attention functions, in which ours is."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    return ALL_ATTENTION_FUNCTIONS
+
+
 def install(model: nn.Module, *, most_rows: int | None = None) -> list[Choice]:
     """Lets the model take few rows in native calls where they are faster on this machine.
 
@@ -79,30 +139,29 @@ def install(model: nn.Module, *, most_rows: int | None = None) -> list[Choice]:
         model: any model; see `conversion.linear.install`.
         most_rows: take so many without measuring, 0 to 8.
     Returns:
-        a Choice for every `nn.Linear`, then one for every module that looks like a gated MLP or an RMS norm, each kind
-        in the model's order.
+        a Choice for every `nn.Linear`, then one for every module that looks like one of KINDS, each kind in the model's
+        order.
     Cost: as `conversion.linear.install`, about twice. Measured one after the other, each on top of what is before it.
     """
     remove(model)
     choices = linear.install(model, most_rows=most_rows)
-    gated = {path: module for path, module in model.named_modules() if _looks_gated(module)}
-    norms = {path: module for path, module in model.named_modules() if _looks_like_a_norm(module)}
-    known = model.__dict__[linear.MEASURED]
-    choices += _install(gated, FewRowGated, most_rows, known)
-    return choices + _install(norms, FewRowNorm, most_rows, known)
+    for kind in KINDS:
+        modules = {path: module for path, module in model.named_modules() if kind.looks_like(module)}
+        choices += _install(modules, kind, most_rows, model.__dict__[linear.MEASURED])
+    return choices
 
 
 def remove(model: nn.Module) -> None:
     """Makes the model plain again."""
     linear.remove(model)
     for module in model.modules():
-        if isinstance(module, FewRows):
+        if isinstance(module, (FewRows, FewRowHeads)):
             _restore(module)
 
 
 def _restore(module: nn.Module) -> None:
     module.__class__ = type(module).__bases__[1]
-    for name in ("few_rows", "activation", "form"):
+    for name in ("few_rows", "activation", "form", "turn"):
         module.__dict__.pop(name, None)
 
 
@@ -112,20 +171,39 @@ def _few_rows_class(mixin: type, own: type) -> type:
     return type(own.__name__, (mixin, own), {"__module__": own.__module__, "__qualname__": own.__qualname__})
 
 
-def _install(modules: dict[str, nn.Module], mixin: type, most_rows: int | None, known: linear.Known) -> list[Choice]:
+class Kind(NamedTuple):
+    """One kind of module that few rows take natively.
+
+    Args:
+        mixin: what its class becomes a subclass of.
+        looks_like: whether a module is worth a try.
+        prove: switches the module, or says why not.
+        steps: numbers of rows that are measured.
+        outputs: the numbers it makes of a row.
+        more: what it is called with beside the rows.
+    """
+
+    mixin: type
+    looks_like: Callable[[nn.Module], bool]
+    prove: Callable[[nn.Module, type], str]
+    steps: tuple[int, ...]
+    outputs: Callable[[nn.Module], int]
+    more: Callable[[nn.Module, torch.Tensor], tuple] = lambda module, x: ()
+
+
+def _install(modules: dict[str, nn.Module], kind: Kind, most_rows: int | None, known: linear.Known) -> list[Choice]:
     """Switches modules that are proven and, unless a number of rows is asked for, measured faster."""
-    prove, steps = (_prove_gated, linear.ROWS) if mixin is FewRowGated else (_prove_norm, NORM_ROWS)
-    refused = {path: prove(module, mixin) for path, module in modules.items()}
+    refused = {path: kind.prove(module, kind.mixin) for path, module in modules.items()}
     proven = [module for path, module in modules.items() if not refused[path]]
-    found = {_kind(module): (min(most_rows, fused_cpp.MOST_ROWS) * steps[-1] // linear.ROWS[-1], "asked for")
-             for module in proven} if most_rows is not None else faster_rows(
-        proven, _kind, (lambda module, x: super(FewRows, module).forward(x), lambda module, x: module(x)), known, steps)
+    ways = (lambda module, x: type(module).__bases__[1].forward(module, x, *kind.more(module, x)),
+            lambda module, x: module(x, *kind.more(module, x)))
+    found = {_alike(module): (min(most_rows, fused_cpp.MOST_ROWS) * kind.steps[-1] // linear.ROWS[-1], "asked for")
+             for module in proven} if most_rows is not None else faster_rows(proven, _alike, ways, known, kind.steps)
     choices = []
     for path, module in modules.items():
-        few, reason = (0, refused[path]) if refused[path] else found[_kind(module)]
-        shape = input_of(module, 1).shape
-        outputs = len(module.down_proj.weight) if mixin is FewRowGated else shape[-1]
-        choice = Choice(path=path, outputs=outputs, width=shape[-1], dtype=input_of(module, 1).dtype, most_rows=few,
+        few, reason = (0, refused[path]) if refused[path] else found[_alike(module)]
+        x = input_of(module, 1)
+        choice = Choice(path=path, outputs=kind.outputs(module), width=x.shape[-1], dtype=x.dtype, most_rows=few,
                         reason=reason)
         choices.append(choice)
         if few:
@@ -135,8 +213,8 @@ def _install(modules: dict[str, nn.Module], mixin: type, most_rows: int | None, 
     return choices
 
 
-def _kind(module: nn.Module) -> tuple:
-    """Modules of one kind are measured together."""
+def _alike(module: nn.Module) -> tuple:
+    """Modules that give the same are measured together."""
     return type(module), torch.get_num_threads(), *(
         (tuple(weight.shape), weight.dtype) for weight in module.parameters())
 
@@ -148,6 +226,60 @@ def _looks_gated(module: nn.Module) -> bool:
 
 def _looks_like_a_norm(module: nn.Module) -> bool:
     return type(module).__name__.endswith("RMSNorm") and isinstance(getattr(module, "weight", None), nn.Parameter)
+
+
+def _looks_like_heads(module: nn.Module) -> bool:
+    """Only where a room chooses: there the attention function is known to take what ours makes."""
+    names = {name for name, _ in module.named_children()}
+    return names - set(HEAD_NORMS) == {*HEADS, "o_proj", "connections"} and len(names) in (5, 7) and all(
+        type(getattr(module, name)) in (nn.Linear, FewRowLinear) for name in HEADS)
+
+
+def _turns(module: nn.Module, x: torch.Tensor) -> tuple[tuple[torch.Tensor, torch.Tensor], None]:
+    """The position embeddings of rows of unlike positions, and no mask."""
+    return _turns_of(x.shape[1], module.head_dim, x.dtype), None
+
+
+@cache
+def _turns_of(rows: int, width: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    angles = torch.linspace(0.1, 9, rows * (width // 2)).view(1, rows, width // 2).repeat(1, 1, 2)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+@torch.no_grad()
+def _prove_heads(module: nn.Module, mixin: type) -> str:
+    """Switches the module if in fp32 its own output is what it is with native heads; else says why not."""
+    norms = [getattr(module, name) for name in HEAD_NORMS if hasattr(module, name)]
+    names = [name for name in EPSILONS if all(isinstance(vars(norm).get(name), float) for norm in norms)]
+    epsilons = {vars(norm)[names[0]] for norm in norms} if names else set()
+    if list(inspect.signature(type(module).forward).parameters) != ATTENTION_INPUTS:
+        return "another forward than transformers' attention has"
+    if not names or len(epsilons) > 1 or module.head_dim % 2:
+        return "norms without one epsilon, or an odd width"
+    reason = native.missing() or _foreign(module.q_proj.weight)
+    if reason:
+        return reason
+    config = copy.copy(module.config)
+    config._attn_implementation = "sdpa"
+    trial = copy.deepcopy(module, {id(module.config): config}).float().eval()
+    tried = [input_of(trial, 4) * scale for scale in SCALES[:2]]
+    expected = [trial(x, *_turns(trial, x))[0] for x in tried]
+    own = type(module)
+    trial.__class__ = _few_rows_class(mixin, own)
+    trial.few_rows = Choice(path="", outputs=0, width=tried[0].shape[-1], dtype=torch.float32, most_rows=4, reason="")
+    for shift in (0.0, 1.0) if norms else (0.0,):
+        trial.turn = names[0], shift
+        if all(trial._native(x, _turns(trial, x)[0]) is not None and _near(trial(x, *_turns(trial, x))[0], y)
+               for x, y in zip(tried, expected, strict=True)):
+            module.__class__, module.turn = _few_rows_class(mixin, own), trial.turn
+            x = input_of(module, 1)
+            module.few_rows = replace(trial.few_rows, dtype=x.dtype, most_rows=fused_cpp.MOST_ROWS)
+            return ""
+    return "another result than with native heads, on random rows"
+
+
+def _near(y: torch.Tensor, own: torch.Tensor) -> bool:
+    return y.shape == own.shape and bool((y - own).abs().max() <= HEADS_DIFFER * own.abs().max())
 
 
 def _prove_gated(module: nn.Module, mixin: type) -> str:
@@ -218,3 +350,11 @@ def _same(y: torch.Tensor, own: torch.Tensor) -> bool:
         return False
     unit = max(torch.finfo(y.dtype).eps, 4 * torch.finfo(torch.float32).eps)
     return bool((y - own).abs().max() <= ROUNDINGS * unit * own.abs().max())
+
+
+KINDS = (
+    Kind(FewRowHeads, _looks_like_heads, _prove_heads, linear.ROWS,
+         lambda module: sum(len(getattr(module, name).weight) for name in HEADS), _turns),
+    Kind(FewRowGated, _looks_gated, _prove_gated, linear.ROWS, lambda module: len(module.down_proj.weight)),
+    Kind(FewRowNorm, _looks_like_a_norm, _prove_norm, NORM_ROWS, lambda module: len(module.weight)),
+)

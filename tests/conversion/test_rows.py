@@ -1,4 +1,4 @@
-"""Native linear layers, gated MLPs and norms put into models of every family and taken out again."""
+"""Native linear layers, gated MLPs, norms and heads put into models of every family and taken out again."""
 
 import copy
 
@@ -7,9 +7,12 @@ import torch
 from tiny import tiny_model
 from torch import nn
 
-from sentei.conversion import rows
+from sentei.axes.connections import Config
+from sentei.conversion import rows, wrapper
 from sentei.conversion.families import FAMILIES
-from sentei.conversion.rows import FewRowGated, FewRowNorm, FewRows, install, remove
+from sentei.conversion.plan import Plan, convert, prunable_layers
+from sentei.conversion.rows import FewRowGated, FewRowHeads, FewRowNorm, FewRows, install, remove
+from sentei.core.rules import Threshold
 from sentei.kernels import native
 
 pytestmark = pytest.mark.skipif(bool(native.missing()), reason=native.missing())
@@ -20,7 +23,7 @@ TOKENS = torch.tensor([[5, 9, 17, 33]])
 def calls(monkeypatch) -> list[str]:
     """The native calls that gave something."""
     made = []
-    for name in ("gated", "norm"):
+    for name in ("gated", "norm", "heads"):
         function = getattr(rows.rows, name)
 
         def noted(*arguments, name=name, function=function):
@@ -143,3 +146,98 @@ def test_it_measures_and_a_second_install_starts_afresh(monkeypatch):
     install(model, most_rows=8)
     assert all("times as fast" in choice.reason for choice in install(model))
     assert counts >= set(rows.NORM_ROWS)
+
+
+def decoding(family: str, monkeypatch, dtype=torch.float32) -> nn.Module:
+    """A tiny model that reads every page natively, whatever is faster here."""
+    model = tiny_model(family).to(dtype)
+    monkeypatch.setattr(rows, "install", lambda given, right=rows.install: right(given, most_rows=8))
+    convert(model, Plan.everywhere(prunable_layers(model), "connections", Config(decode=Threshold(0.0))))
+    return model
+
+
+@torch.no_grad()
+def steps(model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+    """The logits of tokens that come one by one and two by two."""
+    from transformers import DynamicCache
+
+    cache = DynamicCache(config=model.config)
+    parts = tokens.split([5, 1, 2, 1], 1)
+    return torch.cat([model(part, past_key_values=cache, use_cache=True).logits for part in parts], 1)
+
+
+# The layers that turn their heads and choose pages; SmolLM3's second turns nothing, Gemma's others have a window.
+TURNING = {"llama": 3, "smollm3": 2, "qwen2": 3, "qwen3": 3, "mistral": 3, "gemma3_text": 1}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_native_heads_decode_as_the_dense_model_does(family, dtype, calls, monkeypatch):
+    tokens = torch.arange(9)[None] * 7 + 3
+    before = steps(tiny_model(family).to(dtype), tokens)
+    exact = steps(tiny_model(family).double(), tokens)
+    model = decoding(family, monkeypatch, dtype)
+    switched = [module for module in model.modules() if isinstance(module, FewRowHeads)]
+    calls.clear()
+    after = steps(model, tokens)
+    assert len(switched) == TURNING[family] and calls.count("heads") == 4 * len(switched)
+    assert (after - exact).norm() <= max(2 * (before - exact).norm(), torch.finfo(torch.float32).eps * exact.norm())
+    convert(model, Plan())
+    assert not any(isinstance(module, FewRowHeads) or "turn" in vars(module) for module in model.modules())
+    assert torch.equal(steps(model, tokens), before)
+
+
+@pytest.mark.parametrize("wrong", ["sign", "pairs", "no turn"])
+def test_heads_that_are_turned_otherwise_are_left(wrong, monkeypatch):
+    from transformers.models.llama import modeling_llama
+
+    def other(query, key, cosine, sine):
+        cosine, sine = cosine[:, None], sine[:, None]
+        if wrong == "no turn":
+            return query, key
+        if wrong == "sign":
+            sine = -sine
+        def half(x):
+            return (torch.stack([-x[..., 1::2], x[..., ::2]], -1).flatten(-2) if wrong == "pairs"
+                    else modeling_llama.rotate_half(x))
+        return query * cosine + half(query) * sine, key * cosine + half(key) * sine
+
+    monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", other)
+    model = decoding("llama", monkeypatch)
+    assert not any(isinstance(module, FewRowHeads) for module in model.modules())
+
+
+def test_another_forward_or_norms_of_unlike_epsilons_are_left(monkeypatch):
+    model = decoding("qwen3", monkeypatch)
+    choices = {choice.path: choice for choice in rows.install(model)}
+    path = "model.layers.1.self_attn"
+    assert choices[path].most_rows == 8
+    model.get_submodule(path).q_norm.variance_epsilon = 1e-3
+    assert {choice.path: choice for choice in rows.install(model)}[path].reason == (
+        "norms without one epsilon, or an odd width")
+
+    class Other(type(model.model.layers[0].self_attn).__bases__[1]):
+        def forward(self, hidden_states, position_embeddings, attention_mask=None, **kwargs):
+            return super().forward(hidden_states, position_embeddings, attention_mask, **kwargs)
+
+    remove(model)
+    model.model.layers[0].self_attn.__class__ = Other
+    assert {choice.path: choice for choice in rows.install(model)}["model.layers.0.self_attn"].reason == (
+        "another forward than transformers' attention has")
+
+
+@torch.no_grad()
+def test_hooks_training_and_other_attention_take_the_own_path(calls, monkeypatch):
+    model, tokens = decoding("llama", monkeypatch), torch.arange(9)[None]
+    expected = steps(model, tokens)
+    seen = []
+    handle = model.model.layers[1].self_attn.k_proj.register_forward_hook(lambda *_: seen.append(1))
+    calls.clear()
+    torch.testing.assert_close(steps(model, tokens), expected)
+    assert len(seen) == 4 and calls.count("heads") == 8
+    handle.remove()
+    for switch in (lambda: model.train(), lambda: wrapper.use(model.eval(), "eager")):
+        switch()
+        calls.clear()
+        torch.testing.assert_close(steps(model, tokens), expected, rtol=1e-4, atol=1e-4)
+        assert "heads" not in calls

@@ -1,4 +1,4 @@
-"""The native gated MLP and RMS norm against fp64, and what they leave to a module's own forward."""
+"""The native gated MLP, RMS norm and heads against fp64, and what they leave to a module's own forward."""
 
 import pytest
 import torch
@@ -109,3 +109,75 @@ def test_every_other_case_is_left():
                     torch._subclasses.FakeTensorMode()):
         with context:
             assert rows.gated(x, *layers, "silu") is None and rows.norm(x, weight, 1e-6, 0.0) is None
+
+
+def turned(x, width, norm, cosine, sine, epsilon, shift):
+    """[B, H, T, D] of what a linear layer gave, as transformers turns it."""
+    x = x.unflatten(-1, (-1, width))
+    x = (x if norm is None else eager_norm(x, norm, epsilon, shift)).transpose(1, 2)
+    half = torch.cat([-x[..., width // 2:], x[..., :width // 2]], -1)
+    return x * cosine[..., None, :, :] + half * sine[..., None, :, :]
+
+
+def eager_heads(x, query, key, value, turn):
+    width = turn.cosine.shape[-1]
+    groups = len(key[0]) // width
+    made = [nn.functional.linear(x, *layer) for layer in (query, key, value)]
+    return (*(turned(y, width, norm, turn.cosine, turn.sine, turn.epsilon, turn.shift)
+              for y, norm in zip(made, turn[2:4], strict=False)), made[2].unflatten(-1, (groups, -1)).transpose(1, 2))
+
+
+def heads_case(dtype, heads=(3, 1), widths=(8, 6), inputs=37, tokens=(1, 2), turns=None, normed=False, bias=False):
+    (queries, groups), (width, value) = heads, widths
+    layers = [layer(size, inputs, seed, bias) for seed, size in enumerate((queries * width, groups * width,
+                                                                           groups * value))]
+    angles = random(*(turns or tokens), width, seed=5)
+    norms = (random(width, seed=6), random(width, seed=7)) if normed else (None, None)
+    turn = rows.Turn(angles.cos(), angles.sin(), *norms, epsilon=1e-3, shift=1.0 if normed else 0.0)
+    parts = [part if not isinstance(part, torch.Tensor) else part.to(dtype) for part in turn]
+    return random(*tokens, inputs, seed=8).to(dtype), *to(dtype, *layers), rows.Turn(*parts)
+
+
+CASES = [{}, {"bias": True}, {"normed": True}, {"tokens": (2, 3), "turns": (1, 3)}, {"tokens": (4, 2)},
+         {"heads": (9, 3), "widths": (64, 64), "inputs": 130, "tokens": (1, 1), "normed": True, "bias": True},
+         {"heads": (1, 1), "widths": (2, 1), "inputs": 1, "tokens": (1, 8)}]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_heads_are_as_near_to_fp64_as_torch(case, dtype, machine):
+    given = heads_case(dtype, **case)
+    wide = (given[0].double(), *to(torch.float64, *given[1:4]),
+            rows.Turn(*(part.double() if isinstance(part, torch.Tensor) else part for part in given[4])))
+    found, own, exact = rows.heads(*given), eager_heads(*given), eager_heads(*wide)
+    for y, mine, best in zip(found, own, exact, strict=True):
+        assert y.dtype is dtype and y.shape == mine.shape
+        unit = torch.finfo(dtype).eps * best.norm()
+        assert (y - best).norm() <= max(2 * (mine - best).norm(), unit)
+
+
+def test_what_is_not_a_number_reaches_its_row_of_heads_and_no_other(machine):
+    x, *others = heads_case(torch.float32, tokens=(1, 3))
+    x[0, 1, 5] = torch.nan
+    for y in rows.heads(x, *others):
+        assert y[:, :, 1].isnan().all() and y[:, :, [0, 2]].isfinite().all()
+
+
+def test_heads_of_every_other_case_are_left():
+    x, query, key, value, turn = heads_case(torch.float32)
+    assert rows.heads(x, query, key, value, turn) is not None
+    short = turn.cosine[..., :6].contiguous()
+    for other in (turn._replace(cosine=turn.cosine.double()), turn._replace(sine=turn.sine[:, :1].contiguous()),
+                  turn._replace(cosine=short, sine=short), turn._replace(query_norm=torch.ones(7)),
+                  turn._replace(key_norm=torch.ones(8).double()), turn._replace(cosine=torch.tensor(1.0)),
+                  turn._replace(cosine=turn.cosine[..., :7].contiguous(), sine=turn.sine[..., :7].contiguous()),
+                  turn._replace(cosine=turn.cosine.mT.contiguous().mT)):
+        assert rows.heads(x, query, key, value, other) is None
+    for other in (x.double(), x[0], x[:, :0], x.repeat(5, 1, 1), x[..., :36].contiguous(), x.mT.contiguous().mT):
+        assert rows.heads(other, query, key, value, turn) is None
+    assert rows.heads(x, (query[0][:20], None), key, value, turn) is None
+    assert rows.heads(x, query, (key[0][:0], None), value, turn) is None
+    assert rows.heads(x, query, key, (value[0][:, :30].contiguous(), None), turn) is None
+    assert rows.heads(x, query, key, (value[0], torch.ones(5)), turn) is None
+    with torch.enable_grad():
+        assert rows.heads(x, query, key, value, turn) is None

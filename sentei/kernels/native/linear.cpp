@@ -1,5 +1,5 @@
-// What a step of decoding is made of, for few rows: a linear layer, a gated MLP, an RMS norm. Every weight is read from
-// memory once, for all rows, as fast as memory gives it.
+// What a step of decoding is made of, for few rows: a linear layer, a gated MLP, an RMS norm, the queries, keys and values
+// of an attention layer. Every weight is read from memory once, for all rows, as fast as memory gives it.
 #include "call.h"
 
 namespace {
@@ -27,6 +27,17 @@ struct Norm {
   void* output;                // [R, I]
   int64_t rows, width;
   float epsilon, shift;        // the weights are shift + weight
+};
+
+// All contiguous and of one dtype; biases and norms may be null.
+struct Heads {
+  const void* input;                        // [R, I]
+  const void *weight[3], *bias[3];          // of queries, keys and values: [O, I] and [O]
+  const void* norm[2];                      // [D]: of every query and of every key
+  const void *cosine, *sine;                // [N, D]: row r is turned by row r % N
+  void* output;                             // [R, the three O together]
+  int64_t rows, width, outputs[3], head, turns;  // head: D
+  float epsilon, shift;                     // as in Norm
 };
 
 constexpr int64_t kPiece = 512 << 10;  // bytes of weights that are one piece of work, about
@@ -322,6 +333,51 @@ void gated(const Gated& p, Run run, int64_t threads, int machine) {
   });
 }
 
+// A query or a key, normed and turned (the rotary embedding: number j goes with number j + D / 2), rounded once.
+template <class Kind>
+void turn(const Heads& p, const void* norm, int64_t row, float* x, typename Kind::Number* to) {
+  using Number = typename Kind::Number;
+  if (norm) {
+    float total = 0;
+    for (int64_t j = 0; j < p.head; ++j) total += x[j] * x[j];
+    const float factor = 1.0f / std::sqrt(total / float(p.head) + p.epsilon);
+    for (int64_t j = 0; j < p.head; ++j) x[j] *= factor * (p.shift + Kind::widen(static_cast<const Number*>(norm)[j]));
+  }
+  const auto* cosine = static_cast<const Number*>(p.cosine) + row % p.turns * p.head;
+  const auto* sine = static_cast<const Number*>(p.sine) + row % p.turns * p.head;
+  const int64_t half = p.head / 2;
+  for (int64_t j = 0; j < half; ++j) {
+    to[j] = Kind::narrow(x[j] * Kind::widen(cosine[j]) - x[j + half] * Kind::widen(sine[j]));
+    to[j + half] = Kind::narrow(x[j + half] * Kind::widen(cosine[j + half]) + x[j] * Kind::widen(sine[j + half]));
+  }
+}
+
+template <class Kind, class Run>
+void heads(const Heads& p, Run run, int64_t threads, int machine) {
+  using Number = typename Kind::Number;
+  const auto inputs = laid_out<Kind>(p.input, p.rows, p.width, p.width, 4 << machine);
+  const int64_t total = p.outputs[0] + p.outputs[1] + p.outputs[2];
+  std::vector<float> wide(p.rows * total);
+  Linear part[3];
+  int64_t before[3] = {0, p.outputs[0], p.outputs[0] + p.outputs[1]};
+  for (int i = 0; i < 3; ++i)
+    part[i] = {nullptr, p.weight[i], p.bias[i], nullptr, wide.data() + p.rows * before[i], p.rows, p.width, p.outputs[i],
+               0, p.width};
+  in_pieces(total, p.width * int64_t(sizeof(Number)), threads, [&](int64_t first, int64_t last) {
+    for (int i = 0; i < 3; ++i) {
+      const int64_t begin = std::max<int64_t>(first - before[i], 0), end = std::min(last - before[i], p.outputs[i]);
+      if (begin < end) run(part[i], inputs.data(), begin, end);
+    }
+  });
+  for (int64_t r = 0; r < p.rows; ++r) {
+    auto* to = static_cast<Number*>(p.output) + r * total;
+    for (int i = 0; i < 2; ++i)
+      for (int64_t at = 0; at < p.outputs[i]; at += p.head)
+        turn<Kind>(p, p.norm[i], r, part[i].wide + r * p.outputs[i] + at, to + before[i] + at);
+    std::transform(part[2].wide + r * p.outputs[2], part[2].wide + (r + 1) * p.outputs[2], to + before[2], Kind::narrow);
+  }
+}
+
 }  // namespace
 
 extern "C" {
@@ -361,6 +417,24 @@ void sentei_norm(const void* input, const void* weight, void* output, int64_t ro
                  double shift, int64_t half, int64_t machine) {
   const Norm p{input, weight, output, rows, width, float(epsilon), float(shift)};
   (half ? norm_bfloat16_on : norm_float32_on)[machine < 0 ? machines() - 1 : int(machine)](p);
+}
+
+// The queries, keys and values of one to eight rows; the head's width is even and divides the queries' and the keys'. The
+// rest as above.
+int sentei_heads(const void* input, const void* query, const void* key, const void* value, const void* query_bias,
+                 const void* key_bias, const void* value_bias, const void* query_norm, const void* key_norm,
+                 const void* cosine, const void* sine, void* output, int64_t rows, int64_t width, int64_t queries,
+                 int64_t keys, int64_t values, int64_t head, int64_t turns, double epsilon, double shift, int64_t half,
+                 int64_t threads, int64_t machine) {
+  return status_of([&] {
+    const Heads p{input, {query, key, value}, {query_bias, key_bias, value_bias}, {query_norm, key_norm}, cosine, sine,
+                  output, rows, width, {queries, keys, values}, head, turns, float(epsilon), float(shift)};
+    const int set = machine < 0 ? machines() - 1 : int(machine);
+    if (half)
+      heads<BFloat16>(p, run_bfloat16_on[set], threads, set);
+    else
+      heads<Float32>(p, run_float32_on[set], threads, set);
+  });
 }
 
 // Adds up `count` floats, which 128 divides.

@@ -1,7 +1,5 @@
 """Is a decoded token's attention faster over 15 % of its pages than torch's over the whole cache, the choice included?
 
-Run from the repository's root: python -m benchmarks.bench_decode
-
 One query row, 9 query heads, 3 key/value heads, 64 wide, batch 1, as a layer of SmolLM2-135M has it. Ours is everything
 `Connections` does for a layer: page bounds, TopK over the pages, attention to those kept, and Python. The peer is
 torch's sdpa over all keys, as transformers calls it (`enable_gqa`) and with the heads repeated beforehand, untimed:
@@ -10,25 +8,19 @@ The update of the cache is timed against transformers' `DynamicLayer`. A time is
 over neighbouring pairs of rounds, peer ÷ ours; GB/s are the bytes of the bounds, keys and values that ours has to read.
 """
 
-import argparse
-import json
-import statistics
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
-from transformers.cache_utils import DynamicLayer
 
-from benchmarks.publish import table, write_result
 from sentei.axes.connections import Config, Connections
 from sentei.conversion.cache import layer_class
 from sentei.core.rules import TopK
 from sentei.core.tracing import trace
 from sentei.kernels.paging import PAGE
-from sentei.measurement.latency import interleave
-from sentei.measurement.outcome import environment
+from sentei.measurement.latency import Comparison, interleave, measured
 
 LAYERS, HEADS, GROUPS, WIDTH, KEPT = 30, 9, 3, 64, 0.15
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 4e-2}
@@ -82,6 +74,9 @@ class Case:
         return records[0].cost.bytes
 
 
+CASES = {str(keys): [Case(keys, dtype) for dtype in TOLERANCE] for keys in (8000, 32000)}
+
+
 def attention(case: Case) -> Iterator[tuple[str, Callable, Callable]]:
     """The peers: name, ours for all layers, theirs for all layers."""
     repeated = [tuple(tensor.repeat_interleave(HEADS // GROUPS, 1) for tensor in (layer.keys, layer.values))
@@ -101,6 +96,8 @@ def everywhere(call: Callable, layers: list) -> Callable[[], None]:
 
 def update(case: Case) -> tuple[Callable, Callable]:
     """A token appended to every layer, in ours and in transformers' own, which both start full."""
+    from transformers.cache_utils import DynamicLayer
+
     theirs = [DynamicLayer() for _ in range(LAYERS)]
     for layer, full in zip(theirs, case.layers, strict=True):
         layer.update(full.keys, full.values)
@@ -120,42 +117,27 @@ def check(case: Case) -> None:
     torch.testing.assert_close(found, expected, rtol=0.02, atol=TOLERANCE[case.dtype])
 
 
-def row_of(case: Case, peer: str, calls: tuple[Callable, Callable], runs: int, read: int) -> dict:
-    """Times both in turn; seconds are those of a layer."""
-    timed = interleave(calls[1], calls[0], runs=runs)
-    peer_s, ours_s = (seconds / LAYERS for seconds in timed.seconds())
-    ratios = timed.ratios()
-    return {"bench": "decode", "case": str(case), "peer": peer, "ours_s": ours_s, "peer_s": peer_s,
-            "ratio": statistics.median(ratios), "low": min(ratios), "high": max(ratios), "gb_s": read / ours_s / 1e9,
-            "machine": environment()["processor"]}
+def each_layer(timed: Comparison) -> Comparison:
+    """Seconds of a layer, of those of all."""
+    return replace(timed, dense=[run / LAYERS for run in timed.dense], pruned=[run / LAYERS for run in timed.pruned])
 
 
 @torch.no_grad()
-def rows(cases: list[Case], runs: int) -> Iterator[dict]:
-    """For every case the faster of the two kinds of sdpa, then the update."""
-    for case in cases:
+def rows(names: list[str], runs: int, absent: Callable[[str], None]) -> Iterator[dict]:
+    """For every case the faster of the two kinds of sdpa, then the update: keys of `sentei.benches.table`, and gb_s.
+
+    Args:
+        names: of CASES, numbers of keys.
+        runs: timed pairs a row; of the update as many tokens.
+        absent: not used: torch and transformers are always there.
+    Raises:
+        AssertionError: with every page kept ours is not what sdpa gives; there is no ratio then.
+    """
+    for case in (case for name in names for case in CASES[name]):
         check(case)
-        read = case.bytes_read()
-        yield min((row_of(case, peer, (ours, theirs), runs, read) for peer, ours, theirs in attention(case)),
-                  key=lambda row: row["peer_s"])
-        yield row_of(case, "DynamicLayer.update", update(case), runs, 0)
-
-
-def main() -> None:
-    """Measures and writes the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--keys", type=int, nargs="*", default=[8000, 32000])
-    parser.add_argument("--runs", type=int, default=11, help="timed pairs a row; of DynamicLayer's as many tokens")
-    arguments = parser.parse_args()
-    lines = []
-    for row in rows([Case(keys, dtype) for keys in arguments.keys for dtype in TOLERANCE], arguments.runs):
-        print(json.dumps(row), flush=True)
-        lines.append([row["case"], row["peer"], f"{1e6 * row['ours_s']:,.0f}", f"{1e6 * row['peer_s']:,.0f}",
-                      f"**{row['ratio']:.1f}** ({row['low']:.1f} to {row['high']:.1f})",
-                      f"{row['gb_s']:.1f}" if row["gb_s"] else ""])
-    head = ["case", "peer", "ours µs", "peer µs", "peer ÷ ours", "our GB/s"]
-    write_result("decode", __doc__, [table(head, lines)])
-
-
-if __name__ == "__main__":
-    main()
+        found = [measured("decode", str(case), peer, each_layer(interleave(theirs, ours, runs=runs)))
+                 for peer, ours, theirs in attention(case)]
+        faster = min(found, key=lambda row: row["peer_s"])
+        yield {**faster, "gb_s": case.bytes_read() / faster["ours_s"] / 1e9}
+        ours, theirs = update(case)
+        yield measured("decode", str(case), "DynamicLayer.update", each_layer(interleave(theirs, ours, runs=runs)))

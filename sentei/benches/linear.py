@@ -5,26 +5,21 @@ loop reads as many bytes of another buffer with the same threads; `bandwidth` is
 Python is in every figure. Before a case is timed the outputs are compared.
 """
 
-import argparse
 import ctypes
-import json
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 
-from benchmarks.publish import table, write_result
 from sentei.kernels import native
 from sentei.kernels.linear import linear
-from sentei.measurement.outcome import environment
+from sentei.measurement.latency import Comparison, measured
+from sentei.measurement.outcome import today
 
-SHAPES = [(4096, 4096), (576, 1536), (1536, 576), (576, 576), (576, 192), (576, 49152)]
-ROWS = (1, 4, 8)
 COLD = 256 << 20  # bytes of weights that are cycled through, many times the cache
 TURN = 32 << 20  # bytes a timed turn reads, about
-READ = torch.ones(COLD // 4)
 
 
 @dataclass(frozen=True)
@@ -53,14 +48,19 @@ class Case:
         return x, weight.repeat(max(COLD // self.bytes, 2), 1, 1)
 
 
-def read(first: int, count: int) -> None:
-    """Reads `count` floats of READ, from `first` on, with torch's number of threads."""
-    native.load().sentei_read(ctypes.c_void_p(READ.data_ptr() + 4 * first), ctypes.c_int64(count),
+SHAPES = [(4096, 4096), (576, 1536), (1536, 576), (576, 576), (576, 192), (576, 49152)]
+CASES = {str(dtype).removeprefix("torch."): [Case(*shape, rows, dtype) for shape in SHAPES for rows in (1, 4, 8)]
+         for dtype in (torch.float32, torch.bfloat16)}
+
+
+def read(memory: torch.Tensor, first: int, count: int) -> None:
+    """Reads `count` floats of memory, from `first` on, with torch's number of threads."""
+    native.load().sentei_read(ctypes.c_void_p(memory.data_ptr() + 4 * first), ctypes.c_int64(count),
                               ctypes.byref(ctypes.c_float()), ctypes.c_int64(torch.get_num_threads()))
 
 
-def turns(case: Case, runs: int) -> dict[str, list[float]]:
-    """Seconds a weight, turn by turn, of sentei, of torch and of reading.
+def turns(case: Case, runs: int, memory: torch.Tensor) -> dict[str, list[float]]:
+    """Seconds a weight, turn by turn, of sentei, of torch and of reading `memory`.
 
     Raises:
         AssertionError: the outputs differ by more than the rounding of sums of unit normals.
@@ -77,7 +77,7 @@ def turns(case: Case, runs: int) -> dict[str, list[float]]:
         for name in seconds if turn % 2 else reversed(seconds):
             start = time.perf_counter()
             if name == "read":
-                read(at * floats % (READ.numel() - floats) // 32 * 32, floats)
+                read(memory, at * floats % (memory.numel() - floats) // 32 * 32, floats)
             else:
                 for number in range(each):
                     named[name](copies[(at * each + number) % len(copies)])
@@ -88,36 +88,18 @@ def turns(case: Case, runs: int) -> dict[str, list[float]]:
 
 
 @torch.no_grad()
-def rows(runs: int) -> Iterator[dict]:
-    """One row for every case."""
-    machine = environment()
-    for dtype in (torch.float32, torch.bfloat16):
-        for width, outputs in SHAPES:
-            for number in ROWS:
-                case = Case(width, outputs, number, dtype)
-                seconds = turns(case, runs)
-                ratios = [peer / ours for peer, ours in zip(seconds["torch"], seconds["ours"], strict=True)]
-                shares = [bare / ours for bare, ours in zip(seconds["read"], seconds["ours"], strict=True)]
-                yield {"bench": "linear", "case": str(case), "peer": "torch F.linear",
-                       "ours_s": statistics.median(seconds["ours"]), "peer_s": statistics.median(seconds["torch"]),
-                       "ratio": statistics.median(ratios), "low": min(ratios), "high": max(ratios),
-                       "bandwidth": statistics.median(shares), "read_gb_s": case.bytes / 1e9 / statistics.median(
-                           seconds["read"]), "machine": machine["processor"]}
+def rows(names: list[str], runs: int, absent: Callable[[str], None]) -> Iterator[dict]:
+    """One row for every case: the keys of `sentei.benches.table`, bandwidth and the GB/s that reading reached.
 
-
-def main() -> None:
-    """Measures every case and writes the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=int, default=15, help="timed turns a row")
-    lines = []
-    for row in rows(parser.parse_args().runs):
-        print(json.dumps(row), flush=True)
-        lines.append([row["case"], f"{1e6 * row['ours_s']:,.0f}", f"{1e6 * row['peer_s']:,.0f}",
-                      f"**{row['ratio']:.2f}** ({row['low']:.2f} to {row['high']:.2f})", f"{row['bandwidth']:.2f}",
-                      f"{row['read_gb_s']:.1f}"])
-    head = ["case", "ours µs", "torch µs", "torch ÷ ours", "share of read bandwidth", "read GB/s"]
-    write_result("linear", __doc__, [table(head, lines)])
-
-
-if __name__ == "__main__":
-    main()
+    Args:
+        names: of CASES.
+        runs: timed turns a row.
+        absent: not used: torch is always there.
+    """
+    memory = torch.ones(COLD // 4)
+    for case in (case for name in names for case in CASES[name]):
+        seconds = turns(case, runs, memory)
+        shares = [bare / ours for bare, ours in zip(seconds["read"], seconds["ours"], strict=True)]
+        timed = Comparison(dense=seconds["torch"], pruned=seconds["ours"], date=today())
+        yield {**measured("linear", str(case), "torch F.linear", timed), "bandwidth": statistics.median(shares),
+               "gb_s": case.bytes / 1e9 / statistics.median(seconds["read"])}

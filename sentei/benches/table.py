@@ -1,20 +1,21 @@
 """The benches an installed sentei can run on its user's machine, and how a row of one is read."""
 
 import importlib
+import math
 from collections.abc import Callable, Iterator
 
 from sentei.core.errors import SenteiError
 
-# Each bench and its module, which has CASES, a table by name, and rows(names, runs, absent).
-BENCHES = {
-    "attention": "sentei.measurement.attention_bench",
-    "memory": "sentei.measurement.memory_bench",
-}
-WIDTHS = 60, 24
+# Each is a module beside this one, which has CASES, a table by name, and rows(names, runs, absent).
+BENCHES = ("attention", "decode", "linear", "memory", "topk")
+WIDTHS = 60, 30
+# What a row may hold besides seconds, and how it is written.
+MORE = {"gflops": "{:,.0f} GFLOP/s", "gb_s": "{:,.1f} GB/s", "bandwidth": "{:.2f} of read bandwidth",
+        "ours_mib": "ours {:,.0f} MiB", "peer_mib": "peer {:,.0f} MiB"}
 
 
 def rows(bench: str, cases: list[str], runs: int, absent: Callable[[str], None]) -> Iterator[dict]:
-    """The rows of a bench, each as soon as it is measured: bench, case, peer, ours_s, peer_s, ratio, machine, and more.
+    """The rows of a bench, each as soon as it is measured: bench, case, peer, ours_s, peer_s, ratio, machine, and MORE.
 
     Args:
         cases: of the bench; none for all.
@@ -28,7 +29,7 @@ def rows(bench: str, cases: list[str], runs: int, absent: Callable[[str], None])
         raise SenteiError("bench", expected=f"one of {', '.join(BENCHES)}", got=repr(bench), do="choose one of these")
     if runs < 1:
         raise SenteiError("--runs", expected="1 or more", got=str(runs), do="time at least one pair")
-    module = importlib.import_module(BENCHES[bench])
+    module = importlib.import_module(f"sentei.benches.{bench}")
     unknown = [case for case in cases if case not in module.CASES]
     if unknown:
         raise SenteiError(f"bench {bench}", expected=f"cases of {', '.join(module.CASES)}", got=", ".join(unknown),
@@ -43,9 +44,23 @@ def head() -> str:
 
 def line(row: dict) -> str:
     """A row of the table, and at its end what a bench measures besides seconds."""
-    more = [f"{key} {row[key]:,.0f}" for key in ("gflops", "ours_mib", "peer_mib") if key in row]
-    return " ".join([_columns(row["case"], row["peer"], f"{1000 * row['ours_s']:,.1f}", f"{1000 * row['peer_s']:,.1f}",
-                              f"{row['ratio']:.2f}", f"{row['low']:.2f} to {row['high']:.2f}"), *more])
+    return f"{_columns(*cells(row))} {more(row)}".rstrip()
+
+
+def cells(row: dict) -> list[str]:
+    """A row's case, peer, milliseconds of both, ratio and its range."""
+    seconds = (_three_digits(1000 * row[key]) for key in ("ours_s", "peer_s"))
+    return [row["case"], row["peer"], *seconds, f"{row['ratio']:.2f}", f"{row['low']:.2f} to {row['high']:.2f}"]
+
+
+def more(row: dict) -> str:
+    """What it holds besides."""
+    return ", ".join(form.format(row[key]) for key, form in MORE.items() if key in row)
+
+
+def _three_digits(value: float) -> str:
+    """1,234, 12.3 and 0.0123."""
+    return f"{value:,.{max(0, 2 - math.floor(math.log10(value)))}f}"
 
 
 def _columns(case: str, peer: str, *numbers: str) -> str:

@@ -1,7 +1,5 @@
 """Is attention over the k best keys faster than what one would write, and than attention over all of them?
 
-Run from the repository's root: python -m benchmarks.bench_topk
-
 The document's own comparison, 2 x 8 heads x 64, k = 32, at lengths around the one where each method wins. Peers: the
 document's scatter version (scores, topk, scatter, softmax, product with V; the faster of its two forms, and head by
 head where all its matrices would not fit), torch's dense attention over every key, and x-transformers' `Attend` with
@@ -10,9 +8,6 @@ a case is timed its output is compared with that of the scatter version; on a di
 error. No gradients.
 """
 
-import argparse
-import json
-import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -21,13 +16,10 @@ from importlib.util import find_spec
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from benchmarks.publish import table, write_result
 from sentei.kernels.topk import attend_topk
-from sentei.measurement.latency import interleave
-from sentei.measurement.outcome import environment
+from sentei.measurement.latency import interleave, measured
 
 K = 32
-TOKENS = (256, 512, 1024, 2048, 4096, 8192, 16384)
 # Scores the scatter version may hold at once: it keeps about three matrices of them, 3 GB in fp32.
 SCORES_AT_ONCE = 1 << 28
 # Outputs are sums of 32 products of unit normals; where two scores differ by their rounding either may be kept.
@@ -96,55 +88,39 @@ def x_transformers(case: Case) -> Callable[[], torch.Tensor]:
     return lambda: attend(*case.heads())[0].transpose(1, 2)
 
 
-def peers(case: Case) -> Iterator[tuple[str, Callable[[], torch.Tensor], bool]]:
+CASES = {str(tokens): [Case(tokens, causal) for causal in (False, True)]
+         for tokens in (256, 512, 1024, 2048, 4096, 8192, 16384)}
+
+
+def peers(case: Case, absent: Callable[[str], None]) -> Iterator[tuple[str, Callable[[], torch.Tensor], bool]]:
     """What else a user could call: its name, the call, and whether it computes the same numbers."""
     by_head = " (head by head)" if case.tokens**2 * 16 > SCORES_AT_ONCE else ""
     yield f"scatter of weights{by_head}", partial(scatter, case, True), True
     yield f"scatter of scores{by_head}", partial(scatter, case, False), True
     yield "torch sdpa", partial(sdpa, case), False
     if find_spec("x_transformers") is None:
-        print("x-transformers is not installed: left out", flush=True)
+        absent("x-transformers is not installed")
     elif by_head:
-        print(f"x-transformers at {case.tokens:,} tokens: its matrices take {case.tokens**2 * 64 / 1e9:.0f} GB each")
+        absent(f"x-transformers at {case.tokens:,} tokens: its matrices take {case.tokens**2 * 64 / 1e9:.0f} GB each")
     else:
         yield "x-transformers sparse_topk", x_transformers(case), True
 
 
 @torch.no_grad()
-def rows(lengths: list[int], runs: int) -> Iterator[dict]:
-    """One row for every case and peer.
+def rows(names: list[str], runs: int, absent: Callable[[str], None]) -> Iterator[dict]:
+    """One row for every case and peer: the keys of `sentei.benches.table`.
 
+    Args:
+        names: of CASES, numbers of tokens.
+        runs: timed pairs a row.
+        absent: told why a peer that cannot run here has no row.
     Raises:
         AssertionError: more than the share MAY_DIFFER of the outputs differ by more than TOLERANCE.
     """
-    machine = environment()
-    for case in (Case(tokens, causal) for tokens in lengths for causal in (False, True)):
-        for peer, call, same in peers(case):
+    for case in (case for name in names for case in CASES[name]):
+        for peer, call, same in peers(case, absent):
             if same:
                 differ = (case.ours() - call()).abs().gt(TOLERANCE).float().mean().item()
-                assert differ <= MAY_DIFFER, f"{case}, {peer}: {100 * differ:.3g} % of the outputs differ"
-            timed = interleave(call, case.ours, runs=runs)
-            peer_s, ours_s = timed.seconds()
-            ratios = timed.ratios()
-            yield {"bench": "topk", "case": str(case), "peer": peer, "ours_s": ours_s, "peer_s": peer_s,
-                   "ratio": statistics.median(ratios), "low": min(ratios), "high": max(ratios),
-                   "machine": machine["processor"]}
-
-
-def main() -> None:
-    """Measures the lengths asked for, says who wins where, and writes the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("lengths", nargs="*", type=int, default=list(TOKENS), help="tokens; all lengths")
-    parser.add_argument("--runs", type=int, default=5, help="timed pairs a row")
-    arguments = parser.parse_args()
-    lines = []
-    for row in rows(arguments.lengths, arguments.runs):
-        print(json.dumps(row), flush=True)
-        lines.append([row["case"], row["peer"], f"{1000 * row['ours_s']:,.1f}", f"{1000 * row['peer_s']:,.1f}",
-                      f"**{row['ratio']:.2f}** ({row['low']:.2f} to {row['high']:.2f})",
-                      "ours" if row["ratio"] > 1 else row["peer"]])
-    write_result("topk", __doc__, [table(["case", "peer", "ours ms", "peer ms", "peer ÷ ours", "faster"], lines)])
-
-
-if __name__ == "__main__":
-    main()
+                if differ > MAY_DIFFER:
+                    raise AssertionError(f"{case}, {peer}: {100 * differ:.3g} % of the outputs differ")
+            yield measured("topk", str(case), peer, interleave(call, case.ours, runs=runs))

@@ -122,7 +122,7 @@ def agree(ours: object, theirs: object, dtype: torch.dtype) -> None:
 
 
 def rows(names: list[str], runs: int, absent: Callable[[str], None]) -> Iterator[dict]:
-    """One row for every case and peer, as it is measured: the keys of `sentei.measurement.benches`, and gflops.
+    """One row for every case and peer, as it is measured: the keys of `sentei.benches.table`, and gflops.
 
     Args:
         names: of CASES.

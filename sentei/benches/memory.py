@@ -16,9 +16,9 @@ from pathlib import Path
 
 import torch
 
+from sentei.benches.attention import Case, sdpa
 from sentei.core.errors import UnsupportedError
 from sentei.kernels.attention import Tiles, attend
-from sentei.measurement.attention_bench import Case, sdpa
 from sentei.measurement.latency import Comparison, measured
 from sentei.measurement.outcome import today
 
@@ -27,7 +27,7 @@ MIB = 1 << 20
 
 
 def rows(names: list[str], runs: int, absent: Callable[[str], None]) -> Iterator[dict]:
-    """One row for every case: those of `sentei.measurement.benches`, and ours_mib and peer_mib.
+    """One row for every case: those of `sentei.benches.table`, and ours_mib and peer_mib.
 
     Args:
         names: of CASES.
@@ -45,7 +45,7 @@ def rows(names: list[str], runs: int, absent: Callable[[str], None]) -> Iterator
 
 def in_fresh_process(name: str, kernel: str) -> dict:
     """The extra bytes and the seconds of one call, measured by `report` in a new Python."""
-    code = f"from sentei.measurement.memory_bench import report; report({name!r}, {kernel!r})"
+    code = f"from sentei.benches.memory import report; report({name!r}, {kernel!r})"
     done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True,
                           cwd=Path(__file__).parents[2])
     return json.loads(done.stdout)

@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch._dynamo.exc import BackendCompilerFailed
 
+from sentei.benches import attention, decode, linear, memory, topk
+from sentei.benches import table as benches
+from sentei.benches.attention import Case
 from sentei.core.errors import SenteiError
-from sentei.measurement import attention_bench, benches, memory_bench
-from sentei.measurement.attention_bench import Case
 from sentei.measurement.latency import Comparison, measured
 
 KEYS = {"bench", "case", "peer", "ours_s", "peer_s", "ratio", "machine", "low", "high"}
@@ -17,10 +18,10 @@ KEYS = {"bench", "case", "peer", "ours_s", "peer_s", "ratio", "machine", "low", 
 @pytest.fixture
 def small(monkeypatch) -> None:
     """Cases of milliseconds; FlexAttention is not compiled, which then reads no tiles, so all of them are kept."""
-    monkeypatch.setattr(attention_bench, "CASES", {
+    monkeypatch.setattr(attention, "CASES", {
         "exact": [Case(2, 1, 8, 130)], "sparse": [Case(2, 2, 8, 256, kept=0.9999)],
         "backward": [Case(4, 2, 8, 130, backward=True)]})
-    monkeypatch.setattr(attention_bench, "compiled", lambda: torch.nn.attention.flex_attention.flex_attention)
+    monkeypatch.setattr(attention, "compiled", lambda: torch.nn.attention.flex_attention.flex_attention)
 
 
 def measure(*cases: str, absent=print) -> list[dict]:
@@ -38,15 +39,15 @@ def test_a_row_has_the_keys_of_every_bench(small):
 def test_a_row_is_there_before_the_next_is_measured(small, monkeypatch):
     rows = benches.rows("attention", [], 1, print)
     assert next(rows)["peer"] == "torch sdpa"
-    monkeypatch.setattr(attention_bench, "interleave", lambda *_, **__: pytest.fail("measured too early"))
+    monkeypatch.setattr(attention, "interleave", lambda *_, **__: pytest.fail("measured too early"))
     with pytest.raises(pytest.fail.Exception, match="measured too early"):
         next(rows)
 
 
 @pytest.mark.parametrize("case", ["exact", "sparse", "backward"])
 def test_outputs_that_differ_have_no_ratio(small, monkeypatch, case):
-    right = attention_bench.attend
-    monkeypatch.setattr(attention_bench, "attend", lambda *given, **named: right(*given, **named) * 1.1)
+    right = attention.attend
+    monkeypatch.setattr(attention, "attend", lambda *given, **named: right(*given, **named) * 1.1)
     with pytest.raises(AssertionError, match="not close"):
         measure(case)
 
@@ -59,14 +60,14 @@ def test_a_peer_that_cannot_be_compiled_is_said_to_be_absent(small, monkeypatch)
     def fail(*given, **named):
         raise Failed
 
-    monkeypatch.setattr(attention_bench, "compiled", lambda: fail)
+    monkeypatch.setattr(attention, "compiled", lambda: fail)
     told = []
     assert [row["peer"] for row in measure("sparse", absent=told.append)] == ["torch sdpa"]
     assert len(told) == 1 and told[0].startswith("compiled FlexAttention cannot run here: ") and "compiler" in told[0]
 
 
 @pytest.mark.parametrize(("given", "error"), [
-    (("atention", [], 1), "bench: expected one of attention, memory, got 'atention'"),
+    (("atention", [], 1), "bench: expected one of attention, decode, linear, memory, topk, got 'atention'"),
     (("attention", ["exact", "dense"], 1), "bench attention: expected cases of exact, .*, got dense"),
     (("attention", [], 0), "--runs: expected 1 or more, got 0"),
 ])
@@ -94,12 +95,57 @@ def test_the_verb_prints_a_line_a_row(sentei, small, flags):
 
 def test_memory_is_what_a_call_takes_beside_inputs_and_output(monkeypatch, capsys):
     """A kernel that makes three tensors of 32 MiB beside its output."""
-    monkeypatch.setitem(memory_bench.CASES, "exact", Case(2, 1, 8, 300))
+    monkeypatch.setitem(memory.CASES, "exact", Case(2, 1, 8, 300))
 
     def greedy(case):
         held = [torch.ones(8 << 20) for _ in range(3)]
         return held[0][:5] + held[2][:5]
 
-    monkeypatch.setitem(memory_bench.KERNELS, "ours", greedy)
-    memory_bench.report("exact", "ours")
-    assert 0.85 * 96 <= json.loads(capsys.readouterr().out)["bytes"] / memory_bench.MIB <= 1.15 * 96
+    monkeypatch.setitem(memory.KERNELS, "ours", greedy)
+    memory.report("exact", "ours")
+    assert 0.85 * 96 <= json.loads(capsys.readouterr().out)["bytes"] / memory.MIB <= 1.15 * 96
+
+
+SMALL = {
+    "topk": (topk, [topk.Case(40, False), topk.Case(40, True)]),
+    "linear": (linear, [linear.Case(64, 96, 2, torch.float32), linear.Case(64, 96, 1, torch.bfloat16)]),
+    "decode": (decode, [decode.Case(90, torch.float32)]),
+}
+
+
+@pytest.mark.parametrize("bench", SMALL)
+def test_every_bench_has_rows_of_the_same_keys(bench, monkeypatch):
+    module, cases = SMALL[bench]
+    monkeypatch.setattr(module, "CASES", {"small": cases})
+    if bench == "linear":
+        monkeypatch.setattr(linear, "COLD", 1 << 20)
+        monkeypatch.setattr(linear, "TURN", 1 << 16)
+    found = list(benches.rows(bench, [], 2, lambda reason: None))
+    assert {row["case"] for row in found} == {str(case) for case in cases}
+    for row in found:
+        assert set(row) >= KEYS and set(row) - KEYS <= set(benches.MORE) and row["bench"] == bench
+        assert 0 < row["ours_s"] < 5 and 0 < row["peer_s"] < 5 and row["low"] <= row["ratio"] <= row["high"]
+
+
+WRONG = {"topk": "attend_topk", "linear": "linear", "decode": "scaled_dot_product_attention"}
+
+
+@pytest.mark.parametrize("bench", SMALL)
+def test_no_bench_has_a_ratio_where_the_outputs_differ(bench, monkeypatch):
+    module, cases = SMALL[bench]
+    right = getattr(module, WRONG[bench])
+
+    def wrong(*given, **named):
+        made = right(*given, **named)
+        return (made[0] * 1.5, *made[1:]) if isinstance(made, tuple) else made * 1.5
+
+    monkeypatch.setattr(module, "CASES", {"small": cases})
+    monkeypatch.setattr(module, WRONG[bench], wrong)
+    with pytest.raises(AssertionError, match="differ|not close"):
+        list(benches.rows(bench, [], 1, lambda reason: None))
+
+
+@pytest.mark.parametrize(("seconds", "shown"), [(1.2345, "1,234"), (0.0123456, "12.3"), (1.2345e-5, "0.0123")])
+def test_times_are_shown_with_three_digits(seconds, shown):
+    row = measured("b", "c", "p", Comparison(dense=[seconds], pruned=[seconds], date=""))
+    assert benches.cells(row)[2:4] == [shown, shown]

@@ -1,0 +1,1 @@
+"""What `sentei bench` measures: one file a bench, and the table of them."""
