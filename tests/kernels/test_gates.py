@@ -1,7 +1,7 @@
 """Gates against transformers' routers with the same weights, and their doors."""
 
 import json
-from types import SimpleNamespace
+import math
 
 import pytest
 import torch
@@ -72,23 +72,29 @@ def test_sigmoid_with_bias_and_groups_is_the_block_of_deepseek_v3(groups, kept_g
 
 
 @pytest.mark.parametrize("capacity", [0.5, 1.0, 1.25, 2.0])
-def test_a_capacity_is_that_of_the_switch_router(capacity):
-    from transformers.models.switch_transformers.modeling_switch_transformers import SwitchTransformersTop1Router
-
-    tokens = 20
-    theirs = SwitchTransformersTop1Router(SimpleNamespace(
-        num_experts=E, expert_capacity=-(-int(capacity * tokens) // E), hidden_size=WIDTH, router_bias=False,
-        router_jitter_noise=0.0, router_ignore_padding_tokens=False, router_dtype="float32"))
+def test_a_capacity_is_that_of_switch_transformers(capacity):
+    """Fedus et al. 2021, eq. 3, token by token: the best expert, if it has had fewer than tokens ÷ experts x factor."""
+    tokens, sequences = 20, 3
     ours = MixtureOfExperts(Config(rule=TopK(1), gate=Softmax(capacity), unit=UNIT), width=WIDTH, neurons=E * UNIT)
     with torch.no_grad():
-        theirs.classifier.weight.normal_()
-        ours.router.weight.copy_(theirs.classifier.weight)
-    x = torch.randn(3, tokens, WIDTH)
-    kept, weights, _ = theirs(x)
+        ours.router.weight.normal_()
+    x = torch.randn(sequences, tokens, WIDTH)
     with trace(ours) as records:
         ours(x)
-    assert torch.equal(records[0].selection.mask(), kept.bool())
-    torch.testing.assert_close(records[0].selection.dense_weights(), kept * weights)
+    weights, dropped = records[0].selection.dense_weights(), 0
+    for b in range(sequences):
+        taken = [0] * E
+        for t in range(tokens):
+            probabilities = (ours.router.weight @ x[b, t]).softmax(0)
+            best = int(probabilities.argmax())
+            expected = torch.zeros(E)
+            if taken[best] < math.ceil(tokens / E * capacity):
+                expected[best] = probabilities[best]
+            else:
+                dropped += 1
+            taken[best] += 1
+            torch.testing.assert_close(weights[b, t], expected)
+    assert dropped or capacity == 2
 
 
 @pytest.mark.parametrize("gate", [*(kind() for kind in GATES.values()), Softmax(1.25), Task(7), Soft(3),
