@@ -10,6 +10,7 @@ from sentei.core.definition import apply
 from sentei.core.rules import Mass, Rule, TopK
 from sentei.core.selection import Selection
 from sentei.kernels.attention import Tiles, eager, reference
+from sentei.kernels.routing.gates import Sigmoid, Softmax
 
 
 def regridded(tiles: Tiles, **changes) -> Tiles:
@@ -268,3 +269,100 @@ def test_a_wrong_definition_is_rejected(mutant):
     check_definition(apply)
     with pytest.raises(AssertionError):
         check_definition(mutant)
+
+
+# Gates
+
+
+def check_sigmoid(gate: type[Sigmoid]) -> None:
+    """Sigmoid and bias choose among the two best of three groups, the sigmoid weighs; expert by expert."""
+    made = gate(scale=3.0, groups=3, kept_groups=2)
+    logits, bias = torch.randn(200, 6, dtype=torch.float64), 0.2 * torch.randn(6, dtype=torch.float64)
+    selection = TopK(2)(made.shortlist(made.scores(logits, bias)))
+    weighed = made.weigh(selection, logits)
+    for t, row in enumerate(logits.sigmoid().tolist()):
+        biased = [size + more for size, more in zip(row, bias.tolist(), strict=True)]
+        groups = sorted(range(3), key=lambda g: -sum(biased[2 * g:2 * g + 2]))[:2]
+        best = sorted(sorted((e for g in groups for e in (2 * g, 2 * g + 1)), key=lambda e: -biased[e])[:2])
+        assert selection.ids[t].tolist() == best
+        total = sum(row[e] for e in best)
+        expected = torch.tensor([3 * row[e] / total for e in best], dtype=torch.float64)
+        torch.testing.assert_close(weighed.weights[t], expected)
+
+
+def check_capacity(gate: type[Softmax]) -> None:
+    """Seven tokens, two experts, a factor 0.6: room for ceil(0.6 * 7 / 2) = 3, first come first served."""
+    wants = torch.nn.functional.one_hot(torch.tensor([0, 0, 1, 0, 0, 0, 1])).bool()
+    kept = gate(0.6).limit(wants)
+    assert kept.long().tolist() == [[1, 0], [1, 0], [0, 1], [1, 0], [0, 0], [0, 0], [0, 1]]
+    logits = torch.tensor([[0.0, 1.0]])
+    chosen = Selection.from_mask(torch.tensor([[False, True]]), torch.ones(1, 2, dtype=torch.bool))
+    torch.testing.assert_close(gate().weigh(chosen, logits).weights, logits.softmax(-1)[:, 1:])
+
+
+class BiasInside(Sigmoid):
+    def scores(self, logits, bias):
+        return (logits + bias).sigmoid()
+
+
+class WithoutBias(Sigmoid):
+    def scores(self, logits, bias):
+        return logits.sigmoid()
+
+
+class GroupsByTheirBest(Sigmoid):
+    def shortlist(self, scores):
+        best = scores.unflatten(-1, (self.groups, -1)).amax(-1, keepdim=True)
+        keep = TopK(self.kept_groups)(best[..., 0]).mask().repeat_interleave(scores.shape[-1] // self.groups, -1)
+        return scores.masked_fill(~keep, -torch.inf)
+
+
+class WithoutGroups(Sigmoid):
+    def shortlist(self, scores):
+        return scores
+
+
+class OverAllExperts(Sigmoid):
+    def weigh(self, selection, logits):
+        return selection.weigh(self.scale * logits.sigmoid() / logits.sigmoid().sum(-1, keepdim=True))
+
+
+class Unscaled(Sigmoid):
+    def weigh(self, selection, logits):
+        weighed = super().weigh(selection, logits)
+        return replace(weighed, weights=weighed.weights / self.scale)
+
+
+class LastComeFirstServed(Softmax):
+    def limit(self, keep):
+        return super().limit(keep.flip(-2)).flip(-2)
+
+
+class RoundedDown(Softmax):
+    def limit(self, keep):
+        return keep & (keep.cumsum(-2) <= int(self.capacity * len(keep) / keep.shape[-1]))
+
+
+class Dropless(Softmax):
+    def limit(self, keep):
+        return keep
+
+
+class OverTheKept(Softmax):
+    def weigh(self, selection, logits):
+        return selection.weigh_softmax(logits)
+
+
+@pytest.mark.parametrize("check, mutant", [
+    *((check_sigmoid, kind) for kind in (BiasInside, WithoutBias, GroupsByTheirBest, WithoutGroups, OverAllExperts,
+                                         Unscaled)),
+    *((check_capacity, kind) for kind in (LastComeFirstServed, RoundedDown, Dropless, OverTheKept))],
+    ids=lambda item: item.__name__)
+def test_a_wrong_gate_is_rejected(check, mutant):
+    with pytest.raises(AssertionError):
+        check(mutant)
+
+
+def test_the_right_gates_are_not():
+    check_sigmoid(Sigmoid)
+    check_capacity(Softmax)

@@ -32,7 +32,7 @@ class Axis(nn.Module, ABC):
             return output
         scores = self.score(*inputs)
         selection = self.select(scores, *inputs)
-        selection = self.tap(self.weigh(selection, scores), lambda: self.account(selection, *inputs))
+        selection = self.tap(self.weigh(selection, scores, *inputs), lambda: self.account(selection, *inputs))
         return self.apply(selection, *inputs)
 
     @abstractmethod
@@ -62,6 +62,6 @@ class Axis(nn.Module, ABC):
         """Bool [..., Q, C] of candidates no rule may drop; none by default."""
         return None
 
-    def weigh(self, selection: Selection, scores: torch.Tensor) -> Selection:
+    def weigh(self, selection: Selection, scores: torch.Tensor, *inputs) -> Selection:
         """Sets the number that weighs; by default every kept candidate counts 1."""
         return selection

@@ -187,7 +187,7 @@ class Connections(Axis):
         kept = self.attend_pages(query, key, value, lengths, bounds)[1]
         return Selection.from_mask(kept, ~torch.isneginf(scores), unit=paging.PAGE)
 
-    def weigh(self, selection, scores):
+    def weigh(self, selection, scores, *inputs):
         return selection.weigh(scores.exp())
 
     def apply(self, selection, query, key, value, lengths=None, bounds=None):

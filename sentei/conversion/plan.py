@@ -98,11 +98,14 @@ def convert(model: nn.Module, plan: Plan) -> nn.Module:
     converted before gets the new plan instead of the old one; the empty plan gives the dense model back.
 
     Raises:
-        UnsupportedError: a family not in the table, a layer that does not exist or is not of full attention, or
-            attention that does not go through transformers' interface.
+        UnsupportedError: another room than connections, a family not in the table, a layer that does not exist or is
+            not of full attention, or attention that does not go through transformers' interface.
     Cost: a forward pass or two of two tokens, to see that every room is reached.
     """
-    layers = prunable_layers(model)
+    layers, rooms = prunable_layers(model), sorted({entry.room for entry in plan.entries} - {"connections"})
+    if rooms:
+        raise UnsupportedError("convert", expected="the room connections", got=", ".join(rooms),
+                               do="build layers of other rooms with their from_dense")
     wrong = sorted({entry.layer for entry in plan.entries} - set(layers))
     if wrong:
         raise UnsupportedError("convert", expected=f"layers of full attention: {list(layers)}", got=f"layers {wrong}",

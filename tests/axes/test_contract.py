@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from sentei.axes import AXES, connections
+from sentei.axes import AXES, connections, experts
 from sentei.axes.axis import Axis
 from sentei.core.errors import FileError
 from sentei.core.rules import All, Mass, Rule, Threshold, TopK
@@ -62,6 +62,17 @@ def reach_of_connections(axis, inputs):
     return values[seen], values[~kept]
 
 
+def reach_of_experts(axis, inputs):
+    """One token is asked; the weights of an expert get a gradient where the token keeps it."""
+    up, down = (tensor.clone().requires_grad_() for tensor in inputs[2:])
+    with trace(axis) as records:
+        output = axis(*inputs[:2], up, down)
+    gradients = torch.autograd.grad(output[1, 3].sum(), (up, down))
+    kept = records[0].selection.mask()[1, 3]
+    sizes = torch.stack([gradient.abs().amax((1, 2)) for gradient in gradients])
+    return sizes[:, kept], sizes[:, ~kept]
+
+
 ROOMS = {
     "connections": Example(
         config=lambda rule: connections.Config(rule=rule, tile=(4, 2), window=0),
@@ -71,6 +82,15 @@ ROOMS = {
         dense=attention_layer,
         x=lambda: torch.randn(2, 20, 16),
         reach=reach_of_connections,
+    ),
+    "experts": Example(
+        config=lambda rule: experts.Config(rule=rule, unit=4),
+        axis=lambda config: experts.Experts(config, 6),
+        inputs=lambda: [torch.randn(2, 20, 16), torch.randn(2, 20, 6), torch.randn(6, 8, 16), torch.randn(6, 5, 4)],
+        output=(2, 20, 5),
+        dense=lambda: (layer := nn.Sequential(nn.Linear(16, 24, bias=False), nn.SiLU(), nn.Linear(24, 16)), layer),
+        x=lambda: torch.randn(2, 20, 16),
+        reach=reach_of_experts,
     ),
 }
 RULES = [All(), TopK(4), Mass(0.5), Threshold(0.5)]

@@ -162,6 +162,12 @@ def test_a_foreign_attention_module_is_refused(foreign, name):
         convert(model, Plan((entry(1),)))
 
 
+def test_a_room_that_is_not_for_pretrained_models_is_refused():
+    plan = Plan((entry(0), Entry(layer=1, room="experts", config=AXES["experts"].config())))
+    with pytest.raises(UnsupportedError, match="convert: expected the room connections, got experts"):
+        convert(tiny_model("llama"), plan)
+
+
 def test_the_path_of_a_layer():
     assert attention_path(tiny_model("qwen3"), 2) == "model.layers.2.self_attn"
 

@@ -1,0 +1,360 @@
+"""experts: tokens keep groups of a feed-forward network's neurons.
+
+| query | candidate | score used to choose | value if kept | usual rule |
+| token | expert: `unit` neurons, 1 or 16 or an FFN | x·router row, or a bias beside it | expert(x) | TopK, Capacity |
+
+    y_t = Σ over the experts e kept by t of  w_te · expert_e(x_t),      expert_e(x) = down_e (act(gate_e x) · up_e x)
+
+The neurons of a feed-forward network can be split in any groups: the sum over all of them, each weighed 1 (`Unit`),
+is the dense layer. What chooses and what weighs is the gate's (`kernels/routing/gates.py`), how many the rule's.
+Nothing is dropped unless a gate has a capacity. The router's arithmetic is in fp32 or wider, under autocast too.
+The rule Capacity (expert choice) and the gate `Soft` look at later tokens: a causal layer refuses them.
+References: Shazeer et al. 2017, 1701.06538; Switch 2101.03961; DeepSeekMoE 2401.06066 (small experts, shared ones);
+DeepSeek-V3 2412.19437; X-MoE 2204.09179 (cosine); see the gates for the others.
+"""
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from sentei.axes.axis import Axis
+from sentei.core.cost import Cost
+from sentei.core.errors import FileError, RuleError, ShapeError
+from sentei.core.rules import MAX_K, All, Capacity, Rule, rule_from_json
+from sentei.core.selection import Selection
+from sentei.core.shapes import check_shape
+from sentei.kernels.routing import Stack, choose_impl, route
+from sentei.kernels.routing.balance import Gauge, Sums
+from sentei.kernels.routing.dense import FeedForward, joined, parts
+from sentei.kernels.routing.gates import Gate, Soft, Task, Unit, gate_from_json
+from sentei.kernels.routing.router import METRICS, Router, in_full, widened
+from sentei.kernels.routing.stack import ACTIVATIONS
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """How experts are made and chosen.
+
+    Args:
+        rule: which experts a token keeps. All with the gate Unit is the dense layer.
+        gate: what the router's logits mean; Unit, Softmax, Renormalised, Noisy, Sigmoid, Task or Soft.
+        metric: the logit of an expert for a token: "dot" x·w; "cosine", the cosine times a learned scale; "l2",
+            x·w - |w|² / 2, whose order is that of the nearest w.
+        unit: neurons an expert has; the whole FFN, or a part down to one neuron.
+        shared: experts of `unit` neurons that every token keeps, outside the choice, each weighed 1.
+    """
+
+    rule: Rule = field(default_factory=All)
+    gate: Gate = field(default_factory=Unit)
+    metric: str = "dot"
+    unit: int = 64
+    shared: int = 0
+
+    def __post_init__(self):
+        whole = all(type(size) is int and 0 <= size <= MAX_K for size in (self.unit, self.shared))
+        kinds = isinstance(self.rule, Rule) and isinstance(self.gate, Gate)
+        checks = {
+            "rule a Rule, gate a Gate": kinds,
+            "a gate that fits the rule (weights of one kept expert that vary, scores its shares are of)":
+                kinds and self.gate.fits(self.rule),
+            f"metric {', '.join(map(repr, METRICS))}": self.metric in METRICS,
+            "unit from 1, shared from 0": whole and self.unit > 0,
+        }
+        for expected, holds in checks.items():
+            if not holds:
+                raise RuleError("experts.Config", expected=expected, got=repr(self), do="change that field")
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether no token's choice or answer depends on what later tokens hold."""
+        return not isinstance(self.rule, Capacity) and not isinstance(self.gate, Soft)
+
+    def without_lookahead(self) -> "Config":
+        """The same configuration, which must be causal; else a RuleError."""
+        if not self.is_causal:
+            raise looks_ahead(self.rule, self.gate)
+        return self
+
+    def to_json(self) -> dict:
+        """The configuration as a JSON object."""
+        return {"rule": self.rule.to_json(), "gate": self.gate.to_json(), "metric": self.metric, "unit": self.unit,
+                "shared": self.shared}
+
+    @classmethod
+    def from_json(cls, value: dict) -> "Config":
+        """The configuration written by `to_json`; unknown or missing keys are refused with a FileError."""
+        if not isinstance(value, dict) or set(value) != set(cls.__dataclass_fields__):
+            raise FileError("experts.Config", expected=f"the keys {', '.join(cls.__dataclass_fields__)}",
+                            got=repr(value)[:200], do="write plans with sentei")
+        try:
+            return cls(**{**value, "rule": rule_from_json(value["rule"]), "gate": gate_from_json(value["gate"])})
+        except RuleError as error:
+            raise FileError("experts.Config", expected=error.expected, got=repr(value)[:200],
+                            do="write plans with sentei") from error
+
+
+class Experts(Axis):
+    """The choice of experts and their sum. It has no weights; a Sigmoid gate's bias is a part of the choice.
+
+    Inputs: hidden [..., T, D], logits [..., T, C] (C is E, or for Soft the slots of all experts), up [E, F, D] or
+    [E, 2F, D] with the gate's rows first, down [E, O, F], mask bool [..., T] of the tokens that are no padding, and
+    what noise the logits hold; returns [..., T, O], 0 where a token keeps nothing. Minus infinity among the logits
+    forbids. Gradients flow through what is kept and through its weights, not through the choice.
+
+    Args:
+        config: how to choose.
+        num_experts: E.
+        activation: of the experts, a name of `ACTIVATIONS`.
+        causal: refuse what looks at later tokens.
+        impl: the kernel, see `route`.
+    Raises:
+        RuleError: a causal layer with the rule Capacity or the gate Soft.
+    """
+
+    def __init__(self, config: Config, num_experts: int, *, activation: str = "silu", causal: bool = True,
+                 impl: str = "auto"):
+        super().__init__(config.rule, unit=config.unit)
+        self.config = config
+        self.gate = config.gate
+        self.num_experts = num_experts
+        self.activation = activation
+        self.causal = causal
+        self.impl = impl
+        self.gauge = Gauge()
+        balances = self.gate.speed > 0
+        self.register_buffer("bias", torch.zeros(num_experts) if balances else None)
+        self.register_buffer("counts", torch.zeros(num_experts, dtype=torch.int64) if balances else None,
+                             persistent=False)
+        self.refuse_lookahead()
+
+    def refuse_lookahead(self) -> None:
+        """Raises where a causal layer would look at later tokens; the rule may have changed since it was made."""
+        if self.causal and (isinstance(self.rule, Capacity) or isinstance(self.gate, Soft)):
+            raise looks_ahead(self.rule, self.gate)
+
+    def score(self, hidden, logits, up, down, mask=None, noise=None):
+        self.check(hidden, logits, up, down, mask)
+        with torch.no_grad():
+            forbidden = logits.isneginf() if mask is None else logits.isneginf() | ~mask.unsqueeze(-1)
+            return self.gate.scores(widened(logits), self.bias).masked_fill(forbidden, -torch.inf)
+
+    def select(self, scores, *inputs):
+        self.refuse_lookahead()
+        listed = self.gate.shortlist(scores)
+        selection = self.rule(listed, unit=self.unit)
+        if self.training and self.counts is not None:
+            self.counts += selection.load().reshape(-1, self.num_experts).sum(0)
+        keep = selection.mask()
+        limited = self.gate.limit(keep)
+        if listed is scores and limited is keep:
+            return selection
+        return Selection.from_mask(limited, ~scores.isneginf(), unit=self.unit)
+
+    def weigh(self, selection, scores, hidden, logits, up, down, mask=None, noise=None):
+        # A token with no expert to choose from has no softmax, and a gradient through one would be NaN.
+        nowhere = scores.isneginf().all(-1, keepdim=True)
+        logits = widened(logits).masked_fill(nowhere, 0)
+        weighed = self.gate.weigh(selection, logits)
+        if self.gauge.is_heard:
+            wanted = self.rule(self.gate.shortlist(scores), unit=self.unit)
+            self.gauge(Sums.of(self.gate, wanted, weighed, logits, noise))
+        return weighed
+
+    def apply(self, selection, hidden, logits, up, down, mask=None, noise=None):
+        stack = self.stack(up, down)
+        if isinstance(self.gate, Soft):
+            return self.apply_soft(selection, hidden, logits, stack)
+        answers = route(hidden.flatten(0, -2), selection.ids.flatten(0, -2), selection.weights.flatten(0, -2), stack,
+                        impl=self.impl)
+        return answers.reshape(*hidden.shape[:-1], answers.shape[-1])
+
+    def apply_soft(self, selection: Selection, hidden: torch.Tensor, logits: torch.Tensor,
+                   stack: Stack) -> torch.Tensor:
+        """Every slot is a mean of tokens, its expert's answer goes to every token (2308.00951, eq. 1-3)."""
+        real = (selection.permitted > 0).unsqueeze(-1)
+        with in_full(hidden):
+            dispatch = self.gate.dispatch(widened(logits), selection.mask())
+            slots = dispatch.transpose(-1, -2) @ widened(hidden).masked_fill(~real, 0)
+        rows = slots.to(hidden.dtype).flatten(0, -2)
+        ids = torch.arange(slots.shape[-2], device=rows.device).div(self.gate.slots, rounding_mode="floor")
+        ids = ids.expand(slots.shape[:-1]).reshape(-1, 1)
+        answers = route(rows, ids, torch.ones_like(ids, dtype=dispatch.dtype), stack, impl=self.impl)
+        with in_full(hidden):
+            answer = answers.reshape(*slots.shape[:-1], answers.shape[-1])
+            return (selection.dense_weights() @ answer.to(dispatch.dtype)).to(answers.dtype)
+
+    def account(self, selection, hidden, logits, up, down, mask=None, noise=None):
+        kept, permitted = int(selection.count().sum()), int(selection.permitted.sum())
+        weights = (up.numel() + down.numel()) // self.num_experts
+        used = int((selection.load().reshape(-1, selection.num_candidates) > 0).any(0).sum()) // self.gate.slots
+        done = kept * weights
+        if isinstance(self.gate, Soft):
+            slots = math.prod(hidden.shape[:-2]) * selection.num_candidates
+            done = slots * weights + kept * (hidden.shape[-1] + down.shape[1])
+        rows = math.prod(hidden.shape[:-1]) * (hidden.shape[-1] + down.shape[1])
+        cost = Cost(multiply_adds=done, dense_multiply_adds=permitted // self.gate.slots * weights,
+                    bytes=(rows + used * weights) * hidden.element_size(), choosing=permitted * hidden.shape[-1])
+        return cost, *choose_impl(self.impl)
+
+    def stack(self, up: torch.Tensor, down: torch.Tensor) -> Stack:
+        """The experts as the kernel reads them; the gate's and the other rows are views of one weight."""
+        if up.shape[1] == down.shape[2]:
+            return Stack(up=up, down=down, activation=self.activation)
+        gate, up = up.chunk(2, dim=1)
+        return Stack(up=up, down=down, gate=gate, activation=self.activation)
+
+    def check(self, hidden, logits, up, down, mask) -> None:
+        """Raises a ShapeError unless the inputs fit together and this room."""
+        experts = check_shape("experts", "down", down, "E O F", E=self.num_experts, F=self.unit)["E"]
+        check_shape("experts", "up", up, "E F D", E=experts, D=hidden.shape[-1],
+                    F=2 * self.unit if up.shape[1:2] == (2 * self.unit,) else self.unit)
+        lead = hidden.shape[:-1]
+        fits = hidden.dim() >= 2 and logits.shape == (*lead, experts * self.gate.slots)
+        if not fits or (mask is not None and (mask.shape != lead or mask.dtype != torch.bool)):
+            raise ShapeError("experts", expected=f"hidden [..., T, D], logits [..., T, {experts * self.gate.slots}], "
+                             "mask bool [..., T]", do="score every token against every expert",
+                             got=f"{list(hidden.shape)}, {list(logits.shape)}, "
+                                 f"{None if mask is None else (mask.dtype, list(mask.shape))}")
+
+    @torch.no_grad()
+    def update_bias(self) -> None:
+        """Moves the bias of each expert by the gate's `speed` towards the mean load; call it once an optimizer step.
+
+        The loads are those of all calls in training since the last update, so that it does not matter in how many
+        parts the batch came. With several processes, add up `counts` over them first.
+
+        Raises:
+            RuleError: a gate without a bias.
+        Reference: Wang et al. 2024, arXiv 2408.15664, algorithm 1.
+        """
+        if self.bias is None:
+            raise RuleError("update_bias", expected="a Sigmoid gate with a speed above 0", got=repr(self.gate),
+                            do="balance other gates with a loss")
+        self.bias += self.gate.speed * torch.sign(self.counts.sum() - self.counts * self.num_experts)
+        self.counts.zero_()
+
+    def _apply(self, fn, recurse=True):
+        """The bias moves in steps that bfloat16 would round away: only its device changes."""
+        bias = self.bias
+        super()._apply(fn, recurse)
+        if bias is not None and not bias.is_meta and not self.bias.is_meta:
+            self.bias = bias.to(self.bias.device)
+        return self
+
+
+class MixtureOfExperts(nn.Module):
+    """A trainable feed-forward layer around `Experts`: x [..., T, width] → [..., T, width].
+
+    It has the neurons of a dense layer, in (neurons ÷ unit - shared) experts to choose from and `shared` that all
+    tokens keep.
+
+    Args:
+        config: how experts are made and chosen.
+        width: D.
+        neurons: of all experts together; a multiple of `config.unit`.
+        gated: experts have a gate.
+        activation: of the experts, a name of `ACTIVATIONS`.
+        bias: added to the sum.
+        causal: refuse what looks at later tokens.
+    Raises:
+        ShapeError: neurons that do not make whole experts, or no expert to choose.
+    """
+
+    def __init__(self, config: Config, *, width: int, neurons: int, gated: bool = True, activation: str = "silu",
+                 bias: bool = False, causal: bool = True):
+        super().__init__()
+        num_experts = neurons // config.unit - config.shared
+        if neurons % config.unit or num_experts < 1 or activation not in ACTIVATIONS:
+            raise ShapeError("experts", expected=f"neurons a multiple of {config.unit} and more than the shared, an "
+                             f"activation of {', '.join(ACTIVATIONS)}", got=f"{neurons}, {activation!r}",
+                             do="choose another unit or size")
+        self.config = config
+        self.router = Router(config.gate, config.metric, width, num_experts)
+        self.experts = Experts(config, num_experts, activation=activation, causal=causal)
+        rows = config.unit * (2 if gated else 1)
+        self.up = nn.Parameter(torch.empty(num_experts, rows, width).uniform_(-1, 1) * width ** -0.5)
+        self.down = nn.Parameter(torch.empty(num_experts, width, config.unit).uniform_(-1, 1) * config.unit ** -0.5)
+        self.shared = None if config.shared == 0 else FeedForward(width, config.shared * config.unit, gated=gated,
+                                                                  activation=activation)
+        self.bias = nn.Parameter(torch.zeros(width)) if bias else None
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None,
+                tasks: torch.Tensor | None = None) -> torch.Tensor:
+        """The layer's answer.
+
+        Args:
+            mask: bool [..., T], the tokens that are no padding; the experts give the others 0.
+            tasks: int64 [...], the task of each sequence, for a Task gate.
+        """
+        logits, noise = self.router(x, tasks)
+        output = self.experts(x, logits, self.up, self.down, mask, noise)
+        if self.shared is not None:
+            output = output + self.shared(x)
+        return output if self.bias is None else output + self.bias
+
+    def update_bias(self) -> None:
+        """See `Experts.update_bias`."""
+        self.experts.update_bias()
+
+    @torch.no_grad()
+    def extract(self, task: int) -> FeedForward:
+        """The dense layer that answers as this one does for `task`, with the neurons it keeps and no others.
+
+        Raises:
+            RuleError: a gate that is no Task gate.
+        Reference: Kudugunta et al. 2021, arXiv 2110.03742.
+        """
+        if not isinstance(self.config.gate, Task):
+            raise RuleError("extract", expected="a Task gate", got=repr(self.config.gate),
+                            do="choose experts by the task, not by the token")
+        tasks = torch.tensor(task, device=self.up.device)
+        logits, _ = self.router(self.up.new_zeros(1, self.up.shape[-1]), tasks)
+        selection = self.config.gate.weigh(self.experts.rule(logits), logits)
+        ids, weights = selection.ids[0], selection.weights[0].to(self.down.dtype)
+        stack = self.experts.stack(self.up[ids], self.down[ids] * weights[:, None, None])
+        return joined(stack, self.shared, self.bias)
+
+
+@torch.no_grad()
+def from_dense(layer: nn.Module, config: Config, *, causal: bool = True) -> MixtureOfExperts:
+    """The same layer with its neurons in experts of `config.unit`; with the rule All it computes the same function.
+
+    Neurons stay in order: the first `config.shared` groups are shared. An expert's router row is the mean of its
+    neurons' rows, so that a token goes where it looks alike (MoEfication, arXiv 2110.01786).
+
+    Args:
+        layer: gate_proj, up_proj and down_proj with an act_fn, as in Llama; the same without a gate; a `FeedForward`;
+            or nn.Sequential of a linear layer, an activation and a linear layer.
+        config: with the gate Unit; other weights are not those of the dense layer.
+    Raises:
+        ShapeError: another layer, an unknown activation, or a bias before the activation.
+        RuleError: another gate.
+    """
+    if not isinstance(config.gate, Unit):
+        raise RuleError("experts", expected="the gate Unit", got=repr(config.gate),
+                        do="keep the dense layer's weights of 1")
+    gate, up, down, activation = parts(layer)
+    mixture = MixtureOfExperts(config, width=up.in_features, neurons=up.out_features, gated=gate is not None,
+                               activation=activation, bias=down.bias is not None, causal=causal)
+    mixture.to(device=up.weight.device, dtype=up.weight.dtype)
+    first = config.shared * config.unit
+    rows = [linear.weight[first:].unflatten(0, (-1, config.unit)) for linear in (gate, up) if linear is not None]
+    mixture.up.copy_(torch.cat(rows, 1))
+    mixture.down.copy_(down.weight[:, first:].unflatten(1, (-1, config.unit)).transpose(0, 1))
+    mixture.router.weight.copy_(rows[0].mean(1))
+    if down.bias is not None:
+        mixture.bias.copy_(down.bias)
+    if mixture.shared is not None:
+        mixture.shared.up_proj.weight.copy_(up.weight[:first])
+        mixture.shared.down_proj.weight.copy_(down.weight[:, :first])
+        if gate is not None:
+            mixture.shared.gate_proj.weight.copy_(gate.weight[:first])
+    return mixture
+
+
+def looks_ahead(rule: Rule, gate: Gate) -> RuleError:
+    """What a causal layer says of a choice that looks at later tokens."""
+    return RuleError("experts", expected="a choice that looks at no later token", got=f"{rule} with {gate}",
+                     do="choose by TopK, or pass causal=False where tokens may see later ones, as in an encoder")

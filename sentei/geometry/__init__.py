@@ -1,0 +1,1 @@
+"""Directions: which subspaces weights and answers span. It knows tensors, and no room."""

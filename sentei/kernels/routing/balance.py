@@ -1,0 +1,212 @@
+"""Balance: how evenly a router spreads its tokens, as losses of sums that add up over micro-batches.
+
+    with balancing(model) as balance:
+        for batch in micro_batches:                      # one optimizer step
+            outputs.append(model(batch))
+    (task_loss(outputs) + balance.loss(switch=0.01, z=1e-3)).backward()
+
+Each layer has its own loss, and padding counts nowhere. The losses are made from the sums of the whole step, so that
+splitting a batch changes nothing; a mean of each part's own loss would ask every part to be balanced by itself, which
+costs specialisation (Qiu et al. 2025, arXiv 2501.11873). Where the parts' graphs cannot be kept until the end,
+`Balance.part` gives each part's share of the gradient.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from sentei.core.errors import RuleError
+from sentei.core.selection import Selection
+from sentei.kernels.routing.gates import Gate
+
+
+class Noise(NamedTuple):
+    """What a noisy router added: the logits without it, and its standard deviation, both [..., T, E]."""
+
+    clean: torch.Tensor
+    spread: torch.Tensor
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Sums:
+    """One layer's routing, summed over the tokens that count.
+
+    Args:
+        tokens: [], how many they are.
+        counts: [E], tokens an expert was chosen by, before any capacity.
+        shares: [E], of the router's probabilities.
+        importance: [E], of the weights.
+        z: [], of the squared log of the sum of exponents of the logits.
+        load: [E], of the chance to be chosen with new noise; None where the router adds none.
+    """
+
+    tokens: torch.Tensor
+    counts: torch.Tensor
+    shares: torch.Tensor
+    importance: torch.Tensor
+    z: torch.Tensor
+    load: torch.Tensor | None = None
+
+    @classmethod
+    def of(cls, gate: Gate, wanted: Selection, weighed: Selection, logits: torch.Tensor, noise: Noise | None) -> "Sums":
+        """The sums of one call.
+
+        Args:
+            wanted: what the rule chose, before any capacity; [..., T, E].
+            weighed: what was kept, with its weights.
+            logits: [..., T, E], with noise if there was any.
+        """
+        real = (wanted.permitted > 0).unsqueeze(-1)
+        clean = logits if noise is None else noise.clean
+        over_tokens = tuple(range(logits.dim() - 1))
+
+        def total(values: torch.Tensor) -> torch.Tensor:
+            return values.masked_fill(~real, 0).sum(over_tokens)
+
+        return cls(tokens=real.sum(dtype=logits.dtype), counts=total(wanted.mask().to(logits.dtype)),
+                   shares=total(gate.shares(clean)), importance=total(weighed.dense_weights()),
+                   z=total(clean.logsumexp(-1, keepdim=True).square())[0],
+                   load=None if noise is None else total(chance(wanted, logits, noise)))
+
+    def __add__(self, other: "Sums") -> "Sums":
+        pairs = {name: (getattr(self, name), getattr(other, name)) for name in self.__dataclass_fields__}
+        return Sums(**{name: None if a is None or b is None else a + b for name, (a, b) in pairs.items()})
+
+    def leaves(self) -> "Sums":
+        """The same numbers, each a leaf that wants a gradient."""
+        known = {name: value for name, value in vars(self).items() if value is not None}
+        return Sums(**{name: value.detach().requires_grad_() for name, value in known.items()})
+
+
+def chance(wanted: Selection, noisy: torch.Tensor, noise: Noise) -> torch.Tensor:
+    """The chance of each expert to be among the k chosen if its noise alone were drawn again, [..., T, E].
+
+    P(x, i) = Φ((z_i - the k-th largest noisy logit of the others) ÷ spread_i), Shazeer et al. 2017, appendix A.
+    """
+    chosen = wanted.mask()
+    k, others = wanted.ids.shape[-1], noisy.shape[-1] - 1
+    if k > others:
+        return torch.ones_like(noisy)
+    top = noisy.topk(k + 1, dim=-1).values
+    rival = torch.where(chosen, top[..., k:], top[..., k - 1:k])
+    return torch.special.ndtr((noise.clean - rival) / noise.spread)
+
+
+def switch_loss(sums: Sums) -> torch.Tensor:
+    """E Σ_i f_i P_i: f the share of the choices, without gradient, P the mean probability; 1 when even, E at most.
+
+    Reference: Fedus et al. 2021, arXiv 2101.03961, eq. 4-6; f adds up to 1 whatever the number of choices.
+    """
+    share = sums.counts / sums.counts.sum().clamp(min=1)
+    return len(share) * (share * sums.shares).sum() / sums.tokens.clamp(min=1)
+
+
+def importance_loss(sums: Sums) -> torch.Tensor:
+    """The squared coefficient of variation of the experts' summed weights (Shazeer et al. 2017, eq. 6-7)."""
+    return squared_variation(sums.importance)
+
+
+def load_loss(sums: Sums) -> torch.Tensor:
+    """The squared coefficient of variation of the smooth load (Shazeer et al. 2017, appendix A).
+
+    Raises:
+        RuleError: a router without noise.
+    """
+    if sums.load is None:
+        raise RuleError("balance", expected="a Noisy gate in training, for the smooth load",
+                        got="a router without noise", do="use the loss 'switch' or 'importance'")
+    return squared_variation(sums.load)
+
+
+def z_loss(sums: Sums) -> torch.Tensor:
+    """The mean of log² Σ_i exp(z_i), which keeps logits small (Zoph et al. 2022, arXiv 2202.08906, eq. 5)."""
+    return sums.z / sums.tokens.clamp(min=1)
+
+
+def squared_variation(values: torch.Tensor) -> torch.Tensor:
+    """Variance ÷ squared mean over the experts; 0 for one expert and where nothing was routed."""
+    return values.var(correction=0) / (values.mean().square() + 1e-10)
+
+
+LOSSES = {"switch": switch_loss, "importance": importance_loss, "load": load_loss, "z": z_loss}
+
+
+class Balance(dict[str, Sums]):
+    """The sums of each layer, by module path, over all calls since it was made."""
+
+    def add(self, path: str, sums: Sums) -> None:
+        """Adds one call of a layer."""
+        self[path] = self[path] + sums if path in self else sums
+
+    def loss(self, **weights: float) -> torch.Tensor:
+        """The weighed losses, named as in LOSSES, summed over the layers.
+
+        Raises:
+            RuleError: an unknown name, no name, or no layer that routed.
+        """
+        unknown = sorted(set(weights) - set(LOSSES))
+        if unknown or not weights or not self:
+            raise RuleError("balance", expected=f"weights of {', '.join(LOSSES)}, and a layer that routed",
+                            got=f"{', '.join(unknown) or 'known names'}, {len(weights)} weights, {len(self)} layers",
+                            do="name the losses, and call the model inside the block")
+        return sum(weight * LOSSES[name](sums) for sums in self.values() for name, weight in weights.items())
+
+    def part(self, step: "Balance", **weights: float) -> torch.Tensor:
+        """A number whose gradient is what these calls add to the gradient of `step.loss(**weights)`.
+
+        Backward after every micro-batch then does what one backward at the end would do. Its value means nothing.
+
+        Args:
+            step: the sums of all micro-batches of the step, e.g. of a first pass without gradients.
+        """
+        whole = Balance({path: sums.leaves() for path, sums in step.items()})
+        places = [(path, name) for path in self for name in ("shares", "importance", "z", "load")
+                  if getattr(whole[path], name) is not None]
+        slopes = torch.autograd.grad(whole.loss(**weights), [getattr(whole[path], name) for path, name in places],
+                                     allow_unused=True)
+        return sum((getattr(self[path], name) * slope).sum() for (path, name), slope in zip(places, slopes, strict=True)
+                   if slope is not None)
+
+
+class Gauge(nn.Module):
+    """The point in a room where its sums can be read, as selections are at a `Tap`. It holds who is listening."""
+
+    def __init__(self):
+        super().__init__()
+        self._listeners: list[tuple[Balance, str]] = []
+
+    @property
+    def is_heard(self) -> bool:
+        """Whether anyone listens."""
+        return bool(self._listeners)
+
+    def forward(self, sums: Sums) -> None:
+        """Hands the sums to whoever listens."""
+        for balance, path in self._listeners:
+            balance.add(path, sums)
+
+
+@contextmanager
+def balancing(model: nn.Module, into: Balance | None = None) -> Iterator[Balance]:
+    """Sums the routing of every mixture of experts in `model` for as long as the block lasts, with gradients.
+
+    Args:
+        into: the balance to add to; a new one by default.
+    Cost: a few sums over [T, E] a layer; the graph of the routers' logits until the loss is gone.
+    """
+    balance = Balance() if into is None else into
+    attached = []
+    for path, gauge in model.named_modules():
+        if isinstance(gauge, Gauge):
+            listener = balance, f".{path}".removesuffix(".gauge").removeprefix(".")
+            gauge._listeners.append(listener)
+            attached.append((gauge, listener))
+    try:
+        yield balance
+    finally:
+        for gauge, listener in attached:
+            gauge._listeners = [other for other in gauge._listeners if other is not listener]
