@@ -27,7 +27,7 @@ from sentei.core.tracing import Trace
 
 ROTARY_BASE = 10_000.0
 INITIAL_SPREAD = 0.02
-LARGEST = 1 << 24  # of any size in a configuration: what a file may ask for before memory is looked at
+LARGEST, DEEPEST = 1 << 24, 1024  # of sizes and layers in a configuration, which may come from a file
 
 
 class GatedFeedForward(nn.Module):
@@ -149,6 +149,7 @@ class Config:
         whole = all(type(size) is int and 1 <= size <= LARGEST for size in sizes)
         require("model.Config", self, {
             f"vocabulary, width, layers and two numbers of heads, whole and from 1 to {LARGEST}": paired and whole,
+            f"at most {DEEPEST} layers": whole and self.layers <= DEEPEST,
             "heads (H, G): G divides H, H the width, and a head's width is even": whole and (
                 self.heads[0] % self.heads[1] == 0 and self.width % (2 * self.heads[0]) == 0),
             f"feed_forward a hidden width, or a configuration of {', '.join(FEED_FORWARDS)}": (
@@ -272,11 +273,7 @@ class Transformer(nn.Module):
         return self.norm(x)
 
     def cache(self) -> list:
-        """An empty cache for `forward`, one part a layer.
-
-        Raises:
-            UnsupportedError: an encoder.
-        """
+        """An empty cache for `forward`, one part a layer; an encoder has none (UnsupportedError)."""
         if not self.config.causal:
             raise UnsupportedError("Transformer", expected="a causal model for a cache", got="an encoder",
                                    do="read all tokens in one call")
@@ -297,7 +294,6 @@ class Transformer(nn.Module):
             stop: the token that ends a row; the rest of the row is filled with it.
         Raises:
             SenteiError: an encoder, padding behind a prompt, an empty one, a temperature below 0.
-        Cost: the prompt once, then a token at a time with a cache.
         """
         length = check_shape("generate", "tokens", tokens, "B T")["T"]
         require("generate", (list(tokens.shape), count, temperature), {

@@ -111,7 +111,7 @@ def test_the_shortest_workload_still_has_an_interval(prune, tmp_path):
 
 
 def test_two_runs_do_not_share_a_folder(subject, tmp_path):
-    with pipeline._claimed(tmp_path / "out"), pytest.raises(ResourceError, match="no other process"):
+    with pipeline.claimed(tmp_path / "out", pipeline.MARKER, "x"), pytest.raises(ResourceError, match="no other process"):
         pipeline.run(pipeline.Request(**subject, quality=0.5, out=tmp_path / "out"), pipeline.Silent())
 
 
