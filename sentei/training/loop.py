@@ -187,10 +187,10 @@ class _Run:
             loss, added = self.loss(part)
             ((loss + added) / config.accumulate).backward()
             losses.append(loss.item())
-            extras.append(float(added))
+            extras.append(added.item())
         return math.fsum(losses) / len(losses), math.fsum(extras) / len(extras)
 
-    def loss(self, part: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | float]:
+    def loss(self, part: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The loss of one pass, and what the terms add."""
         device = next(iter(self.named.values())).device
         kind = PRECISIONS[self.config.precision]
@@ -199,7 +199,7 @@ class _Run:
             with torch.autocast(device.type, dtype=kind, enabled=kind is not None):
                 loss = next_token(self.model, part.to(device))
             extras = [extra for extra in (term() for term in added) if extra is not None]
-        return loss, sum(extras) if extras else 0.0
+        return loss, sum(extras, torch.zeros((), device=device))
 
     def evaluate(self) -> float:
         """The mean loss of the held-out windows.
