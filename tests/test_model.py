@@ -96,6 +96,16 @@ def test_padding_in_front_and_behind_changes_nothing(causal):
     torch.testing.assert_close(torch.stack([got[0, 13:], got[1, 5:25]]), model(x), rtol=1e-10, atol=1e-10)
 
 
+def test_a_block_is_told_the_places_of_its_rows_among_the_real_ones():
+    model, told = made(), []
+    model.blocks[0].block.register_forward_pre_hook(lambda module, inputs: told.append(inputs[1].positions.tolist()))
+    model(tokens(2, 5), torch.tensor([[0, 3], [2, 5]]))
+    cache = model.cache()
+    model(tokens(2, 4), torch.tensor([[3, 4], [0, 4]]), cache)
+    model(tokens(2, 2), None, cache)
+    assert told == [[[0, 1, 2, -1, -1], [-1, -1, 0, 1, 2]], [[-1, -1, -1, 0], [0, 1, 2, 3]], [[1, 2], [4, 5]]]
+
+
 def test_generation_is_the_likeliest_token_each_time_and_padding_and_cache_change_none():
     model, prompt = made(), tokens(2, 9)
     written = model.generate(prompt, 12)
@@ -126,10 +136,13 @@ def test_sampling_draws_from_the_softmax_of_what_the_rule_keeps():
 
 
 def test_a_row_ends_with_the_stop_token():
-    model, prompt = made(), tokens(2, 9)
-    free = model.generate(prompt, 12)
+    """Drawn, so that a row does not end in a loop by itself; each row is drawn for whether or not it has ended."""
+    model, prompt = made(spread=0.1), tokens(2, 9)
+    free, again = (model.generate(prompt, 12, temperature=1.0, generator=torch.Generator().manual_seed(0), stop=stop)
+                   for stop in (None, None))
     stop = int(free[0, 9])
-    written = model.generate(prompt, 12, stop=stop)
+    written = model.generate(prompt, 12, temperature=1.0, generator=torch.Generator().manual_seed(0), stop=stop)
+    assert torch.equal(free, again) and (free[0, 10:] != stop).any()
     assert (written[0, 9:] == stop).all()
     ends = (free[1, 9:] == stop).nonzero()
     kept = 9 + (int(ends[0]) + 1 if len(ends) else 12)
