@@ -117,6 +117,13 @@ def bench_arguments(parser: argparse.ArgumentParser) -> None:
     json_argument(parser, "a row")
 
 
+def train_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `sentei train`."""
+    parser.add_argument("config", metavar="CONFIG", help="a YAML file, such as examples/train.yaml")
+    parser.add_argument("--out", metavar="DIR", help="folder for the model and its checkpoints (default: chosen)")
+    json_argument(parser)
+
+
 def json_argument(parser: argparse.ArgumentParser, each: str = "") -> None:
     """`--json`, the same for every verb."""
     parser.add_argument("--json", action="store_true",
@@ -167,13 +174,12 @@ def prune_summary(result: dict, interval: tuple[float, float], report: Path) -> 
 def verify(options: argparse.Namespace, say: Say) -> bool:
     """Checks a folder written by `sentei prune` once more; a result with `"met": false` is a bound not met."""
     result = importlib.import_module("sentei.pipeline").verify(Path(options.folder))
-    plain = {key: value for key, value in result.items() if not isinstance(value, dict | list)}
-    say(result, table({key: str(value) for key, value in plain.items()}))
+    say(result, table({key: str(value) for key, value in result.items() if not isinstance(value, dict | list)}))
     return result.get("met", True)
 
 
 def bench(options: argparse.Namespace, say: Say) -> bool:
-    """Measures this machine, and says each row as soon as it is there."""
+    """Measures this machine, and says each row at once."""
     def absent(reason: str) -> None:
         print(f"sentei: {reason}", file=sys.stderr)
 
@@ -181,6 +187,15 @@ def bench(options: argparse.Namespace, say: Say) -> bool:
     for row in benches.rows(options.name, options.cases, options.runs, absent):
         say(row, head + benches.line(row))
         head = ""
+    return True
+
+
+def train(options: argparse.Namespace, say: Say) -> bool:
+    """Trains a model, and says the result."""
+    job = importlib.import_module("sentei.training.job")
+    out, progress = options.out and Path(options.out), Progress(sys.stderr, bars=draws(sys.stderr))
+    result = job.run(Path(options.config), out, progress)
+    say(result, table(job.summary(result)))
     return True
 
 
@@ -242,6 +257,12 @@ VERBS = {
         examples=("sentei bench attention", "sentei bench attention sparse --runs 9 --json"),
         arguments=bench_arguments,
         work=bench,
+    ),
+    "train": Verb(
+        summary="train a small model from text, going on from its newest checkpoint",
+        examples=("sentei train examples/train.yaml", "sentei train my.yaml --out ./trained --json"),
+        arguments=train_arguments,
+        work=train,
     ),
 }
 

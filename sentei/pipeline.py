@@ -3,15 +3,13 @@
 Every stage leaves its result in OUT/stages; the same command again goes on from the last finished one.
 """
 
-import fcntl
 import hashlib
 import shlex
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import nn
@@ -26,36 +24,21 @@ from sentei.budget.workload import Workload, workload_of
 from sentei.conversion import export
 from sentei.conversion.checkpoints import DTYPES, load_model, load_tokenizer, locate
 from sentei.conversion.plan import Plan, convert, prunable_layers
-from sentei.core.errors import FileError, ResourceError, SenteiError, UnsupportedError
-from sentei.core.storage import Stages, cannot_write, sweep, write_json
+from sentei.core.errors import FileError, SenteiError, UnsupportedError
+from sentei.core.progress import Progress, Silent
+from sentei.core.storage import Stages, claimed, write_json
 from sentei.kernels import native
 from sentei.measurement.outcome import environment, public
 from sentei.measurement.report import write_report
 from sentei.measurement.text import Text, read_text, windows_of
 
-MARKER, LOCK = "sentei-run.json", ".lock"
+MARKER = "sentei-run.json"
 # Windows of the workload's length for each use; no two uses share a token.
 WINDOWS = {"calibrate": 1, "choose": 2, "verify": 2}
 # About how many plans the solver judges; only the length of a progress bar.
 JUDGEMENTS = 8
 # The receipt compares logits after this many tokens: enough that blocks are dropped.
 RECEIPT_TOKENS = 2048
-
-
-class Progress(Protocol):
-    """Who is told how far the job is."""
-
-    def stage(self, name: str, total: int) -> AbstractContextManager[Callable[[str], object]]:
-        """A context for one stage of `total` steps; it yields what to call after each."""
-
-
-class Silent:
-    """Progress nobody sees."""
-
-    @contextmanager
-    def stage(self, name: str, total: int):
-        """Yields a step that does nothing."""
-        yield lambda note="": None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,7 +160,7 @@ def run(request: Request, progress: Progress) -> Outcome:
         step("loaded")
     job = f"{subject.name}-{request.workload.replace(':', '-')}-{request.dtype}-{subject.fingerprint[:6]}"
     out = request.out or Path("sentei-out") / job
-    with _claimed(out):
+    with claimed(out, MARKER, "sentei prune"):
         return _prune(subject, text, windows, request, out, progress)
 
 
@@ -213,7 +196,7 @@ def prune(model: nn.Module | str | None = None, tokenizer=None, *, text: Path | 
                       fingerprint=_fingerprint(model), command=request.call())
     content = read_text(request.text)
     windows = _windows(subject, content, request.work())
-    with nullcontext() if request.out is None else _claimed(request.out):
+    with nullcontext() if request.out is None else claimed(request.out, MARKER, "sentei prune"):
         convert(model.eval(), Plan())
         return _prune(subject, content, windows, request, request.out, progress)
 
@@ -289,39 +272,6 @@ def _windows(subject: Subject, text: Text, workload: Workload) -> dict[str, torc
         raise SenteiError("--workload", expected=f"at most the model's context of {context:,} tokens",
                           got=f"{workload.tokens:,}", do="choose a shorter workload")
     return windows_of(subject.tokenizer, text.text, length=workload.tokens, needed=WINDOWS)
-
-
-@contextmanager
-def _claimed(out: Path) -> Iterator[None]:
-    """Makes `out` ours for the length of a block: a new or empty folder, or one an earlier run made.
-
-    Raises:
-        SenteiError: a file, or a folder with other things in it.
-        ResourceError: it cannot be written, or another process is working in it.
-    """
-    try:
-        if out.exists() and not _ours(out):
-            raise SenteiError("--out", expected="a new or empty folder, or one that sentei prune made",
-                              got=f"{out}, which holds something else", do="name another folder")
-        out.mkdir(parents=True, exist_ok=True)
-        lock = open(out / LOCK, "a")
-    except OSError as error:
-        raise cannot_write(out, error, "choose another folder with --out") from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ResourceError(str(out), expected="a folder no other process works in", got="one that is locked",
-                                do="wait for the other run, or name another folder with --out") from error
-        sweep(out)
-        write_json(out / MARKER, {"schema": "sentei.run/1"})
-        yield
-
-
-def _ours(out: Path) -> bool:
-    """Whether `out` is a folder with our marker, or with nothing but what a run killed before it leaves."""
-    return out.is_dir() and ((out / MARKER).is_file() or all(
-        path.name == LOCK or path.name.startswith(f".{MARKER}.") for path in out.iterdir()))
 
 
 def _fingerprint(model: nn.Module) -> str:

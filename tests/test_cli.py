@@ -22,6 +22,7 @@ FLAGS = {
               "--online", "--json"},
     "verify": {"DIR", "--json"},
     "bench": {"NAME", "CASE", "--runs", "--json"},
+    "train": {"CONFIG", "--out", "--json"},
 }
 
 # Python runs a file of this name at its start: here it puts the stand-in where the pipeline would be.

@@ -14,7 +14,8 @@ from terminal import unfinished, watching
 import sentei as package
 from sentei import cli
 from sentei.core.errors import FileError
-from sentei.pipeline import LOCK, MARKER
+from sentei.core.storage import LOCK
+from sentei.pipeline import MARKER
 
 ROOT = Path(cli.__file__).parents[1]
 RESULT = {"config.json", "model.safetensors", "sentei.json", "sentei-receipt.json", "report.html"}

@@ -111,8 +111,9 @@ def test_the_shortest_workload_still_has_an_interval(prune, tmp_path):
 
 
 def test_two_runs_do_not_share_a_folder(subject, tmp_path):
-    with pipeline._claimed(tmp_path / "out"), pytest.raises(ResourceError, match="no other process"):
-        pipeline.run(pipeline.Request(**subject, quality=0.5, out=tmp_path / "out"), pipeline.Silent())
+    out = tmp_path / "out"
+    with pipeline.claimed(out, pipeline.MARKER, "x"), pytest.raises(ResourceError, match="no other process"):
+        pipeline.run(pipeline.Request(**subject, quality=0.5, out=out), pipeline.Silent())
 
 
 def test_where_no_plan_is_faster_the_bound_is_not_met_and_the_dense_model_is_kept(subject, tmp_path, monkeypatch):

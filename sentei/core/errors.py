@@ -53,3 +53,10 @@ class UnsupportedError(SenteiError):
     """A model, layer or feature sentei has no conversion for."""
 
     exit_code = 5
+
+
+def require(where: str, got: object, checks: dict[str, bool]) -> None:
+    """Raises a SenteiError for the first of `checks`, from what is expected to whether it holds, that does not hold."""
+    for expected, holds in checks.items():
+        if not holds:
+            raise SenteiError(where, expected=expected, got=repr(got)[:400], do="change that and try again")

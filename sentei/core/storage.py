@@ -1,15 +1,17 @@
 """Files that are either whole or absent: read with a size limit, written beside and renamed."""
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
 import stat
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from sentei.core.errors import FileError, ResourceError
+from sentei.core.errors import FileError, ResourceError, SenteiError
 
 MAX_JSON_BYTES = 64 << 20
 # Sixteen megabytes of "[]," would parse to 350 of empty lists. Each of these characters stands for at most about 64
@@ -17,6 +19,7 @@ MAX_JSON_BYTES = 64 << 20
 MAX_JSON_PARTS = 4_000_000
 # The end of the name of a file that is still being written; its name begins with a dot.
 UNFINISHED = ".part"
+LOCK = ".lock"
 
 
 def write_whole(path: Path, write: Callable[[Path], None]) -> None:
@@ -161,6 +164,42 @@ def sha256(path: Path) -> str:
     """The SHA-256 of a file's bytes, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def claimed(out: Path, marker: str, command: str) -> Iterator[None]:
+    """Makes `out` ours for the length of a block: a new or empty folder, or one an earlier run made.
+
+    Args:
+        marker: the name of the file that says so.
+        command: that makes such folders, for the message.
+    Raises:
+        SenteiError: a file, or a folder with other things in it.
+        ResourceError: it cannot be written, or another process is working in it.
+    """
+    try:
+        if out.exists() and not _ours(out, marker):
+            raise SenteiError("--out", expected=f"a new or empty folder, or one that {command} made",
+                              got=f"{out}, which holds something else", do="name another folder")
+        out.mkdir(parents=True, exist_ok=True)
+        lock = open(out / LOCK, "a")
+    except OSError as error:
+        raise cannot_write(out, error, "choose another folder with --out") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ResourceError(str(out), expected="a folder no other process works in", got="one that is locked",
+                                do="wait for the other run, or name another folder with --out") from error
+        sweep(out)
+        write_json(out / marker, {"schema": "sentei.run/1"})
+        yield
+
+
+def _ours(out: Path, marker: str) -> bool:
+    """Whether `out` is a folder with our marker, or with nothing but what a run killed before it leaves."""
+    return out.is_dir() and ((out / marker).is_file() or all(
+        path.name == LOCK or path.name.startswith(f".{marker}.") for path in out.iterdir()))
 
 
 class Stages:

@@ -31,6 +31,30 @@ def write_plots(folder: Path, result: dict, details: dict) -> list[Path]:
     return written
 
 
+def write_curve(path: Path, rows: list[dict]) -> None:
+    """Writes the losses of a training run as one picture, of the kind that the end of `path` names.
+
+    Args:
+        rows: as `sentei train` notes them: step, loss (not before the first step), held_out (where measured).
+    """
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "sentei", "font.size": 9,
+                                "axes.spines.top": False, "axes.spines.right": False}):
+        figure = Figure(figsize=(7, 4.2), layout="constrained")
+        axes = figure.subplots()
+        for key, colour, style in (("loss", GREY, "-"), ("held_out", INDIGO, "o-")):
+            points = [(row["step"], row[key]) for row in rows if key in row]
+            axes.plot([x for x, _ in points], [y for _, y in points], style, color=colour, linewidth=1, markersize=3,
+                      label={"loss": "training", "held_out": "held-out text"}[key])
+        axes.set(xlabel="step", ylabel="nats a token")
+        axes.legend(frameon=False)
+        kind = path.suffix.removeprefix(".")
+        metadata = {"Date": None} if kind == "svg" else None
+        write_whole(path, partial(figure.savefig, format=kind, dpi=160, metadata=metadata))
+
+
 def _slack_figure(details: dict):
     from matplotlib.figure import Figure
 

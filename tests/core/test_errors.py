@@ -39,3 +39,9 @@ def test_no_part_may_be_left_out(missing):
     del parts[missing]
     with pytest.raises(TypeError, match=missing):
         errors.SenteiError("here", **parts)
+
+
+def test_require_names_the_first_check_that_fails():
+    errors.require("here", 1, {"a": True})
+    with pytest.raises(errors.SenteiError, match="here: expected b, got 'x'"):
+        errors.require("here", "x", {"a": True, "b": False, "c": False})

@@ -1,0 +1,1 @@
+"""Training: text as tokens, one loop, checkpoints that survive a kill, and `sentei train`."""
