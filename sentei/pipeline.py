@@ -36,7 +36,7 @@ MARKER = "sentei-run.json"
 # Windows of the workload's length for each use; no two uses share a token.
 WINDOWS = {"calibrate": 1, "choose": 2, "verify": 2}
 # About how many plans the solver judges; only the length of a progress bar.
-JUDGEMENTS = 8
+JUDGEMENTS = 10
 # The receipt compares logits after this many tokens: enough that blocks are dropped.
 RECEIPT_TOKENS = 2048
 
