@@ -12,11 +12,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from sentei.axes.experts import Config, MixtureOfExperts
+from sentei.axes.experts.balance import balancing
+from sentei.axes.experts.dense import FeedForward
+from sentei.axes.experts.gates import Renormalised, Sigmoid
 from sentei.core.rules import TopK
 from sentei.core.tracing import trace
-from sentei.kernels.routing.balance import balancing
-from sentei.kernels.routing.dense import FeedForward
-from sentei.kernels.routing.gates import Renormalised, Sigmoid
 from sentei.measurement.specialisation import Load, Specialisation, loads, specialisation
 
 LETTERS, LANGUAGES, TOKENS, WIDTH, UNIT, NUM_EXPERTS, KEPT = 24, 3, 32, 48, 16, 16, 2

@@ -18,7 +18,7 @@ _HOMES = {
     "SenteiError": "sentei.core.errors",
     "Tiles": "sentei.kernels.attention",
     "attend": "sentei.kernels.attention",
-    "balancing": "sentei.kernels.routing.balance",
+    "balancing": "sentei.axes.experts.balance",
     "convert": "sentei.conversion.plan",
     "load": "sentei.conversion.export",
     "prune": "sentei.pipeline",

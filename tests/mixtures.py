@@ -3,8 +3,8 @@
 import torch
 
 from sentei.axes.experts import Config, MixtureOfExperts
+from sentei.axes.experts.gates import Noisy, Renormalised, Sigmoid, Soft, Softmax, Task, Unit
 from sentei.core.rules import Capacity, Fixed, Mass, Threshold, TopK
-from sentei.kernels.routing.gates import Noisy, Renormalised, Sigmoid, Soft, Softmax, Task, Unit
 
 WIDTH, UNIT, E = 6, 4, 8
 KINDS = {

@@ -6,11 +6,11 @@ import pytest
 import torch
 from oracle import CASES, check_attend
 
+from sentei.axes.experts.gates import Sigmoid, Softmax
 from sentei.core.definition import apply
 from sentei.core.rules import Mass, Rule, TopK
 from sentei.core.selection import Selection
 from sentei.kernels.attention import Tiles, eager, reference
-from sentei.kernels.routing.gates import Sigmoid, Softmax
 
 
 def regridded(tiles: Tiles, **changes) -> Tiles:

@@ -7,12 +7,12 @@ from torch import nn
 from torch.nn import functional as F
 
 from sentei.axes.experts import Config, Experts, MixtureOfExperts, from_dense
+from sentei.axes.experts.dense import FeedForward
+from sentei.axes.experts.gates import Gate, Noisy, Renormalised, Sigmoid, Soft, Softmax, Task
 from sentei.core.definition import apply
 from sentei.core.errors import RuleError, ShapeError
 from sentei.core.rules import All, Mass, TopK
 from sentei.core.tracing import trace
-from sentei.kernels.routing.dense import FeedForward
-from sentei.kernels.routing.gates import Gate, Noisy, Renormalised, Sigmoid, Soft, Softmax, Task
 from sentei.kernels.routing.stack import ACTIVATIONS
 
 every_kind = pytest.mark.parametrize("kind", KINDS)

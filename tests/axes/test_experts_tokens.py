@@ -5,10 +5,10 @@ import torch
 from mixtures import KINDS, LOOKING, UNIT, WIDTH, E, answer, layer, x_of
 
 from sentei.axes.experts import Config, Experts, MixtureOfExperts
+from sentei.axes.experts.gates import Renormalised, Sigmoid, Softmax, Unit
 from sentei.core.errors import RuleError
 from sentei.core.rules import Capacity, TopK
 from sentei.core.tracing import trace
-from sentei.kernels.routing.gates import Renormalised, Sigmoid, Softmax, Unit
 
 every_kind = pytest.mark.parametrize("kind", KINDS)
 any_kind = pytest.mark.parametrize("kind", [*KINDS, *LOOKING])

@@ -7,11 +7,11 @@ import torch
 from torch import nn
 
 from sentei.axes.experts import Config, MixtureOfExperts
+from sentei.axes.experts.balance import LOSSES, Balance, Sums, balancing, switch_loss
+from sentei.axes.experts.gates import Noisy, Renormalised, Sigmoid, Softmax
 from sentei.core.errors import RuleError
 from sentei.core.rules import TopK
 from sentei.core.tracing import trace
-from sentei.kernels.routing.balance import LOSSES, Balance, Sums, balancing, switch_loss
-from sentei.kernels.routing.gates import Noisy, Renormalised, Sigmoid, Softmax
 
 WIDTH, UNIT, E, K = 6, 2, 5, 2
 GATES = {"noisy": Noisy(), "renormalised": Renormalised(), "sigmoid": Sigmoid(), "switch": Softmax()}

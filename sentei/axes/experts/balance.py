@@ -19,9 +19,9 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from sentei.axes.experts.gates import Gate
 from sentei.core.errors import RuleError
 from sentei.core.selection import Selection
-from sentei.kernels.routing.gates import Gate
 
 
 class Noise(NamedTuple):

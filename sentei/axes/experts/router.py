@@ -4,9 +4,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from sentei.axes.experts.balance import Noise
+from sentei.axes.experts.gates import Gate, Noisy, Soft, Task
 from sentei.core.errors import ShapeError
-from sentei.kernels.routing.balance import Noise
-from sentei.kernels.routing.gates import Gate, Noisy, Soft, Task
 
 METRICS = ("dot", "cosine", "l2")
 # The size of the noise never falls below this, as in the code of Shazeer et al.

@@ -6,7 +6,7 @@
     y_t = Σ over the experts e kept by t of  w_te · expert_e(x_t),      expert_e(x) = down_e (act(gate_e x) · up_e x)
 
 The neurons of a feed-forward network can be split in any groups: the sum over all of them, each weighed 1 (`Unit`),
-is the dense layer. What chooses and what weighs is the gate's (`kernels/routing/gates.py`), how many the rule's.
+is the dense layer. What chooses and what weighs is the gate's (`gates.py`), how many the rule's.
 Nothing is dropped unless a gate has a capacity. The router's arithmetic is in fp32 or wider, under autocast too.
 The rule Capacity (expert choice) and the gate `Soft` look at later tokens: a causal layer refuses them.
 References: Shazeer et al. 2017, 1701.06538; Switch 2101.03961; DeepSeekMoE 2401.06066 (small experts, shared ones);
@@ -20,16 +20,16 @@ import torch
 from torch import nn
 
 from sentei.axes.axis import Axis
+from sentei.axes.experts.balance import Gauge, Sums
+from sentei.axes.experts.dense import FeedForward, joined, parts
+from sentei.axes.experts.gates import Gate, Soft, Task, Unit, gate_from_json
+from sentei.axes.experts.router import METRICS, Router, in_full, widened
 from sentei.core.cost import Cost
 from sentei.core.errors import FileError, RuleError, ShapeError
 from sentei.core.rules import MAX_K, All, Capacity, Rule, rule_from_json
 from sentei.core.selection import Selection
 from sentei.core.shapes import check_shape
 from sentei.kernels.routing import Stack, choose_impl, route
-from sentei.kernels.routing.balance import Gauge, Sums
-from sentei.kernels.routing.dense import FeedForward, joined, parts
-from sentei.kernels.routing.gates import Gate, Soft, Task, Unit, gate_from_json
-from sentei.kernels.routing.router import METRICS, Router, in_full, widened
 from sentei.kernels.routing.stack import ACTIVATIONS
 
 

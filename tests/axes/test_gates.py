@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from sentei.axes.experts import Config, MixtureOfExperts
+from sentei.axes.experts.gates import GATES, Renormalised, Sigmoid, Soft, Softmax, Task, gate_from_json
 from sentei.core.errors import FileError, RuleError
 from sentei.core.rules import TopK
 from sentei.core.tracing import trace
-from sentei.kernels.routing.gates import GATES, Renormalised, Sigmoid, Soft, Softmax, Task, gate_from_json
 
 WIDTH, UNIT, E = 16, 8, 8
 

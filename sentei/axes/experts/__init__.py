@@ -1,0 +1,5 @@
+"""experts: the room, and what it is made of: gates, the router, balance, and the dense layer it may come from."""
+
+from sentei.axes.experts.room import Config, Experts, MixtureOfExperts, from_dense
+
+__all__ = ["Config", "Experts", "MixtureOfExperts", "from_dense"]
