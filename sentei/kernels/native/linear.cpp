@@ -374,7 +374,7 @@ void heads(const Heads& p, Run run, int64_t threads, int machine) {
     for (int i = 0; i < 2; ++i)
       for (int64_t at = 0; at < p.outputs[i]; at += p.head)
         turn<Kind>(p, p.norm[i], r, part[i].wide + r * p.outputs[i] + at, to + before[i] + at);
-    std::transform(part[2].wide + r * p.outputs[2], part[2].wide + (r + 1) * p.outputs[2], to + before[2], Kind::narrow);
+    for (int64_t o = 0; o < p.outputs[2]; ++o) to[before[2] + o] = Kind::narrow(part[2].wide[r * p.outputs[2] + o]);
   }
 }
 
