@@ -1,8 +1,9 @@
 """Is the native attention faster than what a user could pick instead? Exact, block-sparse, and with the backward.
 
 Every case is the same call for ours and for the peer: same tensors, dtype, threads and permitted pairs; for
-FlexAttention also the same tiles, as its own BlockMask. Compilation is not timed. Both run in turn; a ratio is the
-median over neighbouring pairs, peer ÷ ours. Before a case is timed its outputs are compared; on a difference there is
+FlexAttention also the same tiles, as its own BlockMask. Of bfloat16 tensors sdpa is timed as it is and with casts to
+float32 and back, which a user would make where that is faster. Compilation is not timed. Both run in turn; a ratio is
+the median over neighbouring pairs, peer ÷ ours. Before a case is timed its outputs are compared; on a difference there is
 no ratio, but an error. A share of the blocks is drawn at random among those wholly in the past; the diagonal and block
 0 are always there.
 """
@@ -82,6 +83,13 @@ def sdpa(case: Case) -> torch.Tensor:
         1, 2)
 
 
+def sdpa_in_float32(case: Case) -> torch.Tensor:
+    """The same on copies in float32, made in the call: faster where a processor has no bfloat16 arithmetic."""
+    heads = (tensor.float().transpose(1, 2) for tensor in case.tensors)
+    return scaled_dot_product_attention(*heads, is_causal=case.causal, enable_gqa=case.heads != case.groups).transpose(
+        1, 2).to(case.dtype)
+
+
 def flex(case: Case, mask) -> torch.Tensor:
     """torch's compiled block-sparse kernel on the same tiles."""
     query, key, value = (tensor.transpose(1, 2) for tensor in case.tensors)
@@ -102,6 +110,8 @@ CASES = {
 def peers(case: Case) -> dict[str, tuple[Callable[[], torch.Tensor], bool]]:
     """What else a user could call, by name: the call, and whether it computes the same numbers."""
     found = {"torch sdpa": (partial(sdpa, case), case.kept == 1)}
+    if case.dtype != torch.float32:
+        found["torch sdpa, cast to float32"] = partial(sdpa_in_float32, case), case.kept == 1
     if case.kept < 1 and not case.backward:
         found["compiled FlexAttention"] = partial(flex, case, block_mask(case.tiles, case.heads)), True
     return found

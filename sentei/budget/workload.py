@@ -100,13 +100,13 @@ class Prefill(Workload):
 class Decode(Workload):
     """Writing one token at a time with a cache that ends at `tokens`.
 
-    Quality is read from the last READ tokens, or the second half of fewer, ROWS a call, which still counts as decoding:
-    each token chooses for itself, so it is what one by one gives. The prompt before them is read whole, by the dense
-    model.
+    Quality is read from the last READ tokens, or the second half of fewer, AT_ONCE a call: each token chooses for itself,
+    and what is installed for few rows takes as many, so it is what one by one gives. The prompt before them is read
+    whole, by the dense model.
     """
 
     kind, lever, per_head, least = "decode", "decode", False, 8
-    READ, ROWS, STEPS = 1024, 64, 32
+    READ, ROWS, AT_ONCE, STEPS = 1024, 64, 8, 32
 
     @property
     def timed_tokens(self) -> int:
@@ -133,7 +133,7 @@ class Decode(Workload):
 
     def losses(self, model, row, prefix):
         """Of the last tokens of the row."""
-        return losses_after(model, row, copy.deepcopy(prefix), rows=self.ROWS)
+        return losses_after(model, row, copy.deepcopy(prefix), rows=self.AT_ONCE)
 
     def sample(self, model, row, prefix):
         """The first tokens after the prefix, as many as a call of ours decodes at once."""

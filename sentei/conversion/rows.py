@@ -58,7 +58,7 @@ class FewRowGated(FewRows):
     def _native(self, x):
         parts = self._modules
         act, name = self.activation
-        if parts.get("act_fn") is not act or act._forward_hooks or act._forward_pre_hooks or _has_any_global_hook():
+        if parts.get("act_fn") is not act or act._forward_hooks or act._forward_pre_hooks:
             return None
         layers = _plain_layers(parts, LAYERS)
         return None if layers is None else rows.gated(x, *layers, name)
@@ -114,6 +114,8 @@ class FewRowHeads:
 
 def _plain_layers(parts: dict[str, nn.Module], names: tuple[str, ...]) -> list[rows.Layer] | None:
     """Weight and bias of linear layers on which nobody has put a hook; else None."""
+    if _has_any_global_hook():
+        return None
     layers = []
     for name in names:
         layer = parts[name]

@@ -149,3 +149,25 @@ def test_no_bench_has_a_ratio_where_the_outputs_differ(bench, monkeypatch):
 def test_times_are_shown_with_three_digits(seconds, shown):
     row = measured("b", "c", "p", Comparison(dense=[seconds], pruned=[seconds], date=""))
     assert benches.cells(row)[2:4] == [shown, shown]
+
+
+def test_of_the_kinds_of_sdpa_the_fastest_is_the_peer(monkeypatch):
+    """Clocks that make each later peer faster; then the update."""
+    clocks = iter([9.0, 6.0, 3.0, 30.0])
+    monkeypatch.setattr(decode, "CASES", {"small": [decode.Case(90, torch.bfloat16)]})
+    monkeypatch.setattr(decode, "interleave", lambda theirs, ours, runs: Comparison(
+        dense=[next(clocks)], pruned=[1.5], date=""))
+    attended, updated = benches.rows("decode", [], 1, print)
+    assert (attended["peer"], updated["peer"]) == ("torch sdpa, cast to float32", "DynamicLayer.update")
+    assert (attended["peer_s"], attended["ours_s"], attended["ratio"]) == (3 / decode.LAYERS, 1.5 / decode.LAYERS, 2.0)
+    assert attended["gb_s"] == decode.Case(90, torch.bfloat16).bytes_read() * decode.LAYERS / 1.5 / 1e9
+
+
+def test_bandwidth_is_the_time_of_reading_by_ours(monkeypatch):
+    case = linear.Case(64, 96, 1, torch.float32)
+    monkeypatch.setattr(linear, "CASES", {"small": [case]})
+    monkeypatch.setattr(linear, "turns", lambda *given: {"ours": [2e-6, 4e-6, 4e-6], "torch": [6e-6, 8e-6, 6e-6],
+                                                         "read": [1e-6, 1e-6, 3e-6]})
+    row, = benches.rows("linear", [], 3, print)
+    assert (row["bandwidth"], row["ratio"]) == (0.5, 2.0)
+    assert row["gb_s"] == pytest.approx(64 * 96 * 4 / 1e9 / 1e-6)

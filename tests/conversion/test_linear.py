@@ -124,6 +124,20 @@ def test_only_what_was_measured_faster_is_switched(gains, most_rows, monkeypatch
     assert {type(part) is FewRowLinear for part in module} == {most_rows > 0}
 
 
+@pytest.mark.parametrize("own, ours, gain", [(3.0, 2.0, 1.5), (2.0, 4.0, 0.5)])
+def test_a_gain_is_the_first_ways_time_by_the_seconds(monkeypatch, own, ours, gain):
+    now = [0.0]
+
+    def taking(seconds):
+        def way(module, x):
+            now[0] += seconds
+        return way
+
+    monkeypatch.setattr(linear.time, "perf_counter", lambda: now[0])
+    modules = [nn.Linear(6, 5), nn.Linear(6, 5)]
+    assert linear._gains(modules, lambda module: "all", (taking(own), taking(ours)), 1) == {"all": gain}
+
+
 def test_it_measures_every_shape_and_a_second_install_starts_afresh():
     module = nn.Sequential(nn.Linear(6, 5), nn.Linear(6, 7, bias=False))
     install(module, most_rows=8)

@@ -236,6 +236,13 @@ def test_hooks_training_and_other_attention_take_the_own_path(calls, monkeypatch
     torch.testing.assert_close(steps(model, tokens), expected)
     assert len(seen) == 4 and calls.count("heads") == 8
     handle.remove()
+    seen.clear()
+    handle = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(module))
+    steps(model, tokens)
+    handle.remove()
+    for layer in model.model.layers:
+        for part in (layer.self_attn.q_proj, layer.self_attn.v_proj, layer.mlp.up_proj):
+            assert sum(module is part for module in seen) == 4
     for switch in (lambda: model.train(), lambda: wrapper.use(model.eval(), "eager")):
         switch()
         calls.clear()

@@ -11,6 +11,7 @@ from functools import cache
 
 import torch
 
+from sentei.core.modes import is_plain_call
 from sentei.kernels.attention import eager, fused_cpp
 from sentei.kernels.attention.tiles import Grid, Tiles
 
@@ -34,8 +35,8 @@ def dense(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, tiles: Ti
     if not plain or grid.num_queries < SHORTEST or grid.query_block != BLOCK or grid.key_block != BLOCK:
         return "eager", known
     wants_gradients = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value))
-    if torch.compiler.is_compiling() or wants_gradients or fused_cpp.refusal(query, key, value):
-        return "eager", known
+    if wants_gradients or not is_plain_call() or fused_cpp.refusal(query, key, value):
+        return "eager", known  # what a mode or autocast makes of a call must not be measured and remembered
     gain = _gain(query.dtype, (query.shape[2], key.shape[2], query.shape[3], value.shape[3]), grid.causal,
                  min(LONGEST, 1 << (grid.num_queries.bit_length() - 1)), torch.get_num_threads())
     name = "fused_cpp" if gain >= MARGIN else "eager"
@@ -46,8 +47,8 @@ def dense(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, tiles: Ti
 def _gain(dtype: torch.dtype, sizes: tuple[int, int, int, int], causal: bool, tokens: int, threads: int) -> float:
     """Seconds of torch's kernel ÷ seconds of ours, the median over neighbouring pairs of runs."""
     heads, groups, width, value_width = sizes
-    generator = torch.Generator().manual_seed(0)
-    query, key, value = (torch.randn(1, tokens, *shape, generator=generator).to(dtype) for shape in (
+    generator = torch.Generator("cpu").manual_seed(0)
+    query, key, value = (torch.randn(1, tokens, *shape, generator=generator, device="cpu").to(dtype) for shape in (
         (heads, width), (groups, width), (groups, value_width)))
     tiles = Tiles(grid=Grid(num_queries=tokens, num_keys=tokens, query_block=BLOCK, key_block=BLOCK, causal=causal))
     seconds = ([], [])

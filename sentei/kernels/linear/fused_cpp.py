@@ -12,6 +12,7 @@ import torch
 from torch.autograd import forward_ad
 
 from sentei.core.errors import ImplError, ResourceError, ShapeError
+from sentei.core.modes import is_plain_call
 from sentei.kernels import native
 
 MOST_ROWS = 8  # of native/linear.cpp
@@ -58,12 +59,8 @@ def at_once(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) ->
 
 
 def is_quiet() -> bool:
-    """Whether a call made now is about nothing but memory: no graph, mode, transform, autocast or gradient is on."""
-    return not (torch.compiler.is_compiling() or torch.is_grad_enabled() or _C._len_torch_dispatch_stack()
-                or _C._len_torch_function_stack() or _C._is_any_autocast_enabled()
-                or _C._get_tracing_state() is not None
-                or _C._functorch.peek_interpreter_stack() is not None
-                or forward_ad._current_level >= 0 or native.missing())
+    """Whether a call made now is about nothing but memory."""
+    return is_plain_call() and not torch.is_grad_enabled() and not native.missing()
 
 
 def is_plain(x: object) -> bool:

@@ -1,0 +1,56 @@
+"""What `auto` takes for the plan that is everything: the faster of two clocks, and nothing measured under a mode."""
+
+import pytest
+import torch
+
+from sentei.kernels import native
+from sentei.kernels.attention import Grid, Tiles, auto, choose_impl
+
+pytestmark = pytest.mark.skipif(bool(native.missing()), reason=native.missing())
+TOKENS = auto.SHORTEST
+DENSE = Tiles(grid=Grid(num_queries=TOKENS, num_keys=TOKENS, query_block=64, key_block=64, causal=True))
+
+
+@pytest.fixture(autouse=True)
+def nothing_known():
+    auto._gain.cache_clear()
+    yield
+    auto._gain.cache_clear()
+
+
+def clock(monkeypatch, eager_s: float, fused_s: float) -> None:
+    """Kernels that do nothing but take their time, by a clock that they move."""
+    now = [0.0]
+
+    def taking(seconds):
+        def attend(*given, **named):
+            now[0] += seconds
+        return attend
+
+    monkeypatch.setattr(auto.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(auto.eager, "attend", taking(eager_s))
+    monkeypatch.setattr(auto.fused_cpp, "attend", taking(fused_s))
+
+
+def tensors():
+    return [torch.randn(1, TOKENS, heads, 8) for heads in (4, 2, 2)]
+
+
+@pytest.mark.parametrize(("eager_s", "fused_s", "name", "gain"), [
+    (3.0, 2.0, "fused_cpp", "1.50"), (2.0, 3.0, "eager", "0.67"), (1.01, 1.0, "eager", "1.01")])
+def test_it_takes_the_faster_and_says_by_how_much(monkeypatch, eager_s, fused_s, name, gain):
+    clock(monkeypatch, eager_s, fused_s)
+    with torch.no_grad():
+        assert choose_impl("auto", *tensors(), DENSE) == (
+            name, f"measured here: fused_cpp is {gain} times as fast as torch's own kernel")
+
+
+def test_nothing_is_measured_under_a_mode_and_so_nothing_wrong_is_remembered(monkeypatch):
+    clock(monkeypatch, 3.0, 2.0)
+    given = tensors()
+    for mode in (torch.autocast("cpu"), torch._subclasses.FakeTensorMode(), torch.device("meta")):
+        with torch.no_grad(), mode:
+            assert choose_impl("auto", *given, DENSE)[0] == "eager"
+    assert auto._gain.cache_info().currsize == 0
+    with torch.no_grad():
+        assert choose_impl("auto", *given, DENSE)[0] == "fused_cpp"
