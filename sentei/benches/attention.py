@@ -3,9 +3,9 @@
 Every case is the same call for ours and for the peer: same tensors, dtype, threads and permitted pairs; for
 FlexAttention also the same tiles, as its own BlockMask. Of bfloat16 tensors sdpa is timed as it is and with casts to
 float32 and back, which a user would make where that is faster. Compilation is not timed. Both run in turn; a ratio is
-the median over neighbouring pairs, peer ÷ ours. Before a case is timed its outputs are compared; on a difference there is
-no ratio, but an error. A share of the blocks is drawn at random among those wholly in the past; the diagonal and block
-0 are always there.
+the median over neighbouring pairs, peer ÷ ours. Before a case is timed its outputs are compared; on a difference
+there is no ratio, but an error. A share of the blocks is drawn at random among those wholly in the past; the diagonal
+and block 0 are always there.
 """
 
 from collections.abc import Callable, Iterator

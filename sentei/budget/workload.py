@@ -100,9 +100,9 @@ class Prefill(Workload):
 class Decode(Workload):
     """Writing one token at a time with a cache that ends at `tokens`.
 
-    Quality is read from the last READ tokens, or the second half of fewer, AT_ONCE a call: each token chooses for itself,
-    and what is installed for few rows takes as many, so it is what one by one gives. The prompt before them is read
-    whole, by the dense model.
+    Quality is read from the last READ tokens, or the second half of fewer, AT_ONCE a call: each token chooses for
+    itself, and what is installed for few rows takes as many, so it is what one by one gives. The prompt before them is
+    read whole, by the dense model.
     """
 
     kind, lever, per_head, least = "decode", "decode", False, 8

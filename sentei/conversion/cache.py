@@ -90,8 +90,10 @@ class _Paged:
 
     def _fits(self, length: int) -> bool:
         """Whether the buffers are still what `keys` shows, have room, and may be written to."""
-        return (self._is_ours() and length <= self.buffers[0].shape[2]
-                and (torch.is_inference_mode_enabled() or not self.buffers[0].is_inference()))
+        if not self._is_ours() or length > self.buffers[0].shape[2]:
+            return False
+        # A compiled graph cannot ask; there torch itself refuses to write where it may not.
+        return torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or not self.buffers[0].is_inference()
 
     def _start(self, before, after, key_states, value_states):
         """New buffers with room for `after` tokens and more, and the first `before` in them."""

@@ -20,6 +20,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from sentei.conversion import linear
 from sentei.conversion.linear import Choice, FewRowLinear, faster_rows, input_of
+from sentei.core.modes import is_plain_call
 from sentei.kernels import native
 from sentei.kernels.linear import fused_cpp, rows
 
@@ -58,7 +59,7 @@ class FewRowGated(FewRows):
     def _native(self, x):
         parts = self._modules
         act, name = self.activation
-        if parts.get("act_fn") is not act or act._forward_hooks or act._forward_pre_hooks:
+        if parts.get("act_fn") is not act or _is_altered(act):
             return None
         layers = _plain_layers(parts, LAYERS)
         return None if layers is None else rows.gated(x, *layers, name)
@@ -81,15 +82,15 @@ class FewRowHeads:
     """
 
     few_rows: Choice
-    turn: tuple[str, float]  # the name of ε's attribute in its norms, and their shift
+    turn: tuple[str, float, tuple[nn.Module, ...]]  # the name of ε's attribute in its norms, their shift, the norms
 
     def forward(self, hidden_states, position_embeddings=None, attention_mask=None, past_key_values=None, **named):
         """As the module's own; see `FewRowLinear.forward`."""
         choice, heads = self.few_rows, None
-        attend = attention_functions().get(self.config._attn_implementation)
-        if (attend is not None and type(hidden_states) is torch.Tensor and hidden_states.dtype is choice.dtype
-                and hidden_states.numel() <= choice.most_rows * choice.width and not self.training):
-            heads = self._native(hidden_states, position_embeddings)
+        if (not self.training and type(hidden_states) is torch.Tensor and hidden_states.dtype is choice.dtype
+                and hidden_states.numel() <= choice.most_rows * choice.width and is_plain_call()):
+            attend = attention_functions().get(self.config._attn_implementation)
+            heads = None if attend is None else self._native(hidden_states, position_embeddings)
         if heads is None:
             return super().forward(hidden_states=hidden_states, position_embeddings=position_embeddings,
                                    attention_mask=attention_mask, past_key_values=past_key_values, **named)
@@ -102,28 +103,37 @@ class FewRowHeads:
     def _native(self, x, position_embeddings):
         parts = self._modules
         layers = _plain_layers(parts, HEADS)
-        norms = [parts[name] for name in HEAD_NORMS if name in parts]
-        if layers is None or not isinstance(position_embeddings, tuple) or any(
-                norm._forward_hooks or norm._forward_pre_hooks for norm in norms):
+        norms = tuple(parts[name] for name in HEAD_NORMS if name in parts)
+        name, shift, proven = self.turn
+        if layers is None or not isinstance(position_embeddings, tuple) or len(norms) != len(proven):
             return None
-        weights = [norm._parameters.get("weight") for norm in norms] or [None, None]
-        epsilon, shift = self.turn
-        return rows.heads(x, *layers, rows.Turn(*position_embeddings, *weights,
-                                                norms[0].__dict__[epsilon] if norms else 0.0, shift))
+        weights, epsilons = [], {0.0} if not norms else set()
+        for norm, known in zip(norms, proven, strict=True):
+            weights.append(norm._parameters.get("weight"))
+            if norm is not known or weights[-1] is None or _is_altered(norm):
+                return None
+            epsilons.add(norm.__dict__[name])
+        if len(epsilons) > 1:
+            return None
+        return rows.heads(x, *layers, rows.Turn(*position_embeddings, *(weights or (None, None)), *epsilons, shift))
 
 
 def _plain_layers(parts: dict[str, nn.Module], names: tuple[str, ...]) -> list[rows.Layer] | None:
-    """Weight and bias of linear layers on which nobody has put a hook; else None."""
+    """Weight and bias of linear layers that nobody has altered; else None."""
     if _has_any_global_hook():
         return None
     layers = []
     for name in names:
         layer = parts[name]
-        if (type(layer) is not FewRowLinear and type(layer) is not nn.Linear or layer._forward_hooks
-                or layer._forward_pre_hooks):
+        if type(layer) is not FewRowLinear and type(layer) is not nn.Linear or _is_altered(layer):
             return None
         layers.append((layer._parameters.get("weight"), layer._parameters.get("bias")))
     return layers
+
+
+def _is_altered(module: nn.Module) -> bool:
+    """Whether someone put a hook on it, or a forward of their own, as accelerate does."""
+    return bool(module._forward_hooks or module._forward_pre_hooks) or "forward" in module.__dict__
 
 
 @cache
@@ -270,10 +280,10 @@ def _prove_heads(module: nn.Module, mixin: type) -> str:
     trial.__class__ = _few_rows_class(mixin, own)
     trial.few_rows = Choice(path="", outputs=0, width=tried[0].shape[-1], dtype=torch.float32, most_rows=4, reason="")
     for shift in (0.0, 1.0) if norms else (0.0,):
-        trial.turn = names[0], shift
+        trial.turn = names[0], shift, tuple(getattr(trial, name) for name in HEAD_NORMS if hasattr(trial, name))
         if all(trial._native(x, _turns(trial, x)[0]) is not None and _near(trial(x, *_turns(trial, x))[0], y)
                for x, y in zip(tried, expected, strict=True)):
-            module.__class__, module.turn = _few_rows_class(mixin, own), trial.turn
+            module.__class__, module.turn = _few_rows_class(mixin, own), (names[0], shift, tuple(norms))
             x = input_of(module, 1)
             module.few_rows = replace(trial.few_rows, dtype=x.dtype, most_rows=fused_cpp.MOST_ROWS)
             return ""

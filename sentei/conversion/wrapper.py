@@ -118,6 +118,8 @@ def attention_forward(module, query, key, value, attention_mask, scaling=None, *
     if key.dtype != query.dtype and not (takes and room.reads_pages(query.shape[2])):
         key, value, bounds = key.to(query.dtype), value.to(query.dtype), None
     if takes:
+        if scaling is not None:
+            room.scale = scaling  # the module's own, which may have been changed since it was converted
         output = room(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), lengths, bounds)
         return output.contiguous(), None
     from transformers.integrations.sdpa_attention import sdpa_attention_forward

@@ -248,3 +248,53 @@ def test_hooks_training_and_other_attention_take_the_own_path(calls, monkeypatch
         calls.clear()
         torch.testing.assert_close(steps(model, tokens), expected, rtol=1e-4, atol=1e-4)
         assert "heads" not in calls
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("part", ["q_proj", "k_proj", "v_proj", "q_norm", "k_norm", "mlp.up_proj", "mlp.act_fn"])
+@pytest.mark.parametrize("change", ["forward", "parametrized", "replaced"])
+def test_a_module_that_is_altered_after_conversion_is_called(part, change, monkeypatch):
+    def alter(model):
+        layer = model.model.layers[1]
+        holder, name = (layer.mlp, part[4:]) if part.startswith("mlp") else (layer.self_attn, part)
+        module = getattr(holder, name)
+        if change == "forward":
+            own = module.forward
+            module.forward = lambda x: own(x) * 3
+        elif change == "replaced":
+            setattr(holder, name, nn.Sequential(module, nn.Tanh()))
+        elif hasattr(module, "weight"):
+            torch.nn.utils.parametrize.register_parametrization(module, "weight", Doubled())
+        return steps(model, torch.arange(9)[None])
+
+    expected = alter(tiny_model("qwen3"))
+    found = alter(decoding("qwen3", monkeypatch))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+class Doubled(nn.Module):
+    def forward(self, weight):
+        return weight * 2
+
+
+@torch.no_grad()
+def test_an_epsilon_of_one_norm_and_a_scale_are_read_at_every_call(monkeypatch):
+    def alter(model):
+        attention = model.model.layers[0].self_attn
+        attention.q_norm.variance_epsilon = 0.5
+        attention.scaling = 2.0
+        return steps(model, torch.arange(9)[None])
+
+    torch.testing.assert_close(alter(decoding("qwen3", monkeypatch)), alter(tiny_model("qwen3")), rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_decoding_step_is_one_graph(monkeypatch):
+    from transformers import DynamicCache
+
+    model = decoding("llama", monkeypatch)
+    cache = DynamicCache(config=model.config)
+    model(torch.arange(40)[None], past_key_values=cache, use_cache=True)
+    torch._dynamo.reset()
+    explained = torch._dynamo.explain(model)(torch.tensor([[3]]), past_key_values=cache, use_cache=True)
+    assert explained.graph_count == 1, explained.break_reasons

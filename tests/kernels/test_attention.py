@@ -237,3 +237,12 @@ def test_the_lse_is_float32_or_wider(impl, dtype):
         case = Case(name="", queries=queries, keys=8, tile=(4, 2))
         output, lse = attend(*case.tensors(dtype), case.tiles(), impl=impl, return_lse=True)
         assert (output.dtype, lse.dtype) == (dtype, torch.float32)
+
+
+def test_merging_nothing_with_nothing_has_gradients_of_0():
+    lses = [torch.full((1, 2, 1), -torch.inf, requires_grad=True) for _ in range(2)]
+    outputs = [torch.zeros(1, 2, 1, 3, requires_grad=True) for _ in range(2)]
+    output, lse = merge(outputs[0], lses[0], outputs[1], lses[1])
+    assert torch.equal(output, torch.zeros(1, 2, 1, 3)) and lse.isneginf().all()
+    gradients = torch.autograd.grad(output.sum(), [*lses, *outputs])
+    assert all((gradient == 0).all() for gradient in gradients)

@@ -1,5 +1,7 @@
 """What `auto` takes for the plan that is everything: the faster of two clocks, and nothing measured under a mode."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -54,3 +56,19 @@ def test_nothing_is_measured_under_a_mode_and_so_nothing_wrong_is_remembered(mon
     assert auto._gain.cache_info().currsize == 0
     with torch.no_grad():
         assert choose_impl("auto", *given, DENSE)[0] == "fused_cpp"
+
+
+@pytest.mark.parametrize("change", [
+    {"window": 64}, {"lengths": torch.tensor([[0, TOKENS]])}, {"num_queries": 40}], ids=str)
+def test_where_torchs_kernel_would_need_a_mask_ours_is_taken_unmeasured(change, monkeypatch):
+    clock(monkeypatch, 1.0, 9.0)
+    query, key, value = tensors()
+    tiles = Tiles(grid=replace(DENSE.grid, **change))
+    query = query[:, :tiles.grid.num_queries]
+    assert choose_impl("auto", query, key, value, tiles) == (
+        "fused_cpp", "torch's own kernel needs a mask of every pair for this plan")
+    assert choose_impl("auto", query.double(), key.double(), value.double(), tiles)[0] == "eager"
+
+
+def test_the_log_sum_exp_of_everything_is_ours_to_make():
+    assert choose_impl("auto", *tensors(), DENSE, return_lse=True)[0] == "fused_cpp"

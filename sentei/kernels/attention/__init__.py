@@ -48,7 +48,7 @@ def attend(
     Cost: kept pairs · (D + Dv) multiply-adds; the dense plan is torch's own kernel.
     """
     _check(query, key, value, tiles)
-    name, _ = choose_impl(impl, query, key, value, tiles, softcap)
+    name, _ = choose_impl(impl, query, key, value, tiles, softcap, return_lse)
     if not 0 <= softcap < math.inf:
         raise ShapeError("attend", expected="a softcap from 0", got=str(softcap), do="leave it out for none")
     scale = 1 / math.sqrt(max(query.shape[-1], 1)) if scale is None else scale
@@ -60,7 +60,8 @@ def attend(
 
 
 def choose_impl(
-    impl: str, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, tiles: Tiles, softcap: float = 0.0
+    impl: str, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, tiles: Tiles, softcap: float = 0.0,
+    return_lse: bool = False,
 ) -> tuple[str, str]:
     """The implementation that will run for these arguments of `attend`, and why.
 
@@ -72,7 +73,7 @@ def choose_impl(
     if impl != "auto":
         raise ImplError("attend", expected=f"impl 'auto', {', '.join(map(repr, IMPLS))}", got=repr(impl),
                         do="choose one of these")
-    if tiles.is_everything and not softcap:
+    if tiles.is_everything and not softcap and not return_lse:
         return auto.dense(query, key, value, tiles)
     if query.is_cuda:
         name, reason = "fused_triton", fused_triton.refusal(query, key, value, tiles, softcap)
@@ -92,10 +93,12 @@ def merge(
     Returns:
         output and lse of the union.
     """
-    total = torch.logaddexp(lse, other_lse)
-    weight = torch.where(torch.isneginf(total), torch.zeros_like(total), (other_lse - total).exp()).unsqueeze(-1)
-    kept = torch.where(torch.isneginf(total), torch.zeros_like(total), (lse - total).exp()).unsqueeze(-1)
-    return kept.to(output.dtype) * output + weight.to(output.dtype) * other, total
+    empty = torch.isneginf(lse) & torch.isneginf(other_lse)
+    # Two infinities less each other have no gradient: where both sets are empty, anything else stands for them.
+    lses = [part.masked_fill(empty, 0) for part in (lse, other_lse)]
+    total = torch.logaddexp(*lses)
+    kept, added = ((part - total).exp().masked_fill(empty, 0).unsqueeze(-1).to(output.dtype) for part in lses)
+    return kept * output + added * other, total.masked_fill(empty, -torch.inf)
 
 
 def sink(output: torch.Tensor, lse: torch.Tensor, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

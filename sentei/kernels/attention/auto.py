@@ -1,8 +1,9 @@
 """Which kernel computes everything fastest on this machine: measured once for a kind of call, then remembered.
 
 A plan that names tiles goes to the kernel that skips; this is about the plan that is everything, where torch's own
-kernel is the one to beat. Kinds are told apart by dtype, heads, widths, causality, threads and a power of two of the
-length, and are measured on random tensors of LONGEST tokens at most.
+kernel is the one to beat, unless it would need a mask, n by n: padding, a window, fewer queries than keys. Kinds are
+told apart by dtype, heads, widths, causality, threads and a power of two of the length, and are measured on random
+tensors of LONGEST tokens at most.
 """
 
 import statistics
@@ -31,8 +32,14 @@ def dense(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, tiles: Ti
     """
     grid = tiles.grid
     known = "the dense plan is torch's own kernel"
-    plain = grid.lengths is None and grid.window is None and grid.num_queries == grid.num_keys
-    if not plain or grid.num_queries < SHORTEST or grid.query_block != BLOCK or grid.key_block != BLOCK:
+    if max(grid.num_queries, grid.num_keys) < SHORTEST:
+        return "eager", known
+    uneven = grid.num_queries != grid.num_keys
+    if grid.lengths is not None or grid.window is not None or (grid.causal and uneven and grid.num_queries > 1):
+        refusal = fused_cpp.refusal(query, key, value)
+        return ("eager", f"fused_cpp cannot take {refusal}") if refusal else (
+            "fused_cpp", "torch's own kernel needs a mask of every pair for this plan")
+    if uneven or grid.query_block != BLOCK or grid.key_block != BLOCK:
         return "eager", known
     wants_gradients = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value))
     if wants_gradients or not is_plain_call() or fused_cpp.refusal(query, key, value):
