@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
-from sentei.axes import connections
+from sentei.axes import connections, heads
 from sentei.axes.axis import Axis
 
 
@@ -17,4 +17,5 @@ class Room(NamedTuple):
 
 AXES = {
     "connections": Room(connections.Config, connections.Connections, connections.from_dense),
+    "heads": Room(heads.Config, heads.Heads, heads.from_dense),
 }
