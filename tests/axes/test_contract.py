@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from sentei.axes import AXES, connections, heads
+from sentei.axes import AXES, connections, heads, rank
 from sentei.axes.axis import Axis
 from sentei.core.errors import FileError
 from sentei.core.rules import All, Mass, Rule, Threshold, TopK
@@ -79,6 +79,23 @@ def reach_of_heads(axis, inputs):
     return sizes[0][kept], sizes[1][~kept]
 
 
+def reach_of_rank(axis, inputs):
+    """The first token alone is asked; a direction it keeps moves its row of a and its column of b."""
+    x, a, b = (tensor.clone().requires_grad_() for tensor in inputs)
+    with trace(axis) as records:
+        output = axis(x, a, b)
+    gradients = torch.autograd.grad(output[0, 0].sum(), (a, b))
+    kept = records[0].selection.mask()[0, 0]
+    sizes = torch.stack([gradients[0].abs().amax(1), gradients[1].abs().amax(0)], 1)
+    return sizes[kept], sizes[~kept]
+
+
+def adapted_layer() -> tuple[nn.Module, Callable]:
+    layer = rank.from_dense(nn.Linear(16, 10), rank.Config(rank=6))
+    nn.init.normal_(layer.b)
+    return layer, lambda x: nn.functional.linear(x, layer.weight + layer.rank.scale * layer.b @ layer.a, layer.bias)
+
+
 ROOMS = {
     "connections": Example(
         config=lambda rule: connections.Config(rule=rule, tile=(4, 2), window=0),
@@ -99,6 +116,15 @@ ROOMS = {
         reach=reach_of_heads,
         rules=(heads.Shared(),),
         everything=(heads.Shared(),),
+    ),
+    "rank": Example(
+        config=lambda rule: rank.Config(rule=rule, rank=6),
+        axis=rank.Rank,
+        inputs=lambda: [torch.randn(2, 20, 16), torch.randn(6, 16), torch.randn(10, 6)],
+        output=(2, 20, 10),
+        dense=adapted_layer,
+        x=lambda: torch.randn(2, 20, 16),
+        reach=reach_of_rank,
     ),
 }
 # Each list from dearest to cheapest.
