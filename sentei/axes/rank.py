@@ -2,7 +2,7 @@
 
 | query | candidate | score used to choose | value if kept | usual rule |
 |---|---|---|---|---|
-| token | rank-one direction (a_r, b_r) | log(|a_r·x| · ‖b_r‖) | the row b_r, weighed by s · a_r·x | All, TopK |
+| token | rank-one direction (a_r, b_r) | log(|a_r·x| · ‖b_r‖) | the row s b_r, weighed by a_r·x | All, TopK |
 
     y = W x + c + s Σ over the directions r kept of  (a_r·x) b_r        s = α / R,  or α / √R
 
@@ -106,15 +106,15 @@ class Rank(Axis):
         if isinstance(self.rule, All):
             return torch.zeros(*x.shape[:-1], a.shape[-2], device=x.device)
         with torch.no_grad():
-            return self.sizes(self.project(x, a), b)
+            return self.sizes(_project(x, a), b)
 
     def select(self, scores, x, a, b, onto=None):
-        return super().select(scores, x, a, b, onto).weigh(self.project(x, a))
+        return super().select(scores, x, a, b, onto).weigh(_project(x, a))
 
     def apply(self, selection, x, a, b, onto=None):
         if _is_everything(selection):
-            return _two_products(selection.weights, b, onto)
-        return _kept_rows(selection, b, onto)
+            return self.two_products(selection.weights, b, onto)
+        return self.kept_rows(selection, b, onto)
 
     def account(self, selection, x, a, b, onto=None):
         kept, permitted = int(selection.count().sum()), int(selection.permitted.sum())
@@ -130,16 +130,11 @@ class Rank(Axis):
 
     def shortcut(self, x, a, b, onto=None):
         _check(x, a, b, onto)
-        projected = self.project(x, a)
+        projected = _project(x, a)
         if isinstance(self.rule, All):
-            return _two_products(projected, b, onto)
+            return self.two_products(projected, b, onto)
         selection = self.rule(self.sizes(projected.detach(), b.detach())).weigh(projected)
         return self.apply(selection, x, a, b, onto)
-
-    def project(self, x: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
-        """[..., R]: s · a_r·x, the number that weighs."""
-        projected = F.linear(x, a) if a.dim() == 2 else x @ a.mT
-        return projected if self.scale == 1 else projected * self.scale
 
     def sizes(self, projected: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         """[..., R]: the number that chooses, in float32 or wider; finite where a size is 0, which forbids nothing."""
@@ -148,6 +143,27 @@ class Rank(Axis):
         norms = torch.linalg.vector_norm(b, dim=-2, keepdim=True, dtype=wide)
         norms = norms[0] if b.dim() == 2 else norms
         return projected.to(wide).abs().clamp(min=least).log() + norms.clamp(min=least).log()
+
+    def two_products(self, weights: torch.Tensor, b: torch.Tensor, onto: torch.Tensor | None) -> torch.Tensor:
+        """onto + s · weights · bᵀ for weights [..., R]; scale and sum are taken inside the product."""
+        if onto is None:
+            return (F.linear(weights, b) if b.dim() == 2 else weights @ b.mT) * self.scale
+        if b.dim() == 3:
+            return torch.baddbmm(onto, weights, b.mT, alpha=self.scale)
+        flat = onto.reshape(-1, onto.shape[-1]), weights.reshape(-1, weights.shape[-1])
+        return torch.addmm(*flat, b.t(), alpha=self.scale).view(onto.shape)
+
+    def kept_rows(self, selection: Selection, b: torch.Tensor, onto: torch.Tensor | None) -> torch.Tensor:
+        """onto + s · Σ over what is kept of its weight times its row of bᵀ; nothing is read of what is not kept."""
+        rows, kept = b.mT.flatten(0, -2).contiguous(), selection.ids >= 0
+        ids, weights = selection.ids, selection.weights
+        if b.dim() == 3:
+            ids = ids + selection.num_candidates * torch.arange(len(b), device=b.device)[:, None, None]
+        counts = kept.sum(-1).flatten()
+        change = F.embedding_bag(ids[kept], rows, counts.cumsum(0) - counts, mode="sum",
+                                 per_sample_weights=weights[kept] * self.scale)
+        change = change.view(*selection.ids.shape[:-1], b.shape[-2])
+        return change if onto is None else onto + change
 
 
 class Adapter(nn.Module):
@@ -163,7 +179,6 @@ class Adapter(nn.Module):
         self.a = nn.Parameter(self.weight.new_empty(*lead, config.rank, inputs).uniform_(-bound, bound))
         self.b = nn.Parameter(self.weight.new_zeros(*lead, outputs, config.rank))
         self.rank = Rank(config)
-        self.dropout = nn.Dropout(config.dropout)
         self.register_buffer("merged", None, persistent=False)
 
     @torch.no_grad()
@@ -190,13 +205,16 @@ class Adapter(nn.Module):
 
     def run(self, x: torch.Tensor, bias: torch.Tensor | None = None, expert: int | None = None) -> torch.Tensor:
         """x through the weight and its adapter, of one expert or of all; or through the merged weight."""
-        weights = (self.merged,) if self.merged is not None else (self.weight, self.a, self.b)
-        weight, *factors = weights if expert is None else (part[expert] for part in weights)
+        weight = self.weight if self.merged is None else self.merged
+        weight = weight if expert is None else weight[expert]
         y = F.linear(x, weight, bias) if weight.dim() == 2 else x @ weight.mT
-        if factors:
-            return self.rank(self.dropout(x), *factors, y)
-        self.rank.tap.bypass("merged weights")
-        return y
+        if self.merged is not None:
+            self.rank.tap.bypass("merged weights")
+            return y
+        a, b = (self.a, self.b) if expert is None else (self.a[expert], self.b[expert])
+        if self.training and self.config.dropout:
+            x = F.dropout(x, self.config.dropout)
+        return self.rank(x, a, b, y)
 
 
 class LowRank(Adapter, nn.Linear):
@@ -277,30 +295,14 @@ def _is_everything(selection: Selection) -> bool:
     return selection.ids.numel() > 0 and bool((selection.count() == selection.num_candidates).all())
 
 
-def _two_products(weights: torch.Tensor, b: torch.Tensor, onto: torch.Tensor | None) -> torch.Tensor:
-    """onto + weights · bᵀ for weights [..., R]; the sum is taken inside the product."""
-    if onto is None:
-        return F.linear(weights, b) if b.dim() == 2 else weights @ b.mT
-    if b.dim() == 3:
-        return torch.baddbmm(onto, weights, b.mT)
-    flat = onto.reshape(-1, onto.shape[-1]), weights.reshape(-1, weights.shape[-1])
-    return torch.addmm(*flat, b.t()).view(onto.shape)
-
-
-def _kept_rows(selection: Selection, b: torch.Tensor, onto: torch.Tensor | None) -> torch.Tensor:
-    """onto + Σ over what is kept of its weight times its row of bᵀ; nothing is read of what is not kept."""
-    rows, kept = b.mT.flatten(0, -2).contiguous(), selection.ids >= 0
-    ids, weights = selection.ids, selection.weights
-    if b.dim() == 3:
-        ids = ids + selection.num_candidates * torch.arange(len(b), device=b.device)[:, None, None]
-    counts = kept.sum(-1).flatten()
-    change = F.embedding_bag(ids[kept], rows, counts.cumsum(0) - counts, mode="sum", per_sample_weights=weights[kept])
-    change = change.view(*selection.ids.shape[:-1], b.shape[-2])
-    return change if onto is None else onto + change
+def _project(x: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
+    """[..., R]: a_r·x, the number that weighs."""
+    return F.linear(x, a) if a.dim() == 2 else x @ a.mT
 
 
 def _check(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, onto: torch.Tensor | None) -> None:
-    stacked = a.dim() == b.dim() == x.dim() == 3 and len(a) == len(b) == len(x)
+    # A layer calls this for every token it decodes, so that the usual case must be told in few steps.
+    stacked = a.dim() == 3 and b.dim() == 3 and x.dim() == 3 and len(a) == len(b) == len(x)
     fits = ((stacked or a.dim() == b.dim() == 2 and x.dim() >= 1)
             and b.shape[-1] == a.shape[-2] and x.shape[-1] == a.shape[-1]
             and (onto is None or onto.shape == (*x.shape[:-1], b.shape[-2])))
@@ -308,7 +310,8 @@ def _check(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, onto: torch.Tensor
         raise ShapeError("rank", expected="x [..., I], a [R, I], b [O, R] and onto [..., O], or all with E in front",
                          got=", ".join(str(list(t.shape)) for t in (x, a, b, onto) if t is not None),
                          do="give tensors that fit")
-    parts = [tensor for tensor in (x, a, b, onto) if tensor is not None]
-    if len({(tensor.dtype, tensor.device) for tensor in parts}) > 1 or not x.is_floating_point():
+    alike = x.dtype == a.dtype == b.dtype and x.device == a.device == b.device and x.is_floating_point()
+    if not alike or onto is not None and (onto.dtype != x.dtype or onto.device != x.device):
         raise ShapeError("rank", expected="one floating dtype and one device",
-                         got=", ".join(f"{tensor.dtype} on {tensor.device}" for tensor in parts), do="convert them")
+                         got=", ".join(f"{t.dtype} on {t.device}" for t in (x, a, b, onto) if t is not None),
+                         do="convert them")
