@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
-from sentei.axes import connections, heads, rank
+from sentei.axes import channels, connections, heads, rank
 from sentei.axes.axis import Axis
 
 
@@ -19,4 +19,5 @@ AXES = {
     "connections": Room(connections.Config, connections.Connections, connections.from_dense),
     "heads": Room(heads.Config, heads.Heads, heads.from_dense),
     "rank": Room(rank.Config, rank.Rank, rank.from_dense),
+    "channels": Room(channels.Config, channels.Channels, channels.from_dense),
 }

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from sentei.axes import AXES, connections, heads, rank
+from sentei.axes import AXES, channels, connections, heads, rank
 from sentei.axes.axis import Axis
 from sentei.core.errors import FileError
 from sentei.core.rules import All, Mass, Rule, Threshold, TopK
@@ -96,6 +96,22 @@ def adapted_layer() -> tuple[nn.Module, Callable]:
     return layer, lambda x: nn.functional.linear(x, layer.weight + layer.rank.scale * layer.b @ layer.a, layer.bias)
 
 
+def reach_of_channels(axis, inputs):
+    """A map that is kept moves with its pixels, its logit and its slice of the weight."""
+    inputs = [tensor.clone().requires_grad_() for tensor in inputs]
+    with trace(axis) as records:
+        output = axis(*inputs)
+    maps, logits, weight = torch.autograd.grad(output.square().sum(), inputs)
+    kept = records[0].selection.mask()[0, 0]
+    sizes = torch.stack([maps[0].abs().amax((1, 2)), logits[0].abs(), weight.abs().amax((0, 2, 3))], 1)
+    return sizes[kept], sizes[~kept]
+
+
+def gated_layer() -> tuple[nn.Module, Callable]:
+    layer = nn.Sequential(channels.SqueezeExcitation(8, reduction=2), nn.Conv2d(8, 3, 3))
+    return layer, lambda x: layer(x)
+
+
 ROOMS = {
     "connections": Example(
         config=lambda rule: connections.Config(rule=rule, tile=(4, 2), window=0),
@@ -125,6 +141,16 @@ ROOMS = {
         dense=adapted_layer,
         x=lambda: torch.randn(2, 20, 16),
         reach=reach_of_rank,
+    ),
+    "channels": Example(
+        config=lambda rule: channels.Config(rule=rule),
+        axis=channels.Channels,
+        # One image: a batch of several that choose for themselves saves nothing, and says so.
+        inputs=lambda: [torch.randn(1, 8, 6, 5), torch.randn(1, 8) * 2, torch.randn(3, 8, 3, 3)],
+        output=(1, 3, 4, 3),
+        dense=gated_layer,
+        x=lambda: torch.randn(2, 8, 6, 5),
+        reach=reach_of_channels,
     ),
 }
 # Each list from dearest to cheapest.
