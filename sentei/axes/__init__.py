@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
-from sentei.axes import connections, experts
+from sentei.axes import channels, connections, experts, heads, rank
 from sentei.axes.axis import Axis
 
 
@@ -18,4 +18,7 @@ class Room(NamedTuple):
 AXES = {
     "connections": Room(connections.Config, connections.Connections, connections.from_dense),
     "experts": Room(experts.Config, experts.Experts, experts.from_dense),
+    "heads": Room(heads.Config, heads.Heads, heads.from_dense),
+    "rank": Room(rank.Config, rank.Rank, rank.from_dense),
+    "channels": Room(channels.Config, channels.Channels, channels.from_dense),
 }
