@@ -226,8 +226,9 @@ def _install(modules: dict[str, nn.Module], kind: Kind, most_rows: int | None, k
 
 
 def _alike(module: nn.Module) -> tuple:
-    """Modules that give the same are measured together."""
-    return type(module), torch.get_num_threads(), *(
+    """Modules that give the same are measured together. Of names: the answers stay with a model that may be pickled."""
+    mixin, own = type(module).__bases__[:2]
+    return mixin.__name__, own.__module__, own.__qualname__, torch.get_num_threads(), *(
         (tuple(weight.shape), weight.dtype) for weight in module.parameters())
 
 

@@ -1,6 +1,7 @@
 """Native linear layers, gated MLPs, norms and heads put into models of every family and taken out again."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -270,6 +271,16 @@ def test_a_module_that_is_altered_after_conversion_is_called(part, change, monke
     expected = alter(tiny_model("qwen3"))
     found = alter(decoding("qwen3", monkeypatch))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_model_made_dense_again_is_pickled(monkeypatch):
+    model = decoding("qwen3", monkeypatch)
+    monkeypatch.undo()
+    install(model)
+    convert(model, Plan())
+    assert model.__dict__[rows.linear.MEASURED]
+    twin = pickle.loads(pickle.dumps(model))
+    assert torch.equal(twin(TOKENS).logits, model(TOKENS).logits)
 
 
 class Doubled(nn.Module):
