@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
-from sentei.axes import connections
+from sentei.axes import connections, depth
 from sentei.axes.axis import Axis
 
 
@@ -17,4 +17,5 @@ class Room(NamedTuple):
 
 AXES = {
     "connections": Room(connections.Config, connections.Connections, connections.from_dense),
+    "depth": Room(depth.Config, depth.Depth, depth.from_dense),
 }
