@@ -2,17 +2,23 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from math import ceil
 
 import pytest
 import torch
 from torch import nn
 
-from sentei.axes import AXES, connections
+from sentei.axes import AXES, connections, depth
 from sentei.axes.axis import Axis
 from sentei.core.errors import FileError
-from sentei.core.rules import All, Mass, Rule, Threshold, TopK
+from sentei.core.rules import All, Capacity, Mass, Rule, Threshold, TopK
 from sentei.core.tracing import Tap, trace
+
+# Each list from dearest to cheapest.
+LADDERS = {"top_k": [TopK(20), TopK(5), TopK(3), TopK(1), TopK(0)],
+           "mass": [All(), Mass(1.0), Mass(0.6), Mass(0.2), Mass(0)],
+           "threshold": [Threshold(0), Threshold(0.1), Threshold(0.5), Threshold(1)]}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +33,11 @@ class Example:
         dense: a dense layer, and what it computes from x.
         x: the input of the dense layer.
         reach: from (axis, inputs) to the gradients, by bool mask, of what was kept and of what was not.
+        rules: All, and some that keep a part.
+        strict: TopK(4), or a Capacity where a query has fewer candidates, that keeps a part.
+        whole: rules that keep everything.
+        ladders: lists of rules, each from dearest to cheapest.
+        weighs_by_score: the score is also the weight, and so on the path of the gradient.
     """
 
     config: Callable[[Rule], object]
@@ -36,6 +47,11 @@ class Example:
     dense: Callable[[], tuple[nn.Module, Callable]]
     x: Callable[[], torch.Tensor]
     reach: Callable[[Axis, list[torch.Tensor]], tuple[torch.Tensor, torch.Tensor]]
+    rules: tuple[Rule, ...] = (All(), TopK(4), Mass(0.5), Threshold(0.5))
+    strict: Rule = TopK(4)
+    whole: tuple[Rule, ...] = (All(), Mass(1.0), Threshold(0), TopK(10**6))
+    ladders: dict[str, list[Rule]] = field(default_factory=lambda: LADDERS)
+    weighs_by_score: bool = False
 
 
 def attention_layer() -> tuple[nn.Module, Callable]:
@@ -62,6 +78,30 @@ def reach_of_connections(axis, inputs):
     return values[seen], values[~kept]
 
 
+def transformer_layer() -> tuple[nn.Module, Callable]:
+    layer = nn.TransformerEncoderLayer(16, 4, 32, dropout=0.0, batch_first=True, norm_first=True)
+    mask = torch.ones(20, 20, dtype=torch.bool).triu(1)
+    return layer, lambda x: layer(x, src_mask=mask)
+
+
+def depth_room(config: depth.Config) -> depth.Depth:
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        block = depth.Transformer(width=16, num_heads=4, hidden=32, rotary=100.0)
+        return depth.Depth(config, block, width=16, work=block.work)
+
+
+def reach_of_depth(axis, inputs):
+    """The gradient into a token beyond the residual's: of those kept through the block, of the others none."""
+    x = inputs[0].clone().requires_grad_()
+    with trace(axis) as records:
+        output = axis(x)
+    gradient, = torch.autograd.grad(output.square().sum(), x)
+    kept = records[0].selection.mask()[..., 0]
+    through = (gradient - 2 * output).detach().abs().amax(-1)
+    return through[kept], through[~kept] if (~kept).any() else through[:0]
+
+
 ROOMS = {
     "connections": Example(
         config=lambda rule: connections.Config(rule=rule, tile=(4, 2), window=0),
@@ -72,14 +112,33 @@ ROOMS = {
         x=lambda: torch.randn(2, 20, 16),
         reach=reach_of_connections,
     ),
+    "depth": Example(
+        config=lambda rule: depth.Config(rule=rule),
+        axis=depth_room,
+        inputs=lambda: [torch.randn(2, 20, 16)],
+        output=(2, 20, 16),
+        dense=transformer_layer,
+        x=lambda: torch.randn(2, 20, 16),
+        reach=reach_of_depth,
+        rules=(All(), Capacity(0.5), Capacity(0.25)),
+        strict=Capacity(0.3),
+        whole=(All(), Mass(1.0), Threshold(0), TopK(10**6), Capacity(1.0)),
+        ladders={"capacity": [All(), Capacity(1.0), Capacity(0.5), Capacity(0.2), Capacity(0)],
+                 "top_k": [TopK(2), TopK(1), TopK(0)]},
+        weighs_by_score=True,
+    ),
 }
-RULES = [All(), TopK(4), Mass(0.5), Threshold(0.5)]
-# Each list from dearest to cheapest.
-LADDERS = {"top_k": [TopK(20), TopK(5), TopK(3), TopK(1), TopK(0)],
-           "mass": [All(), Mass(1.0), Mass(0.6), Mass(0.2), Mass(0)],
-           "threshold": [Threshold(0), Threshold(0.1), Threshold(0.5), Threshold(1)]}
+
+
+def over(name: str, choices: Callable[[Example], list]) -> pytest.MarkDecorator:
+    """A test for every room and each of its own choices."""
+    cases = [pytest.param(room, choice, id=f"{room}-{choice}")
+             for room, example in ROOMS.items() for choice in choices(example)]
+    return pytest.mark.parametrize(["room", name], cases)
+
+
 every_room = pytest.mark.parametrize("room", AXES)
-every_rule = pytest.mark.parametrize("rule", RULES, ids=str)
+every_rule = over("rule", lambda example: example.rules)
 
 
 def build(room: str, rule: Rule) -> tuple[Axis, list[torch.Tensor]]:
@@ -106,7 +165,6 @@ def test_the_table_holds_a_config_an_axis_and_a_conversion(room):
     assert config() == config() and isinstance(config().rule, All)
 
 
-@every_room
 @every_rule
 def test_a_configuration_is_the_same_after_json(room, rule):
     config = ROOMS[room].config(rule)
@@ -122,16 +180,14 @@ def test_a_configuration_with_an_unknown_or_missing_key_is_refused(room):
             read(wrong)
 
 
-@every_room
 @every_rule
 def test_shape_and_dtype_of_the_output(room, rule):
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
         axis, inputs = build(room, rule)
-        output = axis(*(tensor.to(dtype) for tensor in inputs))
+        output = axis.to(dtype)(*(tensor.to(dtype) for tensor in inputs))
         assert output.shape == ROOMS[room].output and output.dtype == dtype and output.isfinite().all()
 
 
-@every_room
 @every_rule
 def test_ids_are_in_range_ascending_and_unique_and_empty_slots_weigh_nothing(room, rule):
     _, record = one_record(*build(room, rule))
@@ -146,13 +202,17 @@ def test_ids_are_in_range_ascending_and_unique_and_empty_slots_weigh_nothing(roo
 
 @every_room
 def test_the_density_is_what_the_rule_promises(room):
-    axis, inputs = build(room, TopK(4))
+    rule = ROOMS[room].strict
+    axis, inputs = build(room, rule)
     scores, forced = axis.score(*inputs), axis.forced(*inputs)
     forced = torch.zeros_like(scores, dtype=torch.bool) if forced is None else forced.expand_as(scores)
     permitted = ~scores.isneginf()
     selection = one_record(axis, inputs)[1].selection
-    least = (forced & permitted).sum(-1)
-    assert torch.equal(selection.count(), torch.maximum(permitted.sum(-1).clamp(max=4), least))
+    along = -2 if isinstance(rule, Capacity) else -1
+    least, most = (forced & permitted).sum(along), permitted.sum(along)
+    wanted = torch.tensor([ceil(rule.capacity * n) for n in most.flatten().tolist()]).view(most.shape) if (
+        isinstance(rule, Capacity)) else most.clamp(max=rule.k)
+    assert torch.equal(selection.mask().sum(along), torch.maximum(wanted, least))
     assert torch.equal(selection.permitted, permitted.sum(-1))
     assert (selection.mask() | ~(forced & permitted)).all(), "what is forced is kept"
     assert not (selection.mask() & ~permitted).any()
@@ -160,11 +220,11 @@ def test_the_density_is_what_the_rule_promises(room):
     assert one_record(*build(room, All()))[1].selection.density() == 1
 
 
-@every_room
-@pytest.mark.parametrize("ladder", LADDERS)
+@over("ladder", lambda example: list(example.ladders))
 def test_a_stricter_rule_costs_no_more_and_the_strictest_less(room, ladder):
-    inputs = ROOMS[room].inputs()
-    costs = [one_record(ROOMS[room].axis(ROOMS[room].config(rule)), inputs)[1].cost for rule in LADDERS[ladder]]
+    example = ROOMS[room]
+    inputs = example.inputs()
+    costs = [one_record(example.axis(example.config(rule)), inputs)[1].cost for rule in example.ladders[ladder]]
     done = [cost.multiply_adds for cost in costs]
     assert done == sorted(done, reverse=True) and done[-1] < done[0] == costs[0].dense_multiply_adds
     assert len({cost.dense_multiply_adds for cost in costs}) == 1
@@ -174,27 +234,25 @@ def test_a_stricter_rule_costs_no_more_and_the_strictest_less(room, ladder):
 def test_keep_all_by_from_dense_is_the_identity(room):
     layer, dense = ROOMS[room].dense()
     x = ROOMS[room].x()
-    for rule in (All(), Mass(1.0), Threshold(0), TopK(10**6)):
+    for rule in ROOMS[room].whole:
         converted = AXES[room].from_dense(layer, ROOMS[room].config(rule))
         torch.testing.assert_close(converted(x), dense(x), rtol=1e-5, atol=1e-5)
     assert not torch.allclose(AXES[room].from_dense(layer, ROOMS[room].config(TopK(0)))(x), dense(x), atol=1e-3)
 
 
-@every_room
-@pytest.mark.parametrize("rule", RULES[1:], ids=str)
+@over("rule", lambda example: example.rules[1:])
 def test_the_gradient_reaches_what_was_kept_and_nothing_else(room, rule):
     kept, dropped = ROOMS[room].reach(*build(room, rule))
     assert kept.numel() and (kept > 0).all()
     assert dropped.numel() and (dropped == 0).all()
 
 
-@every_room
+@pytest.mark.parametrize("room", [room for room, example in ROOMS.items() if not example.weighs_by_score])
 def test_the_gradient_does_not_flow_through_the_choice(room):
-    axis, inputs = build(room, Mass(0.5))
+    axis, inputs = build(room, ROOMS[room].strict)
     assert not axis.score(*(tensor.requires_grad_() for tensor in inputs)).requires_grad
 
 
-@every_room
 @every_rule
 def test_the_same_input_gives_the_same_bits(room, rule):
     axis, inputs = build(room, rule)
@@ -202,7 +260,6 @@ def test_the_same_input_gives_the_same_bits(room, rule):
     assert torch.equal(first, second) and torch.equal(one.selection.ids, two.selection.ids) and one.cost == two.cost
 
 
-@every_room
 @every_rule
 def test_listening_changes_nothing(room, rule):
     axis, inputs = build(room, rule)
