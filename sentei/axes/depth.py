@@ -100,7 +100,7 @@ class Cache:
             positions = torch.cat([self.positions, positions], 1)
         if bool((positions < 0).any()):
             real = positions >= 0
-            order = torch.sort(real.byte(), dim=1, stable=True).indices[:, real.shape[1] - int(real.sum(1).max()):]
+            order = torch.sort(real, dim=1, stable=True).indices[:, real.shape[1] - int(real.sum(1).max()):]
             key, value = (x.take_along_dim(order[..., None, None], 1) for x in (key, value))
             positions = positions.gather(1, order)
         self.key, self.value, self.positions = key, value, positions
@@ -109,7 +109,10 @@ class Cache:
 
 @dataclass(frozen=True, kw_only=True)
 class Rows:
-    """What a block is told of the rows it is given, which ascend and stand at the end of their slot of the batch.
+    """What a block is told of the rows it is given, in ascending order.
+
+    A slot of the batch with fewer rows than another is padded with zeros: behind its rows, where causality alone hides
+    them; before them where the cache holds rows, so that the last row is the last token of every slot.
 
     Args:
         positions: int64 [B, N], of the rows among the real tokens of the sequence; -1 for padding.
@@ -121,14 +124,16 @@ class Rows:
 
     def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """Causal attention among these rows and those in the cache; [B, N, H, D] and [B, N, G, D] → [B, N, H, D]."""
-        positions = self.positions
+        lengths = None
         if self.cache is not None:
-            key, value = self.cache.extend(key, value, positions)
-            positions = self.cache.positions
-        real, keys = (positions >= 0).sum(1), positions.shape[1]
-        ragged = int(real.min()) < keys
-        lengths = torch.stack([keys - real, torch.full_like(real, keys)], 1) if ragged else None
-        grid = Grid(num_queries=query.shape[1], num_keys=keys, query_block=TILE, key_block=TILE, lengths=lengths)
+            is_first = self.cache.key is None
+            keys, values = self.cache.extend(key, value, self.positions)
+            if not is_first:
+                key, value, real = keys, values, (self.cache.positions >= 0).sum(1)
+                if int(real.min()) < key.shape[1]:
+                    lengths = torch.stack([key.shape[1] - real, torch.full_like(real, key.shape[1])], 1)
+        grid = Grid(num_queries=query.shape[1], num_keys=key.shape[1], query_block=TILE, key_block=TILE,
+                    lengths=lengths)
         return attend(query, key, value, Tiles(grid=grid))
 
 
@@ -198,8 +203,11 @@ class Depth(Axis):
             return x.clone()
         if int(counts.min()) == x.shape[1]:
             return x + weights * self.block(x, Rows(positions=positions, cache=cache))
-        # The rows kept come last and in order; before them, where a slot keeps fewer than another, rows that count 0.
-        places = torch.sort(kept.byte(), dim=1, stable=True).indices[:, x.shape[1] - rows:]
+        # The rows kept, in order, and rows that count 0 where a slot keeps fewer than another (see Rows).
+        if cache is None or cache.key is None:
+            places = torch.sort(~kept, dim=1, stable=True).indices[:, :rows]
+        else:
+            places = torch.sort(kept, dim=1, stable=True).indices[:, x.shape[1] - rows:]
         flat = (places + torch.arange(len(x), device=x.device)[:, None] * x.shape[1]).flatten()
         hidden, weights = (y.flatten(0, 1).index_select(0, flat).unflatten(0, places.shape) for y in (x, weights))
         real = kept.gather(1, places)
