@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
-from sentei.axes import connections, depth
+from sentei.axes import connections, depth, weights
 from sentei.axes.axis import Axis
 
 
@@ -18,4 +18,5 @@ class Room(NamedTuple):
 AXES = {
     "connections": Room(connections.Config, connections.Connections, connections.from_dense),
     "depth": Room(depth.Config, depth.Depth, depth.from_dense),
+    "weights": Room(weights.Config, weights.Weights, weights.from_dense),
 }

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-from sentei.axes import AXES, connections, depth
+from sentei.axes import AXES, connections, depth, weights
 from sentei.axes.axis import Axis
 from sentei.core.errors import FileError
-from sentei.core.rules import All, Capacity, Mass, Rule, Threshold, TopK
+from sentei.core.rules import All, Capacity, Fixed, Mass, Rule, Threshold, TopK
 from sentei.core.tracing import Tap, trace
 
 # Each list from dearest to cheapest.
@@ -102,6 +102,26 @@ def reach_of_depth(axis, inputs):
     return through[kept], through[~kept] if (~kept).any() else through[:0]
 
 
+def weights_room(config: weights.Config) -> weights.Weights:
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        return weights.from_dense(nn.Linear(16, 12), config)
+
+
+def reach_of_weights(axis, inputs):
+    """The gradient into the columns of the weight."""
+    with trace(axis) as records:
+        output = axis(*inputs)
+    gradient, = torch.autograd.grad(output.square().sum(), axis.layer.weight)
+    kept, columns = records[0].selection.mask()[0], gradient.abs().amax(0)
+    return columns[kept], columns[~kept]
+
+
+def linear_layer() -> tuple[nn.Module, Callable]:
+    layer = nn.Linear(16, 12)
+    return layer, layer
+
+
 ROOMS = {
     "connections": Example(
         config=lambda rule: connections.Config(rule=rule, tile=(4, 2), window=0),
@@ -126,6 +146,19 @@ ROOMS = {
         ladders={"capacity": [All(), Capacity(1.0), Capacity(0.5), Capacity(0.2), Capacity(0)],
                  "top_k": [TopK(2), TopK(1), TopK(0)]},
         weighs_by_score=True,
+    ),
+    "weights": Example(
+        config=lambda rule: weights.Config(rule=rule),
+        axis=weights_room,
+        inputs=lambda: [torch.randn(2, 20, 16)],
+        output=(2, 20, 12),
+        dense=linear_layer,
+        x=lambda: torch.randn(2, 20, 16),
+        reach=reach_of_weights,
+        rules=(All(), TopK(4), Capacity(0.5), Fixed((0, 2))),
+        whole=(All(), TopK(10**6), Capacity(1.0), Fixed(tuple(range(16)))),
+        ladders={"capacity": [All(), Capacity(1.0), Capacity(0.5), Capacity(0.2), Capacity(0)],
+                 "top_k": LADDERS["top_k"]},
     ),
 }
 
