@@ -212,12 +212,9 @@ class Depth(Axis):
         flat = (places + torch.arange(len(x), device=x.device)[:, None] * x.shape[1]).flatten()
         hidden, weights = (y.flatten(0, 1).index_select(0, flat).unflatten(0, places.shape) for y in (x, weights))
         real = kept.gather(1, places)
-        ragged = int(counts.min()) < rows
-        if ragged:
+        if int(counts.min()) < rows:
             hidden = hidden.masked_fill(~real[..., None], 0)
         update = weights * self.block(hidden, Rows(positions=positions.gather(1, places).where(real, -1), cache=cache))
-        if ragged:
-            update = update.masked_fill(~real[..., None], 0)
         return x.flatten(0, 1).index_add(0, flat, update.flatten(0, 1)).view_as(x)
 
     def account(self, selection, x, lengths=None, cache=None):

@@ -386,6 +386,22 @@ def test_the_cache_knows_which_positions_it_holds():
     assert cache.key.shape == (B, kept.sum(1).max(), 2, D // 2) == cache.value.shape
 
 
+def test_slots_of_the_batch_may_advance_by_different_numbers_of_tokens():
+    depth, x, cache, done = room(), hidden(), Cache(), torch.zeros(B, dtype=torch.int64)
+    whole, outputs = depth(x), torch.zeros_like(x)
+    for steps in ([7, 3, 5], [0, 6, 1], [5, 5, 5], [4, 2, 5]):
+        steps = torch.tensor(steps)
+        part = torch.full((B, int(steps.max()), D), torch.nan, dtype=torch.float64)
+        for slot, (start, count) in enumerate(zip(done.tolist(), steps.tolist(), strict=True)):
+            part[slot, :count] = x[slot, start:start + count]
+        output = depth(part, torch.stack([torch.zeros_like(steps), steps], 1), cache)
+        for slot, (start, count) in enumerate(zip(done.tolist(), steps.tolist(), strict=True)):
+            outputs[slot, start:start + count] = output[slot, :count]
+        done += steps
+        assert torch.equal(cache.seen, done)
+    torch.testing.assert_close(outputs, whole, rtol=1e-11, atol=1e-11)
+
+
 def test_a_cache_in_training_is_refused_where_the_choice_looks_along():
     with pytest.raises(RuleError, match="no cache while Capacity looks along the sequence.*call eval"):
         room(train=True)(hidden(), None, Cache())

@@ -319,6 +319,17 @@ def test_moving_helps_whatever_chose(kind, among, rule):
     assert pruned_loss(kind, among, rule, moved=True) < 0.7 * pruned_loss(kind, among, rule, moved=False)
 
 
+@pytest.mark.parametrize("among, rule", [("row", Capacity(0.5)), ("four", TopK(2)), ("layer", TopK(20))], ids=str)
+def test_a_sweep_that_chose_anew_is_what_is_fixed_and_traced(among, rule):
+    layer, x = linear(), correlated()
+    room = from_dense(layer, Config(rule=rule, saliency="obs", among=among), seen(layer, x))
+    first = selection_of(room, x).mask()
+    chosen = selection_of(room.fix(seen(layer, x)), x).mask()
+    assert torch.equal(chosen.view(OUT, D), room.layer.weight != 0) and chosen.sum() == first.sum()
+    assert not torch.equal(chosen, first)
+    assert room.rule == Fixed(tuple(chosen[0].nonzero()[:, 0].tolist()))
+
+
 def test_columns_are_refitted_as_least_squares_would():
     layer, x = linear(bias=False), correlated()
     room = from_dense(layer, Config(rule=TopK(5), saliency="obs", damp=0), seen(layer, x))
