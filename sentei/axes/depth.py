@@ -153,7 +153,7 @@ class Depth(Axis):
         block: from hidden [B, N, D] and `Rows` to the update [B, N, D], without the residual. A block that looks at
             other rows does so through `Rows`; one attention a block may use the cache.
         width: D.
-        work: from the rows kept [B] and those in the cache [B] to multiply-adds; by default those of the block's
+        work: from the rows computed [B] and those in the cache [B] to multiply-adds; by default those of the block's
             linear layers, once a row.
     Raises:
         RuleError: NaN among the scores; or a cache in training, where the choice needs the whole sequence.
@@ -224,7 +224,9 @@ class Depth(Axis):
         seen = none if cache is None or cache.seen is None else cache.seen
         by_predictor = self.looks_along and not self.training
         choosing = int(tokens.sum()) * x.shape[-1] * (2 if by_predictor else 1)
-        cost = Cost(multiply_adds=self.work(counts, held), dense_multiply_adds=self.work(tokens, seen),
+        # A slot is padded to as many rows as any keeps, and padding is computed.
+        rows = counts.amax().expand_as(counts) if counts.numel() else counts
+        cost = Cost(multiply_adds=self.work(rows, held), dense_multiply_adds=self.work(tokens, seen),
                     bytes=2 * x.numel() * x.element_size(), choosing=choosing)
         if not self.looks_along:
             return cost, "eager", "each token alone"

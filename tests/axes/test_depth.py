@@ -1,218 +1,17 @@
-"""depth: what is skipped, what the gate weighs, the predictor, padding and the cache."""
+"""depth: what is skipped, what is computed, padding, conversion and costs."""
 
 import copy
-from math import log
 
 import pytest
 import torch
+from depth_rooms import LEFT, PADDED, B, D, T, by_hand, hidden, real, room, selection_of
 from torch import nn
 from torch.nn import functional as F
 
-from sentei.axes.depth import Cache, Config, Depth, Rows, Transformer, from_dense, start_as_dense
-from sentei.core.definition import apply
+from sentei.axes.depth import Cache, Config, Rows, Transformer, from_dense, start_as_dense
 from sentei.core.errors import RuleError, ShapeError
 from sentei.core.rules import All, Capacity, Fixed, TopK
-from sentei.core.selection import Selection
 from sentei.core.tracing import trace
-
-B, T, D = 3, 16, 8
-PADDED = torch.tensor([[0, 16], [5, 16], [2, 13]])
-LEFT = torch.tensor([[0, 16], [5, 16], [9, 16]])
-
-
-class Network(nn.Sequential):
-    """A block that looks at each row alone."""
-
-    def __init__(self):
-        super().__init__(nn.Linear(D, 12), nn.SiLU(), nn.Linear(12, D))
-        self.given = []
-
-    def forward(self, hidden, rows):
-        self.given.append((hidden.shape, rows))
-        return super().forward(hidden)
-
-
-def room(rule=None, *, kind=Depth, network=False, threshold=0.5, train=False) -> Depth:
-    """In fp64, with a random gate and predictor."""
-    block = Network() if network else Transformer(width=D, num_heads=2, hidden=12, rotary=50.0)
-    config = Config(rule=Capacity(0.4) if rule is None else rule, threshold=threshold)
-    made = kind(config, block, width=D, work=None if network else block.work).double().train(train)
-    nn.init.normal_(made.predictor.weight)
-    return made
-
-
-def hidden(tokens: int = T) -> torch.Tensor:
-    return torch.randn(B, tokens, D, dtype=torch.float64)
-
-
-def selection_of(depth: Depth, *inputs) -> Selection:
-    with trace(depth) as records:
-        depth(*inputs)
-    return records[0].selection
-
-
-def real(lengths, tokens: int = T) -> torch.Tensor:
-    places = torch.arange(tokens)
-    return (places >= lengths[:, :1]) & (places < lengths[:, 1:])
-
-
-def by_hand(depth: Depth, x, kept, lengths=None) -> torch.Tensor:
-    """Slot by slot: the rows kept, alone, through the block, weighed by the gate and added back."""
-    output = x.clone()
-    for slot in range(len(x)):
-        places = kept[slot].nonzero()[:, 0]
-        if len(places):
-            start = 0 if lengths is None else int(lengths[slot, 0])
-            update = depth.block(x[slot, places][None], Rows(positions=(places - start)[None]))[0]
-            output[slot, places] = x[slot, places] + depth.gate(x[slot, places]) * update
-    return output
-
-
-# The checks, each with the wrong rooms it must reject
-
-
-def check_definition(kind) -> None:
-    """x + the loop of the definition, outputs and gradients."""
-    for train in (True, False):
-        depth, x = room(kind=kind, network=True, train=train), hidden()
-        x.requires_grad_()
-        selection = selection_of(depth, x)
-        assert 0 < selection.density() < 1
-        weighed = selection.weigh(depth.gate(x))
-        expected = x + apply(weighed, [lambda row, depth=depth: depth.block(row, None)], x)
-        output, wanted = depth(x), [x, *depth.block.parameters(), *depth.gate.parameters()]
-        torch.testing.assert_close(output, expected, rtol=1e-12, atol=1e-12)
-        gradients = (torch.autograd.grad(y.sin().sum(), wanted, materialize_grads=True) for y in (output, expected))
-        for one, two in zip(*gradients, strict=True):
-            torch.testing.assert_close(one, two, rtol=1e-10, atol=1e-12)
-
-
-def check_prefix(kind, train: bool = False) -> None:
-    """No token knows a later one."""
-    depth, x = room(kind=kind, train=train), hidden()
-    before = depth(x)
-    for cut in range(1, T):
-        later = x.clone()
-        later[:, cut:] = 5 * torch.randn_like(later[:, cut:])
-        torch.testing.assert_close(depth(later)[:, :cut], before[:, :cut], rtol=1e-11, atol=1e-11)
-
-
-def check_slots(kind, train: bool = False) -> None:
-    """A sequence gives the same whatever stands beside it, and whatever stands in its padding."""
-    depth, x = room(kind=kind, train=train), hidden()
-    for lengths in (None, PADDED):
-        together = depth(x, lengths)
-        for slot in range(B):
-            start, stop = (0, T) if lengths is None else lengths[slot].tolist()
-            alone = depth(x[slot:slot + 1, start:stop])
-            torch.testing.assert_close(together[slot:slot + 1, start:stop], alone, rtol=1e-11, atol=1e-11)
-            assert torch.equal(together[slot, :start], x[slot, :start]), "padding passes unchanged"
-
-
-def check_cache(kind) -> None:
-    """Prompt and generation in calls of any length are one call, and so is the choice, in bits."""
-    for calls in ([1] * T, [7, 1, 1, 4, 3], [0, 9, 7], [T]):
-        for lengths in (None, LEFT):
-            depth, x, cache = room(kind=kind), hidden(), Cache()
-            whole, kept = depth(x, lengths), selection_of(depth, x, lengths).mask()
-            outputs, choices = [], []
-            for part in x.split(calls, 1):
-                begin = sum(y.shape[1] for y in outputs)
-                bounds = None if lengths is None else (lengths - begin).clamp(0, part.shape[1])
-                with trace(depth) as records:
-                    outputs.append(depth(part, bounds, cache))
-                choices.append(records[0].selection.mask())
-            torch.testing.assert_close(torch.cat(outputs, 1), whole, rtol=1e-11, atol=1e-11)
-            assert torch.equal(torch.cat(choices, 1), kept)
-
-
-def check_by_hand(kind) -> None:
-    """Attention inside the block sees the rows kept, at their own positions, and nothing else."""
-    for lengths in (None, PADDED):
-        depth, x = room(kind=kind), hidden()
-        kept = selection_of(depth, x, lengths).mask()[..., 0]
-        assert len(set(kept.sum(1).tolist())) > 1, "ragged"
-        torch.testing.assert_close(depth(x, lengths), by_hand(depth, x, kept, lengths), rtol=1e-11, atol=1e-11)
-
-
-class LooksAhead(Depth):
-    """Generates by the rule of training."""
-
-    def select(self, scores, x, lengths=None, cache=None):
-        return self.rule(scores)
-
-
-class SharesCapacity(Depth):
-    """One capacity for the whole batch."""
-
-    def select(self, scores, x, lengths=None, cache=None):
-        kept = self.rule(scores.flatten(0, 1)).mask().view_as(scores)
-        return Selection.from_mask(kept, ~scores.isneginf())
-
-
-class Unweighed(Depth):
-    def weigh(self, selection, scores):
-        return selection
-
-
-class Detached(Depth):
-    """The gate weighs and does not learn."""
-
-    def weigh(self, selection, scores):
-        return selection.weigh(scores.detach())
-
-
-class ForgetsTime(Depth):
-    """Every call begins at position 0."""
-
-    def positions(self, x, lengths, cache):
-        return super().positions(x, lengths, None)
-
-
-class HalvesTime(Depth):
-    """Tokens stand nearer to one another than they do."""
-
-    def positions(self, x, lengths, cache):
-        return super().positions(x, lengths, cache) // 2
-
-
-class KeepsPadding(Depth):
-    def score(self, x, lengths=None, cache=None):
-        return super().score(x, None)
-
-
-class CachesAll(Depth):
-    """Skipped tokens leave keys and values too."""
-
-    def apply(self, selection, x, lengths=None, cache=None):
-        if cache is not None and x.shape[1] == 1:
-            copied = copy.copy(cache)
-            self.block(x, Rows(positions=self.positions(x, lengths, copied), cache=cache))
-        return super().apply(selection, x, lengths, cache)
-
-
-RIGHT = [(check_definition, {}), (check_prefix, {}), (check_slots, {}), (check_slots, {"train": True}),
-         (check_cache, {}), (check_by_hand, {})]
-WRONG = [(check_prefix, LooksAhead), (check_cache, LooksAhead), (check_slots, SharesCapacity),
-         (check_definition, Unweighed), (check_definition, Detached), (check_by_hand, Unweighed),
-         (check_cache, ForgetsTime), (check_by_hand, HalvesTime), (check_slots, KeepsPadding), (check_cache, CachesAll)]
-
-
-@pytest.mark.parametrize("check, settings", RIGHT, ids=lambda value: getattr(value, "__name__", str(value)))
-def test_the_room_passes(check, settings):
-    check(Depth, **settings)
-
-
-@pytest.mark.parametrize("check, kind", WRONG, ids=lambda value: value.__name__)
-def test_a_wrong_room_is_rejected(check, kind):
-    with pytest.raises(AssertionError):
-        check(kind)
-
-
-def test_the_choice_of_training_sees_the_future_and_is_caught():
-    with pytest.raises(AssertionError):
-        check_prefix(Depth, train=True)
-
 
 # Keep-all is the plain residual block
 
@@ -370,84 +169,12 @@ def test_heads_that_do_not_divide_are_refused(sizes):
         Transformer(hidden=4, **sizes)
 
 
-# The cache
-
-
-def test_the_cache_knows_which_positions_it_holds():
-    depth, x, cache = room(), hidden(), Cache()
-    kept = selection_of(depth, x, LEFT).mask()[..., 0]
-    for part in range(0, T, 4):
-        depth(x[:, part:part + 4], (LEFT - part).clamp(0, 4), cache)
-    for slot in range(B):
-        places = (kept[slot].nonzero()[:, 0] - LEFT[slot, 0]).tolist()
-        held = cache.positions[slot].tolist()
-        assert [place for place in held if place >= 0] == places and held == sorted(held)
-    assert cache.seen.tolist() == [16, 11, 7]
-    assert cache.key.shape == (B, kept.sum(1).max(), 2, D // 2) == cache.value.shape
-
-
-def test_slots_of_the_batch_may_advance_by_different_numbers_of_tokens():
-    depth, x, cache, done = room(), hidden(), Cache(), torch.zeros(B, dtype=torch.int64)
-    whole, outputs = depth(x), torch.zeros_like(x)
-    for steps in ([7, 3, 5], [0, 6, 1], [5, 5, 5], [4, 2, 5]):
-        steps = torch.tensor(steps)
-        part = torch.full((B, int(steps.max()), D), torch.nan, dtype=torch.float64)
-        for slot, (start, count) in enumerate(zip(done.tolist(), steps.tolist(), strict=True)):
-            part[slot, :count] = x[slot, start:start + count]
-        output = depth(part, torch.stack([torch.zeros_like(steps), steps], 1), cache)
-        for slot, (start, count) in enumerate(zip(done.tolist(), steps.tolist(), strict=True)):
-            outputs[slot, start:start + count] = output[slot, :count]
-        done += steps
-        assert torch.equal(cache.seen, done)
-    torch.testing.assert_close(outputs, whole, rtol=1e-11, atol=1e-11)
-
-
-def test_a_cache_in_training_is_refused_where_the_choice_looks_along():
-    with pytest.raises(RuleError, match="no cache while Capacity looks along the sequence.*call eval"):
-        room(train=True)(hidden(), None, Cache())
-    room(All(), train=True)(hidden(), None, Cache())
-
-
 @pytest.mark.parametrize("x, lengths", [((T, D), None), ((B, T, D + 1), None), ((B, T, D), (B,)), ((B, T, D), (2, 2))],
                          ids=str)
 def test_shapes_are_checked(x, lengths):
     lengths = None if lengths is None else torch.zeros(*lengths, dtype=torch.int64)
     with pytest.raises(ShapeError, match="depth: expected"):
         room()(torch.randn(*x, dtype=torch.float64), lengths)
-
-
-# The predictor
-
-
-def test_the_predictors_loss_is_the_cross_entropy_of_having_been_kept():
-    for lengths in (None, PADDED):
-        depth, x = room(train=True), hidden()
-        kept = selection_of(depth, x, lengths).mask()[..., 0]
-        terms = []
-        for slot, place in (torch.ones(B, T) if lengths is None else real(lengths)).nonzero().tolist():
-            logit = (x[slot, place] @ depth.predictor.weight[0] + depth.predictor.bias).item()
-            terms.append(log(1 + torch.tensor(-logit if kept[slot, place] else logit).exp()))
-        assert depth.predictor_loss(x, lengths).item() == pytest.approx(sum(terms) / len(terms), rel=1e-6)
-
-
-def test_the_predictors_loss_trains_the_predictor_alone():
-    depth, x = room(train=True), hidden().requires_grad_()
-    depth.predictor_loss(x).backward()
-    assert {name for name, part in depth.named_parameters() if part.grad is not None} == {
-        "predictor.weight", "predictor.bias"}
-    assert x.grad is None
-
-
-def test_the_predictor_learns_what_the_rule_keeps():
-    depth = room(Capacity(0.25), network=True, train=True)
-    optimizer = torch.optim.Adam(depth.predictor.parameters(), lr=0.1)
-    for _ in range(150):
-        optimizer.zero_grad()
-        depth.predictor_loss(torch.randn(4, 64, D, dtype=torch.float64)).backward()
-        optimizer.step()
-    x = torch.randn(4, 64, D, dtype=torch.float64)
-    wanted, got = selection_of(depth, x).mask(), selection_of(depth.eval(), x).mask()
-    assert (wanted == got).double().mean() > 0.85 and abs(got.double().mean() - 0.25) < 0.1
 
 
 # Costs
@@ -460,13 +187,15 @@ def test_the_cost_counts_rows_and_pairs():
         depth(x[:, :9], prompt, cache)
         depth(x[:, 9:], (LEFT - 9).clamp(min=0), cache)
     first, second = (record.selection.mask()[..., 0].sum(1).tolist() for record in records)
+    assert len(set(first)) > 1, "ragged: all slots are padded to the longest"
     tokens = (prompt[:, 1] - prompt[:, 0]).tolist(), ((LEFT - 9).clamp(min=0) @ torch.tensor([-1, 1])).tolist()
 
     def work(rows, before):
         return sum(n * linear + 2 * D * sum(m + i + 1 for i in range(n)) for n, m in zip(rows, before, strict=True))
 
     costs = [record.cost for record in records]
-    assert [cost.multiply_adds for cost in costs] == [work(first, [0] * B), work(second, first)]
+    padded = [max(first)] * B, [max(second)] * B
+    assert [cost.multiply_adds for cost in costs] == [work(padded[0], [0] * B), work(padded[1], first)]
     assert [cost.dense_multiply_adds for cost in costs] == [work(tokens[0], [0] * B), work(tokens[1], tokens[0])]
     assert costs[0].choosing == 2 * D * sum(tokens[0])
 
