@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
-from sentei.axes import channels, connections, experts, heads, rank
+from sentei.axes import channels, connections, depth, experts, heads, rank, weights
 from sentei.axes.axis import Axis
 
 
@@ -21,4 +21,6 @@ AXES = {
     "heads": Room(heads.Config, heads.Heads, heads.from_dense),
     "rank": Room(rank.Config, rank.Rank, rank.from_dense),
     "channels": Room(channels.Config, channels.Channels, channels.from_dense),
+    "depth": Room(depth.Config, depth.Depth, depth.from_dense),
+    "weights": Room(weights.Config, weights.Weights, weights.from_dense),
 }

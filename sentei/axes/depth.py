@@ -1,0 +1,367 @@
+"""depth: tokens keep, or skip, a whole block.
+
+| query | candidate | score used to choose | value if kept | usual rule |
+| token | the block itself (one candidate) | x·gate | block(x) | Capacity along the tokens, then a predictor |
+
+    y_t = x_t + r_t · block(x)_t  for the tokens kept,   y_t = x_t  for the others,      r_t = x_t · gate + bias
+
+Mixture-of-Depths. The score r chooses and weighs, which puts the gate on the path of the gradient; a block that was
+converted starts with gate 0 and bias 1, and so as it was. Kept rows are gathered, computed and added back; the others
+cost nothing. Attention inside the block sees kept tokens alone, at their own positions.
+
+In training `Capacity` looks along the sequence: whether a token is kept depends on later ones. In evaluation a causal
+predictor, a logistic regression on x without a gradient into x, says whether the token would have been kept. It is
+linear because the score it imitates is linear. Skipped tokens have no keys and values in the block's cache, as in the
+paper; the cache knows which positions it holds.
+Reference: Raposo et al. 2024, arXiv 2404.02258.
+"""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from sentei.axes.axis import Axis
+from sentei.core.cost import Cost
+from sentei.core.errors import FileError, RuleError, ShapeError
+from sentei.core.rules import All, Capacity, Rule, bad_scores, rule_from_json
+from sentei.core.selection import Selection
+from sentei.core.shapes import check_shape
+from sentei.kernels.attention import Grid, Tiles, attend
+
+TILE = 64  # the block size for which `attend` measures its dense plan
+ROWS_AT_ONCE = 256  # of the predictor: their products stay in the cache
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """How depth is chosen.
+
+    Args:
+        rule: Capacity is the share of the tokens that is kept, along the sequence in training and by the predictor in
+            evaluation. All is the dense block and Fixed(()) no block at all. A token has one candidate, which every
+            rule that looks at a token alone keeps, unless it keeps nothing.
+        threshold: the probability from which the predictor keeps a token; 0 keeps every one.
+    """
+
+    rule: Rule = field(default_factory=All)
+    threshold: float = 0.5
+
+    def __post_init__(self):
+        plain = isinstance(self.rule, Rule) and not (
+            isinstance(self.rule, Capacity) and isinstance(self.rule.capacity, tuple))
+        number = isinstance(self.threshold, int | float) and not isinstance(self.threshold, bool)
+        checks = {"rule a Rule, of one number if Capacity": plain,
+                  "threshold from 0 to 1": number and 0 <= self.threshold <= 1}
+        for expected, holds in checks.items():
+            if not holds:
+                raise RuleError("depth.Config", expected=expected, got=repr(self), do="change that field")
+
+    def to_json(self) -> dict:
+        """The configuration as a JSON object."""
+        return {**asdict(self), "rule": self.rule.to_json()}
+
+    @classmethod
+    def from_json(cls, value: dict) -> "Config":
+        """The configuration written by `to_json`; unknown or missing keys are refused with a FileError."""
+        if not isinstance(value, dict) or set(value) != set(cls.__dataclass_fields__):
+            raise FileError("depth.Config", expected=f"the keys {', '.join(cls.__dataclass_fields__)}",
+                            got=repr(value)[:200], do="write plans with sentei")
+        try:
+            return cls(**{**value, "rule": rule_from_json(value["rule"])})
+        except RuleError as error:
+            raise FileError("depth.Config", expected=error.expected, got=repr(value)[:200],
+                            do="write plans with sentei") from error
+
+
+class Cache:
+    """What one block remembers between calls of a generation: the rows it kept, and how many tokens it was shown.
+
+    `seen` int64 [B]; `positions` int64 [B, P], -1 where a slot of the batch holds fewer than P rows; `key` and
+    `value` [B, P, G, D]. The real rows of a slot are its last.
+    """
+
+    def __init__(self):
+        self.seen = self.positions = self.key = self.value = None
+
+    def show(self, tokens: torch.Tensor) -> None:
+        """Counts the tokens [B] of a call, kept or not."""
+        self.seen = tokens if self.seen is None else self.seen + tokens
+
+    def extend(self, key: torch.Tensor, value: torch.Tensor, positions: torch.Tensor
+               ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Appends key and value [B, N, G, D] of the rows at `positions` [B, N], -1 for padding; returns all of them.
+
+        Cost: a copy of what is held, as a concatenation is.
+        """
+        if self.key is not None:
+            key, value = torch.cat([self.key, key], 1), torch.cat([self.value, value], 1)
+            positions = torch.cat([self.positions, positions], 1)
+        if bool((positions < 0).any()):
+            real = positions >= 0
+            order = torch.sort(real, dim=1, stable=True).indices[:, real.shape[1] - int(real.sum(1).max()):]
+            key, value = (x.take_along_dim(order[..., None, None], 1) for x in (key, value))
+            positions = positions.gather(1, order)
+        self.key, self.value, self.positions = key, value, positions
+        return key, value
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """What a block is told of the rows it is given, in ascending order.
+
+    A slot of the batch with fewer rows than another is padded with zeros: behind its rows, where causality alone hides
+    them; before them where the cache holds rows, so that the last row is the last token of every slot.
+
+    Args:
+        positions: int64 [B, N], of the rows among the real tokens of the sequence; -1 for padding.
+        cache: of the block, to which it adds the rows' keys and values; None outside generation.
+    """
+
+    positions: torch.Tensor
+    cache: Cache | None = None
+
+    def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """Causal attention among these rows and those in the cache; [B, N, H, D] and [B, N, G, D] → [B, N, H, D]."""
+        lengths = None
+        if self.cache is not None:
+            is_first = self.cache.key is None
+            keys, values = self.cache.extend(key, value, self.positions)
+            if not is_first:
+                key, value, real = keys, values, (self.cache.positions >= 0).sum(1)
+                if int(real.min()) < key.shape[1]:
+                    lengths = torch.stack([key.shape[1] - real, torch.full_like(real, key.shape[1])], 1)
+        grid = Grid(num_queries=query.shape[1], num_keys=key.shape[1], query_block=TILE, key_block=TILE,
+                    lengths=lengths)
+        return attend(query, key, value, Tiles(grid=grid))
+
+
+Block = Callable[[torch.Tensor, Rows], torch.Tensor]
+Work = Callable[[torch.Tensor, torch.Tensor], int]
+
+
+class Depth(Axis):
+    """A residual block that only some tokens pass: x [B, T, D] → [B, T, D], optionally with lengths and a cache.
+
+    Inputs: x; lengths int64 [B, 2], start and stop of the real tokens (padding is never kept); a `Cache`, in
+    evaluation, to which the rows kept are added. With a cache a token's choice and output are those without one.
+
+    Args:
+        config: how to choose.
+        block: from hidden [B, N, D] and `Rows` to the update [B, N, D], without the residual. A block that looks at
+            other rows does so through `Rows`; one attention a block may use the cache.
+        width: D.
+        work: from the rows computed [B] and those in the cache [B] to multiply-adds; by default those of the block's
+            linear layers, once a row.
+    Raises:
+        RuleError: NaN among the scores; or a cache in training, where the choice needs the whole sequence.
+    """
+
+    def __init__(self, config: Config, block: Block, *, width: int, work: Work | None = None):
+        super().__init__(config.rule)
+        self.config = config
+        self.block = block
+        self.gate = nn.Linear(width, 1)
+        self.predictor = nn.Linear(width, 1)
+        nn.init.zeros_(self.predictor.weight)  # at probability one half, which the usual threshold keeps
+        nn.init.zeros_(self.predictor.bias)
+        self.work = self.linear_work if work is None else work
+
+    def score(self, x, lengths=None, cache=None):
+        sizes = check_shape("depth", "x", x, "B T D", D=self.gate.in_features)
+        if lengths is None:
+            return self.gate(x)
+        check_shape("depth", "lengths", lengths, "B P", B=sizes["B"], P=2)
+        padding = ~real_tokens(lengths, x)[..., None]
+        return self.gate(x.masked_fill(padding, 0)).masked_fill(padding, -torch.inf)
+
+    def select(self, scores, x, lengths=None, cache=None):
+        if not self.looks_along:
+            return super().select(scores, x, lengths, cache)
+        if self.training and cache is not None:
+            raise RuleError("depth", expected="no cache while Capacity looks along the sequence", got="a cache",
+                            do="call eval() before generating")
+        if self.training:
+            return super().select(scores, x, lengths, cache)
+        logits, permitted = self.predict(x), ~scores.isneginf()
+        if not bool((scores.isfinite() & logits.isfinite() | ~permitted).all()):
+            raise bad_scores("depth")
+        cut = torch.logit(torch.tensor(self.config.threshold, dtype=torch.float64)).item()
+        return Selection.from_mask(logits >= cut, permitted)
+
+    def weigh(self, selection, scores, *inputs):
+        return selection.weigh(scores)
+
+    def apply(self, selection, x, lengths=None, cache=None):
+        kept, weights = selection.mask()[..., 0], selection.dense_weights()
+        counts, positions = kept.sum(1), self.positions(x, lengths, cache)
+        rows = int(counts.max()) if counts.numel() else 0
+        if cache is not None:
+            cache.show((positions >= 0).sum(1))
+        if rows == 0:
+            return x.clone()
+        if int(counts.min()) == x.shape[1]:
+            return x + weights * self.block(x, Rows(positions=positions, cache=cache))
+        # The rows kept, in order, and rows that count 0 where a slot keeps fewer than another (see Rows).
+        if cache is None or cache.key is None:
+            places = torch.sort(~kept, dim=1, stable=True).indices[:, :rows]
+        else:
+            places = torch.sort(kept, dim=1, stable=True).indices[:, x.shape[1] - rows:]
+        flat = (places + torch.arange(len(x), device=x.device)[:, None] * x.shape[1]).flatten()
+        hidden, weights = (y.flatten(0, 1).index_select(0, flat).unflatten(0, places.shape) for y in (x, weights))
+        real = kept.gather(1, places)
+        if int(counts.min()) < rows:
+            hidden = hidden.masked_fill(~real[..., None], 0)
+        update = weights * self.block(hidden, Rows(positions=positions.gather(1, places).where(real, -1), cache=cache))
+        return x.flatten(0, 1).index_add(0, flat, update.flatten(0, 1)).view_as(x)
+
+    def account(self, selection, x, lengths=None, cache=None):
+        counts, tokens = selection.count().sum(1), selection.permitted.sum(1)
+        none = torch.zeros_like(tokens)
+        held = none if cache is None or cache.positions is None else (cache.positions >= 0).sum(1)
+        seen = none if cache is None or cache.seen is None else cache.seen
+        by_predictor = self.looks_along and not self.training
+        choosing = int(tokens.sum()) * x.shape[-1] * (2 if by_predictor else 1)
+        # A slot is padded to as many rows as any keeps, and padding is computed.
+        rows = counts.amax().expand_as(counts) if counts.numel() else counts
+        cost = Cost(multiply_adds=self.work(rows, held), dense_multiply_adds=self.work(tokens, seen),
+                    bytes=2 * x.numel() * x.element_size(), choosing=choosing)
+        if not self.looks_along:
+            return cost, "eager", "each token alone"
+        return cost, "eager", ("by the predictor, from the token alone" if by_predictor
+                               else "along the sequence, later tokens included")
+
+    @property
+    def looks_along(self) -> bool:
+        """Whether the rule compares tokens, so that generation needs the predictor."""
+        return isinstance(self.rule, Capacity) and self.rule.capacity < 1
+
+    def predict(self, x: torch.Tensor) -> torch.Tensor:
+        """Logits [..., 1] of x [..., D] that a token is among those kept; no gradient reaches x.
+
+        Summed row by row, and not by a matrix product: a token's logit has the same bits whatever stands beside it,
+        so that prompt and generation choose the same tokens.
+        """
+        parts = x.detach().flatten(0, -2).split(ROWS_AT_ONCE)
+        sums = torch.cat([(part * self.predictor.weight[0]).sum(-1) for part in parts])
+        return sums.view(*x.shape[:-1], 1) + self.predictor.bias
+
+    def predictor_loss(self, x: torch.Tensor, lengths: torch.Tensor | None = None) -> torch.Tensor:
+        """The predictor's binary cross-entropy, a mean over the real tokens, against what the rule keeps of x.
+
+        It trains the predictor alone and may be added to any loss, once a call of the block. Cost: the choice again.
+        """
+        with torch.no_grad():
+            scores = self.score(x, lengths)
+            kept, permitted = self.rule(scores).mask(), ~scores.isneginf()
+        logits, wanted = self.predict(x[permitted[..., 0]]), kept[permitted].to(x.dtype)
+        loss = F.binary_cross_entropy_with_logits(logits[:, 0], wanted, reduction="sum")
+        return loss / permitted.sum().clamp(min=1)
+
+    def positions(self, x: torch.Tensor, lengths: torch.Tensor | None, cache: Cache | None) -> torch.Tensor:
+        """Int64 [B, T]: the place of each token among the real ones of its sequence; -1 for padding."""
+        places = torch.arange(x.shape[1], device=x.device).expand(x.shape[:2])
+        if lengths is not None:
+            places = (places - lengths[:, :1]).where(real_tokens(lengths, x), -1)
+        if cache is None or cache.seen is None:
+            return places
+        return (places + cache.seen[:, None]).where(places >= 0, -1)
+
+    def linear_work(self, rows: torch.Tensor, held: torch.Tensor) -> int:
+        """Multiply-adds of the block's linear layers for `rows` [B]; whatever else it does is not counted."""
+        modules = self.block.modules() if isinstance(self.block, nn.Module) else ()
+        return int(rows.sum()) * sum(part.weight.numel() for part in modules if isinstance(part, nn.Linear))
+
+
+def real_tokens(lengths: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Bool [B, T]: the tokens between start and stop."""
+    places = torch.arange(x.shape[1], device=x.device)
+    return (places >= lengths[:, :1]) & (places < lengths[:, 1:])
+
+
+class Transformer(nn.Module):
+    """Pre-norm causal attention and a feed-forward network, as a block: the update, without the residual.
+
+    Args:
+        width: D, which num_heads divides.
+        num_heads: H.
+        hidden: F, of the network.
+        rotary: the base of rotary positions (Su et al. 2021, arXiv 2104.09864); None for none.
+        bias: on the linear layers.
+        activation: of the network.
+    """
+
+    def __init__(self, *, width: int, num_heads: int, hidden: int, rotary: float | None = None, bias: bool = True,
+                 activation: Callable[[torch.Tensor], torch.Tensor] = F.gelu):
+        super().__init__()
+        if width % num_heads or (rotary is not None and width // num_heads % 2):
+            raise ShapeError("depth", expected="heads that divide the width, into even parts if rotary",
+                             got=f"{num_heads}, {width}", do="choose other sizes")
+        self.num_heads, self.rotary, self.activation = num_heads, rotary, activation
+        self.before_attention, self.before_network = nn.LayerNorm(width, bias=bias), nn.LayerNorm(width, bias=bias)
+        self.projections = nn.Linear(width, 3 * width, bias=bias)
+        self.output = nn.Linear(width, width, bias=bias)
+        self.up, self.down = nn.Linear(width, hidden, bias=bias), nn.Linear(hidden, width, bias=bias)
+
+    def forward(self, hidden: torch.Tensor, rows: Rows) -> torch.Tensor:
+        """The update of hidden [B, N, D]."""
+        query, key, value = self.projections(self.before_attention(hidden)).unflatten(
+            -1, (3, self.num_heads, -1)).unbind(2)
+        if self.rotary is not None:
+            query, key = (rotate(heads, rows.positions, self.rotary) for heads in (query, key))
+        attended = self.output(rows.attend(query, key, value).flatten(-2))
+        return attended + self.down(self.activation(self.up(self.before_network(hidden + attended))))
+
+    def work(self, rows: torch.Tensor, held: torch.Tensor) -> int:
+        """Multiply-adds for `rows` [B] after `held` [B]: linear layers once a row, 2 · D a pair of rows that attend."""
+        width = self.output.in_features
+        linear = sum(part.weight.numel() for part in (self.projections, self.output, self.up, self.down))
+        pairs = rows * held + rows * (rows + 1) // 2
+        return int(rows.sum()) * linear + int(pairs.sum()) * 2 * width
+
+
+def rotate(heads: torch.Tensor, positions: torch.Tensor, base: float) -> torch.Tensor:
+    """Rotary positions: heads [B, N, H, D], whose halves are pairs, turned by positions [B, N]."""
+    half = heads.shape[-1] // 2
+    speeds = base ** (-torch.arange(half, dtype=torch.float64, device=heads.device) / half)
+    angles = (positions[..., None] * speeds)[:, :, None]
+    cos, sin = angles.cos().to(heads.dtype), angles.sin().to(heads.dtype)
+    first, second = heads[..., :half], heads[..., half:]
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
+
+
+def from_dense(layer: nn.TransformerEncoderLayer, config: Config) -> Depth:
+    """The same layer, causal, as a block that only some tokens pass; a rule that keeps all computes the same function.
+
+    Any other residual block becomes `Depth(config, block, width=D)`, with `start_as_dense`.
+
+    Raises:
+        ShapeError: a layer that is not pre-norm, not batch first, or has dropout.
+    """
+    attention = layer.self_attn
+    dropout = max(attention.dropout, *(part.p for part in (layer.dropout, layer.dropout1, layer.dropout2)))
+    if not layer.norm_first or dropout or not attention.batch_first:
+        raise ShapeError("depth", expected="a pre-norm layer, batch first and without dropout", got=repr(layer)[:200],
+                         do="wrap it by hand with Depth")
+    block = Transformer(width=attention.embed_dim, num_heads=attention.num_heads, hidden=layer.linear1.out_features,
+                        bias=layer.linear1.bias is not None, activation=layer.activation)
+    pairs = {"before_attention": layer.norm1, "before_network": layer.norm2, "output": attention.out_proj,
+             "up": layer.linear1, "down": layer.linear2}
+    like = layer.linear1.weight
+    converted = Depth(config, block, width=attention.embed_dim, work=block.work)
+    converted.to(device=like.device, dtype=like.dtype)
+    for name, part in pairs.items():
+        block.get_submodule(name).load_state_dict(part.state_dict())
+    block.before_attention.eps, block.before_network.eps = layer.norm1.eps, layer.norm2.eps
+    joint = {"weight": attention.in_proj_weight, "bias": attention.in_proj_bias}
+    block.projections.load_state_dict({name: part for name, part in joint.items() if part is not None})
+    return start_as_dense(converted)
+
+
+def start_as_dense(depth: Depth) -> Depth:
+    """Sets gate 0 and bias 1, in place: every update counts 1, bit for bit, until the gate is trained."""
+    nn.init.zeros_(depth.gate.weight)
+    nn.init.ones_(depth.gate.bias)
+    return depth
