@@ -28,8 +28,8 @@ def route(
     order, sizes = flat.argsort(stable=True)[counts[0]:], counts[1:]
     place = torch.zeros_like(flat).index_copy(0, order, torch.arange(len(order), device=flat.device)).view_as(ids)
     if isinstance(experts, Stack) and len(order) and _is_plain(hidden, *experts.weights()):
-        answers = _Grouped.apply(hidden, experts.up, experts.gate, experts.down, ids, place, order // ids.shape[1], sizes,
-                                 experts.activation)
+        answers = _Grouped.apply(hidden, experts.up, experts.gate, experts.down, ids, place, order // ids.shape[1],
+                                 sizes, experts.activation)
     else:
         answers = _each(hidden[order // max(ids.shape[1], 1)], sizes, experts)
     wide = torch.promote_types(answers.dtype, torch.float32)

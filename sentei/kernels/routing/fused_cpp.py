@@ -242,7 +242,8 @@ def _save(ctx, inputs, output):
 
 def _differentiate(ctx, gradient, _):
     if not ctx.save:
-        raise ImplError("fused_cpp", expected="a forward that saved for it", got="a backward", do="call it through route")
+        raise ImplError("fused_cpp", expected="a forward that saved for it", got="a backward",
+                        do="call it through route")
     *given, gate, saved = ctx.saved_tensors
     needs, width = ctx.needs_input_grad, given[3].shape[1]
     wanted = [needs[0], needs[2], needs[3] or needs[5], needs[4]]
@@ -260,8 +261,8 @@ def _refuse_twice(ctx, *gradients):
 
 
 _OPS = torch.library.Library("sentei", "FRAGMENT")
-_OPS.define("route(Tensor hidden, Tensor ids, Tensor weights, Tensor up, Tensor down, Tensor? gate, int kind, bool save)"
-            " -> (Tensor, Tensor)")
+_OPS.define("route(Tensor hidden, Tensor ids, Tensor weights, Tensor up, Tensor down, Tensor? gate, int kind,"
+            " bool save) -> (Tensor, Tensor)")
 _OPS.define("route_backward(Tensor gradient, Tensor[] given, Tensor? gate, Tensor saved, int kind, bool[] wanted)"
             " -> Tensor[]")
 _OPS.impl("route", _forward, "CPU")

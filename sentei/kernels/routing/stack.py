@@ -1,4 +1,4 @@
-"""Experts of one shape as stacked weights, which fast kernels read; to the definition they are functions, one by one."""
+"""Experts of one shape as stacked weights, which fast kernels read; to the definition they are functions."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -84,7 +84,7 @@ class Stack(Sequence[Callable[[torch.Tensor], torch.Tensor]]):
 
 
 class _Halves(torch.autograd.Function):
-    """The halves of [E, 2 F, D]; gradients that lie together already are taken as they lie, in place of three copies."""
+    """The halves of [E, 2 F, D]; gradients that lie together already are taken so, in place of three copies."""
 
     @staticmethod
     def forward(ctx, joint):
@@ -95,7 +95,8 @@ class _Halves(torch.autograd.Function):
     def backward(ctx, first, second):
         experts, half, width = first.shape
         whole = half * 2 * width, width, 1
-        if (first.stride() == second.stride() == whole and second.storage_offset() == first.storage_offset() + half * width
+        if (first.stride() == second.stride() == whole
+                and second.storage_offset() == first.storage_offset() + half * width
                 and first.untyped_storage().data_ptr() == second.untyped_storage().data_ptr()):
             return first.as_strided((experts, 2 * half, width), whole)
         return torch.cat((first, second), 1)
