@@ -333,6 +333,13 @@ void forward(const Route& p) {
     }
     many_rows(call, wave, inputs.get(), acts.get(), answers.get());
   });
+  if (p.saved) {  // what rounding up to panels has left: so that the same call saves the same
+    const int64_t pairs = p.tokens * p.slots, products = p.gate ? 2 * p.inner : p.inner;
+    int64_t panels = 0;
+    for (int64_t e = 0; e < p.experts; ++e) panels += (call.order.rows(e) + call.panel - 1) / call.panel;
+    std::fill(p.saved + panels * call.panel * products,
+              p.saved + (pairs + std::min(pairs, p.experts) * (call.panel - 1)) * products, 0.0f);
+  }
   call.sum(answers.get(), p.outputs, p.weights, p.output);
 }
 
