@@ -50,6 +50,11 @@ class Case:
                 f"{str(self.dtype).removeprefix('torch.')}")
 
     @property
+    def kind(self) -> str:
+        """Whether the tokens are few, as in decoding, or many."""
+        return "few" if self.tokens <= 64 else "many"
+
+    @property
     def bytes(self) -> int:
         """Of one expert."""
         return 3 * self.inner * self.width * self.dtype.itemsize
@@ -60,12 +65,11 @@ class Case:
         return self.tokens * self.top * 6 * self.inner * self.width * (3 if self.backward else 1)
 
 
-def cases(few: bool, many: bool) -> list[Case]:
-    """The rows of few tokens, of many, or both."""
+def cases() -> list[Case]:
+    """Every row."""
     shapes = {"large": (8, 2048, 2, 512), "small": (16, 96, 4, 576), "fine": (64, 512, 6, 1024)}
-    kinds = [(name, 4096, backward) for name, backward in (("large", True), ("small", False), ("small", True),
-                                                           ("fine", False))] if many else []
-    kinds += [(name, tokens, False) for name in shapes for tokens in (1, 16)] if few else []
+    kinds = [("large", 4096, True), ("small", 4096, False), ("small", 4096, True), ("fine", 4096, False)]
+    kinds += [(name, tokens, False) for name in shapes for tokens in (1, 16)]
     return [Case(**dict(zip(("experts", "inner", "top", "width"), shapes[name], strict=True)), tokens=tokens,
                  backward=backward, dtype=dtype)
             for name, tokens, backward in kinds for dtype in (torch.float32, torch.bfloat16)]
@@ -80,7 +84,7 @@ class Subject:
 
         generator = torch.Generator().manual_seed(0)
         config = MixtralConfig(hidden_size=case.width, intermediate_size=case.inner, num_local_experts=case.experts)
-        copies = 1 if case.tokens > 64 else max(2, COLD // (case.bytes * case.experts))
+        copies = 1 if case.kind == "many" else max(2, COLD // (case.bytes * case.experts))
         self.modules = []
         for _ in range(copies):
             module = MixtralExperts(config).to(case.dtype)
@@ -121,7 +125,7 @@ class Subject:
         """Ours and the peers, by name, each a call of the copy with a number."""
         named = {"ours": self.ours}
         for name in PEERS:
-            if name == "batched_mm" and self.case.tokens > 64:
+            if name == "batched_mm" and self.case.kind == "many":
                 continue  # it copies the weights of every token's experts: hundreds of gigabytes
             named[name] = lambda number, name=name: self.theirs(name, number)
         if self.case.backward and self.case.dtype == torch.float32 and self.case.experts == 8:
@@ -162,7 +166,10 @@ def other(name: str, subject: Subject) -> Callable[[int], object] | None:
 
 
 def read(at: int, count: int) -> None:
-    """Reads `count` floats of READ, from `at` on, with torch's number of threads."""
+    """Reads `count` floats of READ, from `at` on and then from its beginning, with torch's number of threads."""
+    while count > READ.numel() - at:
+        read(at, READ.numel() - at)
+        at, count = 0, count - (READ.numel() - at)
     native.load().sentei_read(ctypes.c_void_p(READ.data_ptr() + 4 * at), ctypes.c_int64(count),
                               ctypes.byref(ctypes.c_float()), ctypes.c_int64(torch.get_num_threads()))
 
@@ -174,7 +181,7 @@ def turns(subject: Subject, runs: int) -> dict[str, list[float]]:
     floats = len(subject.ids.unique()) * case.bytes // 4 // 128 * 128
     if each > 1:
         seconds["read"] = []
-        named["read"] = lambda number: read(number * floats % max(READ.numel() - floats, 1) // 32 * 32, floats)
+        named["read"] = lambda number: read(number * floats % READ.numel() // 128 * 128, floats)
     for turn in range(runs + 1):
         for name in seconds if turn % 2 else reversed(seconds):
             start = time.perf_counter()
@@ -205,10 +212,12 @@ def main() -> None:
     """Measures every case and writes the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=7, help="timed turns a row")
-    parser.add_argument("--only", choices=["few", "many"], help="the rows of few tokens, or of many")
+    parser.add_argument("--only", default="", help="the rows whose name has these words, as 'few' or 'many float32' has")
     options = parser.parse_args()
     lines = []
-    for case in cases(options.only != "many", options.only != "few"):
+    for case in cases():
+        if not set(options.only.split()) <= set(str(case).replace(",", "").split()) | {case.kind}:
+            continue
         found = row(case, options.runs)
         print(json.dumps(found), flush=True)
         medians = found["medians"]
@@ -220,7 +229,7 @@ def main() -> None:
                       f"{found['bandwidth']:.0%} of reading" if found["bandwidth"] else f"{found['gflops']:.0f}",
                       others])
     head = ["case", "ours", "ours ms", "best peer ms", "best peer ÷ ours", "GFLOP/s, or bandwidth", "the others, ms"]
-    write_result("experts" + (f"-{options.only}" if options.only else ""), __doc__, [table(head, lines)])
+    write_result("-".join(["experts", *options.only.split()]), __doc__, [table(head, lines)])
 
 
 if __name__ == "__main__":

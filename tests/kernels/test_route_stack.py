@@ -100,18 +100,17 @@ def test_blocks_and_what_is_left_of_them_are_right(dtype, tokens, experts, inner
 
 @needs_library
 @pytest.mark.parametrize("broken", [
-    lambda call: setattr(call, "slots", 1), lambda call: setattr(call, "activation", 2),
-    lambda call: setattr(call, "weights", call.hidden), lambda call: setattr(call, "gate", call.up),
+    lambda fields: [*fields[:14], 1, *fields[15:]], lambda fields: [*fields[:19], 2, *fields[20:]],
+    lambda fields: [*fields[:2], fields[0], *fields[3:]], lambda fields: [*fields[:4], fields[3], *fields[5:]],
 ], ids=["slots", "activation", "weights", "gate"])
 def test_a_wrong_call_is_seen(broken, monkeypatch):
-    made = fused_cpp._call
+    made = fused_cpp._arguments
 
-    def call(*given):
-        one, held = made(*given)
-        broken(one)
-        return one, held
+    def arguments(*given):
+        fields, held = made(*given)
+        return broken(fields), held
 
-    monkeypatch.setattr(fused_cpp, "_call", call)
+    monkeypatch.setattr(fused_cpp, "_arguments", arguments)
     with pytest.raises(AssertionError, match="result 0: error"):
         check("fused_cpp", *drawn())
 
@@ -292,7 +291,6 @@ def test_a_compiled_graph_holds_it_whole():
 @needs_library
 def test_running_out_of_memory_is_told(monkeypatch):
     leaves, ids, stack = drawn()
-    library = type("Library", (), {"sentei_route": lambda *_: 1})
-    monkeypatch.setattr(fused_cpp, "_library", lambda: library)
+    monkeypatch.setattr(fused_cpp, "_library", lambda: lambda *_: 1)
     with pytest.raises(ResourceError, match="route: expected memory"), torch.no_grad():
         route(leaves[0], ids, leaves[1], stack(), impl="fused_cpp")

@@ -581,15 +581,23 @@ void one_neuron(const Route& p, Run run, int machine) {
 extern "C" {
 
 // Statuses are those of call.h; kBadPlan is an expert that does not exist. After any but kDone the output is unfinished.
-int sentei_route(const Route* p) {
+// Plain arguments, in the order of the struct: one filled from Python costs more than some calls.
+int sentei_route(const void* hidden, const int64_t* ids, const float* weights, const void* up, const void* gate,
+                 const void* down, void* output, float* saved, int64_t hidden_stride, int64_t up_stride, int64_t up_row,
+                 int64_t gate_stride, int64_t gate_row, int64_t down_stride, int64_t down_row, int64_t tokens,
+                 int64_t slots, int64_t experts, int64_t width, int64_t inner, int64_t outputs, int64_t activation,
+                 int64_t bfloat16, int64_t threads, int64_t machine) {
   return status_of([&] {
-    const int machine = p->machine < 0 ? machines() - 1 : int(p->machine);
-    if (p->inner != 1 || p->saved)
-      forward(*p);
-    else if (p->bfloat16)
-      one_neuron<BFloat16>(*p, neurons_bfloat16_on[machine], machine);
+    const Route p{hidden, ids, weights, up, gate, down, output, saved, hidden_stride, {up_stride, up_row},
+                  {gate_stride, gate_row}, {down_stride, down_row}, tokens, slots, experts, width, inner, outputs,
+                  activation, bfloat16, threads, machine};
+    const int set = machine < 0 ? machines() - 1 : int(machine);
+    if (inner != 1 || saved)
+      forward(p);
+    else if (bfloat16)
+      one_neuron<BFloat16>(p, neurons_bfloat16_on[set], set);
     else
-      one_neuron<Float32>(*p, neurons_float32_on[machine], machine);
+      one_neuron<Float32>(p, neurons_float32_on[set], set);
   });
 }
 

@@ -44,8 +44,9 @@ def route(
     """
     _check(hidden, ids, weights, experts)
     name, _ = choose_impl(impl, hidden, ids, weights, experts)
-    if name != "fused_cpp":  # which looks at them itself, in passing
-        _check_ids(ids, len(experts))
+    if name == "fused_cpp":  # which looks at the ids itself, in passing
+        return (fused_cpp.run if impl == "auto" else fused_cpp.route)(hidden, ids, weights, experts)
+    _check_ids(ids, len(experts))
     return IMPLS[name](hidden, ids, weights, experts)
 
 
@@ -71,9 +72,10 @@ def choose_impl(
 
 
 def _check(hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, experts: Sequence) -> None:
-    sizes = check_shape("route", "hidden", hidden, "T D")
-    sizes = check_shape("route", "ids", ids, "T K", T=sizes["T"])
-    check_shape("route", "weights", weights, "T K", **sizes)
+    if not (hidden.dim() == ids.dim() == 2 and ids.shape == weights.shape and len(ids) == len(hidden)):
+        sizes = check_shape("route", "hidden", hidden, "T D")
+        sizes = check_shape("route", "ids", ids, "T K", T=sizes["T"])
+        check_shape("route", "weights", weights, "T K", **sizes)
     if ids.dtype != torch.int64 or not hidden.is_floating_point() or not weights.is_floating_point():
         raise ShapeError("route", expected="ids int64, hidden and weights floating",
                          got=f"{ids.dtype}, {hidden.dtype}, {weights.dtype}", do="convert them before the call")

@@ -17,7 +17,8 @@ from sentei.kernels import native
 from sentei.kernels.routing.stack import Stack
 
 _KINDS = ("silu", "gelu_tanh", "relu")  # of native/products.h, in order
-_LONGS = ("tokens", "slots", "experts", "width", "inner", "outputs", "activation", "bfloat16", "threads", "machine")
+_LONGS = ("hidden_stride", "up_stride", "up_row", "gate_stride", "gate_row", "down_stride", "down_row", "tokens", "slots",
+          "experts", "width", "inner", "outputs", "activation", "bfloat16", "threads", "machine")
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 _C = torch._C
 
@@ -27,8 +28,6 @@ class _Route(ctypes.Structure):
 
     _fields_ = [*((name, ctypes.c_void_p) for name in ("hidden", "ids", "weights", "up", "gate", "down", "output",
                                                        "saved")),
-                ("hidden_stride", ctypes.c_int64),
-                *((name, ctypes.c_int64 * 2) for name in ("up_stride", "gate_stride", "down_stride")),
                 *((name, ctypes.c_int64) for name in _LONGS)]
 
 
@@ -55,10 +54,16 @@ def route(
     reason = refusal(hidden, ids, weights, experts)
     if reason:
         raise ImplError("fused_cpp", expected="a call it can take", got=reason, do="use impl='auto'")
+    return run(hidden, ids, weights, experts)
+
+
+def run(hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, experts: Stack) -> torch.Tensor:
+    """`route` for who has just asked `refusal`."""
     tensors = hidden, ids, weights, experts.up, experts.down, experts.gate
     kind, wants = _KINDS.index(experts.activation), _wants_gradients(hidden, weights, experts)
-    run = torch.ops.sentei.route if wants or _is_watched(tensors) else _run
-    return run(*tensors, kind, wants)[0]
+    if wants or _is_watched(tensors):
+        return torch.ops.sentei.route(*tensors, kind, wants)[0]
+    return _run(*tensors, kind, False)[0]
 
 
 def refusal(hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, experts: Sequence) -> str:
@@ -76,8 +81,9 @@ def refusal(hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, expe
     up = experts.up
     if up.dtype is not dtype or not up.is_cpu:
         return f"experts of {up.dtype} on {up.device} with {dtype} on {hidden.device}"
-    if any(weight.stride(2) != 1 and weight.shape[2] > 1 for weight in experts.weights()):
-        return "weights whose rows are not contiguous"
+    for weight in experts.weights():
+        if weight.stride(2) != 1 and weight.shape[2] > 1:
+            return "weights whose rows are not contiguous"
     if torch.is_autocast_enabled("cpu"):
         return "autocast"
     if not compiling and _C._functorch.peek_interpreter_stack() is not None:
@@ -89,13 +95,18 @@ def refusal(hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, expe
 
 
 def _wants_gradients(hidden: torch.Tensor, weights: torch.Tensor, experts: Stack) -> bool:
+    """Whether a backward may follow."""
     return torch.is_grad_enabled() and any(t.requires_grad for t in (hidden, weights, *experts.weights()))
 
 
 def _is_watched(tensors: tuple[torch.Tensor | None, ...]) -> bool:
     """Whether something other than these tensors' memory counts."""
-    return bool(torch.compiler.is_compiling() or _C._len_torch_dispatch_stack() or _C._get_tracing_state() is not None
-                or any(t is not None and (type(t) not in _PLAIN or t.is_neg()) for t in tensors))
+    if torch.compiler.is_compiling() or _C._len_torch_dispatch_stack() or _C._get_tracing_state() is not None:
+        return True
+    for tensor in tensors:
+        if tensor is not None and (type(tensor) not in _PLAIN or tensor.is_neg()):
+            return True
+    return False
 
 
 def _run(hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, up: torch.Tensor, down: torch.Tensor,
@@ -103,30 +114,33 @@ def _run(hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, up: tor
     """The output [T, O] and, if asked, what the backward needs."""
     output = hidden.new_empty(len(hidden), down.shape[1])
     saved = hidden.new_empty(_numbers_saved(ids, up, gate) if save else 0, dtype=torch.float32)
-    call, held = _call(hidden, ids, weights, up, down, gate, kind)
-    if _is_nothing(call):
+    if _is_nothing(ids, up, down):
         return _checked_ids(ids, up, output.zero_()), saved
-    call.output, call.saved = output.data_ptr(), saved.data_ptr() if save else None
-    _finish(_library().sentei_route(ctypes.byref(call)), up)
+    arguments, held = _arguments(hidden, ids, weights, up, down, gate, kind)
+    _finish(_library()(*arguments[:6], output.data_ptr(), saved.data_ptr() if save else None, *arguments[6:]), up)
     del held
     return output, saved
 
 
-def _call(hidden, ids, weights, up, down, gate, kind) -> tuple[_Route, list]:
-    """The call but for its results, and what must live as long."""
+def _arguments(hidden, ids, weights, up, down, gate, kind) -> tuple[tuple, tuple]:
+    """The fields of the struct but for output and saved, and what must live as long."""
     hidden = hidden if hidden.stride(1) == 1 else hidden.contiguous()
-    ids, weights = ids.contiguous(), weights.to(torch.float32).contiguous()
-    call = _Route(hidden.data_ptr(), ids.data_ptr(), weights.data_ptr(), up.data_ptr(),
-                  None if gate is None else gate.data_ptr(), down.data_ptr(), None, None, hidden.stride(0),
-                  up.stride()[:2], (0, 0) if gate is None else gate.stride()[:2], down.stride()[:2],
-                  *ids.shape, *up.shape[::2], up.shape[1], down.shape[1], kind, hidden.dtype is torch.bfloat16,
-                  torch.get_num_threads(), native.MACHINE)
-    return call, [hidden, ids, weights]
+    ids = ids if ids.is_contiguous() else ids.contiguous()
+    if weights.dtype is not torch.float32 or not weights.is_contiguous():
+        weights = weights.to(torch.float32).contiguous()
+    tokens, slots = ids.shape
+    experts, inner, width = up.shape
+    up_stride, down_stride, gate_stride = up.stride(), down.stride(), (0, 0, 0) if gate is None else gate.stride()
+    return (hidden.data_ptr(), ids.data_ptr(), weights.data_ptr(), up.data_ptr(),
+            None if gate is None else gate.data_ptr(), down.data_ptr(),
+            hidden.stride(0), up_stride[0], up_stride[1], gate_stride[0], gate_stride[1], down_stride[0],
+            down_stride[1], tokens, slots, experts, width, inner, down.shape[1], kind, hidden.dtype is torch.bfloat16,
+            torch.get_num_threads(), native.MACHINE), (hidden, ids, weights)
 
 
-def _is_nothing(call: _Route) -> bool:
+def _is_nothing(ids: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> bool:
     """Whether every answer is 0 because there is nobody to give or to get one."""
-    return not (call.tokens and call.slots and call.width and call.inner and call.outputs)
+    return not (ids.numel() and up.numel() and down.shape[1])
 
 
 def _checked_ids(ids: torch.Tensor, up: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
@@ -152,8 +166,16 @@ def _finish(status: int, up: torch.Tensor) -> None:
 
 
 @cache
-def _library() -> ctypes.CDLL:
-    return native.load()
+def _library():
+    """The forward of the library; its arguments are pointers and 64-bit integers."""
+    function = native.load().sentei_route
+    function.argtypes = [ctypes.c_void_p] * 8 + [ctypes.c_int64] * len(_LONGS)
+    return function
+
+
+@cache
+def _backward_of_library():
+    return native.load().sentei_route_backward
 
 
 @cache
@@ -187,16 +209,16 @@ def _backward(gradient: torch.Tensor, given: list[torch.Tensor], gate: torch.Ten
     _check(*given, gate, kind)
     hidden, ids, weights, up, down = given
     found = _backward_shapes(gradient, given, gate, saved, kind, wanted)
-    call, held = _call(*given, gate, kind)
-    if _is_nothing(call):
+    if _is_nothing(ids, up, down):
         _checked_ids(ids, up, gradient)
         return [tensor.zero_() for tensor in found]
+    arguments, held = _arguments(*given, gate, kind)
+    call = _Route(*arguments[:6], None, saved.data_ptr(), *arguments[6:])
     gradient = gradient.contiguous()
-    call.saved = saved.data_ptr()
     of_weights = found[1].float()
     backward = _Backward(call, gradient.data_ptr(), *(found[i].data_ptr() if wanted[i] else None for i in (0, 2, 3)),
                          of_weights.data_ptr() if wanted[1] else None)
-    _finish(_library().sentei_route_backward(ctypes.byref(backward)), up)
+    _finish(_backward_of_library()(ctypes.byref(backward)), up)
     del held
     found[1] = of_weights.to(weights.dtype)
     return found
