@@ -1,4 +1,4 @@
-"""The malformed calls of what chooses keys, pages and tiles, and of the linear layer; `malformed` makes them.
+"""The malformed calls of what chooses keys, pages and tiles, of the linear layer and experts; `malformed` makes them.
 
 The damages that fit every entry are here too.
 """
@@ -13,6 +13,7 @@ from sentei.kernels.attention import Grid, fused_cpp
 from sentei.kernels.linear import linear
 from sentei.kernels.paging import PAGE, Pages, attend, bounds_of, score
 from sentei.kernels.paging.pages import RULES
+from sentei.kernels.routing import Stack, route
 from sentei.kernels.topk import Choice, attend_topk
 
 LARGE = (2**31 - 1, 2**31, 2**32, 2**62, 2**63 - 1)
@@ -112,7 +113,8 @@ def valid(draw: Random) -> Arguments:
         "lengths": lengths, "scale": 0.3, "choice": choice, "ids": ids, "rows": rows, "kept": kept, "bounds": bounds,
         "task": [1 if kept is not None else draw.choice([0, 2])], "kind": kind, "window": draw.randint(0, 40),
         "number": k if kind == 1 else 0.6, "scores": scores, "forced": masks[0], "full": masks[1],
-        "rule": fused_cpp.NATIVE_RULES[kind], "parameters": [float(k if kind == 1 else 0.6)] * heads, **layer(draw)}
+        "rule": fused_cpp.NATIVE_RULES[kind], "parameters": [float(k if kind == 1 else 0.6)] * heads,
+        **layer(draw), **mixture(draw)}
 
 
 def layer(draw: Random) -> Arguments:
@@ -122,6 +124,20 @@ def layer(draw: Random) -> Arguments:
     leading = draw.choice([(), (draw.randint(1, 8),), (2, draw.randint(1, 4))])
     return {"x": torch.randn(*leading, inputs, dtype=dtype), "weight": torch.randn(outputs, inputs, dtype=dtype),
             "bias": draw.choice([None, torch.randn(outputs, dtype=dtype)])}
+
+
+def mixture(draw: Random) -> Arguments:
+    """Tokens and experts that fit, and what their forward saved."""
+    tokens, slots, experts = draw.choice([0, 1, 5, 70]), draw.randint(0, 3), draw.randint(1, 4)
+    width, inner, outputs = draw.randint(1, 20), draw.choice([1, 1, 3, 60]), draw.randint(1, 20)
+    dtype, gated = draw.choice([torch.float32, torch.bfloat16]), draw.random() < 0.7
+    tokens_in, up, gate, down, gradient = (torch.randn(shape, dtype=dtype) for shape in (
+        (tokens, width), (experts, inner, width), (experts, inner, width), (experts, outputs, inner),
+        (tokens, outputs)))
+    ids, shares, gate = torch.randint(-1, experts, (tokens, slots)), torch.rand(tokens, slots), gate if gated else None
+    saved = torch.ops.sentei.route(tokens_in, ids, shares, up, down, gate, 0, True)[1]
+    return {"hidden": tokens_in, "experts": ids, "shares": shares, "up": up, "down": down, "gate": gate,
+            "answer": gradient, "saved": saved}
 
 
 def topk_shapes(given: Arguments) -> list[list[int]]:
@@ -209,6 +225,26 @@ def raw_linear(given: Arguments) -> Found:
     return [torch.ops.sentei.linear(x, weight, given["bias"])], [[*x.shape[:-1], len(weight)]]
 
 
+def mixed(given: Arguments) -> Found:
+    hidden, down = given["hidden"], given["down"]
+    stack = Stack(up=given["up"], down=down, gate=given["gate"])
+    return [route(hidden, given["experts"], given["shares"], stack, impl="fused_cpp")], [[len(hidden), down.shape[1]]]
+
+
+def raw_route(given: Arguments) -> Found:
+    found = torch.ops.sentei.route(*(given[name] for name in _MIXTURE), 0, False)
+    return list(found), [[len(given["hidden"]), given["down"].shape[1]], [0]]
+
+
+def raw_route_backward(given: Arguments) -> Found:
+    *tensors, gate = (given[name] for name in _MIXTURE)
+    found = torch.ops.sentei.route_backward(given["answer"], tensors, gate, given["saved"], 0, [True] * 4)
+    experts, inner, width = given["up"].shape
+    first = [experts, inner if gate is None else 2 * inner, width]
+    return found, [[*tensors[0].shape], [*tensors[2].shape], first, [*tensors[4].shape]]
+
+
+_MIXTURE = ("hidden", "experts", "shares", "up", "down", "gate")
 _TOPK, _PAGES = ("query", "key", "value", "lengths", "scale", "choice"), ("rows", "key", "kind", "window", "number",
                                                                           "lengths", "scale", "bounds")
 _LINEAR = ("x", "weight", "bias")
@@ -216,11 +252,14 @@ ENTRIES: dict[Callable, tuple[str, ...]] = {  # what each reads
     topk: _TOPK, raw_topk: _TOPK, raw_topk_backward: (*_TOPK, "gradient", "lse_gradient", "ids"),
     paged: (*_PAGES, "value", "kept"), page_scores: _PAGES, raw_pages: (*_PAGES, "value", "kept", "task"),
     keep: ("scores", "forced", "rule", "parameters"), raw_keep: ("scores", "forced", "full", "rule", "parameters"),
-    layer_call: _LINEAR, raw_linear: _LINEAR,
+    layer_call: _LINEAR, raw_linear: _LINEAR, mixed: _MIXTURE, raw_route: _MIXTURE,
+    raw_route_backward: (*_MIXTURE, "answer", "saved"),
 }
 # The dimensions no other size of which is right; of forced masks the first may be 1 or the batch.
 FIXED = {"key": (3,), "gradient": range(4), "lse_gradient": range(3), "ids": range(4), "bounds": (0, 1, 3, 4),
-         "kept": (3,), "scores": (1, 2, 3), "forced": (1, 2, 3), "full": (1, 2, 3), "weight": (1,), "bias": (0,)}
+         "kept": (3,), "scores": (1, 2, 3), "forced": (1, 2, 3), "full": (1, 2, 3), "weight": (1,), "bias": (0,),
+         "hidden": (0, 1), "experts": (0, 1), "shares": (0, 1), "up": (0, 1, 2), "gate": (0, 1, 2), "down": (0, 2),
+         "answer": (0, 1), "saved": (0,)}
 
 
 def other_size(draw: Random, given: Arguments, name: str) -> bool:
@@ -303,20 +342,32 @@ def many_rows(draw: Random, given: Arguments, name: str) -> bool:
     return True
 
 
+def other_expert(draw: Random, given: Arguments, name: str) -> bool:
+    """An id of nobody."""
+    ids = given["experts"].flatten()
+    if not len(ids):
+        return False
+    ids[draw.randrange(len(ids))] = draw.choice([-2, -2**63, len(given["up"]), 2**31, 2**63 - 1])
+    given["experts"] = ids.view(given["experts"].shape)
+    return True
+
+
 def other_order(draw: Random, given: Arguments, name: str) -> bool:
     """Weights whose rows do not lie together."""
-    given["weight"] = given["weight"].t().contiguous().t()
-    return given["weight"].stride(1) != 1
+    given[name] = given[name].mT.contiguous().mT
+    return given[name].stride(-1) != 1 and given[name].shape[-1] > 1
 
 
 _TENSORS = ("query", "key", "value", "gradient", "lse_gradient", "ids", "rows", "kept", "bounds", "scores", "forced",
-            "full", *_LINEAR)
+            "full", *_LINEAR, *_MIXTURE, "answer", "saved")
 DAMAGES: dict[Callable, tuple[str, ...]] = {  # and to what each can be done
     other_rank: _TENSORS, other_size: _TENSORS, other_dtype: _TENSORS, no_memory: _TENSORS,
-    no_tensor: tuple(name for name in _TENSORS if name not in ("kept", "bounds", "bias")),
+    no_tensor: tuple(name for name in _TENSORS if name not in ("kept", "bounds", "bias", "gate")),
     other_lengths: ("lengths",), other_scale: ("scale",),
     other_strides: ("query", "key", "value", "gradient", "rows", "kept", "scores", "forced"),
     other_choice: ("choice",), most_keys: ("choice",), other_ids: ("ids",), other_window: ("window",),
     other_task: ("task",), other_kind: ("kind",), other_number: ("number",), other_rule: ("rule",),
-    other_parameters: ("parameters",), bad_scores: ("scores",), many_rows: ("x",), other_order: ("weight",),
+    other_parameters: ("parameters",), bad_scores: ("scores",), many_rows: ("x",),
+    other_order: ("weight", "up", "down"),
+    other_expert: ("experts",),
 }

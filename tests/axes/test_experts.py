@@ -53,9 +53,12 @@ def test_all_experts_with_unit_weights_are_the_dense_layer(gated, activation, un
         torch.testing.assert_close(split(x), dense(x), rtol=1e-12, atol=1e-12)
 
 
-def test_one_expert_is_the_dense_layer_bit_for_bit():
+def test_one_expert_is_the_dense_layer_bit_for_bit_where_the_same_kernel_runs():
     dense, x = FeedForward(WIDTH, 32), x_of(3, 5, dtype=torch.float32)
-    assert torch.equal(from_dense(dense, Config(unit=32))(x), dense(x))
+    layer = from_dense(dense, Config(unit=32))
+    for impl in ("reference", "eager"):
+        layer.experts.impl = impl
+        assert torch.equal(layer(x), dense(x))
 
 
 def test_from_dense_reads_a_layer_of_llama():

@@ -56,10 +56,11 @@ def test_every_entry_and_every_damage_is_drawn():
     pytest.param(f"{OPS}.topk.fused_cpp._check_backward = lambda *_: None", "exit", marks=pytest.mark.slow),
     pytest.param(f"{OPS}.paging.fused_cpp._check = lambda *_: None", "exit", marks=pytest.mark.slow),
     pytest.param(f"{OPS}.linear.fused_cpp._check = lambda *_: None", "exit", marks=pytest.mark.slow),
+    pytest.param(f"{OPS}.routing.fused_cpp._check = lambda *_: None", "exit", marks=pytest.mark.slow),
     pytest.param("malformed.fused_cpp._check_keep = lambda *_: None", "exit", marks=pytest.mark.slow),
     ("malformed.outcome = lambda _: __import__('ctypes').string_at(0)", r"exit (-11|1) after \['0 '\]"),
     ("malformed.public.__globals__['attend'] = lambda q, *_, **__: (q, q)", "accepted public"),
-], ids=["what plans are answered", "tensors", "top-k's gradients", "pages", "weights", "scores", "crash",
+], ids=["what plans are answered", "tensors", "top-k's gradients", "pages", "weights", "experts", "scores", "crash",
         "accepts everything"])
 def test_a_missing_guard_is_seen(before, seen):
     with pytest.raises(AssertionError, match=seen):

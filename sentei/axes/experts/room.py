@@ -166,9 +166,13 @@ class Experts(Axis):
         stack = self.stack(up, down)
         if isinstance(self.gate, Soft):
             return self.apply_soft(selection, hidden, logits, stack)
-        answers = route(hidden.flatten(0, -2), selection.ids.flatten(0, -2), selection.weights.flatten(0, -2), stack,
-                        impl=self.impl)
+        answers = route(*self.routed(selection, hidden), stack, impl=self.impl)
         return answers.reshape(*hidden.shape[:-1], answers.shape[-1])
+
+    @staticmethod
+    def routed(selection: Selection, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Tokens, ids and weights without a batch, as `route` takes them."""
+        return hidden.flatten(0, -2), selection.ids.flatten(0, -2), selection.weights.flatten(0, -2)
 
     def apply_soft(self, selection: Selection, hidden: torch.Tensor, logits: torch.Tensor,
                    stack: Stack) -> torch.Tensor:
@@ -196,7 +200,7 @@ class Experts(Axis):
         rows = math.prod(hidden.shape[:-1]) * (hidden.shape[-1] + down.shape[1])
         cost = Cost(multiply_adds=done, dense_multiply_adds=permitted // self.gate.slots * weights,
                     bytes=(rows + used * weights) * hidden.element_size(), choosing=permitted * hidden.shape[-1])
-        return cost, *choose_impl(self.impl)
+        return cost, *choose_impl(self.impl, *self.routed(selection, hidden), self.stack(up, down))
 
     def stack(self, up: torch.Tensor, down: torch.Tensor) -> Stack:
         """The experts as the kernel reads them; the gate's and the other rows are views of one weight."""

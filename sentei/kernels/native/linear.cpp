@@ -1,16 +1,8 @@
 // What a step of decoding is made of, for few rows: a linear layer, a gated MLP, an RMS norm, the queries, keys and values
 // of an attention layer. Every weight is read from memory once, for all rows, as fast as memory gives it.
-#include "call.h"
+#include "rows.h"
 
 namespace {
-
-// Strides are in elements; the last dimension of every tensor is contiguous, the output wholly.
-struct Linear {
-  const void *input, *weight, *bias;  // [R, I], [O, I], [O] or null; all of one dtype
-  void* output;                       // [R, O]
-  float* wide;                        // [R, O]: takes the output's place where it is not null
-  int64_t rows, width, outputs, input_stride, weight_stride;
-};
 
 // All contiguous and of one dtype; biases may be null.
 struct Gated {
@@ -40,8 +32,6 @@ struct Heads {
   float epsilon, shift;                     // as in Norm
 };
 
-constexpr int64_t kPiece = 512 << 10;  // bytes of weights that are one piece of work, about
-constexpr int64_t kAlone = 64 << 10;   // bytes that are not worth a second thread
 constexpr int64_t kNear = 20000;       // bytes of weight rows read at once that are little enough to prefetch the next
 constexpr int64_t kFar = 8192;         // how many bytes ahead then; in longer rows
 constexpr int64_t kAhead = 1024;       //   the processor sees them coming itself
@@ -53,46 +43,6 @@ INLINE void hold(Vec& vector) {
   asm("" : "+v"(vector));
 #endif
 }
-
-// What a dtype is in memory, and how 2 L of its numbers become two vectors: number i of them stands at place(i, L).
-// The inputs are laid out so beforehand, and no weight crosses a vector.
-struct Float32 {
-  using Number = float;
-  static INLINE float widen(float number) { return number; }
-  static INLINE float narrow(float number) { return number; }
-  static INLINE int place(int i, int) { return i; }
-  template <int L>
-  static INLINE void load(const float* from, typename Simd<L>::Vec& one, typename Simd<L>::Vec& two) {
-    one = Simd<L>::load(from);
-    two = Simd<L>::load(from + L);
-  }
-};
-
-struct BFloat16 {
-  using Number = uint16_t;  // the upper half of a float's bits
-  static INLINE float widen(uint16_t number) {
-    const uint32_t bits = uint32_t(number) << 16;
-    float wide;
-    std::memcpy(&wide, &bits, sizeof wide);
-    return wide;
-  }
-  // To nearest, ties to even.
-  static INLINE uint16_t narrow(float number) {
-    uint32_t bits;
-    std::memcpy(&bits, &number, sizeof bits);
-    return number == number ? uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16) : 0x7fc0;
-  }
-  // Numbers at even places are the lower halves of the bits of the first vector, those at odd places of the second.
-  static INLINE int place(int i, int lanes) { return i / 2 + i % 2 * lanes; }
-  template <int L>
-  static INLINE void load(const uint16_t* from, typename Simd<L>::Vec& one, typename Simd<L>::Vec& two) {
-    typename Simd<L>::Ints pairs;
-    std::memcpy(&pairs, from, sizeof pairs);
-    const typename Simd<L>::Ints even = pairs << 16, odd = pairs & int32_t(0xffff0000);
-    std::memcpy(&one, &even, sizeof one);
-    std::memcpy(&two, &odd, sizeof two);
-  }
-};
 
 // Outputs first … first + K - 1 of R rows. The order in which one is summed depends on neither R nor K.
 template <class Kind, int L, int R, int K>
@@ -257,38 +207,6 @@ INLINE void read(const float* from, int64_t count, float* total) {
 }
 ON_EVERY_MACHINE(read, (const float* from, int64_t count, float* total), (from, count, total))
 
-// Inputs as `outputs` reads them: for every 2 L places the rows in turn, zeros beyond the end.
-template <class Kind>
-class LaidOut {
- public:
-  LaidOut(int64_t rows, int64_t width, int lanes)
-      : rows_(rows), step_(2 * lanes), numbers_((width + step_ - 1) / step_ * step_ * rows) {}
-  // Numbers first … last - 1 of a row, which begins at `from`.
-  template <class Read>
-  void write(int64_t row, int64_t first, int64_t last, Read from) {
-    for (int64_t i = first; i < last;) {
-      const int64_t begin = i / step_ * step_, end = std::min(begin + step_, last);
-      float* to = numbers_.data() + begin * rows_ + row * step_;
-      for (; i < end; ++i) to[Kind::place(int(i - begin), int(step_ / 2))] = from(i);
-    }
-  }
-  const float* data() const { return numbers_.data(); }
-
- private:
-  int64_t rows_, step_;
-  std::vector<float> numbers_;
-};
-
-template <class Kind>
-LaidOut<Kind> laid_out(const void* input, int64_t rows, int64_t width, int64_t stride, int lanes) {
-  LaidOut<Kind> inputs(rows, width, lanes);
-  for (int64_t r = 0; r < rows; ++r) {
-    const auto* from = static_cast<const typename Kind::Number*>(input) + r * stride;
-    inputs.write(r, 0, width, [&](int64_t i) { return Kind::widen(from[i]); });
-  }
-  return inputs;
-}
-
 // work(first, last) for pieces of the outputs, of which each reads `bytes` of weights.
 template <class Work>
 void in_pieces(int64_t outputs, int64_t bytes, int64_t threads, Work work) {
@@ -379,6 +297,10 @@ void heads(const Heads& p, Run run, int64_t threads, int machine) {
 }
 
 }  // namespace
+
+ProductOfRows product_of_rows(bool bfloat16, int machine) {
+  return (bfloat16 ? run_bfloat16_on : run_float32_on)[machine];
+}
 
 extern "C" {
 

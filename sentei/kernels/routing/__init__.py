@@ -6,12 +6,12 @@ import torch
 
 from sentei.core.errors import ImplError, ShapeError
 from sentei.core.shapes import check_shape
-from sentei.kernels.routing import reference
+from sentei.kernels.routing import auto, eager, fused_cpp, reference
 from sentei.kernels.routing.stack import Stack
 
 __all__ = ["IMPLS", "Stack", "choose_impl", "route"]
 
-IMPLS = {"reference": reference.route}
+IMPLS = {"reference": reference.route, "eager": eager.route, "fused_cpp": fused_cpp.route}
 
 
 def route(
@@ -42,29 +42,40 @@ def route(
     Cost: one call of each kept expert, on its own tokens only; nothing for the others.
     Reference: Shazeer et al. 2017, arXiv 1701.06538, eq. 1.
     """
-    name, _ = choose_impl(impl)
     _check(hidden, ids, weights, experts)
+    name, _ = choose_impl(impl, hidden, ids, weights, experts)
+    if name == "fused_cpp":  # which looks at the ids itself, in passing
+        return (fused_cpp.run if impl == "auto" else fused_cpp.route)(hidden, ids, weights, experts)
+    _check_ids(ids, len(experts))
     return IMPLS[name](hidden, ids, weights, experts)
 
 
-def choose_impl(impl: str) -> tuple[str, str]:
-    """The implementation that will run and why.
+def choose_impl(
+    impl: str,
+    hidden: torch.Tensor,
+    ids: torch.Tensor,
+    weights: torch.Tensor,
+    experts: Sequence[Callable[[torch.Tensor], torch.Tensor]],
+) -> tuple[str, str]:
+    """The implementation that will run for these arguments of `route`, and why.
 
     Raises:
         ImplError: an unknown name.
     """
-    if impl == "auto":
-        return "reference", "the only implementation there is"
-    if impl not in IMPLS:
+    if impl in IMPLS:
+        return impl, "asked for by name"
+    if impl != "auto":
         raise ImplError("route", expected=f"impl 'auto', {', '.join(map(repr, IMPLS))}", got=repr(impl),
                         do="choose one of these")
-    return impl, "asked for by name"
+    reason = fused_cpp.refusal(hidden, ids, weights, experts)
+    return ("eager", f"fused_cpp cannot take {reason}") if reason else auto.fastest(hidden, ids, experts)
 
 
 def _check(hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, experts: Sequence) -> None:
-    sizes = check_shape("route", "hidden", hidden, "T D")
-    sizes = check_shape("route", "ids", ids, "T K", T=sizes["T"])
-    check_shape("route", "weights", weights, "T K", **sizes)
+    if not (hidden.dim() == ids.dim() == 2 and ids.shape == weights.shape and len(ids) == len(hidden)):
+        sizes = check_shape("route", "hidden", hidden, "T D")
+        sizes = check_shape("route", "ids", ids, "T K", T=sizes["T"])
+        check_shape("route", "weights", weights, "T K", **sizes)
     if ids.dtype != torch.int64 or not hidden.is_floating_point() or not weights.is_floating_point():
         raise ShapeError("route", expected="ids int64, hidden and weights floating",
                          got=f"{ids.dtype}, {hidden.dtype}, {weights.dtype}", do="convert them before the call")
@@ -73,9 +84,12 @@ def _check(hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, exper
                          do="move them before the call")
     if not experts:
         raise ShapeError("route", expected="at least one expert", got="none", do="give one function an expert")
+
+
+def _check_ids(ids: torch.Tensor, experts: int) -> None:
     if torch.compiler.is_compiling() or ids.numel() == 0:
         return
     low, high = int(ids.min()), int(ids.max())
-    if low < -1 or high >= len(experts):
-        raise ShapeError("route", expected=f"ids in -1..{len(experts) - 1}", got=f"{low}..{high}",
+    if low < -1 or high >= experts:
+        raise ShapeError("route", expected=f"ids in -1..{experts - 1}", got=f"{low}..{high}",
                          do="give one function an expert, and -1 where a slot is empty")

@@ -42,6 +42,26 @@ class Stack(Sequence[Callable[[torch.Tensor], torch.Tensor]]):
             raise ShapeError("Stack", expected=f"one dtype and device, an activation of {', '.join(ACTIVATIONS)}",
                              got=f"{', '.join(map(str, kinds))}, {self.activation!r}", do="convert the weights")
 
+    @classmethod
+    def from_joint(cls, gate_up: torch.Tensor, down: torch.Tensor, activation: str = "silu") -> "Stack":
+        """Experts whose gates and ups are the halves of one weight, whose gradient then is made in one piece.
+
+        Args:
+            gate_up: [E, 2 F, D], gate's rows first.
+            down: [E, D_out, F].
+            activation: one of ACTIVATIONS.
+        Raises:
+            ShapeError: as the class does.
+        """
+        sizes = check_shape("Stack", "gate_up", gate_up, "E G D")
+        if sizes["G"] % 2:
+            raise ShapeError("Stack", expected="gate_up [E, 2 F, D]", got=str(list(gate_up.shape)),
+                             do="put gate's rows and up's into one weight")
+        plain = torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
+        wants = gate_up.requires_grad and torch.is_grad_enabled() and not plain
+        gate, up = _Halves.apply(gate_up) if wants else gate_up.chunk(2, dim=1)
+        return cls(up=up, down=down, gate=gate, activation=activation)
+
     def __len__(self) -> int:
         return len(self.up)
 
@@ -61,3 +81,22 @@ class Stack(Sequence[Callable[[torch.Tensor], torch.Tensor]]):
     def weights(self) -> tuple[torch.Tensor, ...]:
         """Up, down and, if there is one, gate."""
         return (self.up, self.down) if self.gate is None else (self.up, self.down, self.gate)
+
+
+class _Halves(torch.autograd.Function):
+    """The halves of [E, 2 F, D]; gradients that lie together already are taken so, in place of three copies."""
+
+    @staticmethod
+    def forward(ctx, joint):
+        half = joint.shape[1] // 2
+        return joint[:, :half], joint[:, half:]
+
+    @staticmethod
+    def backward(ctx, first, second):
+        experts, half, width = first.shape
+        whole = half * 2 * width, width, 1
+        if (first.stride() == second.stride() == whole
+                and second.storage_offset() == first.storage_offset() + half * width
+                and first.untyped_storage().data_ptr() == second.untyped_storage().data_ptr()):
+            return first.as_strided((experts, 2 * half, width), whole)
+        return torch.cat((first, second), 1)

@@ -1,0 +1,310 @@
+// Products of blocks, and what goes before and after them in a mixture of feed-forward networks. Tokens stand in vectors
+// and weights are read as they lie: no weight is ever laid out anew.
+//
+// A panel is as many tokens (or columns) as the micro-kernel takes at once: numbers [depth][panel], beside each other.
+#pragma once
+
+#include "call.h"
+
+namespace {
+
+enum Activation { kSilu = 0, kGeluTanh = 1, kRelu = 2 };
+
+constexpr int kLines = 96, kDepth = 256, kTokens = 256;    // of a block: what the caches hold
+constexpr int kLine = kDepth + 16, kToken = kTokens + 16;  // from one line to the next: no power of two
+
+// Rows of a tensor in the order of a list.
+struct Rows {
+  const void* data;
+  int64_t stride;
+  bool half;
+  const int64_t* order;
+};
+
+INLINE void widen_row(const void* from, bool half, int64_t count, float* to) {
+  if (half) {
+    const auto* numbers = static_cast<const uint16_t*>(from);
+    for (int64_t i = 0; i < count; ++i) to[i] = widen(numbers[i]);
+  } else {
+    std::memcpy(to, from, count * sizeof(float));
+  }
+}
+
+INLINE void narrow_row(const float* from, bool half, int64_t count, void* to) {
+  if (half) {
+    auto* numbers = static_cast<uint16_t*>(to);
+    for (int64_t i = 0; i < count; ++i) numbers[i] = narrow(from[i]);
+  } else {
+    std::memcpy(to, from, count * sizeof(float));
+  }
+}
+
+INLINE const void* at(const void* data, bool half, int64_t element) {
+  return static_cast<const char*>(data) + element * (half ? 2 : 4);
+}
+INLINE void* at(void* data, bool half, int64_t element) { return static_cast<char*>(data) + element * (half ? 2 : 4); }
+
+typedef float Four __attribute__((vector_size(16)));
+typedef int32_t Places __attribute__((vector_size(16)));
+#if defined(__clang__)
+#define SHUFFLE(one, two, a, b, c, d) __builtin_shufflevector(one, two, a, b, c, d)
+#else
+#define SHUFFLE(one, two, a, b, c, d) __builtin_shuffle(one, two, Places{a, b, c, d})
+#endif
+
+// to[j][i] = from[i][j] for 4 x 4 numbers.
+INLINE void transpose_four(const float* from, int64_t from_stride, float* to, int64_t to_stride) {
+  const Four a = Simd<4>::load(from), b = Simd<4>::load(from + from_stride), c = Simd<4>::load(from + 2 * from_stride),
+             d = Simd<4>::load(from + 3 * from_stride);
+  const Four low = SHUFFLE(a, b, 0, 4, 1, 5), high = SHUFFLE(a, b, 2, 6, 3, 7);
+  const Four next_low = SHUFFLE(c, d, 0, 4, 1, 5), next_high = SHUFFLE(c, d, 2, 6, 3, 7);
+  Simd<4>::store(to, SHUFFLE(low, next_low, 0, 1, 4, 5));
+  Simd<4>::store(to + to_stride, SHUFFLE(low, next_low, 2, 3, 6, 7));
+  Simd<4>::store(to + 2 * to_stride, SHUFFLE(high, next_high, 0, 1, 4, 5));
+  Simd<4>::store(to + 3 * to_stride, SHUFFLE(high, next_high, 2, 3, 6, 7));
+}
+
+// to[j][i] = from[i][j] for `lines` x `count` numbers.
+INLINE void transpose(const float* from, int64_t from_stride, int lines, int count, float* to, int64_t to_stride) {
+  const int whole_lines = lines / 4 * 4, whole = count / 4 * 4;
+  for (int i = 0; i < whole_lines; i += 4)
+    for (int j = 0; j < whole; j += 4) transpose_four(from + i * from_stride + j, from_stride, to + j * to_stride + i,
+                                                      to_stride);
+  for (int i = 0; i < lines; ++i)
+    for (int j = i < whole_lines ? whole : 0; j < count; ++j) to[j * to_stride + i] = from[i * from_stride + j];
+}
+
+// A panel of rows first … of `count` rows (zeros beyond), turned: [depth][panel]. `room` holds a panel x kDepth floats.
+template <int L>
+INLINE void turn_panel(const Rows& rows, int64_t first, int64_t count, int64_t depth, float* to, float* room) {
+  constexpr int panel = Simd<L>::kVectors * L;
+  const int lines = int(std::min<int64_t>(panel, count - first));
+  if (lines < panel) std::fill(to, to + depth * panel, 0.0f);
+  for (int64_t d = 0; d < depth; d += kDepth) {
+    const int some = int(std::min<int64_t>(kDepth, depth - d));
+    for (int i = 0; i < lines; ++i)
+      widen_row(at(rows.data, rows.half, rows.order[first + i] * rows.stride + d), rows.half, some, room + i * kLine);
+    transpose(room, kLine, lines, some, to + d * panel, panel);
+  }
+}
+ON_EVERY_MACHINE(turn_panel, (const Rows& rows, int64_t first, int64_t count, int64_t depth, float* to, float* room),
+                 (rows, first, count, depth, to, room))
+
+// A panel of columns first … of `columns` (zeros beyond) of `count` rows: [row][panel].
+template <int L>
+INLINE void copy_panel(const Rows& rows, int64_t first, int64_t columns, int64_t count, float* to) {
+  constexpr int panel = Simd<L>::kVectors * L;
+  const int some = int(std::min<int64_t>(panel, columns - first));
+  for (int64_t i = 0; i < count; ++i, to += panel) {
+    widen_row(at(rows.data, rows.half, rows.order[i] * rows.stride + first), rows.half, some, to);
+    std::fill(to + some, to + panel, 0.0f);
+  }
+}
+ON_EVERY_MACHINE(copy_panel, (const Rows& rows, int64_t first, int64_t columns, int64_t count, float* to),
+                 (rows, first, columns, count, to))
+
+// The left factor of a product: lines of a matrix in memory, of which blocks are copied, widened.
+struct Left {
+  const void* data;
+  int64_t stride;    // from a line to the next; where they lie across, from a depth to the next
+  bool half;
+  enum { kAlong, kAcross, kPanels } how;  // depth contiguous; lines contiguous; panels [panel][stride][panel]
+};
+
+// Lines line … of `lines`, depths depth … of `depths`, to [lines][kLine], or across to [depths][kLines].
+template <int L>
+INLINE void copy_left(const Left& left, int64_t line, int lines, int64_t depth, int depths, float* to) {
+  constexpr int panel = Simd<L>::kVectors * L;
+  if (left.how == Left::kAcross) {
+    for (int d = 0; d < depths; ++d)
+      widen_row(at(left.data, left.half, (depth + d) * left.stride + line), left.half, lines, to + d * kLines);
+    return;
+  }
+  for (int i = 0; i < lines; ++i) {
+    if (left.how == Left::kAlong) {
+      widen_row(at(left.data, left.half, (line + i) * left.stride + depth), left.half, depths, to + i * kLine);
+      continue;
+    }
+    const auto* from = static_cast<const float*>(left.data) + (depth * left.stride + (line + i) * panel);
+    for (int d = 0; d < depths; d += panel, from += left.stride * panel)
+      std::memcpy(to + i * kLine + d, from, panel * sizeof(float));
+  }
+}
+ON_EVERY_MACHINE(copy_left, (const Left& left, int64_t line, int lines, int64_t depth, int depths, float* to),
+                 (left, line, lines, depth, depths, to))
+
+// C[6 x panel] = (add ? C : 0) + A B; number (r, d) of A stands at r · line + d · step.
+template <int L, int line, int step>
+INLINE void tile(const float* a, const float* b, float* c, int depths, bool add) {
+  constexpr int V = Simd<L>::kVectors;
+  typename Simd<L>::Vec sum[kRows][V];
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) sum[r][v] = add ? Simd<L>::load(c + r * kToken + v * L) : typename Simd<L>::Vec{};
+#pragma GCC unroll 4
+  for (int d = 0; d < depths; ++d, a += step, b += V * L) {
+    typename Simd<L>::Vec row[V];
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) row[v] = Simd<L>::load(b + v * L);
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) sum[r][v] += a[r * line] * row[v];
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) Simd<L>::store(c + r * kToken + v * L, sum[r][v]);
+}
+
+// C[lines x columns] = (add ? C : 0) + A B, of a block of A and as many panels of B, which lie `apart`.
+template <int L>
+INLINE void multiply(const float* a, const float* b, int64_t apart, float* c, int lines, int columns, int depths,
+                     bool across, bool add) {
+  constexpr int panel = Simd<L>::kVectors * L;
+  for (int j = 0; j < columns; j += panel, b += apart)
+    for (int i = 0; i < lines; i += kRows)
+      if (across)
+        tile<L, 1, kLines>(a + i, b, c + i * kToken + j, depths, add);
+      else
+        tile<L, kLine, 1>(a + i * kLine, b, c + i * kToken + j, depths, add);
+}
+ON_EVERY_MACHINE(multiply, (const float* a, const float* b, int64_t apart, float* c, int lines, int columns,
+                            int depths, bool across, bool add),
+                 (a, b, apart, c, lines, columns, depths, across, add))
+
+// act(z) and its derivative; silu and gelu by tanh are z / (1 + 2^t), because (1 + tanh u) / 2 = 1 / (1 + e^(-2u)).
+template <int L>
+struct Activate {
+  using Vec = typename Simd<L>::Vec;
+  int64_t kind;
+  INLINE Vec share(Vec z) const {
+    const Vec t = kind == kSilu ? z * -kLog2E : z * (-1.5957691216057308f * kLog2E) * (1.0f + 0.044715f * z * z);
+    return 1.0f / (1.0f + (t > 127.0f ? Vec{} - kNone : Simd<L>::exp2(t)));
+  }
+  INLINE Vec value(Vec z) const { return kind == kRelu ? (z <= 0.0f ? Vec{} : z) : z * share(z); }
+  INLINE void both(Vec z, Vec& value, Vec& slope) const {
+    if (kind == kRelu) {
+      value = z <= 0.0f ? Vec{} : z;
+      slope = z <= 0.0f ? Vec{} : Vec{} + 1.0f;
+    } else {
+      const Vec part = share(z);
+      value = z * part;
+      const Vec inner = kind == kSilu ? z : z * (1.5957691216057308f * (1.0f + 0.134145f * z * z));
+      slope = part * (1.0f + inner * (1.0f - part));
+    }
+  }
+};
+
+// Rows of activations in place of gate's products, or of up's where there is no gate.
+template <int L>
+INLINE void activate_row(float* products, const float* up, int64_t count, int64_t kind) {
+  const Activate<L> act{kind};
+  int64_t i = 0;
+  for (; i + L <= count; i += L) {
+    const auto value = act.value(Simd<L>::load(products + i));
+    Simd<L>::store(products + i, up ? value * Simd<L>::load(up + i) : value);
+  }
+  if (i == count) return;
+  float rest[2][L]{};
+  std::copy(products + i, products + count, rest[0]);
+  if (up) std::copy(up + i, up + count, rest[1]);
+  const auto value = act.value(Simd<L>::load(rest[0]));
+  Simd<L>::store(rest[0], up ? value * Simd<L>::load(rest[1]) : value);
+  std::copy_n(rest[0], count - i, products + i);
+}
+ON_EVERY_MACHINE(activate_row, (float* products, const float* up, int64_t count, int64_t kind),
+                 (products, up, count, kind))
+
+// What follows a block of up's products C[lines x columns], and of gate's, which stand `lines` rounded up below: the
+// activations, to panels of `inner` lines, and the products themselves, to panels of gate's lines and then up's.
+template <int L>
+INLINE void finish_up(const float* c, int lines, int columns, bool gated, int64_t kind, int64_t inner, float* acts,
+                      float* saved) {
+  constexpr int panel = Simd<L>::kVectors * L;
+  const Activate<L> act{kind};
+  const float* gates = c + (lines + kRows - 1) / kRows * kRows * kToken;
+  for (int j = 0; j < columns; j += panel, acts += inner * panel) {
+    for (int i = 0; i < lines; ++i)
+      for (int v = 0; v < panel; v += L) {
+        const auto up = Simd<L>::load(c + i * kToken + j + v);
+        const auto gate = gated ? Simd<L>::load(gates + i * kToken + j + v) : up;
+        Simd<L>::store(acts + i * panel + v, gated ? act.value(gate) * up : act.value(up));
+        if (saved) Simd<L>::store(saved + i * panel + v, gate);
+        if (saved && gated) Simd<L>::store(saved + (inner + i) * panel + v, up);
+      }
+    if (saved) saved += (gated ? 2 : 1) * inner * panel;
+  }
+}
+ON_EVERY_MACHINE(finish_up, (const float* c, int lines, int columns, bool gated, int64_t kind, int64_t inner,
+                             float* acts, float* saved),
+                 (c, lines, columns, gated, kind, inner, acts, saved))
+
+// What follows a block C[lines x columns] of the gradients of unweighed activations: those of gate's and up's products
+// and the weighed activations, to panels as `saved`'s and of `inner` lines, and the sums that are the weights' gradients.
+template <int L>
+INLINE void finish_slopes(const float* c, int lines, int columns, bool gated, int64_t kind, int64_t inner,
+                          const float* saved, const float* weights, float* slopes, float* acts, float* sums) {
+  using Vec = typename Simd<L>::Vec;
+  constexpr int panel = Simd<L>::kVectors * L;
+  const Activate<L> act{kind};
+  const int64_t apart = (gated ? 2 : 1) * inner * panel;
+  for (int j = 0; j < columns; j += panel, saved += apart, slopes += apart, acts += inner * panel)
+    for (int v = 0; v < panel; v += L) {
+      const Vec weight = Simd<L>::load(weights + j + v);
+      Vec sum{};
+      for (int i = 0; i < lines; ++i) {
+        const Vec gradient = Simd<L>::load(c + i * kToken + j + v), z = Simd<L>::load(saved + i * panel + v);
+        Vec value, slope;
+        act.both(z, value, slope);
+        const Vec weighed = gradient * weight;
+        if (gated) {
+          const Vec up = Simd<L>::load(saved + (inner + i) * panel + v);
+          Simd<L>::store(slopes + (inner + i) * panel + v, weighed * value);
+          slope *= up;
+          value *= up;
+        }
+        Simd<L>::store(slopes + i * panel + v, weighed * slope);
+        Simd<L>::store(acts + i * panel + v, value * weight);
+        sum += gradient * value;
+      }
+      Simd<L>::store(sums + j + v, sum);
+    }
+}
+ON_EVERY_MACHINE(finish_slopes, (const float* c, int lines, int columns, bool gated, int64_t kind, int64_t inner,
+                                 const float* saved, const float* weights, float* slopes, float* acts, float* sums),
+                 (c, lines, columns, gated, kind, inner, saved, weights, slopes, acts, sums))
+
+// A block C[lines x columns] turned: to[column][line].
+template <int L>
+INLINE void turn_block(const float* c, int lines, int columns, float* to, int64_t stride) {
+  transpose(c, kToken, lines, columns, to, stride);
+}
+ON_EVERY_MACHINE(turn_block, (const float* c, int lines, int columns, float* to, int64_t stride),
+                 (c, lines, columns, to, stride))
+
+// One row of numbers as the tensors have them.
+template <int L>
+INLINE void round_row(const float* from, bool half, int64_t count, void* to) {
+  narrow_row(from, half, count, to);
+}
+ON_EVERY_MACHINE(round_row, (const float* from, bool half, int64_t count, void* to), (from, half, count, to))
+
+// Σ over a token's slots of weight · row, or of rows where there are no weights; empty slots (-1) are not read.
+template <int L>
+INLINE void combine(const float* rows, int64_t width, const int64_t* places, const float* weights, int64_t slots,
+                    bool half, float* sum, void* to) {
+  std::fill(sum, sum + width, 0.0f);
+  for (int64_t k = 0; k < slots; ++k) {
+    if (places[k] < 0) continue;
+    const float weight = weights ? weights[k] : 1.0f, *row = rows + places[k] * width;
+    for (int64_t i = 0; i < width; ++i) sum[i] += weight * row[i];
+  }
+  narrow_row(sum, half, width, to);
+}
+ON_EVERY_MACHINE(combine, (const float* rows, int64_t width, const int64_t* places, const float* weights,
+                           int64_t slots, bool half, float* sum, void* to),
+                 (rows, width, places, weights, slots, half, sum, to))
+
+}  // namespace

@@ -1,0 +1,610 @@
+// Mixtures of feed-forward networks: the products of each expert with its own tokens, forward and backward.
+#include <sys/mman.h>
+
+#include <cstdlib>
+
+#include "products.h"
+#include "rows.h"
+
+namespace {
+
+// Strides are in elements; the last dimension of every tensor is contiguous.
+struct Route {
+  const void* hidden;              // [T, D]
+  const int64_t* ids;              // [T, K], contiguous; -1 where a slot is empty
+  const float* weights;            // [T, K], contiguous
+  const void *up, *gate, *down;    // [E, F, D], the same or null, [E, O, F]
+  void* output;                    // [T, O], contiguous
+  float* saved;                    // up's and gate's products with the tokens for the backward, or null
+  int64_t hidden_stride, up_stride[2], gate_stride[2], down_stride[2];  // of experts and rows
+  int64_t tokens, slots, experts, width, inner, outputs;                // T, K, E, D, F, O
+  int64_t activation, bfloat16, threads, machine;
+};
+
+struct RouteBackward {
+  Route call;
+  const void* gradient;            // [T, O], contiguous: of the output
+  void *hidden, *first, *down;     // [T, D], [E, 2 F or F, D] (gate's rows, then up's), [E, O, F]; null: not wanted
+  float* weights;                  // [T, K]
+};
+
+struct Free {
+  void operator()(float* numbers) const { std::free(numbers); }
+};
+using Floats = std::unique_ptr<float[], Free>;
+
+// Room for floats; much of it in huge pages where the system has them, because the first touch of a page costs as much
+// as some of the products.
+Floats floats(int64_t count) {
+  constexpr size_t huge = 2 << 20;
+  const size_t bytes = std::max<size_t>(size_t(count) * sizeof(float), 64);
+  void* numbers = nullptr;
+  if (posix_memalign(&numbers, bytes < huge ? 64 : huge, bytes)) throw std::bad_alloc();
+#if defined(MADV_HUGEPAGE)
+  if (bytes >= huge) madvise(numbers, bytes / huge * huge, MADV_HUGEPAGE);
+#endif
+  return Floats(static_cast<float*>(numbers));
+}
+
+// Each thread's own blocks, kept from one phase to the next.
+class Rooms {
+ public:
+  Rooms(int64_t threads, int64_t width) : rooms_(size_t(threads)), next_(0) {
+    for (Room& room : rooms_) room.row = floats(width);
+  }
+  // Makes the blocks, which few rows have no use for.
+  void prepare() {
+    for (Room& room : rooms_) {
+      if (room.a) continue;
+      room.a = floats(kLines * kLine);
+      room.c = floats(kLines * kToken);
+      std::fill_n(room.a.get(), kLines * kLine, 0.0f);  // what is beyond a block is computed with, and left
+    }
+  }
+  struct Room {
+    Floats a, c, row;  // a block of the left factor (and what is turned in one), of the product, and a row
+  };
+  // work(i, room) for 0 … count - 1.
+  template <class Work>
+  void each(int64_t count, Work work) {
+    next_ = 0;
+    in_parallel(count, int64_t(rooms_.size()), [&] { return &rooms_[next_++]; },
+                [&](int64_t i, Room* room) { work(i, *room); });
+  }
+
+ private:
+  std::vector<Room> rooms_;
+  std::atomic<int64_t> next_;
+};
+
+// The kept (token, slot) pairs, sorted by expert; each is a row.
+struct Order {
+  explicit Order(const Route& p) : start(p.experts + 1), place(p.tokens * p.slots, -1) {
+    const int64_t pairs = p.tokens * p.slots;
+    for (int64_t i = 0; i < pairs; ++i) {
+      if (p.ids[i] < -1 || p.ids[i] >= p.experts) throw BadPlan();
+      if (p.ids[i] >= 0) ++start[p.ids[i] + 1];
+    }
+    for (int64_t e = 0; e < p.experts; ++e) start[e + 1] += start[e];
+    token.resize(start[p.experts]);
+    pair.resize(start[p.experts]);
+    std::vector<int64_t> next(start.begin(), start.end() - 1);
+    for (int64_t i = 0; i < pairs; ++i) {
+      if (p.ids[i] < 0) continue;
+      place[i] = next[p.ids[i]]++;
+      token[place[i]] = i / p.slots;
+      pair[place[i]] = i;
+    }
+  }
+  int64_t rows(int64_t e) const { return start[e + 1] - start[e]; }
+  std::vector<int64_t> start, place, token, pair;  // [E + 1], [T, K], rows, rows
+};
+
+// One expert of a wave: its rows, and where its panels begin, counted in panels of the wave and of all experts.
+struct Share {
+  int64_t expert, first, rows, panel, all_panel;
+};
+
+// A block of a product: lines and columns of an expert's.
+struct Block {
+  const Share* share;
+  int64_t line, column;
+};
+
+std::vector<Block> blocks_of(const std::vector<Share>& wave, int64_t lines, int64_t line_step, int64_t columns) {
+  std::vector<Block> blocks;
+  for (const Share& share : wave)
+    for (int64_t line = 0; line < lines; line += line_step)
+      for (int64_t column = 0; column < (columns < 0 ? share.rows : columns); column += kTokens)
+        blocks.push_back({&share, line, column});
+  return blocks;
+}
+
+// Everything about a call that its phases share.
+struct Call {
+  explicit Call(const Route& p)
+      : p(p), order(p), machine(p.machine < 0 ? machines() - 1 : int(p.machine)), panel(machine == 2 ? 64 : kColumns),
+        rooms(std::max<int64_t>(p.threads, 1), std::max(p.width, p.outputs)) {}
+
+  // The product of a block of a left factor with panels: C[lines x columns] of the room.
+  void product(Rooms::Room& room, const Left& left, int64_t line, int lines, const float* b, int64_t apart,
+               int64_t columns, int64_t depth, int below = 0, bool add = false) const {
+    const bool across = left.how == Left::kAcross;
+    for (int64_t d = 0; d < depth; d += kDepth) {
+      const int depths = int(std::min<int64_t>(kDepth, depth - d));
+      copy_left_on[machine](left, line, lines, d, depths, room.a.get());
+      multiply_on[machine](room.a.get(), b + d * panel, apart, room.c.get() + below * kToken, lines,
+                           int(columns), depths, across, add || d > 0);
+    }
+  }
+
+  // Rows of the wave's experts, turned into panels.
+  void turn(const std::vector<Share>& wave, const Rows& rows, int64_t depth, float* to) {
+    std::vector<std::pair<const Share*, int64_t>> tasks;
+    for (const Share& share : wave)
+      for (int64_t first = 0; first < share.rows; first += panel) tasks.push_back({&share, first});
+    rooms.each(int64_t(tasks.size()), [&](int64_t i, Rooms::Room& room) {
+      const auto [share, first] = tasks[i];
+      Rows own = rows;
+      own.order += share->first;
+      turn_panel_on[machine](own, first, share->rows, depth, to + (share->panel + first / panel) * depth * panel,
+                             room.a.get());
+    });
+  }
+
+  void sum(const float* rows, int64_t width, const float* weights, void* to) {
+    rooms.each((p.tokens + 63) / 64, [&](int64_t i, Rooms::Room& room) {
+      for (int64_t t = i * 64; t < std::min(p.tokens, i * 64 + 64); ++t)
+        combine_on[machine](rows, width, order.place.data() + t * p.slots, weights ? weights + t * p.slots : nullptr,
+                            p.slots, half(), room.row.get(), at(to, half(), t * width));
+    });
+  }
+
+  bool half() const { return p.bfloat16 != 0; }
+  Left left(const void* weight, const int64_t* stride, int64_t e, bool across) const {
+    return {at(weight, half(), e * stride[0]), stride[1], half(), across ? Left::kAcross : Left::kAlong};
+  }
+
+  const Route& p;
+  const Order order;
+  const int machine;
+  const int64_t panel;
+  Rooms rooms;
+};
+
+// Experts of more than `few` rows, wave by wave: the rows of one take about kTogether bytes, at `bytes` each.
+constexpr int64_t kTogether = 16 << 20;
+template <class Work>
+void in_waves(Call& call, int64_t few, int64_t bytes, Work work) {
+  std::vector<Share> wave;
+  const Order& order = call.order;
+  int64_t panels = 0, all = 0, panel = call.panel;
+  for (int64_t e = 0; e < call.p.experts; ++e) {
+    const int64_t rows = order.rows(e);
+    if (rows <= few) continue;
+    call.rooms.prepare();
+    if (panels && (panels * panel + rows) * bytes > kTogether) {
+      work(wave, panels);
+      wave.clear();
+      panels = 0;
+    }
+    wave.push_back({e, order.start[e], rows, panels, all});
+    panels += (rows + panel - 1) / panel;
+    all += (rows + panel - 1) / panel;
+  }
+  if (panels) work(wave, panels);
+}
+
+// Few rows of each expert: every weight is read once, for all of them.
+template <class Kind>
+class FewRows {
+ public:
+  FewRows(Call& call, const std::vector<Share>& shares, float* answers)
+      : call_(call), p_(call.p), shares_(shares), answers_(answers),
+        product_(product_of_rows(call.half(), call.machine)) {
+    int64_t rows = 0;
+    for (const Share& share : shares) {
+      inputs_.emplace_back(share.rows, p_.width, lanes());
+      hidden_.emplace_back(share.rows, p_.inner, lanes());
+      begins_.push_back(rows);
+      rows += share.rows;
+    }
+    ups_ = floats(rows * p_.inner);
+    gates_ = floats(p_.gate ? rows * p_.inner : 0);
+  }
+
+  void run() {
+    call_.rooms.each(int64_t(shares_.size()), [&](int64_t i, Rooms::Room&) {
+      for (int64_t r = 0; r < shares_[i].rows; ++r) {
+        const int64_t token = call_.order.token[shares_[i].first + r];
+        const auto* from = static_cast<const typename Kind::Number*>(p_.hidden) + token * p_.hidden_stride;
+        inputs_[i].write(r, 0, p_.width, [&](int64_t d) { return Kind::widen(from[d]); });
+      }
+    });
+    in_pieces(p_.inner, (p_.gate ? 2 : 1) * p_.width, [&](int64_t i, int64_t first, int64_t last) {
+      up(i, first, last);
+    });
+    in_pieces(p_.outputs, p_.inner, [&](int64_t i, int64_t first, int64_t last) {
+      const Share& share = shares_[i];
+      const Linear down = linear(p_.down, p_.down_stride, share, p_.inner, p_.outputs,
+                                 answers_ + share.first * p_.outputs);
+      product_(down, hidden_[i].data(), first, last);
+    });
+  }
+
+ private:
+  int lanes() const { return 4 << call_.machine; }
+
+  Linear linear(const void* weight, const int64_t* stride, const Share& share, int64_t width, int64_t outputs,
+                float* to) const {
+    return {nullptr, at(weight, call_.half(), share.expert * stride[0]), nullptr, nullptr, to, share.rows, width,
+            outputs, 0, stride[1]};
+  }
+
+  void up(int64_t i, int64_t first, int64_t last) {
+    const Share& share = shares_[i];
+    float *ups = ups_.get() + begins_[i] * p_.inner, *gates = p_.gate ? gates_.get() + begins_[i] * p_.inner : ups;
+    product_(linear(p_.up, p_.up_stride, share, p_.width, p_.inner, ups), inputs_[i].data(), first, last);
+    if (p_.gate)
+      product_(linear(p_.gate, p_.gate_stride, share, p_.width, p_.inner, gates), inputs_[i].data(), first, last);
+    for (int64_t r = 0; r < share.rows; ++r) {
+      float* row = gates + r * p_.inner;
+      activate_row_on[call_.machine](row + first, p_.gate ? ups + r * p_.inner + first : nullptr, last - first,
+                                     p_.activation);
+      hidden_[i].write(r, first, last, [&](int64_t f) { return row[f]; });
+    }
+  }
+
+  // work(share, first, last) for pieces of the lines of every share's weights, each of `numbers`.
+  template <class Work>
+  void in_pieces(int64_t lines, int64_t numbers, Work work) {
+    const int64_t threads = std::max<int64_t>(p_.threads, 1), count = int64_t(shares_.size());
+    const int64_t all = count * lines * numbers * int64_t(sizeof(typename Kind::Number));
+    const int64_t most = all < kAlone ? 1 : threads * ((all + threads * kPiece - 1) / (threads * kPiece));
+    const int64_t piece = std::max<int64_t>((count * lines + most - 1) / most, 4), each = (lines + piece - 1) / piece;
+    call_.rooms.each(all < kAlone ? 1 : count * each, [&](int64_t task, Rooms::Room&) {
+      for (int64_t i = all < kAlone ? 0 : task; i < (all < kAlone ? count * each : task + 1); ++i)
+        work(i / each, i % each * piece, std::min(lines, (i % each + 1) * piece));
+    });
+  }
+
+  Call& call_;
+  const Route& p_;
+  const std::vector<Share>& shares_;
+  float* answers_;
+  const ProductOfRows product_;
+  std::vector<LaidOut<Kind>> inputs_, hidden_;
+  std::vector<int64_t> begins_;
+  Floats ups_, gates_;
+};
+
+// Many rows of each expert of a wave.
+void many_rows(Call& call, const std::vector<Share>& wave, float* inputs, float* acts, float* answers) {
+  const Route& p = call.p;
+  const int64_t panel = call.panel, inner = p.inner;
+  call.turn(wave, {p.hidden, p.hidden_stride, call.half(), call.order.token.data()}, p.width, inputs);
+  const int step = p.gate ? kLines / 2 : kLines;
+  const auto up_blocks = blocks_of(wave, inner, step, -1);
+  call.rooms.each(int64_t(up_blocks.size()), [&](int64_t i, Rooms::Room& room) {
+    const auto [share, line, first] = up_blocks[i];
+    const int lines = int(std::min<int64_t>(step, inner - line));
+    const int64_t columns = std::min<int64_t>(kTokens, share->rows - first), at_panel = share->panel + first / panel;
+    const float* b = inputs + at_panel * panel * p.width;
+    call.product(room, call.left(p.up, p.up_stride, share->expert, false), line, lines, b, p.width * panel, columns,
+                 p.width);
+    if (p.gate)
+      call.product(room, call.left(p.gate, p.gate_stride, share->expert, false), line, lines, b, p.width * panel,
+                   columns, p.width, (lines + kRows - 1) / kRows * kRows);
+    float* saved = p.saved ? p.saved + ((share->all_panel + first / panel) * inner * (p.gate ? 2 : 1) + line) * panel
+                           : nullptr;
+    finish_up_on[call.machine](room.c.get(), lines, int(columns), p.gate != nullptr, p.activation, inner,
+                               acts + (at_panel * inner + line) * panel, saved);
+  });
+  const auto down_blocks = blocks_of(wave, p.outputs, kLines, -1);
+  call.rooms.each(int64_t(down_blocks.size()), [&](int64_t i, Rooms::Room& room) {
+    const auto [share, line, first] = down_blocks[i];
+    const int lines = int(std::min<int64_t>(kLines, p.outputs - line));
+    const int64_t columns = std::min<int64_t>(kTokens, share->rows - first);
+    call.product(room, call.left(p.down, p.down_stride, share->expert, false), line, lines,
+                 acts + (share->panel + first / panel) * panel * inner, inner * panel, columns, inner);
+    turn_block_on[call.machine](room.c.get(), lines, int(columns), answers + (share->first + first) * p.outputs + line,
+                                p.outputs);
+  });
+}
+
+constexpr int64_t kFew = 8;  // rows, of which linear.cpp makes a product
+
+void forward(const Route& p) {
+  Call call(p);
+  const Floats answers = floats(int64_t(call.order.token.size()) * p.outputs);
+  std::vector<Share> few;
+  for (int64_t e = 0; e < p.experts; ++e)
+    if (!p.saved && 0 < call.order.rows(e) && call.order.rows(e) <= kFew)
+      few.push_back({e, call.order.start[e], call.order.rows(e), 0, 0});
+  if (!few.empty() && call.half()) FewRows<BFloat16>(call, few, answers.get()).run();
+  if (!few.empty() && !call.half()) FewRows<Float32>(call, few, answers.get()).run();
+  Floats inputs, acts;
+  int64_t room_for = 0;
+  in_waves(call, p.saved ? 0 : kFew, (p.width + p.inner) * 4, [&](const std::vector<Share>& wave, int64_t panels) {
+    if (panels > room_for) {
+      room_for = panels;
+      inputs = floats(panels * call.panel * p.width);
+      acts = floats(panels * call.panel * p.inner);
+    }
+    many_rows(call, wave, inputs.get(), acts.get(), answers.get());
+  });
+  if (p.saved) {  // what rounding up to panels has left: so that the same call saves the same
+    const int64_t pairs = p.tokens * p.slots, products = p.gate ? 2 * p.inner : p.inner;
+    int64_t panels = 0;
+    for (int64_t e = 0; e < p.experts; ++e) panels += (call.order.rows(e) + call.panel - 1) / call.panel;
+    std::fill(p.saved + panels * call.panel * products,
+              p.saved + (pairs + std::min(pairs, p.experts) * (call.panel - 1)) * products, 0.0f);
+  }
+  call.sum(answers.get(), p.outputs, p.weights, p.output);
+}
+
+// What the backward of a wave needs room for.
+struct BackwardRoom {
+  void fit(const Route& p, int64_t panel, int64_t panels) {
+    if (panels <= panels_) return;
+    panels_ = panels;
+    const int64_t tokens = panels * panel, inner = p.inner, products = p.gate ? 2 * inner : inner;
+    turned = floats(tokens * p.outputs);
+    slopes = floats(tokens * products);
+    acts = floats(tokens * inner);
+    gradients = floats(tokens * ((p.outputs + panel - 1) / panel * panel));
+    inputs = floats(tokens * ((p.width + panel - 1) / panel * panel));
+    weights = floats(tokens);
+    sums = floats((inner + kLines - 1) / kLines * tokens);
+    tokens_ = tokens;
+  }
+  Floats turned;             // the output's gradients in panels of tokens: [panel][O][panel]
+  Floats slopes, acts;       // gradients of gate's and up's products; weighed activations: [panel][2 F][panel]
+  Floats gradients, inputs;  // the output's gradients, and the tokens, in panels of columns: an expert's [O / panel][N]
+  Floats weights, sums;      // of a row; its weight's gradient, in parts: [F / kLines][tokens]
+  int64_t panels_ = 0, tokens_ = 0;
+};
+
+// Rows of each expert of a wave, in panels of columns: those of an expert begin at `tokens before` · `columns`.
+void column_panels(Call& call, const std::vector<Share>& wave, const Rows& rows, int64_t columns, float* to) {
+  const int64_t panel = call.panel, panels = (columns + panel - 1) / panel;
+  call.rooms.each(int64_t(wave.size()) * panels, [&](int64_t i, Rooms::Room&) {
+    const Share& share = wave[i / panels];
+    Rows own = rows;
+    own.order += share.first;
+    copy_panel_on[call.machine](own, i % panels * panel, columns, share.rows,
+                                to + (share.panel * panels * panel + i % panels * share.rows) * panel);
+  });
+}
+
+// The gradients of activations, and all that follows from them row by row.
+void slopes_of(Call& call, const RouteBackward& q, const std::vector<Share>& wave, BackwardRoom& own) {
+  const Route& p = call.p;
+  const int64_t panel = call.panel, inner = p.inner, products = p.gate ? 2 * inner : inner;
+  call.turn(wave, {q.gradient, p.outputs, call.half(), call.order.token.data()}, p.outputs, own.turned.get());
+  for (const Share& share : wave) {
+    float* to = own.weights.get() + share.panel * panel;
+    std::fill_n(to, (share.rows + panel - 1) / panel * panel, 0.0f);
+    for (int64_t i = 0; i < share.rows; ++i) to[i] = p.weights[call.order.pair[share.first + i]];
+  }
+  const auto blocks = blocks_of(wave, inner, kLines, -1);
+  call.rooms.each(int64_t(blocks.size()), [&](int64_t i, Rooms::Room& room) {
+    const auto [share, line, first] = blocks[i];
+    const int lines = int(std::min<int64_t>(kLines, inner - line));
+    const int64_t columns = std::min<int64_t>(kTokens, share->rows - first), at_panel = share->panel + first / panel;
+    call.product(room, call.left(p.down, p.down_stride, share->expert, true), line, lines,
+                 own.turned.get() + at_panel * panel * p.outputs, p.outputs * panel, columns, p.outputs);
+    finish_slopes_on[call.machine](
+        room.c.get(), lines, int(columns), p.gate != nullptr, p.activation, inner,
+        p.saved + ((share->all_panel + first / panel) * products + line) * panel,
+        own.weights.get() + at_panel * panel, own.slopes.get() + (at_panel * products + line) * panel,
+        own.acts.get() + (at_panel * inner + line) * panel,
+        own.sums.get() + line / kLines * own.tokens_ + at_panel * panel);
+  });
+  for (const Share& share : wave)
+    for (int64_t i = 0; q.weights && i < share.rows; ++i) {
+      float sum = 0.0f;
+      for (int64_t part = 0; part * kLines < inner; ++part)
+        sum += own.sums[part * own.tokens_ + share.panel * panel + i];
+      q.weights[call.order.pair[share.first + i]] = sum;
+    }
+}
+
+// An expert's gradient of a weight: left factor's lines times its rows' columns, written line by line or turned.
+void weight_gradient(Call& call, const std::vector<Share>& wave, const float* lefts, int64_t lines, const float* rights,
+                     int64_t columns, bool turned, void* to) {
+  const int64_t panel = call.panel, padded = (columns + panel - 1) / panel * panel;
+  const auto blocks = blocks_of(wave, lines, kLines, columns);
+  call.rooms.each(int64_t(blocks.size()), [&](int64_t i, Rooms::Room& room) {
+    const auto [share, line, first] = blocks[i];
+    const int some = int(std::min<int64_t>(kLines, lines - line));
+    const int64_t across = std::min<int64_t>(kTokens, columns - first), start = share->expert * lines * columns;
+    const Left left{lefts + share->panel * panel * lines, lines, false, Left::kPanels};
+    call.product(room, left, line, some, rights + (share->panel * padded + first / panel * share->rows) * panel,
+                 share->rows * panel, across, share->rows);
+    const float* from = room.c.get();
+    int64_t from_stride = kToken, rows = some, numbers = across;
+    if (turned) {
+      turn_block_on[call.machine](room.c.get(), some, int(across), room.a.get(), kLines);
+      from = room.a.get(), from_stride = kLines, rows = across, numbers = some;
+    }
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t element = turned ? (first + r) * lines + line : (line + r) * columns + first;
+      round_row_on[call.machine](from + r * from_stride, call.half(), numbers, at(to, call.half(), start + element));
+    }
+  });
+}
+
+// The gradients of an expert's own rows of tokens.
+void row_gradients(Call& call, const std::vector<Share>& wave, const float* slopes, float* rows) {
+  const Route& p = call.p;
+  const int64_t panel = call.panel, inner = p.inner, products = p.gate ? 2 * inner : inner;
+  const auto blocks = blocks_of(wave, p.width, kLines, -1);
+  call.rooms.each(int64_t(blocks.size()), [&](int64_t i, Rooms::Room& room) {
+    const auto [share, line, first] = blocks[i];
+    const int lines = int(std::min<int64_t>(kLines, p.width - line));
+    const int64_t columns = std::min<int64_t>(kTokens, share->rows - first);
+    const float* b = slopes + (share->panel + first / panel) * panel * products;
+    if (p.gate)
+      call.product(room, call.left(p.gate, p.gate_stride, share->expert, true), line, lines, b, products * panel,
+                   columns, inner);
+    call.product(room, call.left(p.up, p.up_stride, share->expert, true), line, lines,
+                 b + (p.gate ? inner * panel : 0), products * panel, columns, inner, 0, p.gate != nullptr);
+    turn_block_on[call.machine](room.c.get(), lines, int(columns), rows + (share->first + first) * p.width + line,
+                                p.width);
+  });
+}
+
+void backward(const RouteBackward& q) {
+  const Route& p = q.call;
+  Call call(p);
+  const int64_t inner = p.inner, products = p.gate ? 2 * inner : inner, size = call.half() ? 2 : 4;
+  const Floats rows = floats(q.hidden ? int64_t(call.order.token.size()) * p.width : 0);
+  for (int64_t e = 0; e < p.experts; ++e) {
+    if (call.order.rows(e)) continue;
+    if (q.first) std::memset(at(q.first, call.half(), e * products * p.width), 0, products * p.width * size);
+    if (q.down) std::memset(at(q.down, call.half(), e * p.outputs * inner), 0, p.outputs * inner * size);
+  }
+  if (q.weights) std::fill_n(q.weights, p.tokens * p.slots, 0.0f);
+  BackwardRoom own;
+  const int64_t bytes = (2 * p.outputs + p.width + products + inner) * 4;
+  in_waves(call, 0, bytes, [&](const std::vector<Share>& wave, int64_t panels) {
+    own.fit(p, call.panel, panels);
+    slopes_of(call, q, wave, own);
+    if (q.down) {
+      column_panels(call, wave, {q.gradient, p.outputs, call.half(), call.order.token.data()}, p.outputs,
+                    own.gradients.get());
+      weight_gradient(call, wave, own.acts.get(), inner, own.gradients.get(), p.outputs, true, q.down);
+    }
+    if (q.first) {
+      column_panels(call, wave, {p.hidden, p.hidden_stride, call.half(), call.order.token.data()}, p.width,
+                    own.inputs.get());
+      weight_gradient(call, wave, own.slopes.get(), products, own.inputs.get(), p.width, false, q.first);
+    }
+    if (q.hidden) row_gradients(call, wave, own.slopes.get(), rows.get());
+  });
+  if (q.hidden) call.sum(rows.get(), p.width, nullptr, q.hidden);
+}
+
+// One neuron an expert: a row of each weight, read where it lies. Vectors stand as Kind::place says.
+template <class Kind, int L>
+INLINE void neurons(const Route& p, const float* x, const int64_t* ids, const float* weights, int64_t slots,
+                    float* sum) {
+  using Number = typename Kind::Number;
+  using Vec = typename Simd<L>::Vec;
+  const Activate<L> act{p.activation};
+  auto row = [](const void* weight, const int64_t* stride, int64_t e) INLINE_LAMBDA {
+    return static_cast<const Number*>(weight) + e * stride[0];
+  };
+  // The vectors of a row's numbers i …, zeros beyond its end.
+  auto load = [](const Number* from, int64_t i, int64_t width, Vec& one, Vec& two) INLINE_LAMBDA {
+    if (i + 2 * L <= width) return Kind::template load<L>(from + i, one, two);
+    Number rest[2 * L]{};
+    std::copy(from + i, from + width, rest);
+    Kind::template load<L>(rest, one, two);
+  };
+  auto dot = [&](const Number* from) INLINE_LAMBDA {
+    Vec one, two, sums[2]{};
+    for (int64_t i = 0; i < p.width; i += 2 * L) {
+      load(from, i, p.width, one, two);
+      sums[0] += one * Simd<L>::load(x + i);
+      sums[1] += two * Simd<L>::load(x + i + L);
+    }
+    return Simd<L>::fold(sums[0] + sums[1], [](auto a, auto b) INLINE_LAMBDA { return a + b; });
+  };
+  for (int64_t k = 0; k < slots; ++k) {
+    if (ids[k] < 0) continue;
+    if (k + 1 < slots && ids[k + 1] >= 0) {
+      for (int64_t i = 0; i < p.width; i += int64_t(64 / sizeof(Number))) {
+        __builtin_prefetch(row(p.up, p.up_stride, ids[k + 1]) + i);
+        if (p.gate) __builtin_prefetch(row(p.gate, p.gate_stride, ids[k + 1]) + i);
+      }
+      for (int64_t i = 0; i < p.outputs; i += int64_t(64 / sizeof(Number)))
+        __builtin_prefetch(row(p.down, p.down_stride, ids[k + 1]) + i);
+    }
+    const float up = dot(row(p.up, p.up_stride, ids[k]));
+    const Vec value = act.value(Vec{} + (p.gate ? dot(row(p.gate, p.gate_stride, ids[k])) : up));
+    const float weight = weights[k] * value[0] * (p.gate ? up : 1.0f);
+    Vec one, two;
+    for (int64_t i = 0; i < p.outputs; i += 2 * L) {
+      load(row(p.down, p.down_stride, ids[k]), i, p.outputs, one, two);
+      Simd<L>::store(sum + i, Simd<L>::load(sum + i) + weight * one);
+      Simd<L>::store(sum + i + L, Simd<L>::load(sum + i + L) + weight * two);
+    }
+  }
+}
+
+template <int L>
+INLINE void neurons_float32(const Route& p, const float* x, const int64_t* ids, const float* weights, int64_t slots,
+                            float* sum) {
+  neurons<Float32, L>(p, x, ids, weights, slots, sum);
+}
+ON_EVERY_MACHINE(neurons_float32, (const Route& p, const float* x, const int64_t* ids, const float* weights,
+                                   int64_t slots, float* sum), (p, x, ids, weights, slots, sum))
+
+template <int L>
+INLINE void neurons_bfloat16(const Route& p, const float* x, const int64_t* ids, const float* weights, int64_t slots,
+                             float* sum) {
+  neurons<BFloat16, L>(p, x, ids, weights, slots, sum);
+}
+ON_EVERY_MACHINE(neurons_bfloat16, (const Route& p, const float* x, const int64_t* ids, const float* weights,
+                                    int64_t slots, float* sum), (p, x, ids, weights, slots, sum))
+
+// A token's slots are cut into parts, whatever the number of threads, whose sums are added in order.
+template <class Kind, class Run>
+void one_neuron(const Route& p, Run run, int machine) {
+  constexpr int64_t part = 64;
+  for (int64_t i = 0; i < p.tokens * p.slots; ++i)
+    if (p.ids[i] < -1 || p.ids[i] >= p.experts) throw BadPlan();
+  const int lanes = 4 << machine, step = 2 * lanes;
+  const int64_t parts = (p.slots + part - 1) / part, padded = (p.outputs + step - 1) / step * step;
+  std::vector<float> sums(size_t(p.tokens * parts * padded));
+  const int64_t bytes = p.tokens * p.slots * 2 * p.width * int64_t(sizeof(typename Kind::Number));
+  in_parallel(p.tokens * parts, bytes < kAlone ? 1 : p.threads, [] { return 0; }, [&](int64_t i, int) {
+    const int64_t t = i / parts, first = i % parts * part;
+    const auto x = laid_out<Kind>(static_cast<const typename Kind::Number*>(p.hidden) + t * p.hidden_stride, 1, p.width,
+                                  0, lanes);
+    run(p, x.data(), p.ids + t * p.slots + first, p.weights + t * p.slots + first, std::min(part, p.slots - first),
+        sums.data() + i * padded);
+  });
+  for (int64_t t = 0; t < p.tokens; ++t)
+    for (int64_t o = 0; o < p.outputs; ++o) {
+      float sum = 0.0f;
+      for (int64_t i = 0; i < parts; ++i)
+        sum += sums[(t * parts + i) * padded + o / step * step + Kind::place(int(o % step), lanes)];
+      static_cast<typename Kind::Number*>(p.output)[t * p.outputs + o] = Kind::narrow(sum);
+    }
+}
+
+}  // namespace
+
+extern "C" {
+
+// Statuses are those of call.h; kBadPlan is an expert that does not exist. After any but kDone the output is unfinished.
+// Plain arguments, in the order of the struct: one filled from Python costs more than some calls.
+int sentei_route(const void* hidden, const int64_t* ids, const float* weights, const void* up, const void* gate,
+                 const void* down, void* output, float* saved, int64_t hidden_stride, int64_t up_stride, int64_t up_row,
+                 int64_t gate_stride, int64_t gate_row, int64_t down_stride, int64_t down_row, int64_t tokens,
+                 int64_t slots, int64_t experts, int64_t width, int64_t inner, int64_t outputs, int64_t activation,
+                 int64_t bfloat16, int64_t threads, int64_t machine) {
+  return status_of([&] {
+    const Route p{hidden, ids, weights, up, gate, down, output, saved, hidden_stride, {up_stride, up_row},
+                  {gate_stride, gate_row}, {down_stride, down_row}, tokens, slots, experts, width, inner, outputs,
+                  activation, bfloat16, threads, machine};
+    const int set = machine < 0 ? machines() - 1 : int(machine);
+    if (inner != 1 || saved)
+      forward(p);
+    else if (bfloat16)
+      one_neuron<BFloat16>(p, neurons_bfloat16_on[set], set);
+    else
+      one_neuron<Float32>(p, neurons_float32_on[set], set);
+  });
+}
+
+// Numbers in `saved` of a call that keeps it: a panel is as many tokens as this.
+int64_t sentei_route_panel(int64_t machine) { return (machine < 0 ? machines() - 1 : machine) == 2 ? 64 : kColumns; }
+
+int sentei_route_backward(const RouteBackward* q) {
+  return status_of([&] { backward(*q); });
+}
+}

@@ -1,0 +1,296 @@
+"""Every implementation of `route` through a `Stack`, and what the native one must leave alone."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from sentei.core.errors import ImplError, ResourceError, ShapeError
+from sentei.kernels import native
+from sentei.kernels.routing import IMPLS, Stack, auto, choose_impl, fused_cpp, route
+
+needs_library = pytest.mark.skipif(bool(native.missing()), reason=native.missing())
+every_impl = pytest.mark.parametrize("impl", [pytest.param(impl, marks=needs_library if impl == "fused_cpp" else ())
+                                              for impl in IMPLS if impl != "reference"])
+HALF = torch.bfloat16
+
+
+def drawn(tokens=20, slots=2, experts=4, inner=9, width=8, outputs=7, *, gated=True, activation="silu",
+          dtype=torch.float32, seed=0, joint=False):
+    """hidden, ids with empty slots, weights and a stack; every tensor but the ids wants gradients."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def leaf(*shape: int, size: float = 1.0) -> torch.Tensor:
+        wide = torch.randn(shape, generator=generator, dtype=torch.float64) * size
+        return wide.to(dtype).requires_grad_()
+
+    hidden, weights, down = leaf(tokens, width), leaf(tokens, slots), leaf(experts, outputs, inner, size=0.5)
+    ids = torch.randint(-1, experts, (tokens, slots), generator=generator)
+    if joint:
+        first = leaf(experts, 2 * inner, width, size=0.5)
+        return (hidden, weights, first, down), ids, lambda: Stack.from_joint(first, down, activation)
+    up, gate = leaf(experts, inner, width, size=0.5), leaf(experts, inner, width, size=0.5) if gated else None
+    leaves = (hidden, weights, up, down) + ((gate,) if gated else ())
+    return leaves, ids, lambda: Stack(up=up, down=down, gate=gate, activation=activation)
+
+
+def results(leaves, ids, stack, impl: str, seeds: torch.Tensor) -> list[torch.Tensor]:
+    """The output, without and with gradients, and the gradients of its product with `seeds`."""
+    with torch.no_grad():
+        bare = route(leaves[0], ids, leaves[1], stack(), impl=impl)
+    y = route(leaves[0], ids, leaves[1], stack(), impl=impl)
+    found = torch.autograd.grad(y, leaves, seeds.to(y.dtype), allow_unused=True)
+    return [bare, y.detach(), *(torch.zeros_like(leaf) if one is None else one
+                                for one, leaf in zip(found, leaves, strict=True))]
+
+
+def widened(leaves, stack: Stack):
+    """The same in fp64: leaves in the order of `drawn` without a joint weight, and the stack of them."""
+    wide = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    return wide, lambda: Stack(up=wide[2], down=wide[3], gate=wide[4] if len(wide) > 4 else None,
+                               activation=stack.activation)
+
+
+def check(impl: str, leaves, ids, stack) -> None:
+    """Errors against fp64 are at most twice those of the definition in the same dtype, or twice what roundings are.
+
+    Those are one of the dtype, and those of sums in fp32 of numbers that may cancel: the same call of absolute numbers
+    tells their size.
+    """
+    wide, wide_stack = widened(leaves, stack())
+    seeds = torch.randn(len(ids), leaves[3].shape[1], generator=torch.Generator().manual_seed(9)).to(leaves[0].dtype)
+    exact, own, found = (results(*given, seeds) for given in (
+        (wide, ids, wide_stack, "reference"), (leaves, ids, stack, "reference"), (leaves, ids, stack, impl)))
+    absolute = [leaf.detach().abs().requires_grad_() for leaf in leaves]
+    large, large_stack = widened(absolute, replace(stack(), activation="relu"))
+    bounds = results(large, ids, large_stack, "reference", seeds.abs())
+    for number, (one, plain, best, bound) in enumerate(zip(found, own, exact, bounds, strict=True)):
+        assert one.dtype == plain.dtype and one.shape == plain.shape
+        error, allowed = ((tensor.double() - best).norm().item() for tensor in (one, plain))
+        rounding = (torch.finfo(torch.float32).eps * bound.norm() + torch.finfo(plain.dtype).eps * best.norm()).item()
+        assert error <= 2 * max(allowed, rounding), f"result {number}: error {error}, own {allowed}, {rounding}"
+
+
+sizes = {"tokens": st.integers(0, 40), "slots": st.integers(0, 4), "experts": st.integers(1, 6),
+         "inner": st.sampled_from([1, 2, 7, 16, 49, 130]), "width": st.sampled_from([1, 3, 16, 37, 260]),
+         "outputs": st.sampled_from([1, 5, 16, 33, 100]), "gated": st.booleans(),
+         "activation": st.sampled_from(["silu", "gelu_tanh", "relu"]), "dtype": st.sampled_from([torch.float32, HALF]),
+         "seed": st.integers(0, 99)}
+
+
+@every_impl
+@settings(deadline=None, max_examples=60, derandomize=True,
+          suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(**sizes)
+def test_is_as_near_to_fp64_as_the_definition(impl, machine, **case):
+    check(impl, *drawn(**case))
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=str)
+@pytest.mark.parametrize("tokens, experts, inner, width, outputs", [
+    (300, 3, 130, 300, 270), (700, 1, 97, 64, 513), (90, 8, 33, 520, 20), (0, 2, 3, 4, 5), (3, 2, 0, 4, 5),
+    (3, 2, 5, 0, 4), (3, 2, 5, 4, 0)])
+def test_blocks_and_what_is_left_of_them_are_right(dtype, tokens, experts, inner, width, outputs, machine):
+    for gated in (True, False):
+        check("fused_cpp", *drawn(tokens, 3, experts, inner, width, outputs, gated=gated, dtype=dtype))
+
+
+@needs_library
+@pytest.mark.parametrize("broken", [
+    lambda fields: [*fields[:14], 1, *fields[15:]], lambda fields: [*fields[:19], 2, *fields[20:]],
+    lambda fields: [*fields[:2], fields[0], *fields[3:]], lambda fields: [*fields[:4], fields[3], *fields[5:]],
+], ids=["slots", "activation", "weights", "gate"])
+def test_a_wrong_call_is_seen(broken, monkeypatch):
+    made = fused_cpp._arguments
+
+    def arguments(*given):
+        fields, held = made(*given)
+        return broken(fields), held
+
+    monkeypatch.setattr(fused_cpp, "_arguments", arguments)
+    with pytest.raises(AssertionError, match="result 0: error"):
+        check("fused_cpp", *drawn())
+
+
+@every_impl
+@pytest.mark.parametrize("inner", [1, 9])
+@pytest.mark.parametrize("tokens", [4, 80])
+def test_nan_reaches_only_who_keeps_it(impl, inner, tokens):
+    """A token that keeps nothing, an expert nobody keeps, and the weight of an empty slot are NaN."""
+    leaves, ids, stack = drawn(tokens, inner=inner)
+    ids[0], ids[1, 0] = -1, -1
+    ids[ids == 2] = 1
+    with torch.no_grad():
+        leaves[0][0] = leaves[1][ids < 0] = torch.nan
+        for weight in leaves[2:]:
+            weight[2] = torch.nan
+    output, with_gradients, *gradients = results(leaves, ids, stack, impl, torch.ones(tokens, 7))
+    for one in (output, with_gradients, *gradients):
+        assert one.isfinite().all()
+    assert not output[0].any() and not gradients[0][0].any() and not gradients[1][ids < 0].any()
+
+
+@every_impl
+def test_nan_and_infinity_that_are_kept_reach_the_answer(impl):
+    for poison in (torch.nan, torch.inf):
+        leaves, ids, stack = drawn(6, 1, 2)
+        ids[:, 0] = torch.tensor([0, 1, 0, 1, 0, 1])
+        with torch.no_grad():
+            leaves[0][2, 3] = poison
+        y = route(leaves[0], ids, leaves[1], stack(), impl=impl)
+        assert not y[2].isfinite().all() and y[[0, 1, 3, 4, 5]].isfinite().all()
+
+
+@every_impl
+@pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=str)
+def test_strides_do_not_matter(impl, dtype):
+    leaves, ids, stack = drawn(dtype=dtype)
+    expected = route(leaves[0], ids, leaves[1], stack(), impl=impl)
+    hidden = torch.stack([leaves[0]] * 3, -1)[..., 1]
+    weights, other = leaves[1].T.contiguous().T, ids.T.contiguous().T
+    wide = [torch.cat([torch.full_like(w, torch.nan), w, w], -1)[..., w.shape[2]:2 * w.shape[2]] for w in leaves[2:]]
+    strided = Stack(up=wide[0], down=wide[1], gate=wide[2])
+    assert torch.equal(route(hidden, other, weights, strided, impl=impl), expected)
+
+
+@every_impl
+def test_halves_of_one_weight_get_the_gradients_of_two(impl):
+    (hidden, weights, joint, down), ids, stack = drawn(joint=True)
+    apart = joint.detach().clone().requires_grad_()
+    other = Stack(gate=apart[:, :9], up=apart[:, 9:], down=down)
+    for experts in (stack(), other):
+        route(hidden, ids, weights, experts, impl=impl).square().sum().backward()
+    assert torch.equal(joint.grad, apart.grad)
+
+
+@every_impl
+def test_an_expert_may_be_kept_twice(impl):
+    leaves, ids, stack = drawn(slots=3)
+    ids[:] = ids[:, :1]
+    check(impl, leaves, ids, stack)
+
+
+@every_impl
+def test_each_gradient_can_be_asked_for_alone(impl):
+    leaves, ids, stack = drawn()
+    every = torch.autograd.grad(route(leaves[0], ids, leaves[1], stack(), impl=impl).sum(), leaves)
+    for leaf, expected in zip(leaves, every, strict=True):
+        for other in leaves:
+            other.requires_grad_(other is leaf)
+        found, = torch.autograd.grad(route(leaves[0], ids, leaves[1], stack(), impl=impl).sum(), leaf)
+        assert torch.equal(found, expected)
+
+
+@needs_library
+@pytest.mark.parametrize("inner", [1, 130])
+@pytest.mark.parametrize("tokens", [3, 200])
+def test_the_number_of_threads_changes_nothing(inner, tokens, machine, monkeypatch):
+    leaves, ids, stack = drawn(tokens, 80, 5, inner, 70, 200)
+    every = []
+    for threads in (1, 2, 3):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        every.append(results(leaves, ids, stack, "fused_cpp", torch.ones(tokens, 200)))
+    for other in every[1:]:
+        assert all(torch.equal(one, same) for one, same in zip(every[0], other, strict=True))
+
+
+@needs_library
+def test_auto_takes_stacks_to_the_native_kernel_and_the_rest_to_torch(monkeypatch):
+    def chosen(experts=None, dtype=torch.float32, **changes):
+        leaves, ids, stack = drawn(**{"dtype": dtype, **changes})
+        return choose_impl("auto", leaves[0], ids, leaves[1], stack() if experts is None else experts)
+
+    assert chosen()[0] == "fused_cpp"
+    leaves, ids, stack = drawn()
+    turned = Stack(up=leaves[2].mT.contiguous().mT, down=leaves[3])
+    for (name, reason), told in (
+            (chosen([torch.neg] * 4), "functions"), (chosen(dtype=torch.float64), "torch.float64 on cpu"),
+            (chosen(activation="gelu"), "the activation 'gelu'"), (chosen(turned), "rows are not contiguous"),
+            (chosen(drawn(dtype=HALF)[2]()), "experts of torch.bfloat16")):
+        assert name == "eager" and told in reason
+    with torch.autocast("cpu"):
+        assert chosen() == ("eager", "fused_cpp cannot take autocast")
+    monkeypatch.setattr(auto, "_gain", lambda _: 1.5)
+    assert chosen(dtype=HALF, tokens=400)[0] == "eager" and chosen(dtype=HALF, tokens=4)[0] == "fused_cpp"
+    monkeypatch.setattr(auto, "_gain", lambda _: 0.2)
+    assert chosen(dtype=HALF, tokens=400) == (
+        "fused_cpp", "measured here: torch's bfloat16 products are 0.20 times as fast as its float32 ones")
+    monkeypatch.setattr(native, "missing", lambda: "a package without its native library")
+    assert chosen() == ("eager", "fused_cpp cannot take a package without its native library")
+
+
+def test_what_is_measured_is_a_ratio():
+    assert 0 < auto._gain.__wrapped__(1) < 1000
+
+
+@needs_library
+def test_a_named_implementation_runs_or_raises():
+    leaves, ids, stack = drawn(activation="gelu")
+    with pytest.raises(ImplError, match="fused_cpp: expected a call it can take, got the activation"):
+        route(leaves[0], ids, leaves[1], stack(), impl="fused_cpp")
+    check("eager", leaves, ids, stack)
+
+
+@every_impl
+@pytest.mark.parametrize("wrong", [-2, 4, 2**62])
+@pytest.mark.parametrize("inner", [0, 1, 9])
+def test_an_expert_that_does_not_exist_is_refused(impl, wrong, inner):
+    leaves, ids, stack = drawn(inner=inner)
+    ids[3, 1] = wrong
+    with pytest.raises(ShapeError, match=r"route: expected ids in -1\.\.3"):
+        route(leaves[0], ids, leaves[1], stack(), impl=impl)
+
+
+@needs_library
+def test_transforms_forward_gradients_and_autocast_are_those_of_the_definition():
+    leaves, ids, stack = drawn()
+    hidden, weights = leaves[0].detach(), leaves[1].detach()
+    with torch.autocast("cpu"):
+        assert route(hidden, ids, weights, stack()).dtype == HALF
+    found, expected = (torch.func.jvp(lambda x, impl=impl: route(x, ids, weights, stack(), impl=impl), (hidden,),
+                                      (hidden.flip(0),)) for impl in ("auto", "reference"))
+    torch.testing.assert_close(found, expected)
+
+
+@needs_library
+def test_it_is_an_op_of_torch_where_torch_looks_on():
+    leaves, ids, stack = drawn(dtype=HALF)
+    hidden, weights, up, down, gate = leaves
+    arguments = hidden, ids, weights, up, down, gate, 0, True
+    torch.library.opcheck(torch.ops.sentei.route.default, arguments)
+    saved = torch.ops.sentei.route(*arguments)[1]
+    given = [leaf.detach() for leaf in (hidden, weights, up, down)]
+    given.insert(1, ids)
+    torch.library.opcheck(torch.ops.sentei.route_backward.default, (
+        torch.ones(20, 7, dtype=HALF), given, gate.detach(), saved.detach(), 0, [True, False, True, True]))
+    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
+        assert route(mode.from_tensor(hidden), ids, weights, stack(), impl="fused_cpp").shape == (20, 7)
+    with pytest.raises(ImplError, match="a forward that saved"):
+        torch.ops.sentei.route(*arguments[:-1], False)[0].sum().backward()
+    with pytest.raises(ImplError, match="first gradients only"):
+        first, = torch.autograd.grad(route(hidden, ids, weights, stack(), impl="fused_cpp").sum(), hidden,
+                                     create_graph=True)
+        first.sum().backward()
+
+
+@needs_library
+def test_a_compiled_graph_holds_it_whole():
+    leaves, ids, stack = drawn()
+
+    def step(hidden, weights):
+        return route(hidden * 2, ids, weights, stack(), impl="fused_cpp") + 1
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    ours, plain = ([y := run(leaves[0], leaves[1]), *torch.autograd.grad(y.sum(), leaves)] for run in (compiled, step))
+    assert all(torch.equal(one, other) for one, other in zip(ours, plain, strict=True))
+
+
+@needs_library
+def test_running_out_of_memory_is_told(monkeypatch):
+    leaves, ids, stack = drawn()
+    monkeypatch.setattr(fused_cpp, "_library", lambda: lambda *_: 1)
+    with pytest.raises(ResourceError, match="route: expected memory"), torch.no_grad():
+        route(leaves[0], ids, leaves[1], stack(), impl="fused_cpp")
