@@ -212,7 +212,7 @@ def main() -> None:
     """Measures every case and writes the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=7, help="timed turns a row")
-    parser.add_argument("--only", default="", help="the rows whose name has these words, e.g. 'many float32'")
+    parser.add_argument("--only", default="", help="rows with these words, as 'few' or 'many float32'")
     options = parser.parse_args()
     lines = []
     for case in cases():

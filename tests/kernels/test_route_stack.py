@@ -17,9 +17,16 @@ every_impl = pytest.mark.parametrize("impl", [pytest.param(impl, marks=needs_lib
 HALF = torch.bfloat16
 
 
-def drawn(tokens=20, slots=2, experts=4, inner=9, width=8, outputs=7, *, gated=True, activation="silu",
-          dtype=torch.float32, seed=0, joint=False):
-    """hidden, ids with empty slots, weights and a stack; every tensor but the ids wants gradients."""
+SIZES = {"tokens": 20, "slots": 2, "experts": 4, "inner": 9, "width": 8, "outputs": 7}
+
+
+def drawn(*sizes: int, gated=True, activation="silu", dtype=torch.float32, seed=0, joint=False, **named: int):
+    """Leaves that want gradients (hidden, weights, up, down, gate), ids with empty slots, and who makes the stack.
+
+    Args:
+        sizes, named: others than SIZES, in that order or by name.
+    """
+    tokens, slots, experts, inner, width, outputs = (SIZES | dict(zip(SIZES, sizes, strict=False)) | named).values()
     generator = torch.Generator().manual_seed(seed)
 
     def leaf(*shape: int, size: float = 1.0) -> torch.Tensor:

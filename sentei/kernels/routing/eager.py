@@ -28,8 +28,8 @@ def route(
     order, sizes = flat.argsort(stable=True)[counts[0]:], counts[1:]
     place = torch.zeros_like(flat).index_copy(0, order, torch.arange(len(order), device=flat.device)).view_as(ids)
     if isinstance(experts, Stack) and len(order) and _is_plain(hidden, *experts.weights()):
-        answers = _Grouped.apply(hidden, experts.up, experts.gate, experts.down, ids, place, order // ids.shape[1],
-                                 sizes, experts.activation)
+        answers = _Grouped.apply(hidden, experts.up, experts.gate, experts.down,
+                                 (ids, place, order // ids.shape[1], sizes, experts.activation))
     else:
         answers = _each(hidden[order // max(ids.shape[1], 1)], sizes, experts)
     wide = torch.promote_types(answers.dtype, torch.float32)
@@ -68,7 +68,8 @@ class _Grouped(torch.autograd.Function):
     """Answers [N, O] of a stack to the tokens, sorted by expert."""
 
     @staticmethod
-    def forward(ctx, hidden, up, gate, down, ids, place, token, sizes, activation):
+    def forward(ctx, hidden, up, gate, down, kept):
+        ids, place, token, sizes, activation = kept
         x, firsts = hidden[token], _firsts(up, gate)
         products = x.new_empty(len(x), sum(first.shape[1] for first in firsts))
         answers = x.new_empty(len(x), down.shape[1])
@@ -84,8 +85,8 @@ class _Grouped(torch.autograd.Function):
     def backward(ctx, gradient):
         hidden, up, gate, down, ids, place, token, products = ctx.saved_tensors
         x, firsts = hidden[token], _firsts(up, gate)
-        wants_x, wants_first, wants_down = ctx.needs_input_grad[0], any(ctx.needs_input_grad[1:3]), \
-            ctx.needs_input_grad[3]
+        wants_x, *wants_first, wants_down, _ = ctx.needs_input_grad
+        wants_first = any(wants_first)
         of_x = torch.empty_like(x)
         of_first = up.new_empty(len(up), products.shape[1], up.shape[2]) if wants_first else None
         of_down = torch.empty_like(down, memory_format=torch.contiguous_format) if wants_down else None
@@ -106,7 +107,7 @@ class _Grouped(torch.autograd.Function):
         width = up.shape[1]
         of_gate = of_first[:, :width] if wants_first and gate is not None else None
         of_up = of_first[:, -width:] if wants_first else None
-        return of_hidden, of_up, of_gate, of_down, None, None, None, None, None
+        return of_hidden, of_up, of_gate, of_down, None
 
 
 def _firsts(up: torch.Tensor, gate: torch.Tensor | None) -> list[torch.Tensor]:
