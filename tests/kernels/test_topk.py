@@ -172,13 +172,14 @@ def test_gradients_are_true_in_fp64(impl):
 
 @every_impl
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
-def test_a_query_that_sees_a_nan_or_infinity_is_nan_and_no_other(impl, bad):
+@pytest.mark.parametrize("choice", [3, Choice(9, 2), Choice(1, 4), Choice(0, 0)], ids=str)
+def test_a_query_that_sees_a_nan_or_infinity_is_nan_and_no_other(impl, choice, bad, machine):
     query, key, value = (torch.rand(1, 40, 2, 4) + 0.1 for _ in range(3))
     key[0, 20, 0] = bad
     clean = [tensor.clone() for tensor in (query, key, value)]
     clean[1][0, 20, 0] = 0.1
-    output, lse, ids = attend_topk(query, key, value, 3, impl=impl)
-    expected = attend_topk(*clean, 3, impl=impl)
+    output, lse, ids = attend_topk(query, key, value, choice, impl=impl)
+    expected = attend_topk(*clean, choice, impl=impl)
     broken = bad != -torch.inf
     for found, true in zip((output, lse), expected, strict=False):
         assert torch.equal(found[:, :20], true[:, :20]) and torch.equal(found[:, :, 1], true[:, :, 1])
@@ -189,6 +190,12 @@ def test_a_query_that_sees_a_nan_or_infinity_is_nan_and_no_other(impl, bad):
 @every_impl
 def test_no_other_number_is_read(impl):
     case = Case(queries=20, keys=20, k=4, lengths=((2, 17),))
+@every_impl
+def test_a_query_that_asks_for_no_key_does_not_mind_a_nan(impl):
+    output, lse, ids = attend_topk(*(torch.full((1, 9, 2, 4), torch.nan) for _ in range(3)), 0, impl=impl)
+    assert not output.any() and lse.isneginf().all() and ids.shape[-1] == 0
+
+
     tensors = [tensor.float() for tensor in case.tensors()]
     expected = attend_topk(*tensors, **case.arguments(), impl=impl)
     tensors[1][:, [0, 1, 17, 18]], tensors[2][:, [0, 1, 17, 18]] = torch.nan, torch.nan
