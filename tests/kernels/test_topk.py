@@ -1,7 +1,10 @@
 """Attention over the k best keys: every implementation against a stable sort in fp64, ties and bad numbers included."""
 
 import ctypes
+import subprocess
+import sys
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -188,14 +191,14 @@ def test_a_query_that_sees_a_nan_or_infinity_is_nan_and_no_other(impl, choice, b
 
 
 @every_impl
-def test_no_other_number_is_read(impl):
-    case = Case(queries=20, keys=20, k=4, lengths=((2, 17),))
-@every_impl
 def test_a_query_that_asks_for_no_key_does_not_mind_a_nan(impl):
     output, lse, ids = attend_topk(*(torch.full((1, 9, 2, 4), torch.nan) for _ in range(3)), 0, impl=impl)
     assert not output.any() and lse.isneginf().all() and ids.shape[-1] == 0
 
 
+@every_impl
+def test_no_other_number_is_read(impl):
+    case = Case(queries=20, keys=20, k=4, lengths=((2, 17),))
     tensors = [tensor.float() for tensor in case.tensors()]
     expected = attend_topk(*tensors, **case.arguments(), impl=impl)
     tensors[1][:, [0, 1, 17, 18]], tensors[2][:, [0, 1, 17, 18]] = torch.nan, torch.nan
@@ -243,6 +246,20 @@ def test_gradients_of_gradients_are_refused_and_not_wrong():
 def test_python_and_cpp_mean_the_same_struct():
     assert native.load().sentei_topk_size() == ctypes.sizeof(fused_cpp._TopK)
     assert native.load().sentei_topk_backward_size() == ctypes.sizeof(fused_cpp._Backward)
+
+
+@needs_library
+def test_a_vector_longer_than_there_can_be_is_a_lack_of_memory_in_a_thread_too():
+    """In a process of its own: an exception that no thread catches ends it."""
+    code = """if True:
+        import ctypes
+        from sentei.kernels import native
+        from sentei.kernels.topk import fused_cpp
+        call = fused_cpp._TopK(batch=1, queries=1, keys=1, heads=2, groups=1, threads=2, machine=0, slots=2**62)
+        print(native.load().sentei_topk(ctypes.byref(call)))"""
+    root = Path(native.__file__).parents[3]
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root, timeout=300)
+    assert (done.returncode, done.stdout) == (0, "1\n"), done.stderr
 
 
 @needs_library
