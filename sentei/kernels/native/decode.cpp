@@ -367,7 +367,8 @@ INLINE void attend_run(const Work& w, int64_t choice, int64_t run, Scratch& t) {
     float* scores = t.scores.data() + h * line;
     const float top = Simd<L>::largest(scores, int(line));
     output[h * wide_out + p.value_width] = top;
-    output[h * wide_out + p.value_width + 1] = Simd<L>::exponentiate(scores, int(line), top);
+    // Where every score overflowed to -inf a weight is 0, and a NaN among them stays one.
+    output[h * wide_out + p.value_width + 1] = Simd<L>::exponentiate(scores, int(line), top == kNone ? 0.0f : top);
   }
   for (int64_t i = first; i < last; ++i) {
     const Part part(p, b, row, ids[i]);
