@@ -11,7 +11,7 @@ from torch.autograd import forward_ad
 from sentei.core.errors import ImplError, RuleError, ShapeError
 from sentei.core.rules import All, Capacity, Mass, Rule, Threshold, TopK
 from sentei.kernels import native, paging
-from sentei.kernels.paging import IMPLS, PAGE, Pages, bounds_of
+from sentei.kernels.paging import IMPLS, PAGE, Pages, bounds_of, fused_cpp
 
 SCALE = 0.3
 available = [name for name in IMPLS if name != "fused_cpp" or not native.missing()]
@@ -362,6 +362,11 @@ def test_nothing_in_gives_nothing_out(impl, rows, keys, batch):
     output, kept = paging.attend(query, key, value, pages, impl=impl)
     assert output.shape == (batch, rows, 4, 3) and kept.shape == (batch, 2, rows, -(-keys // PAGE))
     assert (output == 1).all() and kept.all(3).all() == (keys == 16 or not rows or not batch)
+
+
+@needs_library
+def test_python_and_cpp_mean_the_same_struct():
+    assert native.load().sentei_paged_size() == fused_cpp._PAGED.size
 
 
 def test_what_does_not_fit_is_refused():

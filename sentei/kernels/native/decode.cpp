@@ -434,6 +434,8 @@ void do_item(Work& w, int64_t item, Scratch& t) {
     if (w.attended[choice].fetch_add(1, std::memory_order_acq_rel) + 1 == w.runs) merge_runs(w, choice);
   }
 }
+int sentei_paged_size() { return int(sizeof(Paged)); }
+
 
 }  // namespace
 
