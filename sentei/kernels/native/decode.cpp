@@ -53,12 +53,7 @@ INLINE typename Simd<L>::Vec wide(const uint16_t* from) {
 }
 
 INLINE float wide_one(const float* from) { return *from; }
-INLINE float wide_one(const uint16_t* from) {
-  const uint32_t word = uint32_t(*from) << 16;
-  float result;
-  std::memcpy(&result, &word, sizeof result);
-  return result;
-}
+INLINE float wide_one(const uint16_t* from) { return widen(*from); }
 
 // log2 of a positive number, by its exponent and a series for the rest; relative error 2e-7.
 template <int L>
@@ -434,12 +429,12 @@ void do_item(Work& w, int64_t item, Scratch& t) {
     if (w.attended[choice].fetch_add(1, std::memory_order_acq_rel) + 1 == w.runs) merge_runs(w, choice);
   }
 }
-int sentei_paged_size() { return int(sizeof(Paged)); }
-
 
 }  // namespace
 
 extern "C" {
+
+int sentei_paged_size() { return int(sizeof(Paged)); }
 
 // 0; 1 when memory ran out; 2 when a score was NaN or plus infinity. The output is then unfinished.
 int sentei_pages(const Paged* problem) {
