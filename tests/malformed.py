@@ -11,6 +11,7 @@ from collections.abc import Callable
 from random import Random
 
 import malformed_choices
+import malformed_rows
 import torch
 from malformed_choices import (
     LARGE,
@@ -50,7 +51,7 @@ def valid(draw: Random) -> Arguments:
     return {"query": query, "key": key, "value": value, "softmax": softmax, "gradient": gradient, "delta": delta,
             "lengths": lengths, "sizes": [grid.query_block, grid.key_block, int(grid.causal), grid.window or 0],
             "rows": [0, draw.randrange(grid.query_block), draw.randint(1, 4)], "scale": 0.3,
-            "softcap": draw.choice([0.0, 0.0, 2.0]),
+            "softcap": draw.choice([0.0, 0.0, 2.0]), "cut": draw.choice([0.5, 8.0]),
             **{name: getattr(tiles, name) for name in PLAN}}
 
 
@@ -89,6 +90,13 @@ def raw(given: Arguments) -> tuple[list[torch.Tensor], list[list[int]]]:
     return list(found), [[*rows, value.shape[3]], rows, [2, *rows]]
 
 
+def raw_certify(given: Arguments) -> tuple[list[torch.Tensor], list[list[int]]]:
+    query, value = given["query"], given["value"]
+    found = torch.ops.sentei.certify(query, given["key"], value, given["lengths"], given["sizes"], given["scale"],
+                                     given["cut"])
+    return list(found), [[*query.shape[:3], value.shape[3]], estimate_shape(given)]
+
+
 def raw_backward(given: Arguments) -> tuple[list[torch.Tensor], list[list[int]]]:
     tensors = [given[name] for name in ("query", "key", "value", "softmax", "gradient", "delta")]
     found = torch.ops.sentei.attend_backward(tensors, [given[name] for name in PLAN], given["lengths"], given["sizes"],
@@ -106,7 +114,7 @@ SHARED, OWN = ("query", "key", "lengths", "sizes", "scale"), ("softmax", "gradie
 ENTRIES: dict[Callable, tuple[str, ...]] = {  # what each reads
     public: (*SHARED, "value", "softcap", *PLAN), public_estimate: (*SHARED, "rows"),
     raw: (*SHARED, "value", "softcap", *PLAN), raw_backward: (*SHARED, "value", "softcap", *PLAN, *OWN),
-    raw_estimate: (*SHARED, "rows"),
+    raw_estimate: (*SHARED, "rows"), raw_certify: (*SHARED, "value", "cut"),
 }
 
 # Each damage changes one argument and says whether the call must now be refused.
@@ -184,7 +192,7 @@ def other_rows(draw: Random, given: Arguments, name: str) -> bool:
 
 
 def other_cap(draw: Random, given: Arguments, name: str) -> bool:
-    given["softcap"] = draw.choice([float("nan"), float("inf"), -1.0, -float("inf"), "2"])
+    given[name] = draw.choice([float("nan"), float("inf"), -1.0, -float("inf"), "2"])
     return True
 
 
@@ -194,16 +202,17 @@ DAMAGES: dict[Callable, tuple[str, ...]] = {  # and to what each can be done
     plan_dtype: PLAN, other_ids: ("full_ids", "partial_ids"), other_counts: ("full_count", "partial_count"),
     swapped_plan: ("full_ids",), plan_of_another_grid: ("sizes",), other_sizes: ("sizes",), other_rows: ("rows",),
     other_lengths: ("lengths",), other_scale: ("scale",), other_strides: ("query", "key", "value", "gradient"),
-    no_tensor: TENSORS + PLAN, other_cap: ("softcap",),
+    no_tensor: TENSORS + PLAN, other_cap: ("softcap", "cut"),
 }
-FAMILIES = (valid, ENTRIES, DAMAGES), (malformed_choices.valid, malformed_choices.ENTRIES, malformed_choices.DAMAGES)
+FAMILIES = ((valid, ENTRIES, DAMAGES), (malformed_choices.valid, malformed_choices.ENTRIES, malformed_choices.DAMAGES),
+            (malformed_rows.valid, malformed_rows.ENTRIES, malformed_rows.DAMAGES))
 
 
 def drawn(number: int) -> tuple[Callable, Arguments, list[str], bool]:
     """The call of this number: its entry and arguments, what was done to them, and whether it must be refused."""
     draw = Random(number)
     torch.manual_seed(number)
-    valid_for, entries, damages = FAMILIES[number % 2]
+    valid_for, entries, damages = FAMILIES[number % 3]
     entry = draw.choice(list(entries))
     given, done, wrong = valid_for(draw), [], False
     choices = {damage: [name for name in names if name in entries[entry]] for damage, names in damages.items()}

@@ -1,5 +1,6 @@
 """connections: the choice, what is always kept, compensation, and its doors."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -299,6 +300,25 @@ def test_the_shortcut_computes_what_the_selection_says(change, dtype, lengths):
     with trace(room):
         expected = room(*inputs)
     assert torch.equal(room(*inputs), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_what_stands_in_padding_reaches_neither_output_nor_gradient_of_a_certified_room(dtype):
+    room, lengths = Connections(replace(SMALL, rule=Certified(0.1))), torch.tensor([[3, 20], [0, 24]])
+    given = [tensor.to(dtype) for tensor in qkv(2)]
+    broken = [tensor.clone() for tensor in given]
+    for tensor in broken[1:]:
+        tensor[0, :3] = tensor[0, 20:] = torch.nan
+    for traced in (False, True):
+        results = []
+        for tensors in (given, broken):
+            leaves = [tensor.clone().requires_grad_() for tensor in tensors]
+            with torch.no_grad():
+                plain = room(*leaves, lengths)
+            with trace(room) if traced else nullcontext():
+                output = room(*leaves, lengths)
+            results.append([plain, output, *torch.autograd.grad(output.sum(), leaves)])
+        assert all(map(torch.equal, *results))
 
 
 def test_a_certified_room_traces_what_its_kernel_computed():

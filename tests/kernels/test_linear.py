@@ -128,6 +128,21 @@ def test_auto_leaves_to_torch_what_the_kernel_cannot_take(x, weight, reason):
 
 
 @needs_library
+@pytest.mark.filterwarnings("ignore:Sparse CSR")
+@pytest.mark.parametrize("change", [torch.Tensor.to_sparse, torch.Tensor.to_sparse_csr, torch.Tensor.to_mkldnn],
+                         ids=["coo", "csr", "mkldnn"])
+def test_so_it_does_with_tensors_of_another_layout(change):
+    for x, weight in ((ROW, change(WEIGHT)), (change(ROW), WEIGHT)):
+        for mode in (torch.enable_grad, torch.no_grad):
+            with mode():
+                assert choose_impl("auto", x, weight) == (
+                    "eager", f"fused_cpp cannot take an input of {x.layout} and weights of {weight.layout}")
+                assert fused_cpp.at_once(x, weight, None) is None
+    if change is not torch.Tensor.to_mkldnn:  # torch has no product of these
+        assert torch.equal(linear(ROW, change(WEIGHT)), linear(ROW, WEIGHT))
+
+
+@needs_library
 def test_gradients_autocast_and_transforms_are_those_of_torch():
     x, weight = random(2, 3).requires_grad_(), random(4, 3, seed=1)
     own, expected = (torch.autograd.grad(function(x, weight).sum(), x)[0]

@@ -11,7 +11,7 @@ from torch.autograd import forward_ad
 from sentei.core.errors import ImplError, RuleError, ShapeError
 from sentei.core.rules import All, Capacity, Mass, Rule, Threshold, TopK
 from sentei.kernels import native, paging
-from sentei.kernels.paging import IMPLS, PAGE, Pages, bounds_of
+from sentei.kernels.paging import IMPLS, PAGE, Pages, bounds_of, fused_cpp
 
 SCALE = 0.3
 available = [name for name in IMPLS if name != "fused_cpp" or not native.missing()]
@@ -212,6 +212,22 @@ def test_nan_and_overflow_are_refused_where_there_is_something_to_choose(impl):
 
 
 @every_impl
+def test_pages_whose_every_score_overflows_weigh_nothing(impl, machine):
+    """A run of them, in fp32; in fp64 the scores are finite."""
+    query, key, value = torch.full((1, 1, 2, 4), 1e10), torch.rand(1, 640, 1, 4) * 1e-10, torch.rand(1, 640, 1, 3)
+    key[:, :320] = -1e30
+    pages = Pages(num_queries=1, num_keys=640, rule=All(), window=0)
+    settings = {"scale": SCALE, "kept": torch.ones(1, 1, 1, 640 // PAGE, dtype=torch.bool)}
+    exact, _ = paging.attend(query.double(), key.double(), value.double(), pages, impl="reference", **settings)
+    output, _ = paging.attend(query, key, value, pages, impl=impl, **settings)
+    torch.testing.assert_close(output.double(), exact, rtol=1e-5, atol=1e-6)
+    for keys, number in ((slice(5, 6), torch.nan), (slice(None), -1e30)):
+        poisoned = key.clone()
+        poisoned[:, keys] = number
+        assert paging.attend(query, poisoned, value, pages, impl=impl, **settings)[0].isnan().all()
+
+
+@every_impl
 @pytest.mark.parametrize("keys", [1, PAGE, 200])
 def test_a_row_does_not_know_later_rows_and_keys_nor_its_slot(impl, keys):
     """One call of several rows is as many calls of one row, over a cache that is shorter."""
@@ -346,6 +362,11 @@ def test_nothing_in_gives_nothing_out(impl, rows, keys, batch):
     output, kept = paging.attend(query, key, value, pages, impl=impl)
     assert output.shape == (batch, rows, 4, 3) and kept.shape == (batch, 2, rows, -(-keys // PAGE))
     assert (output == 1).all() and kept.all(3).all() == (keys == 16 or not rows or not batch)
+
+
+@needs_library
+def test_python_and_cpp_mean_the_same_struct():
+    assert native.load().sentei_paged_size() == fused_cpp._PAGED.size
 
 
 def test_what_does_not_fit_is_refused():

@@ -1,7 +1,10 @@
 """Attention over the k best keys: every implementation against a stable sort in fp64, ties and bad numbers included."""
 
 import ctypes
+import subprocess
+import sys
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -161,10 +164,8 @@ def test_scores_in_any_order_are_sorted(order, machine):
         assert found == sorted(sorted(permitted, key=lambda j: (-scores[j], j))[:20])
 
 
-@every_impl
+@pytest.mark.parametrize("impl", ["reference", "eager"])  # fused_cpp takes no fp64; see the checks above
 def test_gradients_are_true_in_fp64(impl):
-    if impl == "fused_cpp":  # takes no fp64; the checks above hold its gradients against fp64
-        return
     case = Case(queries=5, keys=6, k=3, lengths=((1, 6),))
     tensors = [tensor.requires_grad_() for tensor in case.tensors()]
     with torch.no_grad():
@@ -174,18 +175,25 @@ def test_gradients_are_true_in_fp64(impl):
 
 @every_impl
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
-def test_a_query_that_sees_a_nan_or_infinity_is_nan_and_no_other(impl, bad):
+@pytest.mark.parametrize("choice", [3, Choice(9, 2), Choice(1, 4), Choice(0, 0)], ids=str)
+def test_a_query_that_sees_a_nan_or_infinity_is_nan_and_no_other(impl, choice, bad, machine):
     query, key, value = (torch.rand(1, 40, 2, 4) + 0.1 for _ in range(3))
     key[0, 20, 0] = bad
     clean = [tensor.clone() for tensor in (query, key, value)]
     clean[1][0, 20, 0] = 0.1
-    output, lse, ids = attend_topk(query, key, value, 3, impl=impl)
-    expected = attend_topk(*clean, 3, impl=impl)
+    output, lse, ids = attend_topk(query, key, value, choice, impl=impl)
+    expected = attend_topk(*clean, choice, impl=impl)
     broken = bad != -torch.inf
     for found, true in zip((output, lse), expected, strict=False):
         assert torch.equal(found[:, :20], true[:, :20]) and torch.equal(found[:, :, 1], true[:, :, 1])
         assert bool(found[:, 20:, 0].isnan().all()) == broken
     assert bool((ids[:, 20:, 0] == -1).all()) == broken and not (ids[:, 20:, 0] == 20).any()
+
+
+@every_impl
+def test_a_query_that_asks_for_no_key_does_not_mind_a_nan(impl):
+    output, lse, ids = attend_topk(*(torch.full((1, 9, 2, 4), torch.nan) for _ in range(3)), 0, impl=impl)
+    assert not output.any() and lse.isneginf().all() and ids.shape[-1] == 0
 
 
 @every_impl
@@ -238,6 +246,20 @@ def test_gradients_of_gradients_are_refused_and_not_wrong():
 def test_python_and_cpp_mean_the_same_struct():
     assert native.load().sentei_topk_size() == ctypes.sizeof(fused_cpp._TopK)
     assert native.load().sentei_topk_backward_size() == ctypes.sizeof(fused_cpp._Backward)
+
+
+@needs_library
+def test_a_vector_longer_than_there_can_be_is_a_lack_of_memory_in_a_thread_too():
+    """In a process of its own: an exception that no thread catches ends it."""
+    code = """if True:
+        import ctypes
+        from sentei.kernels import native
+        from sentei.kernels.topk import fused_cpp
+        call = fused_cpp._TopK(batch=1, queries=1, keys=1, heads=2, groups=1, threads=2, machine=0, slots=2**62)
+        print(native.load().sentei_topk(ctypes.byref(call)))"""
+    root = Path(native.__file__).parents[3]
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root, timeout=300)
+    assert (done.returncode, done.stdout) == (0, "1\n"), done.stderr
 
 
 @needs_library

@@ -52,10 +52,7 @@ def attend(
     if not 0 <= softcap < math.inf:
         raise ShapeError("attend", expected="a softcap from 0", got=str(softcap), do="leave it out for none")
     scale = 1 / math.sqrt(max(query.shape[-1], 1)) if scale is None else scale
-    if tiles.grid.lengths is not None:
-        # Neither a weight of 0 nor a score of -inf silences a NaN in every kernel.
-        padding = ~tiles.grid.real_keys(key.device)[..., None, None]
-        key, value = key.masked_fill(padding, 0), value.masked_fill(padding, 0)
+    key, value = tiles.grid.without_padding(key, value)
     return IMPLS[name](query, key, value, tiles, scale=scale, softcap=softcap, return_lse=return_lse)
 
 

@@ -27,7 +27,7 @@ def attend_certified(
         eps: above 0 and below 1.
         scale: on the scores.
     Returns:
-        output [B, Tq, H, Dv], and bool [B, H, QB, KB].
+        output [B, Tq, H, Dv], and bool [B, H, QB, KB]. What stands in padding, NaN included, reaches neither.
     Raises:
         ShapeError: tensors and grid do not fit.
         RuleError: eps out of range.
@@ -37,6 +37,7 @@ def attend_certified(
     grid.check("attend_certified", query, key, value)
     if not 0 < eps < 1:
         raise RuleError("Certified", expected="eps above 0 and below 1", got=str(eps), do="choose another eps")
+    key, value = grid.without_padding(key, value)
     cut = math.log(max(grid.num_keys, 1) / eps)
     reason = fused_cpp.refusal(query, key, value)
     wants_gradients = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value))

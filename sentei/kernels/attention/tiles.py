@@ -119,6 +119,13 @@ class Grid:
         positions = torch.arange(self.num_keys, device=device)
         return (start <= positions) & (positions < stop)
 
+    def without_padding(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values with zeros in padding: no weight of 0 and no score of -inf silences a NaN in every kernel."""
+        if self.lengths is None:
+            return key, value
+        padding = ~self.real_keys(key.device)[..., None, None]
+        return key.masked_fill(padding, 0), value.masked_fill(padding, 0)
+
     def permitted(self, device: torch.device) -> torch.Tensor:
         """Bool [B or 1, 1, QB, KB]: tiles that hold at least one permitted pair."""
         start, stop = self.bounds(device)

@@ -65,7 +65,7 @@ def is_quiet() -> bool:
 
 def is_plain(x: object) -> bool:
     """Whether it is a contiguous tensor of fp32 or bfloat16 on the CPU, and nothing but its memory."""
-    return (type(x) in _PLAIN and x.is_cpu and x.is_contiguous()
+    return (type(x) in _PLAIN and x.is_cpu and x.layout is torch.strided and x.is_contiguous()
             and (x.dtype is torch.float32 or x.dtype is torch.bfloat16) and not x.is_neg())
 
 
@@ -87,6 +87,8 @@ def refusal(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) ->
     for other in others:
         if other.dtype is not dtype or not other.is_cpu:
             return f"{other.dtype} on {other.device} with {dtype} on {x.device}"
+    if not x.layout is weight.layout is torch.strided:
+        return f"an input of {x.layout} and weights of {weight.layout}"
     if not 1 <= x.numel() <= MOST_ROWS * x.shape[-1]:
         return f"an input that is empty or has more than {MOST_ROWS} rows"
     if weight.stride(1) != 1:

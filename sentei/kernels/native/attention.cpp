@@ -89,7 +89,7 @@ ON_EVERY_MACHINE(attend_item, (const Problem& p, const Sizes& s, int64_t number,
 extern "C" {
 
 // Changes whenever `Problem`, `Backward` or a function does; compared when the library is loaded.
-int sentei_abi() { return 9; }
+int sentei_abi() { return 10; }
 int sentei_problem_size() { return int(sizeof(Problem)); }
 int sentei_machines() { return machines(); }
 

@@ -79,6 +79,8 @@ void in_parallel(int64_t count, int64_t threads, Make make, Work work) {
       for (int64_t i; !failed && (i = next.fetch_add(1)) < count;) work(i, scratch);
     } catch (const std::bad_alloc&) {
       failed = true;
+    } catch (const std::length_error&) {
+      failed = true;
     }
   };
   if (count) on_threads(std::min(threads, count), run);

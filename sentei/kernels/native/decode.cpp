@@ -53,12 +53,7 @@ INLINE typename Simd<L>::Vec wide(const uint16_t* from) {
 }
 
 INLINE float wide_one(const float* from) { return *from; }
-INLINE float wide_one(const uint16_t* from) {
-  const uint32_t word = uint32_t(*from) << 16;
-  float result;
-  std::memcpy(&result, &word, sizeof result);
-  return result;
-}
+INLINE float wide_one(const uint16_t* from) { return widen(*from); }
 
 // log2 of a positive number, by its exponent and a series for the rest; relative error 2e-7.
 template <int L>
@@ -367,7 +362,8 @@ INLINE void attend_run(const Work& w, int64_t choice, int64_t run, Scratch& t) {
     float* scores = t.scores.data() + h * line;
     const float top = Simd<L>::largest(scores, int(line));
     output[h * wide_out + p.value_width] = top;
-    output[h * wide_out + p.value_width + 1] = Simd<L>::exponentiate(scores, int(line), top);
+    // Where every score overflowed to -inf a weight is 0, and a NaN among them stays one.
+    output[h * wide_out + p.value_width + 1] = Simd<L>::exponentiate(scores, int(line), top == kNone ? 0.0f : top);
   }
   for (int64_t i = first; i < last; ++i) {
     const Part part(p, b, row, ids[i]);
@@ -437,6 +433,8 @@ void do_item(Work& w, int64_t item, Scratch& t) {
 }  // namespace
 
 extern "C" {
+
+int sentei_paged_size() { return int(sizeof(Paged)); }
 
 // 0; 1 when memory ran out; 2 when a score was NaN or plus infinity. The output is then unfinished.
 int sentei_pages(const Paged* problem) {

@@ -188,6 +188,13 @@ struct Pick {
     }
   }
 
+  // Whether a NaN or an infinity is among the scores from … to - 1 of a tile.
+  static INLINE bool is_broken(const float* scores, int from, int to, float scale) {
+    int broken = 0;
+    for (int j = from; j < to; ++j) broken |= !(scores[j] * scale < kInfinite);
+    return broken;
+  }
+
   static INLINE float dot(const float* a, const float* b, int64_t width) {
     Vec sum{};
     int64_t d = 0;
@@ -316,6 +323,7 @@ INLINE void topk_item(const TopK& t, const Problem& p, int64_t number, const Blo
       const int from = int(std::max(range.first + range.sink - base, int64_t{0}));
       const int to = int(std::min<int64_t>(range.near - base, kKeyBlock));
       if (range.wanted) Pick<L>::scan(state[r], scores, from, to, t.scale, base, range.wanted, room, s.spare.data());
+      else state[r].broken |= Pick<L>::is_broken(scores, from, to, t.scale);
     }
   }
   for (int r = 0; r < rows; ++r)
