@@ -242,7 +242,7 @@ def test_what_is_no_rule_is_refused(value):
 
 
 def test_the_table_of_names_is_whole():
-    assert set(RULES.values()) == set(Rule.__subclasses__())
+    assert set(RULES.values()) == {rule for rule in Rule.__subclasses__() if rule.__module__ == "sentei.core.rules"}
     assert all(rule.__name__.lower() == name for name, rule in RULES.items())
 
 
