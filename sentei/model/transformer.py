@@ -8,9 +8,7 @@ RMSNorm before each sublayer (1910.07467), rotary positions (2104.09864), groupe
 feed-forward layer (2002.05202), no biases, and one matrix for embedding and logits (1608.05859).
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, field, fields
-from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -24,101 +22,20 @@ from sentei.core.errors import FileError, SenteiError, ShapeError, UnsupportedEr
 from sentei.core.rules import All, Rule
 from sentei.core.shapes import check_shape
 from sentei.core.tracing import Trace
+from sentei.model.slots import (
+    DEPTHS,
+    FEED_FORWARDS,
+    INITIAL_SPREAD,
+    LARGEST,
+    Rows,
+    linear,
+    slot_from_json,
+    slot_of,
+    slot_to_json,
+)
 
 ROTARY_BASE = 10_000.0
-INITIAL_SPREAD = 0.02
-LARGEST, DEEPEST = 1 << 24, 1024  # of sizes and layers in a configuration, which may come from a file
-
-
-class GatedFeedForward(nn.Module):
-    """down(silu(gate(x)) · up(x)): x [..., width] → [..., width].
-
-    Args:
-        hidden: F; config: the model's.
-    """
-
-    def __init__(self, hidden: int, config: "Config"):
-        super().__init__()
-        self.gate, self.up = linear(config.width, hidden), linear(config.width, hidden)
-        self.down = linear(hidden, config.width, adds=config)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """The layer's output for x."""
-        return self.down(F.silu(self.gate(x)) * self.up(x))
-
-
-class Cache:
-    """The keys and values of the tokens a layer has read; None before the first.
-
-    `positions` int64 [B, P] of what is held among the real tokens of each sequence, -1 for padding.
-    """
-
-    def __init__(self):
-        self.key = self.value = self.positions = None
-
-    def extend(self, key: torch.Tensor, value: torch.Tensor, positions: torch.Tensor
-               ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Appends key and value [B, T, G, D] of the tokens at `positions` [B, T]; returns all of them, copied."""
-        if self.key is not None:
-            key, value = torch.cat([self.key, key], 1), torch.cat([self.value, value], 1)
-            positions = torch.cat([self.positions, positions], 1)
-        self.key, self.value, self.positions = key, value, positions
-        return key, value
-
-
-@dataclass(frozen=True, kw_only=True)
-class Rows:
-    """What a block is told of the rows x [B, N, width] it is given.
-
-    Args:
-        positions: int64 [B, N], their places among the real tokens of their sequence; -1 for padding.
-        cache: of the layer, or None.
-    """
-
-    positions: torch.Tensor
-    cache: Cache | None = None
-
-
-class EveryToken(nn.Module):
-    """The slot `depth` without a room: the block changes every token.
-
-    Args:
-        block: from x [B, N, width] and `Rows` to what is added to x.
-    """
-
-    def __init__(self, block: nn.Module):
-        super().__init__()
-        self.block = block
-
-    def forward(self, x: torch.Tensor, lengths: torch.Tensor | None = None, cache: Cache | None = None) -> torch.Tensor:
-        """x + block(x).
-
-        Args:
-            lengths: int64 [B, 2], start and stop of the real tokens of x.
-            cache: the layer's; x goes on where it ends.
-        """
-        places = positions = torch.arange(x.shape[1], device=x.device).expand(x.shape[:2])
-        if lengths is not None:
-            real = (places >= lengths[:, :1]) & (places < lengths[:, 1:])
-            positions = (places - lengths[:, :1]).where(real, -1)
-        if cache is not None and cache.positions is not None:
-            positions = (positions + cache.positions.amax(1, keepdim=True) + 1).where(positions >= 0, -1)
-        return x + self.block(x, Rows(positions=positions, cache=cache))
-
-
-class Slot(NamedTuple):
-    """What may stand in a slot: the type of its configuration, how a layer is made of one, and the layer's cache."""
-
-    config: type
-    layer: Callable[..., nn.Module]
-    cache: type | None = None
-
-
-# A room that fills a slot is one line here. A feed-forward layer is made of its configuration and the model's, and is
-# called with x [B, N, width]. A depth layer is made of its configuration, the block and the model's, and is called with
-# x, lengths and a cache of its own type. Configurations of rooms have `to_json` and `from_json`.
-FEED_FORWARDS = {"dense": Slot(int, GatedFeedForward)}
-DEPTHS = {"every": Slot(type(None), lambda _, block, config: EveryToken(block), Cache)}
+DEEPEST = 1024  # layers in a configuration, which may come from a file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,8 +81,8 @@ class Config:
         """The configuration as a JSON object; a room in a slot stands there with its name as `room`."""
         plain = {item.name: getattr(self, item.name) for item in fields(self)}
         return {**plain, "heads": list(self.heads), "connections": self.connections.to_json(),
-                "feed_forward": _slot_to_json(FEED_FORWARDS, self.feed_forward),
-                "depth": _slot_to_json(DEPTHS, self.depth)}
+                "feed_forward": slot_to_json(FEED_FORWARDS, self.feed_forward),
+                "depth": slot_to_json(DEPTHS, self.depth)}
 
     @classmethod
     def from_json(cls, value: dict) -> "Config":
@@ -176,8 +93,8 @@ class Config:
         heads = value["heads"]
         parts = {"heads": tuple(heads) if isinstance(heads, list) else heads,
                  "connections": Attended.from_json(value["connections"]),
-                 "feed_forward": _slot_from_json(FEED_FORWARDS, value["feed_forward"]),
-                 "depth": _slot_from_json(DEPTHS, value["depth"])}
+                 "feed_forward": slot_from_json(FEED_FORWARDS, value["feed_forward"]),
+                 "depth": slot_from_json(DEPTHS, value["depth"])}
         try:
             return cls(**{**value, **parts})
         except SenteiError as error:
@@ -343,13 +260,6 @@ def draw(logits: torch.Tensor, temperature: float, rule: Rule, generator: torch.
     return torch.multinomial(scores.masked_fill(~kept, -torch.inf).softmax(-1), 1, generator=generator)[:, 0]
 
 
-def linear(into: int, out: int, *, adds: Config | None = None) -> nn.Linear:
-    """A linear layer without bias and with small weights; smaller still where it adds to a stream of many layers."""
-    layer = nn.Linear(into, out, bias=False)
-    nn.init.normal_(layer.weight, std=INITIAL_SPREAD if adds is None else INITIAL_SPREAD * (2 * adds.layers) ** -0.5)
-    return layer
-
-
 def rotate(heads: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     """Rotary positions: heads [B, N, H, D], whose halves are pairs, turned by positions [B, N]; in their own dtype."""
     half = heads.shape[-1] // 2
@@ -374,24 +284,3 @@ def _in_a_room(model: nn.Module, path: str) -> bool:
     """Whether the module at `path` belongs to a room, which accounts for its own weights."""
     names = path.split(".")
     return any(isinstance(model.get_submodule(".".join(names[:end])), Axis) for end in range(1, len(names)))
-
-
-def slot_of(slots: dict[str, Slot], value: object) -> Slot | None:
-    """The entry of `slots` that `value` configures."""
-    return next((slot for slot in slots.values() if type(value) is slot.config), None)
-
-
-def _slot_to_json(slots: dict[str, Slot], value: object) -> object:
-    return value if value is None or isinstance(value, int) else {
-        "room": next(name for name, slot in slots.items() if type(value) is slot.config), **value.to_json()}
-
-
-def _slot_from_json(slots: dict[str, Slot], value: object) -> object:
-    if not isinstance(value, dict):
-        return value
-    rooms = {name: slot.config for name, slot in slots.items() if hasattr(slot.config, "from_json")}
-    room = value.get("room")
-    if not isinstance(room, str) or room not in rooms:
-        raise FileError("model.Config", expected=f"a room of {', '.join(rooms) or 'none so far'}, or its plain form",
-                        got=repr(value)[:200], do="correct the model's configuration")
-    return rooms[room].from_json({key: item for key, item in value.items() if key != "room"})

@@ -1,0 +1,179 @@
+"""What may stand in a slot of the model: feed-forward layers, and what decides which tokens a block changes."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from sentei.axes import depth, experts
+from sentei.core.errors import FileError, SenteiError, require
+
+INITIAL_SPREAD = 0.02
+LARGEST = 1 << 24  # of sizes in a configuration, which may come from a file
+
+
+class GatedFeedForward(nn.Module):
+    """down(silu(gate(x)) · up(x)): x [..., width] → [..., width].
+
+    Args:
+        hidden: F; config: the model's.
+    """
+
+    def __init__(self, hidden: int, config: object):
+        super().__init__()
+        self.gate, self.up = linear(config.width, hidden), linear(config.width, hidden)
+        self.down = linear(hidden, config.width, adds=config)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The layer's output for x."""
+        return self.down(F.silu(self.gate(x)) * self.up(x))
+
+
+class Cache:
+    """The keys and values of the tokens a layer has read; None before the first.
+
+    `positions` int64 [B, P] of what is held among the real tokens of each sequence, -1 for padding.
+    """
+
+    def __init__(self):
+        self.key = self.value = self.positions = None
+
+    def extend(self, key: torch.Tensor, value: torch.Tensor, positions: torch.Tensor
+               ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Appends key and value [B, T, G, D] of the tokens at `positions` [B, T]; returns all of them, copied."""
+        if self.key is not None:
+            key, value = torch.cat([self.key, key], 1), torch.cat([self.value, value], 1)
+            positions = torch.cat([self.positions, positions], 1)
+        self.key, self.value, self.positions = key, value, positions
+        return key, value
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """What a block is told of the rows x [B, N, width] it is given.
+
+    Args:
+        positions: int64 [B, N], their places among the real tokens of their sequence; -1 for padding.
+        cache: of the layer, or None.
+    """
+
+    positions: torch.Tensor
+    cache: Cache | None = None
+
+
+class EveryToken(nn.Module):
+    """The slot `depth` without a room: the block changes every token.
+
+    Args:
+        block: from x [B, N, width] and `Rows` to what is added to x.
+    """
+
+    def __init__(self, block: nn.Module):
+        super().__init__()
+        self.block = block
+
+    def forward(self, x: torch.Tensor, lengths: torch.Tensor | None = None, cache: Cache | None = None) -> torch.Tensor:
+        """x + block(x).
+
+        Args:
+            lengths: int64 [B, 2], start and stop of the real tokens of x.
+            cache: the layer's; x goes on where it ends.
+        """
+        places = positions = torch.arange(x.shape[1], device=x.device).expand(x.shape[:2])
+        if lengths is not None:
+            real = (places >= lengths[:, :1]) & (places < lengths[:, 1:])
+            positions = (places - lengths[:, :1]).where(real, -1)
+        if cache is not None and cache.positions is not None:
+            positions = (positions + cache.positions.amax(1, keepdim=True) + 1).where(positions >= 0, -1)
+        return x + self.block(x, Rows(positions=positions, cache=cache))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Routed:
+    """A mixture of experts in the place of a feed-forward layer.
+
+    Args:
+        neurons: of all experts together, the shared ones among them; a multiple of `room.unit`.
+        room: how experts are made and chosen.
+    """
+
+    neurons: int = 352
+    room: experts.Config = field(default_factory=experts.Config)
+
+    def __post_init__(self):
+        whole = type(self.neurons) is int and 1 <= self.neurons <= LARGEST
+        require("model.Routed", self, {f"neurons from 1 to {LARGEST}": whole,
+                                       "room an experts.Config": isinstance(self.room, experts.Config)})
+
+    def to_json(self) -> dict:
+        """The configuration as a JSON object."""
+        return {"neurons": self.neurons, **self.room.to_json()}
+
+    @classmethod
+    def from_json(cls, value: dict) -> "Routed":
+        """The configuration written by `to_json`; unknown or missing keys are refused with a FileError."""
+        room = experts.Config.from_json({key: item for key, item in value.items() if key != "neurons"})
+        try:
+            return cls(neurons=value.get("neurons"), room=room)
+        except SenteiError as error:
+            raise FileError(error.where, expected=error.expected, got=error.got, do=error.do) from error
+
+
+def mixture(value: Routed, config: object) -> nn.Module:
+    """The feed-forward layer that `value` describes, for a model of that configuration."""
+    return experts.MixtureOfExperts(value.room, width=config.width, neurons=value.neurons, causal=config.causal)
+
+
+def mixture_of_depths(room: depth.Config, block: nn.Module, config: object) -> nn.Module:
+    """The block around which the room stands, dense until its gate is trained."""
+    return depth.start_as_dense(depth.Depth(room, block, width=config.width))
+
+
+class Slot(NamedTuple):
+    """What may stand in a slot: the type of its configuration, how a layer is made of one, and the layer's cache."""
+
+    config: type
+    layer: Callable[..., nn.Module]
+    cache: type | None = None
+
+
+# A room that fills a slot is one line here. A feed-forward layer is made of its configuration and the model's, and is
+# called with x [B, N, width]. A depth layer is made of its configuration, the block and the model's, and is called with
+# x, lengths and a cache of its own type. Configurations of rooms have `to_json` and `from_json`.
+FEED_FORWARDS = {"dense": Slot(int, GatedFeedForward), "experts": Slot(Routed, mixture)}
+DEPTHS = {"every": Slot(type(None), lambda _, block, config: EveryToken(block), Cache),
+          "depth": Slot(depth.Config, mixture_of_depths, depth.Cache)}
+
+
+def linear(into: int, out: int, *, adds: object = None) -> nn.Linear:
+    """A linear layer without bias and with small weights; smaller still where it adds to the stream of a model
+    with the configuration `adds`."""
+    layer = nn.Linear(into, out, bias=False)
+    nn.init.normal_(layer.weight, std=INITIAL_SPREAD if adds is None else INITIAL_SPREAD * (2 * adds.layers) ** -0.5)
+    return layer
+
+
+def slot_of(slots: dict[str, Slot], value: object) -> Slot | None:
+    """The entry of `slots` that `value` configures."""
+    return next((slot for slot in slots.values() if type(value) is slot.config), None)
+
+
+def slot_to_json(slots: dict[str, Slot], value: object) -> object:
+    """What stands in a slot as JSON: a plain value, or a room's configuration with its name."""
+    return value if value is None or isinstance(value, int) else {
+        "room": next(name for name, slot in slots.items() if type(value) is slot.config), **value.to_json()}
+
+
+def slot_from_json(slots: dict[str, Slot], value: object) -> object:
+    """What `slot_to_json` wrote; a room that cannot stand in the slot is refused with a FileError."""
+    if not isinstance(value, dict):
+        return value
+    rooms = {name: slot.config for name, slot in slots.items() if hasattr(slot.config, "from_json")}
+    room = value.get("room")
+    if not isinstance(room, str) or room not in rooms:
+        raise FileError("model.Config", expected=f"a room of {', '.join(rooms) or 'none so far'}, or its plain form",
+                        got=repr(value)[:200], do="correct the model's configuration")
+    return rooms[room].from_json({key: item for key, item in value.items() if key != "room"})
