@@ -301,3 +301,13 @@ def test_running_out_of_memory_is_told(monkeypatch):
     monkeypatch.setattr(fused_cpp, "_library", lambda: lambda *_: 1)
     with pytest.raises(ResourceError, match="route: expected memory"), torch.no_grad():
         route(leaves[0], ids, leaves[1], stack(), impl="fused_cpp")
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 40])
+@pytest.mark.parametrize("width", [0, 3, 9])
+@pytest.mark.parametrize("impl", ["auto", *IMPLS])
+def test_tokens_of_another_width_than_the_experts_are_refused(impl, width, tokens):
+    stack = Stack(up=torch.ones(2, 6, 8), down=torch.ones(2, 3, 6))
+    ids, weights = torch.zeros(tokens, 1, dtype=torch.int64), torch.ones(tokens, 1)
+    with pytest.raises(ShapeError, match="as wide as the experts"):
+        route(torch.ones(tokens, width), ids, weights, stack, impl=impl)

@@ -82,6 +82,9 @@ def _check(hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, exper
     if not hidden.device == ids.device == weights.device:
         raise ShapeError("route", expected="one device", got=f"{hidden.device}, {ids.device}, {weights.device}",
                          do="move them before the call")
+    if isinstance(experts, Stack) and hidden.shape[1] != experts.up.shape[2]:
+        raise ShapeError("route", expected=f"hidden [T, {experts.up.shape[2]}], as wide as the experts",
+                         got=str(list(hidden.shape)), do="give the tokens these experts are for")
     if not experts:
         raise ShapeError("route", expected="at least one expert", got="none", do="give one function an expert")
 
