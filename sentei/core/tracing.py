@@ -43,17 +43,40 @@ class Bypass:
     reason: str
 
 
-class Tap(nn.Module):
-    """The point in a room through which its selections pass. It holds no state beyond who is listening."""
+class Point(nn.Module):
+    """A point in a room at which one can listen. It holds no state beyond who does, and at which path."""
 
     def __init__(self):
         super().__init__()
-        self._listeners: list[tuple[Trace, str]] = []
+        self._listeners: list[tuple[object, str]] = []
 
     @property
     def is_heard(self) -> bool:
         """Whether anyone listens."""
         return bool(self._listeners)
+
+
+@contextmanager
+def listening(model: nn.Module, kind: type[Point], listener: object) -> Iterator[None]:
+    """Puts the listener at every point of that kind in `model`, for as long as the block lasts.
+
+    A point's path is that of its room, without the name of the point itself: that of its kind, in lower case.
+    """
+    attached = []
+    for path, point in model.named_modules():
+        if isinstance(point, kind):
+            entry = listener, f".{path}".removesuffix(f".{kind.__name__.lower()}").removeprefix(".")
+            point._listeners.append(entry)
+            attached.append((point, entry))
+    try:
+        yield
+    finally:
+        for point, entry in attached:
+            point._listeners = [other for other in point._listeners if other is not entry]
+
+
+class Tap(Point):
+    """The point in a room through which its selections pass."""
 
     def forward(self, selection: Selection, measure: Callable[[], tuple[Cost, str, str]]) -> Selection:
         """Returns the selection unchanged; `measure()` → (cost, impl, reason) is only called when someone listens."""
@@ -120,14 +143,5 @@ def trace(model: nn.Module, into: Trace | None = None) -> Iterator[Trace]:
     Cost: memory for the selections (ids and weights); nothing is recomputed.
     """
     records = Trace() if into is None else into
-    attached = []
-    for path, tap in model.named_modules():
-        if isinstance(tap, Tap):
-            listener = records, f".{path}".removesuffix(".tap").removeprefix(".")
-            tap._listeners.append(listener)
-            attached.append((tap, listener))
-    try:
+    with listening(model, Tap, records):
         yield records
-    finally:
-        for tap, listener in attached:
-            tap._listeners = [other for other in tap._listeners if other is not listener]

@@ -22,6 +22,7 @@ from torch import nn
 from sentei.axes.experts.gates import Gate
 from sentei.core.errors import RuleError
 from sentei.core.selection import Selection
+from sentei.core.tracing import Point, listening
 
 
 class Noise(NamedTuple):
@@ -172,17 +173,8 @@ class Balance(dict[str, Sums]):
                    if slope is not None)
 
 
-class Gauge(nn.Module):
-    """The point in a room where its sums can be read, as selections are at a `Tap`. It holds who is listening."""
-
-    def __init__(self):
-        super().__init__()
-        self._listeners: list[tuple[Balance, str]] = []
-
-    @property
-    def is_heard(self) -> bool:
-        """Whether anyone listens."""
-        return bool(self._listeners)
+class Gauge(Point):
+    """The point in a room where its sums can be read, as selections are at a `Tap`."""
 
     def forward(self, sums: Sums) -> None:
         """Hands the sums to whoever listens."""
@@ -199,14 +191,5 @@ def balancing(model: nn.Module, into: Balance | None = None) -> Iterator[Balance
     Cost: a few sums over [T, E] a layer; the graph of the routers' logits until the loss is gone.
     """
     balance = Balance() if into is None else into
-    attached = []
-    for path, gauge in model.named_modules():
-        if isinstance(gauge, Gauge):
-            listener = balance, f".{path}".removesuffix(".gauge").removeprefix(".")
-            gauge._listeners.append(listener)
-            attached.append((gauge, listener))
-    try:
+    with listening(model, Gauge, balance):
         yield balance
-    finally:
-        for gauge, listener in attached:
-            gauge._listeners = [other for other in gauge._listeners if other is not listener]

@@ -15,7 +15,7 @@ from torch.autograd.forward_ad import unpack_dual
 
 from sentei.core.errors import ImplError, ResourceError, RuleError, ShapeError
 from sentei.core.rules import MAX_K, bad_scores
-from sentei.kernels import native
+from sentei.kernels import native, ops
 from sentei.kernels.attention.tiles import MAX_BLOCK, Grid, Tiles
 
 _LONGS = ("batch", "queries", "keys", "heads", "groups", "width", "value_width", "query_block", "key_block", "causal",
@@ -263,34 +263,17 @@ def _check_keep(scores: torch.Tensor, forced: torch.Tensor, full: torch.Tensor, 
                         f"{scores.shape[1]} heads", got=f"{rule}, {parameters}"[:200], do="choose others")
 
 
-def _refuse_twice(ctx, *gradients):
-    raise ImplError("fused_cpp", expected="first gradients only", got="gradients of gradients",
-                    do="use impl='eager' or 'reference'")
-
-
-_OPS = torch.library.Library("sentei", "FRAGMENT")
-_OPS.define("attend(Tensor query, Tensor key, Tensor value, Tensor[] plan, Tensor? lengths, int[] sizes, float scale,"
-            " float softcap) -> (Tensor, Tensor, Tensor)")
-_OPS.define("attend_backward(Tensor[] given, Tensor[] plan, Tensor? lengths, int[] sizes, float scale, float softcap)"
-            " -> (Tensor, Tensor, Tensor)")
-_OPS.define("certify(Tensor query, Tensor key, Tensor value, Tensor? lengths, int[] sizes, float scale, float cut)"
-            " -> (Tensor, Tensor)")
-_OPS.define("estimate(Tensor query, Tensor key, Tensor? lengths, int[] sizes, int[] rows, bool square, float scale)"
-            " -> Tensor")
-_OPS.define("keep(Tensor scores, Tensor forced, Tensor full, str rule, float[] parameters)"
-            " -> (Tensor, Tensor, Tensor, Tensor)")
-_OPS.impl("attend", _forward, "CPU")
-_OPS.impl("certify", _certify, "CPU")
-_OPS.impl("estimate", _estimate, "CPU")
-_OPS.impl("keep", _keep, "CPU")
-_OPS.impl("attend_backward", _backward, "CPU")
-torch.library.register_fake("sentei::attend", _forward_shapes, lib=_OPS)
-torch.library.register_fake("sentei::attend_backward", _backward_shapes, lib=_OPS)
-torch.library.register_fake("sentei::certify", _certify_shapes, lib=_OPS)
-torch.library.register_fake("sentei::estimate", _estimate_shape, lib=_OPS)
-torch.library.register_fake("sentei::keep", _keep_shapes, lib=_OPS)
-torch.library.register_autograd("sentei::attend", _differentiate, setup_context=_save, lib=_OPS)
-torch.library.register_autograd("sentei::attend_backward", _refuse_twice, lib=_OPS)
+ops.define("attend(Tensor query, Tensor key, Tensor value, Tensor[] plan, Tensor? lengths, int[] sizes, float scale,"
+           " float softcap) -> (Tensor, Tensor, Tensor)", _forward, _forward_shapes)
+ops.define("attend_backward(Tensor[] given, Tensor[] plan, Tensor? lengths, int[] sizes, float scale, float softcap)"
+           " -> (Tensor, Tensor, Tensor)", _backward, _backward_shapes)
+ops.differentiate_once("attend", _differentiate, _save, impl="fused_cpp", do="use impl='eager' or 'reference'")
+ops.define("certify(Tensor query, Tensor key, Tensor value, Tensor? lengths, int[] sizes, float scale, float cut)"
+           " -> (Tensor, Tensor)", _certify, _certify_shapes)
+ops.define("estimate(Tensor query, Tensor key, Tensor? lengths, int[] sizes, int[] rows, bool square, float scale)"
+           " -> Tensor", _estimate, _estimate_shape)
+ops.define("keep(Tensor scores, Tensor forced, Tensor full, str rule, float[] parameters)"
+           " -> (Tensor, Tensor, Tensor, Tensor)", _keep, _keep_shapes)
 
 
 def certify(

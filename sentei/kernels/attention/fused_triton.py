@@ -12,6 +12,7 @@ import torch
 from torch.autograd.forward_ad import unpack_dual
 
 from sentei.core.errors import ImplError, ShapeError
+from sentei.kernels import ops
 from sentei.kernels.attention.tiles import Grid, Tiles
 
 MAX_WIDTH = 256
@@ -133,23 +134,13 @@ def _differentiate(ctx, gradient, lse_gradient, _):
     return *gradients, [None] * len(plan), None, None, None
 
 
-def _refuse_twice(ctx, *gradients):
-    raise ImplError("fused_triton", expected="first gradients only", got="gradients of gradients",
-                    do="use impl='eager' or 'reference'")
-
-
-_OPS = torch.library.Library("sentei", "FRAGMENT")
-_OPS.define("attend_triton(Tensor query, Tensor key, Tensor value, Tensor[] plan, Tensor? lengths, int[] sizes, "
-            "float scale) -> (Tensor, Tensor, Tensor)")
-_OPS.define("attend_triton_backward(Tensor[] given, Tensor[] plan, Tensor? lengths, int[] sizes, float scale)"
-            " -> (Tensor, Tensor, Tensor)")
-for _device in ("CUDA", "CPU"):  # the CPU for Triton's interpreter
-    _OPS.impl("attend_triton", _forward, _device)
-    _OPS.impl("attend_triton_backward", _backward, _device)
-torch.library.register_fake("sentei::attend_triton", _forward_shapes, lib=_OPS)
-torch.library.register_fake("sentei::attend_triton_backward", _backward_shapes, lib=_OPS)
-torch.library.register_autograd("sentei::attend_triton", _differentiate, setup_context=_save, lib=_OPS)
-torch.library.register_autograd("sentei::attend_triton_backward", _refuse_twice, lib=_OPS)
+_DEVICES = "CUDA", "CPU"  # the CPU for Triton's interpreter
+ops.define("attend_triton(Tensor query, Tensor key, Tensor value, Tensor[] plan, Tensor? lengths, int[] sizes, "
+           "float scale) -> (Tensor, Tensor, Tensor)", _forward, _forward_shapes, _DEVICES)
+ops.define("attend_triton_backward(Tensor[] given, Tensor[] plan, Tensor? lengths, int[] sizes, float scale)"
+           " -> (Tensor, Tensor, Tensor)", _backward, _backward_shapes, _DEVICES)
+ops.differentiate_once("attend_triton", _differentiate, _save, impl="fused_triton",
+                       do="use impl='eager' or 'reference'")
 
 
 def _grid(query: torch.Tensor, key: torch.Tensor, lengths: torch.Tensor | None, sizes: list[int]) -> Grid:

@@ -12,8 +12,8 @@ import torch
 from torch.autograd import forward_ad
 
 from sentei.core.errors import ImplError, ResourceError, ShapeError
-from sentei.core.modes import is_plain_call
-from sentei.kernels import native
+from sentei.core.modes import is_plain_call, is_watched
+from sentei.kernels import native, ops
 
 MOST_ROWS = 8  # of native/linear.cpp
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
@@ -106,8 +106,7 @@ def refusal(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) ->
 
 def _is_watched(x: torch.Tensor, weight: torch.Tensor) -> bool:
     """Whether something other than these tensors' memory counts."""
-    return (torch.compiler.is_compiling() or type(x) is not torch.Tensor or type(weight) not in _PLAIN
-            or torch._C._len_torch_dispatch_stack() > 0 or torch._C._get_tracing_state() is not None
+    return (is_watched() or type(x) is not torch.Tensor or type(weight) not in _PLAIN
             or x.is_neg() or weight.is_neg())
 
 
@@ -163,12 +162,5 @@ def _check(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> 
                          got=", ".join(f"{x.dtype} {list(x.shape)} on {x.device}" for x in given))
 
 
-def _refuse(ctx, gradient):
-    raise ImplError("fused_cpp", expected="no gradients", got="a backward", do="use impl='auto'")
-
-
-_OPS = torch.library.Library("sentei", "FRAGMENT")
-_OPS.define("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
-_OPS.impl("linear", _op, "CPU")
-torch.library.register_fake("sentei::linear", _shape, lib=_OPS)
-torch.library.register_autograd("sentei::linear", _refuse, lib=_OPS)
+ops.define("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor", _op, _shape)
+ops.differentiate_never("linear", impl="fused_cpp", do="use impl='auto'")

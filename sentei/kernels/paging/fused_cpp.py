@@ -13,7 +13,7 @@ from torch.autograd.forward_ad import unpack_dual
 
 from sentei.core.errors import ResourceError, RuleError, ShapeError
 from sentei.core.rules import TopK
-from sentei.kernels import native
+from sentei.kernels import native, ops
 from sentei.kernels.paging.pages import PAGE, RULES, Pages
 
 # The struct of native/decode.cpp: pointers, strides and sizes, then parameter and scale.
@@ -156,8 +156,5 @@ def _rows(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-_OPS = torch.library.Library("sentei", "FRAGMENT")
-_OPS.define("pages(Tensor query, Tensor key, Tensor value, Tensor? bounds, Tensor? lengths, Tensor? kept, int[] sizes,"
-            " float[] numbers) -> (Tensor, Tensor)")
-_OPS.impl("pages", _op, "CPU")
-torch.library.register_fake("sentei::pages", _shapes, lib=_OPS)
+ops.define("pages(Tensor query, Tensor key, Tensor value, Tensor? bounds, Tensor? lengths, Tensor? kept, int[] sizes,"
+           " float[] numbers) -> (Tensor, Tensor)", _op, _shapes)

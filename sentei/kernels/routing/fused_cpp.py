@@ -13,7 +13,8 @@ import torch
 from torch.autograd import forward_ad
 
 from sentei.core.errors import ImplError, ResourceError, ShapeError
-from sentei.kernels import native
+from sentei.core.modes import is_watched
+from sentei.kernels import native, ops
 from sentei.kernels.routing.stack import Stack
 
 _KINDS = ("silu", "gelu_tanh", "relu")  # of native/products.h, in order
@@ -101,7 +102,7 @@ def _wants_gradients(hidden: torch.Tensor, weights: torch.Tensor, experts: Stack
 
 def _is_watched(tensors: tuple[torch.Tensor | None, ...]) -> bool:
     """Whether something other than these tensors' memory counts."""
-    if torch.compiler.is_compiling() or _C._len_torch_dispatch_stack() or _C._get_tracing_state() is not None:
+    if is_watched():
         return True
     for tensor in tensors:
         if tensor is not None and (type(tensor) not in _PLAIN or tensor.is_neg()):
@@ -277,19 +278,8 @@ def _differentiate(ctx, gradient, _):
     return of_hidden, None, of_weights, of_up, of_down, of_gate, None, None
 
 
-def _refuse_twice(ctx, *gradients):
-    raise ImplError("fused_cpp", expected="first gradients only", got="gradients of gradients",
-                    do="use impl='reference'")
-
-
-_OPS = torch.library.Library("sentei", "FRAGMENT")
-_OPS.define("route(Tensor hidden, Tensor ids, Tensor weights, Tensor up, Tensor down, Tensor? gate, int kind,"
-            " bool save) -> (Tensor, Tensor)")
-_OPS.define("route_backward(Tensor gradient, Tensor[] given, Tensor? gate, Tensor saved, int kind, bool[] wanted)"
-            " -> Tensor[]")
-_OPS.impl("route", _forward, "CPU")
-_OPS.impl("route_backward", _backward, "CPU")
-torch.library.register_fake("sentei::route", _forward_shapes, lib=_OPS)
-torch.library.register_fake("sentei::route_backward", _backward_shapes, lib=_OPS)
-torch.library.register_autograd("sentei::route", _differentiate, setup_context=_save, lib=_OPS)
-torch.library.register_autograd("sentei::route_backward", _refuse_twice, lib=_OPS)
+ops.define("route(Tensor hidden, Tensor ids, Tensor weights, Tensor up, Tensor down, Tensor? gate, int kind,"
+           " bool save) -> (Tensor, Tensor)", _forward, _forward_shapes)
+ops.define("route_backward(Tensor gradient, Tensor[] given, Tensor? gate, Tensor saved, int kind, bool[] wanted)"
+           " -> Tensor[]", _backward, _backward_shapes)
+ops.differentiate_once("route", _differentiate, _save, impl="fused_cpp", do="use impl='reference'")

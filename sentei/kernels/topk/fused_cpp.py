@@ -10,7 +10,7 @@ import torch
 from torch.autograd.forward_ad import unpack_dual
 
 from sentei.core.errors import ImplError, ResourceError, RuleError, ShapeError
-from sentei.kernels import native
+from sentei.kernels import native, ops
 from sentei.kernels.attention.tiles import Grid
 from sentei.kernels.topk.choice import Choice
 
@@ -129,22 +129,11 @@ def _differentiate(ctx, gradient, lse_gradient, _):
     return *torch.ops.sentei.topk_backward(given, ids, lengths, ctx.sizes, ctx.scale), None, None, None
 
 
-def _refuse_twice(ctx, *gradients):
-    raise ImplError("fused_cpp", expected="first gradients only", got="gradients of gradients",
-                    do="use impl='eager' or 'reference'")
-
-
-_OPS = torch.library.Library("sentei", "FRAGMENT")
-_OPS.define("topk(Tensor query, Tensor key, Tensor value, Tensor? lengths, int[] sizes, float scale)"
-            " -> (Tensor, Tensor, Tensor)")
-_OPS.define("topk_backward(Tensor[] given, Tensor ids, Tensor? lengths, int[] sizes, float scale)"
-            " -> (Tensor, Tensor, Tensor)")
-_OPS.impl("topk", _forward, "CPU")
-_OPS.impl("topk_backward", _backward, "CPU")
-torch.library.register_fake("sentei::topk", _forward_shapes, lib=_OPS)
-torch.library.register_fake("sentei::topk_backward", _backward_shapes, lib=_OPS)
-torch.library.register_autograd("sentei::topk", _differentiate, setup_context=_save, lib=_OPS)
-torch.library.register_autograd("sentei::topk_backward", _refuse_twice, lib=_OPS)
+ops.define("topk(Tensor query, Tensor key, Tensor value, Tensor? lengths, int[] sizes, float scale)"
+           " -> (Tensor, Tensor, Tensor)", _forward, _forward_shapes)
+ops.define("topk_backward(Tensor[] given, Tensor ids, Tensor? lengths, int[] sizes, float scale)"
+           " -> (Tensor, Tensor, Tensor)", _backward, _backward_shapes)
+ops.differentiate_once("topk", _differentiate, _save, impl="fused_cpp", do="use impl='eager' or 'reference'")
 
 
 def _choice(where: str, tensors: tuple[torch.Tensor, ...], lengths: torch.Tensor | None, sizes: list[int]) -> Choice:
