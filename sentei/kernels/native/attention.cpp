@@ -3,14 +3,16 @@
 
 namespace {
 
-INLINE bool has_nan(const float* row, int columns) {
-  for (int j = 0; j < columns; ++j)
-    if (row[j] != row[j]) return true;
-  return false;
-}
+// A row's scores are weighed 2^(score - base), and its base is not the largest so far but within this of it: then a new
+// largest score seldom means to weigh again what is there. The weights stay below 2^kSlack, far from overflow.
+constexpr float kSlack = 8;
 
 struct Scratch {
-  std::vector<float> query, scores, output, top, sum, largest;
+  Scratch(const Problem& p, const Sizes& s)
+      : query(p.query_block * s.width), scores(p.query_block * s.columns), output(p.query_block * s.value_width),
+        sum(p.query_block * kColumns), base(p.query_block), bound(p.query_block) {}
+  Zeros query, scores, output;
+  Zeros sum, base, bound;  // of each row: its sum in lanes, and what its scores may reach; minus infinity: none so far
 };
 
 // The scores of some query rows against a block of keys, in powers of two; minus infinity where a pair is not permitted.
@@ -21,65 +23,76 @@ INLINE void score(const Problem& p, const Sizes& s, const float* query, const fl
     for (int r = 0; r < rows; ++r) Simd<L>::soften_peaks(scores + r * s.columns, s.columns, p.softcap * kLog2E);
 }
 
+// Whether any row's largest score reaches to within the cut of the largest it has seen; a NaN does.
+template <int L>
+INLINE bool matters(const Problem& p, const Sizes& s, int rows, const Scratch& t) {
+  for (int r = 0; r < rows; ++r)
+    if (!(Simd<L>::largest(t.scores.data() + r * s.columns, s.columns) < t.bound[r] - p.cut)) return true;
+  return false;
+}
+
+// Makes the largest score of every row that has outgrown its bound its new base.
+template <int L>
+INLINE void raise(const Sizes& s, int rows, float slack, Scratch& t) {
+  for (int r = 0; r < rows; ++r) {
+    const float largest = Simd<L>::largest(t.scores.data() + r * s.columns, s.columns);
+    if (!(largest > t.bound[r])) continue;
+    const float shrink = t.bound[r] == kNone ? 0.0f : std::exp2(t.base[r] - largest);
+    t.base[r] = largest;
+    t.bound[r] = largest + slack;
+    float *sum = t.sum.data() + r * kColumns, *output = t.output.data() + r * s.value_width;
+    Simd<L>::store(sum, Simd<L>::load(sum) * shrink);
+    for (int d = 0; d < s.value_width; d += L) Simd<L>::store(output + d, Simd<L>::load(output + d) * shrink);
+  }
+}
+
+// Writes a finished row.
+template <int L>
+INLINE void finish(const Problem& p, const Sizes& s, const Item& item, int r, const Scratch& t) {
+  const int64_t where = (item.b * p.queries + item.first + r) * p.heads + item.h;
+  const float sum = Simd<L>::total(Simd<L>::load(t.sum.data() + r * kColumns)), factor = sum == 0.0f ? 0.0f : 1.0f / sum;
+  const float* from = t.output.data() + r * s.value_width;
+  if (p.bfloat16)
+    for (int64_t d = 0; d < p.value_width; ++d)
+      static_cast<uint16_t*>(p.output)[where * p.value_width + d] = narrow(from[d] * factor);
+  else
+    for (int64_t d = 0; d < p.value_width; ++d)
+      static_cast<float*>(p.output)[where * p.value_width + d] = from[d] * factor;
+  p.lse[where] = t.base[r] * kLn2 + std::log(sum);
+  p.softmax[where] = t.base[r];
+  p.softmax[p.batch * p.queries * p.heads + where] = factor;
+}
+
 // Every kept tile of an item, online softmax in powers of two.
 template <int L>
 INLINE void attend_item(const Problem& p, const Sizes& s, int64_t number, const Blocks& keys, const Blocks& values,
                         Scratch& t) {
   const Item item(p, s, number);
   const int rows = int(std::min(p.query_block, p.queries - item.first));
+  const float slack = p.cut == 0.0f ? kSlack : 0.0f;  // a cut counts from the largest score itself
   load_queries(p, item.row, item.first, rows, 1, t.query.data());
-  std::fill(t.output.begin(), t.output.end(), 0.0f);
-  std::fill(t.top.begin(), t.top.end(), kNone);
-  std::fill(t.sum.begin(), t.sum.end(), 0.0f);
+  for (Zeros* numbers : {&t.output, &t.sum, &t.base}) std::fill(numbers->begin(), numbers->end(), 0.0f);
+  std::fill(t.bound.begin(), t.bound.end(), kNone);
   const Kept kept(p, s, item.b, item.h, item.block);
   for (int32_t slot = 0; slot < kept.count; ++slot) {
     const int64_t j = kept.block(slot);
-    score<L>(p, s, t.query.data(), keys.at(item.group, j), rows, t.scores.data());
-    if (kept.is_partial(j) || s.columns != p.key_block)
-      forbid(p, item.b, item.first, rows, 1, j, t.scores.data(), s.columns);
-    bool matters = p.cut == 0.0f;
-    for (int r = 0; r < rows; ++r) {
-      t.largest[r] = Simd<L>::largest(t.scores.data() + r * s.columns, s.columns);
-      matters |= !(t.largest[r] < t.top[r] - p.cut);  // a NaN does
+    float* scores = t.scores.data();
+    score<L>(p, s, t.query.data(), keys.at(item.group, j), rows, scores);
+    if (kept.is_partial(j) || s.columns != p.key_block) forbid(p, item.b, item.first, rows, 1, j, scores, s.columns);
+    if (p.cut != 0.0f) {
+      if (!matters<L>(p, s, rows, t)) continue;
+      p.kept[number * s.key_blocks + j] = 1;
     }
-    if (!matters) continue;
-    if (p.kept) p.kept[number * s.key_blocks + j] = 1;
+    if (Simd<L>::any_above(scores, s.columns, rows, t.bound.data())) raise<L>(s, rows, slack, t);
     for (int r = 0; r < rows; ++r) {
-      float* row = t.scores.data() + r * s.columns;
-      const float top = std::max(t.top[r], t.largest[r]);
-      if (top == kNone) {  // nothing permitted so far, or nothing but NaN
-        if (has_nan(row, s.columns)) t.sum[r] = kNan;
-        std::fill(row, row + s.columns, 0.0f);
-        continue;
-      }
-      if (top != t.top[r]) {
-        const float shrink = std::exp2(t.top[r] - top);
-        t.top[r] = top;
-        t.sum[r] *= shrink;
-        for (int d = 0; d < s.value_width; d += L) {
-          float* out = t.output.data() + r * s.value_width + d;
-          Simd<L>::store(out, Simd<L>::load(out) * shrink);
-        }
-      }
-      t.sum[r] += Simd<L>::exponentiate(row, s.columns, top);
+      auto sum = Simd<L>::load(t.sum.data() + r * kColumns);
+      Simd<L>::exponentiate(scores + r * s.columns, s.columns, t.base[r], sum);
+      Simd<L>::store(t.sum.data() + r * kColumns, sum);
     }
-    Simd<L>::product(t.scores.data(), s.columns, values.at(item.group, j), s.value_width, t.output.data(),
-                     s.value_width, rows, s.value_width, int(p.key_block), true);
+    Simd<L>::product(scores, s.columns, values.at(item.group, j), s.value_width, t.output.data(), s.value_width, rows,
+                     s.value_width, int(p.key_block), true);
   }
-  for (int r = 0; r < rows; ++r) {
-    const int64_t where = (item.b * p.queries + item.first + r) * p.heads + item.h;
-    const float factor = t.sum[r] == 0.0f ? 0.0f : 1.0f / t.sum[r];
-    const float* from = t.output.data() + r * s.value_width;
-    if (p.bfloat16)
-      for (int64_t d = 0; d < p.value_width; ++d)
-        static_cast<uint16_t*>(p.output)[where * p.value_width + d] = narrow(from[d] * factor);
-    else
-      for (int64_t d = 0; d < p.value_width; ++d)
-        static_cast<float*>(p.output)[where * p.value_width + d] = from[d] * factor;
-    p.lse[where] = t.top[r] * kLn2 + std::log(t.sum[r]);
-    p.softmax[where] = t.top[r] == kNone ? 0.0f : t.top[r];
-    p.softmax[p.batch * p.queries * p.heads + where] = factor;
-  }
+  for (int r = 0; r < rows; ++r) finish<L>(p, s, item, r, t);
 }
 ON_EVERY_MACHINE(attend_item, (const Problem& p, const Sizes& s, int64_t number, const Blocks& keys,
                                const Blocks& values, Scratch& t), (p, s, number, keys, values, t))
@@ -108,12 +121,8 @@ int sentei_attend(const Problem* problem) {
         const Item item(p, s, number);
         return Kept(p, s, item.b, item.h, item.block).count;
       });
-      const size_t rows = p.query_block;
-      in_parallel(int64_t(order.size()), p.threads, [&] {
-        return Scratch{std::vector<float>(rows * s.width), std::vector<float>(rows * s.columns),
-                       std::vector<float>(rows * s.value_width), std::vector<float>(rows), std::vector<float>(rows),
-                       std::vector<float>(rows)};
-      }, [&](int64_t i, Scratch& t) { attend_item_on[s.machine](p, s, order[i], keys, values, t); });
+      in_parallel(int64_t(order.size()), p.threads, [&] { return Scratch(p, s); },
+                  [&](int64_t i, Scratch& t) { attend_item_on[s.machine](p, s, order[i], keys, values, t); });
     });
   });
 }

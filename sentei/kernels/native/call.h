@@ -2,8 +2,10 @@
 #pragma once
 
 #include <dlfcn.h>
+#include <sys/mman.h>
 
 #include <atomic>
+#include <cstdlib>
 #include <functional>
 #include <memory>
 #include <new>
@@ -43,6 +45,40 @@ struct Problem {
 };
 
 namespace {
+
+struct Free {
+  void operator()(float* numbers) const { std::free(numbers); }
+};
+using Floats = std::unique_ptr<float[], Free>;
+
+// Room for floats that begins with a cache line, so that no vector lies across two; much of it in huge pages where the system has them, because the first touch of a page costs as much
+// as some of the products.
+Floats floats(int64_t count) {
+  constexpr size_t huge = 2 << 20;
+  const size_t bytes = std::max<size_t>(size_t(count) * sizeof(float), 64);
+  void* numbers = nullptr;
+  if (posix_memalign(&numbers, bytes < huge ? 64 : huge, bytes)) throw std::bad_alloc();
+#if defined(MADV_HUGEPAGE)
+  if (bytes >= huge) madvise(numbers, bytes / huge * huge, MADV_HUGEPAGE);
+#endif
+  return Floats(static_cast<float*>(numbers));
+}
+
+// Zeros that begin with a cache line.
+template <class Number>
+struct Aligned {
+  using value_type = Number;
+  Aligned() = default;
+  template <class Other>
+  Aligned(const Aligned<Other>&) {}
+  Number* allocate(size_t count) {
+    return static_cast<Number*>(::operator new(count * sizeof(Number), std::align_val_t(kCacheLine)));
+  }
+  void deallocate(Number* numbers, size_t) { ::operator delete(numbers, std::align_val_t(kCacheLine)); }
+  bool operator==(const Aligned&) const { return true; }
+  bool operator!=(const Aligned&) const { return false; }
+};
+using Zeros = std::vector<float, Aligned<float>>;
 
 enum Status { kDone = 0, kNoMemory = 1, kBadPlan = 2 };
 struct BadPlan {};
@@ -148,7 +184,7 @@ class Blocks {
         begin_(begin),
         blocks_((from.tokens + block - 1) / block),
         size_(line * (across ? from.width : block)),
-        data_(new float[size_t((end - begin) * blocks_ * size_)]) {
+        data_(floats((end - begin) * blocks_ * size_)) {
     in_parallel((end - begin) * blocks_, p.threads, [] { return 0; }, [&](int64_t i, int) {
       const int64_t row = begin + i / blocks_, first = i % blocks_ * block;
       float* to = data_.get() + i * size_;
@@ -165,7 +201,7 @@ class Blocks {
 
  private:
   int64_t begin_, blocks_, size_;
-  std::unique_ptr<float[]> data_;
+  Floats data_;
 };
 
 INLINE Tensor queries_of(const Problem& p) {

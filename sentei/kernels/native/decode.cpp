@@ -170,7 +170,7 @@ struct Work {
 };
 
 struct Scratch {
-  std::vector<float> low, high, scores, pages;  // of a page [D], of a run [P, keys], and of a row [pages]
+  Zeros low, high, scores, pages;  // of a page [D], of a run [P, keys], and of a row [pages]
   std::vector<uint8_t> forced;
   RuleScratch rule;
 };
@@ -445,8 +445,8 @@ int sentei_pages(const Paged* problem) {
     const int64_t before = (p.task == kAttendToKept ? 0 : p.batch * p.groups * w.bound_runs) + w.choices;
     in_parallel(before + (p.task == kScoreOnly ? 0 : w.choices * w.runs), p.threads, [&] {
       const size_t most = std::max(kPagesOfAttention, (w.pages + w.runs - 1) / std::max(w.runs, int64_t(1)));
-      return Scratch{std::vector<float>(p.width), std::vector<float>(p.width),
-                     std::vector<float>(w.per_group * most * round_up(p.page)), std::vector<float>(w.pages),
+      return Scratch{Zeros(p.width), Zeros(p.width),
+                     Zeros(w.per_group * most * round_up(p.page)), Zeros(w.pages),
                      std::vector<uint8_t>(w.pages), {}};
     }, [&](int64_t i, Scratch& t) { do_item(w, i, t); });
     refused = w.is_refused ? 2 : 0;

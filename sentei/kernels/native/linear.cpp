@@ -232,7 +232,7 @@ void gated(const Gated& p, Run run, int64_t threads, int machine) {
   const int lanes = 4 << machine;
   const int64_t size = sizeof(typename Kind::Number);
   const auto inputs = laid_out<Kind>(p.input, p.rows, p.width, p.width, lanes);
-  std::vector<float> gates(p.rows * p.hidden), ups(p.rows * p.hidden);
+  Zeros gates(p.rows * p.hidden), ups(p.rows * p.hidden);
   LaidOut<Kind> hidden(p.rows, p.hidden, lanes);
   const Linear gate{nullptr, p.gate, p.gate_bias, nullptr, gates.data(), p.rows, p.width, p.hidden, 0, p.width};
   const Linear up{nullptr, p.up, p.up_bias, nullptr, ups.data(), p.rows, p.width, p.hidden, 0, p.width};
@@ -275,7 +275,7 @@ void heads(const Heads& p, Run run, int64_t threads, int machine) {
   using Number = typename Kind::Number;
   const auto inputs = laid_out<Kind>(p.input, p.rows, p.width, p.width, 4 << machine);
   const int64_t total = p.outputs[0] + p.outputs[1] + p.outputs[2];
-  std::vector<float> wide(p.rows * total);
+  Zeros wide(p.rows * total);
   Linear part[3];
   int64_t before[3] = {0, p.outputs[0], p.outputs[0] + p.outputs[1]};
   for (int i = 0; i < 3; ++i)
@@ -363,7 +363,7 @@ int sentei_heads(const void* input, const void* query, const void* key, const vo
 int sentei_read(const float* from, int64_t count, float* total, int64_t threads) {
   return status_of([&] {
     const int64_t piece = 1 << 17, pieces = (count + piece - 1) / piece;
-    std::vector<float> part(pieces);
+    Zeros part(pieces);
     in_parallel(pieces, threads, [] { return 0; }, [&](int64_t i, int) {
       read_on[machines() - 1](from + i * piece, std::min(piece, count - i * piece), &part[i]);
     });

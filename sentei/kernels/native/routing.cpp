@@ -1,8 +1,4 @@
 // Mixtures of feed-forward networks: the products of each expert with its own tokens, forward and backward.
-#include <sys/mman.h>
-
-#include <cstdlib>
-
 #include "products.h"
 #include "rows.h"
 
@@ -27,24 +23,6 @@ struct RouteBackward {
   void *hidden, *first, *down;     // [T, D], [E, 2 F or F, D] (gate's rows, then up's), [E, O, F]; null: not wanted
   float* weights;                  // [T, K]
 };
-
-struct Free {
-  void operator()(float* numbers) const { std::free(numbers); }
-};
-using Floats = std::unique_ptr<float[], Free>;
-
-// Room for floats; much of it in huge pages where the system has them, because the first touch of a page costs as much
-// as some of the products.
-Floats floats(int64_t count) {
-  constexpr size_t huge = 2 << 20;
-  const size_t bytes = std::max<size_t>(size_t(count) * sizeof(float), 64);
-  void* numbers = nullptr;
-  if (posix_memalign(&numbers, bytes < huge ? 64 : huge, bytes)) throw std::bad_alloc();
-#if defined(MADV_HUGEPAGE)
-  if (bytes >= huge) madvise(numbers, bytes / huge * huge, MADV_HUGEPAGE);
-#endif
-  return Floats(static_cast<float*>(numbers));
-}
 
 // Each thread's own blocks, kept from one phase to the next.
 class Rooms {

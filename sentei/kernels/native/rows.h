@@ -81,7 +81,7 @@ class LaidOut {
 
  private:
   int64_t rows_, step_;
-  std::vector<float> numbers_;
+  Zeros numbers_;
 };
 
 template <class Kind>

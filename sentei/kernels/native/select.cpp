@@ -56,11 +56,11 @@ struct Cut {
 };
 
 // The mean of the keys of each full tile, or their lowest and highest numbers: [B, G, tiles, parts, width].
-std::vector<float> joined_keys(const Estimate& e) {
+Zeros joined_keys(const Estimate& e) {
   const Problem& p = e.problem;
   const Tensor key = keys_of(p);
   const int64_t parts = e.kind == kBounds ? 2 : 1, tiles = p.keys / p.key_block, size = parts * p.width;
-  std::vector<float> joined(p.batch * p.groups * tiles * size);
+  Zeros joined(p.batch * p.groups * tiles * size);
   in_parallel(p.batch * p.groups * tiles, p.threads, [] { return 0; }, [&](int64_t i, int) {
     float* high = joined.data() + i * size;
     const int64_t row = i / tiles, first = i % tiles * p.key_block;
@@ -86,7 +86,7 @@ std::vector<float> joined_keys(const Estimate& e) {
 
 // What stands for the keys of one KV head: part j of unit u.
 struct Units {
-  Units(const Estimate& e, const Cut& cut, const std::vector<float>& joined, int64_t b, int64_t group) {
+  Units(const Estimate& e, const Cut& cut, const Zeros& joined, int64_t b, int64_t group) {
     const Problem& p = e.problem;
     if (joined.empty()) {
       data = keys_of(p).at(b * p.groups + group, 0);
@@ -109,11 +109,11 @@ struct EstimateScratch {
         scores(std::max(cut.tiles * cut.units * int64_t(cut.lanes),
                         p.key_block * round_up(cut.heads * cut.exact_rows))),
         top(s.key_blocks * cut.lanes), sum(top.size()), exact_top(cut.exact_lanes), exact_sum(cut.exact_lanes) {}
-  std::vector<float> query;       // [width][exact lanes]: every row whose exact scores are wanted
-  std::vector<float> columns;     // [part][width][lanes]: what `Units` are multiplied with, where that is another
-  std::vector<float> scores;      // [unit][lanes]
-  std::vector<float> top, sum;    // [tile][lanes]: a row's mass on a tile is sum · 2^top
-  std::vector<float> exact_top, exact_sum;
+  Zeros query;       // [width][exact lanes]: every row whose exact scores are wanted
+  Zeros columns;     // [part][width][lanes]: what `Units` are multiplied with, where that is another
+  Zeros scores;      // [unit][lanes]
+  Zeros top, sum;    // [tile][lanes]: a row's mass on a tile is sum · 2^top
+  Zeros exact_top, exact_sum;
 };
 
 // The rows' largest score (minus infinity where there is none) and weight · Σ 2^(score - largest).
@@ -252,7 +252,7 @@ INLINE float pooled(const float* shares, int rows, bool square) {
 }
 
 template <int L>
-INLINE void estimate_item(const Estimate& e, const Sizes& s, const Cut& cut, const std::vector<float>& joined,
+INLINE void estimate_item(const Estimate& e, const Sizes& s, const Cut& cut, const Zeros& joined,
                           int64_t number, EstimateScratch& t) {
   const Problem& p = e.problem;
   const int64_t sets = p.batch * p.heads / cut.heads, row = number % sets * cut.heads;  // b · heads + the first head
@@ -284,7 +284,7 @@ INLINE void estimate_item(const Estimate& e, const Sizes& s, const Cut& cut, con
     }
   }
 }
-ON_EVERY_MACHINE(estimate_item, (const Estimate& e, const Sizes& s, const Cut& cut, const std::vector<float>& joined,
+ON_EVERY_MACHINE(estimate_item, (const Estimate& e, const Sizes& s, const Cut& cut, const Zeros& joined,
                                  int64_t number, EstimateScratch& t), (e, s, cut, joined, number, t))
 
 struct ChoiceScratch {
@@ -326,7 +326,7 @@ int sentei_estimate(const Estimate* estimate) {
     const Sizes s(p);
     const Cut cut(e, s);
     const bool joins = e.kind == kPooled || e.kind == kBounds;
-    const std::vector<float> joined = joins ? joined_keys(e) : std::vector<float>();
+    const Zeros joined = joins ? joined_keys(e) : Zeros();
     in_parallel(p.batch * p.heads / cut.heads * cut.runs, p.threads, [&] { return EstimateScratch(p, s, cut); },
                 [&](int64_t i, EstimateScratch& t) { estimate_item_on[s.machine](e, s, cut, joined, i, t); });
   });

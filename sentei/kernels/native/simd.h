@@ -30,6 +30,7 @@ namespace {
 
 constexpr int kRows = 6, kColumns = 16;  // of the micro-kernel; what columns are rounded up to
 constexpr float kNone = -std::numeric_limits<float>::infinity(), kNan = std::numeric_limits<float>::quiet_NaN();
+constexpr size_t kCacheLine = 64;
 constexpr float kLog2E = 1.44269504088896341f, kLn2 = 0.69314718055994531f;
 
 int64_t round_up(int64_t value) { return (value + kColumns - 1) / kColumns * kColumns; }
@@ -95,21 +96,21 @@ struct Simd {
 
   // C[rows x L V] = (add ? C : 0) + A[rows x depth] B[depth x L V], all row-major.
   template <int R, int V>
-  static INLINE void product_tile(const float* a, int lda, const float* b, int ldb, float* c, int ldc, int depth,
-                                  bool add) {
+  static INLINE void product_tile(const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc,
+                                  int depth, bool add) {
     Vec sum[R][V];
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
       for (int v = 0; v < V; ++v) sum[r][v] = add ? load(c + r * ldc + v * L) : Vec{};
-    for (int d = 0; d < depth; ++d) {
+    for (int d = 0; d < depth; ++d, ++a, b += ldb) {
       Vec row[V];
 #pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) row[v] = load(b + d * ldb + v * L);
+      for (int v = 0; v < V; ++v) row[v] = load(b + v * L);
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-        for (int v = 0; v < V; ++v) sum[r][v] += a[r * lda + d] * row[v];
+        for (int v = 0; v < V; ++v) sum[r][v] += a[r * lda] * row[v];
     }
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r)
@@ -118,8 +119,8 @@ struct Simd {
   }
 
   template <int V>
-  static INLINE void product_columns(const float* a, int lda, const float* b, int ldb, float* c, int ldc, int rows,
-                                     int depth, bool add) {
+  static INLINE void product_columns(const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc,
+                                     int rows, int depth, bool add) {
     int r = 0;
     for (; r + kRows <= rows; r += kRows)
       product_tile<kRows, V>(a + r * lda, lda, b, ldb, c + r * ldc, ldc, depth, add);
@@ -129,11 +130,13 @@ struct Simd {
   }
 
   // The same for any number of columns that kColumns divides.
-  static INLINE void product(const float* a, int lda, const float* b, int ldb, float* c, int ldc, int rows, int columns,
-                             int depth, bool add) {
+  static INLINE void product(const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc, int rows,
+                             int columns, int depth, bool add) {
     int j = 0;
     for (; j + kVectors * L <= columns; j += kVectors * L)
       product_columns<kVectors>(a, lda, b + j, ldb, c + j, ldc, rows, depth, add);
+    if constexpr (kVectors > 2)
+      for (; j + 2 * L <= columns; j += 2 * L) product_columns<2>(a, lda, b + j, ldb, c + j, ldc, rows, depth, add);
     for (; j < columns; j += L) product_columns<1>(a, lda, b + j, ldb, c + j, ldc, rows, depth, add);
   }
 
@@ -152,24 +155,48 @@ struct Simd {
     }
   }
 
-  static INLINE float largest(const float* row, int columns) {
+  static INLINE float total(Vec v) {
+    return fold(v, [](auto a, auto b) INLINE_LAMBDA { return a + b; });
+  }
+
+  // The largest of a row in every lane.
+  static INLINE Vec greatest(const float* row, int columns) {
     Vec most = load(row);
     for (int j = L; j < columns; j += L) {
       const Vec next = load(row + j);
       most = next > most ? next : most;
     }
-    return fold(most, [](auto a, auto b) INLINE_LAMBDA { return b > a ? b : a; });
+    return most;
   }
 
-  // Replaces a row of scores by 2^(score - top) and returns the sum.
-  static INLINE float exponentiate(float* row, int columns, float top) {
-    Vec sum{};
+  static INLINE float largest(const float* row, int columns) {
+    return fold(greatest(row, columns), [](auto a, auto b) INLINE_LAMBDA { return b > a ? b : a; });
+  }
+
+  // Replaces a row of scores by 2^(score - base) and adds them to the lanes of `sum`.
+  static INLINE void exponentiate(float* row, int columns, float base, Vec& sum) {
     for (int j = 0; j < columns; j += L) {
-      const Vec share = exp2(load(row + j) - top);
+      const Vec share = exp2(load(row + j) - base);
       store(row + j, share);
       sum += share;
     }
-    return fold(sum, [](auto a, auto b) INLINE_LAMBDA { return a + b; });
+  }
+
+  // The same, and returns the sum.
+  static INLINE float exponentiate(float* row, int columns, float base) {
+    Vec sum{};
+    exponentiate(row, columns, base, sum);
+    return total(sum);
+  }
+
+  // Whether any score of a row lies above the row's bound. A NaN does not, nor does anything where both are infinite.
+  static INLINE bool any_above(const float* scores, int columns, int rows, const float* bounds) {
+    Vec excess = Vec{} + kNone;
+    for (int r = 0; r < rows; ++r, scores += columns) {
+      const Vec above = greatest(scores, columns) - bounds[r];
+      excess = above > excess ? above : excess;
+    }
+    return fold(excess, [](auto a, auto b) INLINE_LAMBDA { return b > a ? b : a; }) > 0;
   }
 
   // Scores (of powers of two) become cap · tanh(score / cap), cap in the same unit. `slopes`, unless null, gets the

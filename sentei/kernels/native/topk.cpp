@@ -253,7 +253,7 @@ struct Scratch {
   Scratch(const TopK& t, int room)
       : query(kQueryBlock * t.width), tile(kQueryBlock * kKeyBlock + kGroup), scores(kQueryBlock * room),
         near(kQueryBlock * (t.window + 1)), spare(room), weights(t.slots + kColumns), ids(kQueryBlock * room) {}
-  std::vector<float> query, tile, scores, near, spare, weights;
+  Zeros query, tile, scores, near, spare, weights;
   std::vector<int32_t> ids;
   std::vector<Row> rows;
 };
@@ -424,9 +424,9 @@ int sentei_topk_backward(const TopKBackward* backward) {
     const Problem p = problem_of(t);
     const int64_t rows = t.batch * t.queries * t.heads;
     check_ids(t);
-    std::vector<float> weights(rows * t.slots), scores(rows * t.slots);
-    in_parallel(rows, t.threads, [&] { return std::vector<float>(t.slots + kColumns); },
-                [&](int64_t i, std::vector<float>& softened) {
+    Zeros weights(rows * t.slots), scores(rows * t.slots);
+    in_parallel(rows, t.threads, [&] { return Zeros(t.slots + kColumns); },
+                [&](int64_t i, Zeros& softened) {
       topk_query_on[machine_of(t)](w, p, i, softened.data(), scores.data() + i * t.slots);
       std::copy_n(softened.data(), t.slots, weights.data() + i * t.slots);
     });
