@@ -15,6 +15,7 @@ from sentei.core.tracing import trace
 
 WIDTH, UNIT, E, K = 6, 2, 5, 2
 GATES = {"noisy": Noisy(), "renormalised": Renormalised(), "sigmoid": Sigmoid(), "switch": Softmax()}
+ALONE = {"sequence": torch.tensor(0.0), "sequences": torch.tensor(1.0)}
 ALL = {"switch": 0.3, "importance": 0.7, "load": 0.9, "z": 0.2}
 
 
@@ -182,7 +183,7 @@ def test_layers_are_summed_and_not_pooled():
     """Two layers, each collapsed on another expert, are two collapses; counts pooled over layers would look even."""
     def collapsed(e: int) -> Sums:
         one = torch.nn.functional.one_hot(torch.tensor(e), 2).double() * 10
-        return Sums(tokens=torch.tensor(10.0), counts=one, shares=one, importance=one, z=torch.tensor(0.0))
+        return Sums(tokens=torch.tensor(10.0), counts=one, shares=one, importance=one, z=torch.tensor(0.0), **ALONE)
 
     balance = Balance({"a": collapsed(0), "b": collapsed(1)})
     assert balance.loss(switch=1).item() == 4 and switch_loss(collapsed(0) + collapsed(1)).item() == 1
@@ -190,10 +191,10 @@ def test_layers_are_summed_and_not_pooled():
 
 def test_an_even_router_has_loss_1_whatever_k_and_one_expert_has_no_variation():
     even = torch.full((E,), 8.0)
-    sums = Sums(tokens=torch.tensor(20.0), counts=even, shares=even / 2, importance=even, z=torch.tensor(0.0))
+    sums = Sums(tokens=torch.tensor(20.0), counts=even, shares=even / 2, importance=even, z=torch.tensor(0.0), **ALONE)
     assert switch_loss(sums).item() == pytest.approx(1) and LOSSES["importance"](sums) == 0
     lone = Sums(tokens=torch.tensor(3.0), counts=torch.tensor([3.0]), shares=torch.tensor([3.0]),
-                importance=torch.tensor([3.0]), z=torch.tensor(1.0), load=torch.tensor([3.0]))
+                importance=torch.tensor([3.0]), z=torch.tensor(1.0), **ALONE, load=torch.tensor([3.0]))
     assert [LOSSES[name](lone).item() for name in ("importance", "load")] == [0, 0]
 
 

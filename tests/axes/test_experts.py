@@ -249,7 +249,7 @@ def test_the_bias_keeps_its_precision_in_a_narrow_model():
 
 
 def test_a_gate_without_a_bias_has_none_to_update():
-    with pytest.raises(RuleError, match="update_bias: expected a Sigmoid gate with a speed above 0"):
+    with pytest.raises(RuleError, match="update_bias: expected a Choice gate, or a Sigmoid gate with a speed above 0"):
         layer("top-2").update_bias()
     still = Config(rule=TopK(2), gate=Sigmoid(speed=0.0), unit=UNIT)
     assert MixtureOfExperts(still, width=WIDTH, neurons=E * UNIT).experts.bias is None
