@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from sentei.axes import depth, experts
 from sentei.axes.axis import Axis
 from sentei.axes.connections import Config as Attended
-from sentei.axes.experts.gates import Softmax
+from sentei.axes.experts.gates import Choice, Softmax
 from sentei.core.cost import Cost
 from sentei.core.errors import FileError, SenteiError, ShapeError, UnsupportedError
 from sentei.core.rules import Capacity, Mass, TopK
@@ -240,13 +240,13 @@ class Some(Axis):
         self.up = nn.Linear(model.width, config.hidden, bias=False)
         self.down = nn.Linear(config.hidden, model.width, bias=False)
 
-    def score(self, x):
+    def score(self, x, mask=None):
         return self.up(x).abs()
 
-    def apply(self, selection, x):
+    def apply(self, selection, x, mask=None):
         return self.down(self.up(x) * selection.mask())
 
-    def account(self, selection, x):
+    def account(self, selection, x, mask=None):
         width = x.shape[-1]
         kept, permitted = int(selection.count().sum()), int(selection.permitted.sum())
         return Cost(multiply_adds=2 * kept * width, dense_multiply_adds=2 * permitted * width), "eager", "a test"
@@ -356,8 +356,20 @@ def test_under_autocast_the_error_is_at_most_twice_that_of_bfloat16():
     assert (got.double() - exact).abs().max() < 2 * (plain.double() - exact).abs().max()
 
 
+def test_padding_takes_no_expert_s_room():
+    """A capacity that is full of padding would drop real tokens."""
+    room = experts.Config(rule=TopK(1), gate=Softmax(0.5), unit=8)
+    routed = Routed(neurons=32, room=room)
+    net = Transformer(Config(vocabulary=40, width=16, layers=2, heads=(2, 1), feed_forward=routed)).double()
+    tokens, lengths = torch.randint(0, 40, (2, 12)), torch.tensor([[5, 12], [0, 8]])
+    padded = net(tokens, lengths)
+    for row, (start, stop) in enumerate(lengths.tolist()):
+        torch.testing.assert_close(padded[row, start:stop], net(tokens[row:row + 1, start:stop])[0])
+
+
 ROOMS = {
     "experts": {"feed_forward": Routed(neurons=32, room=experts.Config(rule=TopK(2), gate=Softmax(), unit=8))},
+    "choice": {"feed_forward": Routed(neurons=32, room=experts.Config(rule=Capacity(0.5), gate=Choice(), unit=8))},
     "depth": {"depth": depth.Config(rule=Capacity(0.5))},
     "both": {"feed_forward": Routed(neurons=32, room=experts.Config(unit=16)), "depth": depth.Config()},
 }
@@ -383,7 +395,7 @@ def test_rooms_in_the_slots_train_and_generate_as_without_a_cache(room):
         torch.testing.assert_close(net(later)[:, :8], net(tokens)[:, :8], rtol=1e-9, atol=1e-9)
     with trace(net) as records:
         net(tokens)
-    kinds = {"experts": ["experts"], "depth": ["depth"], "both": ["experts", "depth"]}[room]
+    kinds = {"experts": ["experts"], "choice": ["experts"], "depth": ["depth"], "both": ["experts", "depth"]}[room]
     assert all(any(kind in type_of(net, path) for path in records.paths()) for kind in kinds)
 
 
