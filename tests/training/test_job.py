@@ -61,6 +61,7 @@ def test_experts_are_trained_balanced_written_and_loaded(mixture, tmp_path):
     assert torch.equal(saved["blocks.0.block.feed_forward.experts.bias"], room.bias) and room.bias.any()
     model.train()(torch.zeros(2, 5, dtype=torch.int64))  # and it can be trained on
     room.update_bias()
+    assert not torch.equal(saved["blocks.0.block.feed_forward.experts.bias"], room.bias)
     mixture.write_text(mixture.read_text().replace("sequence: 1e-4", "sequence: 1e-3"))
     with pytest.raises(FileError, match="another balance"):
         run(mixture, tmp_path / "out", Silent())
