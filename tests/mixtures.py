@@ -3,7 +3,7 @@
 import torch
 
 from sentei.axes.experts import Config, MixtureOfExperts
-from sentei.axes.experts.gates import Noisy, Renormalised, Sigmoid, Soft, Softmax, Task, Unit
+from sentei.axes.experts.gates import Choice, Noisy, Renormalised, Sigmoid, Soft, Softmax, Task, Unit
 from sentei.core.rules import Capacity, Fixed, Mass, Threshold, TopK
 
 WIDTH, UNIT, E = 6, 4, 8
@@ -20,6 +20,7 @@ KINDS = {
     "cosine": Config(rule=TopK(2), gate=Softmax(), metric="cosine", unit=UNIT),
     "l2": Config(rule=TopK(2), gate=Softmax(), metric="l2", unit=UNIT),
     "task": Config(rule=TopK(2), gate=Task(3), unit=UNIT),
+    "choice": Config(rule=Capacity(0.25), gate=Choice(), unit=UNIT),
     "shared": Config(rule=TopK(2), gate=Renormalised(), unit=UNIT, shared=2),
 }
 LOOKING = {

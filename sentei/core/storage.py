@@ -19,6 +19,7 @@ MAX_JSON_BYTES = 64 << 20
 MAX_JSON_PARTS = 4_000_000
 # The end of the name of a file that is still being written; its name begins with a dot.
 UNFINISHED = ".part"
+SAFETENSORS_UNFINISHED = ".tmp??????"  # what safetensors itself writes to, beside the file it was given
 LOCK = ".lock"
 
 
@@ -61,8 +62,9 @@ def sync_folder(folder: Path) -> None:
 
 def sweep(folder: Path) -> None:
     """Removes what a process that was killed left unfinished below `folder`, where nobody else may be writing."""
-    for left in folder.rglob(f".*{UNFINISHED}"):
-        left.unlink()
+    for pattern in (f".*{UNFINISHED}", SAFETENSORS_UNFINISHED):
+        for left in folder.rglob(pattern):
+            left.unlink()
 
 
 def disk_is_full(error: BaseException) -> bool:

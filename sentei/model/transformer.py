@@ -137,7 +137,9 @@ class Block(nn.Module):
     def forward(self, x: torch.Tensor, rows: Rows) -> torch.Tensor:
         """The change of x [B, N, width]."""
         attended = self.attention(self.attention_norm(x), rows)
-        return attended + self.feed_forward(self.feed_forward_norm(x + attended))
+        real = rows.positions >= 0
+        mask = None if bool(real.all()) else real
+        return attended + self.feed_forward(self.feed_forward_norm(x + attended), mask)
 
 
 class Transformer(nn.Module):

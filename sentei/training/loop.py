@@ -1,8 +1,8 @@
 """The training loop: AdamW, warm-up and cosine, gradient accumulation and clipping, checkpoints, resumed exactly.
 
-A step depends on the weights, the optimizer's moments, the step's number and the state of random numbers, and on
-nothing else; all four are in a checkpoint. So a run that is killed and started again writes the same losses, bit for
-bit, on the same machine with as many threads.
+A step depends on the weights (with the biases of balanced experts), the optimizer's moments, the step's number and the
+state of random numbers, and on nothing else; all four are in a checkpoint. So a run that is killed and started again
+writes the same losses, bit for bit, on the same machine with as many threads.
 References: Kingma and Ba 2014 (1412.6980), Loshchilov and Hutter 2017 (1711.05101: AdamW; 1608.03983: cosine).
 """
 
@@ -13,16 +13,18 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from sentei.axes.experts import Experts
 from sentei.core.errors import FileError, SenteiError, require
 from sentei.core.storage import write_text
 from sentei.training import checkpoints
 from sentei.training.data import Windows
-from sentei.training.losses import Term, next_token, of_rooms
+from sentei.training.losses import Balanced, Term, next_token, of_rooms
 
 METRICS = "metrics.jsonl"
 PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16}
@@ -135,6 +137,8 @@ class _Run:
     def __init__(self, model, windows, config, out, job, terms):
         self.model, self.windows, self.config, self.out = model, windows, config, out
         self.job, self.terms, self.rows = job, terms, []
+        self.balanced = [term for term in terms if isinstance(term, Balanced)]
+        self.biased = [room for room in model.modules() if isinstance(room, Experts) and room.bias is not None]
         self.named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         matrices = [parameter for parameter in self.named.values() if parameter.dim() > 1]
         vectors = [parameter for parameter in self.named.values() if parameter.dim() <= 1]
@@ -169,7 +173,11 @@ class _Run:
                               do="choose a lower rate, a longer warmup or float32")
         self.adam.step()
         self.adam.zero_grad()
+        for room in self.biased:
+            room.update_bias()
         row = {"step": done, "loss": loss, "added": added, "norm": norm, "rate": rate}
+        for term in self.balanced:
+            row |= term.numbers()
         last = done == config.steps
         if last or done % config.evaluate == 0:
             row["held_out"] = self.evaluate()
@@ -182,8 +190,12 @@ class _Run:
         """Adds up the gradients of a step's passes; their mean loss, and the mean of what the terms added."""
         config, losses, extras = self.config, [], []
         self.model.train()
-        rows = self.windows.batch(number, config.batch * config.accumulate)
-        for part in rows.split(config.batch):
+        parts = self.windows.batch(number, config.batch * config.accumulate).split(config.batch)
+        for term in self.balanced:
+            term.begin(self.model, [partial(self.forward, part) for part in parts])
+        for room in self.biased:
+            room.forget()
+        for part in parts:
             loss, added = self.loss(part)
             ((loss + added) / config.accumulate).backward()
             losses.append(loss.item())
@@ -192,14 +204,17 @@ class _Run:
 
     def loss(self, part: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The loss of one pass, and what the terms add."""
-        device = next(iter(self.named.values())).device
-        kind = PRECISIONS[self.config.precision]
         with ExitStack() as stack:
             added = [stack.enter_context(term(self.model)) for term in self.terms]
-            with torch.autocast(device.type, dtype=kind, enabled=kind is not None):
-                loss = next_token(self.model, part.to(device))
+            loss = self.forward(part)
             extras = [extra for extra in (term() for term in added) if extra is not None]
-        return loss, sum(extras, torch.zeros((), device=device))
+        return loss, sum(extras, torch.zeros((), device=loss.device))
+
+    def forward(self, part: torch.Tensor) -> torch.Tensor:
+        """The loss of one pass without what terms add."""
+        device, kind = next(iter(self.named.values())).device, PRECISIONS[self.config.precision]
+        with torch.autocast(device.type, dtype=kind, enabled=kind is not None):
+            return next_token(self.model, part.to(device))
 
     def evaluate(self) -> float:
         """The mean loss of the held-out windows.
@@ -209,12 +224,7 @@ class _Run:
         """
         self.model.eval()
         held = self.windows.held_out()
-        kind = PRECISIONS[self.config.precision]
-        total = []
-        for part in held.split(self.config.batch):
-            device = next(iter(self.named.values())).device
-            with torch.autocast(device.type, dtype=kind, enabled=kind is not None):
-                total.append(next_token(self.model, part.to(device)).item() * len(part))
+        total = [self.forward(part).item() * len(part) for part in held.split(self.config.batch)]
         return math.fsum(total) / len(held)
 
     def tell(self, row: dict, start: bool = False) -> None:

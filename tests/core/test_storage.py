@@ -188,3 +188,14 @@ def test_a_file_that_cannot_be_read_is_said_so(tmp_path, name):
 def test_sha256_is_that_of_the_bytes(tmp_path):
     (tmp_path / "a").write_bytes(b"bonsai" * 10**5)
     assert sha256(tmp_path / "a") == hashlib.sha256(b"bonsai" * 10**5).hexdigest()
+
+
+def test_what_a_killed_process_left_is_swept_and_nothing_else(tmp_path):
+    """Ours, and what safetensors was writing to."""
+    (tmp_path / "deep").mkdir()
+    left = [tmp_path / ".a.json.x1_y.part", tmp_path / "deep" / ".tmp6f8yCs", tmp_path / ".tmpAbCdEf"]
+    kept = [tmp_path / "a.json", tmp_path / ".tmp", tmp_path / ".tmp-of-mine", tmp_path / "tmp6f8yCs"]
+    for path in left + kept:
+        path.write_text("x")
+    storage.sweep(tmp_path)
+    assert not any(path.exists() for path in left) and all(path.exists() for path in kept)

@@ -32,6 +32,15 @@ class Noise(NamedTuple):
     spread: torch.Tensor
 
 
+class Choices(NamedTuple):
+    """What one call chose: by the rule, before any capacity; what was kept, weighed; and, bool [..., T, E], what the
+    rule would have kept without a balancing bias."""
+
+    wanted: Selection
+    weighed: Selection
+    plain: torch.Tensor
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Sums:
     """One layer's routing, summed over the tokens that count.
@@ -42,6 +51,8 @@ class Sums:
         shares: [E], of the router's probabilities.
         importance: [E], of the weights.
         z: [], of the squared log of the sum of exponents of the logits.
+        sequence: [], of each sequence's own balance, see `sequence_loss`.
+        sequences: [], how many have a token.
         load: [E], of the chance to be chosen with new noise; None where the router adds none.
     """
 
@@ -50,17 +61,18 @@ class Sums:
     shares: torch.Tensor
     importance: torch.Tensor
     z: torch.Tensor
+    sequence: torch.Tensor
+    sequences: torch.Tensor
     load: torch.Tensor | None = None
 
     @classmethod
-    def of(cls, gate: Gate, wanted: Selection, weighed: Selection, logits: torch.Tensor, noise: Noise | None) -> "Sums":
+    def of(cls, gate: Gate, choices: Choices, logits: torch.Tensor, noise: Noise | None) -> "Sums":
         """The sums of one call.
 
         Args:
-            wanted: what the rule chose, before any capacity; [..., T, E].
-            weighed: what was kept, with its weights.
-            logits: [..., T, E], with noise if there was any.
+            logits: [..., T, E], with noise if there was any; a sequence's tokens are those along T.
         """
+        wanted = choices.wanted
         real = (wanted.permitted > 0).unsqueeze(-1)
         clean = logits if noise is None else noise.clean
         over_tokens = tuple(range(logits.dim() - 1))
@@ -68,19 +80,27 @@ class Sums:
         def total(values: torch.Tensor) -> torch.Tensor:
             return values.masked_fill(~real, 0).sum(over_tokens)
 
-        return cls(tokens=real.sum(dtype=logits.dtype), counts=total(wanted.mask().to(logits.dtype)),
-                   shares=total(gate.shares(clean)), importance=total(weighed.dense_weights()),
+        shares, tokens = gate.shares(clean).masked_fill(~real, 0), real.sum(-2, dtype=logits.dtype)
+        plain = choices.plain.sum(-2, dtype=logits.dtype)
+        each = evenness(plain, shares.sum(-2) / tokens.clamp(min=1))
+        return cls(tokens=tokens.sum(), counts=total(wanted.mask().to(logits.dtype)), shares=shares.sum(over_tokens),
+                   importance=total(choices.weighed.dense_weights()),
                    z=total(clean.logsumexp(-1, keepdim=True).square())[0],
+                   sequence=each.sum(), sequences=(tokens > 0).sum(dtype=logits.dtype),
                    load=None if noise is None else total(chance(wanted, logits, noise)))
 
     def __add__(self, other: "Sums") -> "Sums":
         pairs = {name: (getattr(self, name), getattr(other, name)) for name in self.__dataclass_fields__}
         return Sums(**{name: None if a is None or b is None else a + b for name, (a, b) in pairs.items()})
 
+    def detached(self) -> "Sums":
+        """The same numbers without the graph that made them."""
+        return Sums(**{name: value.detach() for name, value in vars(self).items() if value is not None})
+
     def leaves(self) -> "Sums":
         """The same numbers, each a leaf that wants a gradient."""
-        known = {name: value for name, value in vars(self).items() if value is not None}
-        return Sums(**{name: value.detach().requires_grad_() for name, value in known.items()})
+        return Sums(**{name: value.requires_grad_() for name, value in vars(self.detached()).items()
+                       if value is not None})
 
 
 def chance(wanted: Selection, noisy: torch.Tensor, noise: Noise) -> torch.Tensor:
@@ -102,8 +122,17 @@ def switch_loss(sums: Sums) -> torch.Tensor:
 
     Reference: Fedus et al. 2021, arXiv 2101.03961, eq. 4-6; f adds up to 1 whatever the number of choices.
     """
-    share = sums.counts / sums.counts.sum().clamp(min=1)
-    return len(share) * (share * sums.shares).sum() / sums.tokens.clamp(min=1)
+    return evenness(sums.counts, sums.shares / sums.tokens.clamp(min=1))
+
+
+def sequence_loss(sums: Sums) -> torch.Tensor:
+    """The mean of the sequences' own losses, each as `switch_loss`, with choices as they are without a bias.
+
+    A mean over sequences is the same for a batch and for its parts, so that it needs no sums of the whole step.
+
+    Reference: DeepSeek-V3, arXiv 2412.19437, eq. 17-20.
+    """
+    return sums.sequence / sums.sequences.clamp(min=1)
 
 
 def importance_loss(sums: Sums) -> torch.Tensor:
@@ -128,12 +157,20 @@ def z_loss(sums: Sums) -> torch.Tensor:
     return sums.z / sums.tokens.clamp(min=1)
 
 
+def evenness(counts: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
+    """[...], from counts and shares [..., E]: E Σ_i f_i P_i with f the counts made to add up to 1, and P the shares."""
+    return counts.shape[-1] * (counts / counts.sum(-1, keepdim=True).clamp(min=1) * shares).sum(-1)
+
+
 def squared_variation(values: torch.Tensor) -> torch.Tensor:
     """Variance ÷ squared mean over the experts; 0 for one expert and where nothing was routed."""
     return values.var(correction=0) / (values.mean().square() + 1e-10)
 
 
-LOSSES = {"switch": switch_loss, "importance": importance_loss, "load": load_loss, "z": z_loss}
+LOSSES = {"switch": switch_loss, "importance": importance_loss, "load": load_loss, "z": z_loss,
+          "sequence": sequence_loss}
+# Of these a step's loss is the mean of its parts' losses, if the parts are of one size.
+ADDITIVE = ("z", "sequence")
 
 
 class Balance(dict[str, Sums]):
@@ -142,6 +179,11 @@ class Balance(dict[str, Sums]):
     def add(self, path: str, sums: Sums) -> None:
         """Adds one call of a layer."""
         self[path] = self[path] + sums if path in self else sums
+
+    def take(self, other: "Balance") -> None:
+        """Adds the sums of another balance, without their graphs."""
+        for path, sums in other.items():
+            self.add(path, sums.detached())
 
     def loss(self, **weights: float) -> torch.Tensor:
         """The weighed losses, named as in LOSSES, summed over the layers.
@@ -165,7 +207,7 @@ class Balance(dict[str, Sums]):
             step: the sums of all micro-batches of the step, e.g. of a first pass without gradients.
         """
         whole = Balance({path: sums.leaves() for path, sums in step.items()})
-        places = [(path, name) for path in self for name in ("shares", "importance", "z", "load")
+        places = [(path, name) for path in self for name in ("shares", "importance", "z", "load", "sequence")
                   if getattr(whole[path], name) is not None]
         slopes = torch.autograd.grad(whole.loss(**weights), [getattr(whole[path], name) for path, name in places],
                                      allow_unused=True)

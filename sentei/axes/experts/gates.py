@@ -8,9 +8,11 @@
 | Noisy | z + noise | softmax over the kept of the same (Shazeer); the noise is the router's |
 | Sigmoid | σ(z) + bias, the best groups first | σ(z) ÷ its sum over the kept, times `scale` (DeepSeek-V3) |
 | Task | z of the task, the same for all its tokens | softmax over the kept |
+| Choice | E · softmax(z) - 1 + bias, which must reach 0 | softmax(z) over all experts |
 | Soft | nothing: every token keeps every slot | softmax over slots, of slots that are softmax means of tokens |
 
-How many are kept is a rule's business (`core/rules.py`): top-1, top-2, a mass; `Capacity` is expert choice.
+How many are kept is a rule's business (`core/rules.py`): top-1, top-2, a mass; `Capacity` is expert choice, along the
+sequence, and with the gate Choice by a threshold that sees no other token.
 Logits z are [..., T, E], in fp32 or wider. References, by arXiv number: 1701.06538 (Noisy), 2101.03961 (Switch),
 2401.04088 (Mixtral), 2408.15664 and 2412.19437 (Sigmoid), 2110.03742 (Task), 2202.09368 (expert choice),
 2308.00951 (Soft).
@@ -41,6 +43,14 @@ class Gate(ABC):
     def fits(self, rule: Rule) -> bool:
         """Whether the gate means something under `rule`."""
         return True
+
+    def rule(self, rule: Rule) -> Rule:
+        """The rule that the scores are given to, where the room's is `rule`."""
+        return rule
+
+    def direction(self, rule: Rule, counts: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """From -1 to 1, [E]: where the bias goes after a step in which counts [E] of so many tokens were chosen."""
+        return torch.sign(counts.mean() - counts)
 
     def scores(self, logits: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """The number that chooses, [..., T, E], as a rule wants it."""
@@ -190,6 +200,52 @@ class Sigmoid(Gate):
 
 
 @dataclass(frozen=True)
+class Choice(Gate):
+    """Expert choice without a look ahead: an expert keeps the tokens whose share of it reaches its threshold.
+
+    The thresholds are learned beside the gradient, as the bias of a Sigmoid gate is: after a step in which an expert
+    kept more than the rule's `Capacity` of the tokens its threshold rises, else it falls. So the capacity holds on
+    average over steps and not in each sequence; a token keeps none, some or all of the experts, by itself alone, in
+    training and in generation alike. Ranking tokens in training and imitating the ranks in generation, as the room
+    depth does, would let training look ahead.
+
+    Args:
+        speed: what a threshold moves at an update by an expert that kept nothing, or twice the capacity; an even share
+            of an expert counts 1.
+    """
+
+    speed: float = 0.1
+
+    def __post_init__(self):
+        if not _is_number(self.speed, above=0):
+            raise RuleError("Choice", expected="a speed above 0", got=repr(self.speed), do="choose one, e.g. 0.1")
+
+    def fits(self, rule):
+        return isinstance(rule, All | Fixed) or isinstance(rule, Capacity) and not isinstance(rule.capacity, tuple)
+
+    def rule(self, rule):
+        return _Reach() if isinstance(rule, Capacity) and rule.capacity < 1 else All() if (
+            isinstance(rule, Capacity)) else rule
+
+    def direction(self, rule, counts, tokens):
+        target = rule.capacity * tokens if isinstance(rule, Capacity) else counts
+        return ((target - counts) / target.clamp(min=1)).clamp(-1, 1)
+
+    def scores(self, logits, bias):
+        return logits.softmax(-1) * logits.shape[-1] - 1 + (0 if bias is None else bias)
+
+    def weigh(self, selection, logits):
+        return selection.weigh(logits.softmax(-1))
+
+
+class _Reach(Rule):
+    """Keeps what reaches 0; what Choice makes of a capacity."""
+
+    def keep(self, scores, permitted, forced):
+        return (scores >= 0) & permitted | forced
+
+
+@dataclass(frozen=True)
 class Soft(Gate):
     """No choice: every expert works on `slots` weighed means of all tokens, and every token on all slots' answers.
 
@@ -218,7 +274,7 @@ class Soft(Gate):
 
 
 GATES = {"unit": Unit, "softmax": Softmax, "renormalised": Renormalised, "noisy": Noisy, "task": Task,
-         "sigmoid": Sigmoid, "soft": Soft}
+         "sigmoid": Sigmoid, "choice": Choice, "soft": Soft}
 
 
 def gate_from_json(value: dict) -> Gate:

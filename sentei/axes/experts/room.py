@@ -8,7 +8,8 @@
 The neurons of a feed-forward network can be split in any groups: the sum over all of them, each weighed 1 (`Unit`),
 is the dense layer. What chooses and what weighs is the gate's (`gates.py`), how many the rule's.
 Nothing is dropped unless a gate has a capacity. The router's arithmetic is in fp32 or wider, under autocast too.
-The rule Capacity (expert choice) and the gate `Soft` look at later tokens: a causal layer refuses them.
+The rule Capacity (expert choice) and the gate `Soft` look at later tokens: a causal layer refuses them. With the gate
+`Choice` a capacity is kept by thresholds, which look at one token alone.
 References: Shazeer et al. 2017, 1701.06538; Switch 2101.03961; DeepSeekMoE 2401.06066 (small experts, shared ones);
 DeepSeek-V3 2412.19437; X-MoE 2204.09179 (cosine); see the gates for the others.
 """
@@ -20,7 +21,7 @@ import torch
 from torch import nn
 
 from sentei.axes.axis import Axis
-from sentei.axes.experts.balance import Gauge, Sums
+from sentei.axes.experts.balance import Choices, Gauge, Sums
 from sentei.axes.experts.dense import FeedForward, joined, parts
 from sentei.axes.experts.gates import Gate, Soft, Task, Unit, gate_from_json
 from sentei.axes.experts.router import METRICS, Router, in_full, widened
@@ -39,7 +40,8 @@ class Config:
 
     Args:
         rule: which experts a token keeps. All with the gate Unit is the dense layer.
-        gate: what the router's logits mean; Unit, Softmax, Renormalised, Noisy, Sigmoid, Task or Soft.
+        gate: what the router's logits mean; Unit, Softmax, Renormalised, Noisy, Sigmoid, Task, Choice or
+            Soft.
         metric: the logit of an expert for a token: "dot" x·w; "cosine", the cosine times a learned scale; "l2",
             x·w - |w|² / 2, whose order is that of the nearest w.
         unit: neurons an expert has; the whole FFN, or a part down to one neuron.
@@ -69,7 +71,7 @@ class Config:
     @property
     def is_causal(self) -> bool:
         """Whether no token's choice or answer depends on what later tokens hold."""
-        return not isinstance(self.rule, Capacity) and not isinstance(self.gate, Soft)
+        return not sees_later(self.rule, self.gate)
 
     def without_lookahead(self) -> "Config":
         """The same configuration, which must be causal; else a RuleError."""
@@ -125,13 +127,14 @@ class Experts(Axis):
         self.gauge = Gauge()
         balances = self.gate.speed > 0
         self.register_buffer("bias", torch.zeros(num_experts) if balances else None)
-        self.register_buffer("counts", torch.zeros(num_experts, dtype=torch.int64) if balances else None,
-                             persistent=False)
+        self.register_buffer("counts", None, persistent=False)
+        self.register_buffer("tokens", None, persistent=False)
+        self.forget()
         self.refuse_lookahead()
 
     def refuse_lookahead(self) -> None:
         """Raises where a causal layer would look at later tokens; the rule may have changed since it was made."""
-        if self.causal and (isinstance(self.rule, Capacity) or isinstance(self.gate, Soft)):
+        if self.causal and sees_later(self.rule, self.gate):
             raise looks_ahead(self.rule, self.gate)
 
     def score(self, hidden, logits, up, down, mask=None, noise=None):
@@ -143,9 +146,10 @@ class Experts(Axis):
     def select(self, scores, *inputs):
         self.refuse_lookahead()
         listed = self.gate.shortlist(scores)
-        selection = self.rule(listed, unit=self.unit)
+        selection = self.gate.rule(self.rule)(listed, unit=self.unit)
         if self.training and self.counts is not None:
             self.counts += selection.load().reshape(-1, self.num_experts).sum(0)
+            self.tokens += (selection.permitted > 0).sum()
         keep = selection.mask()
         limited = self.gate.limit(keep)
         if listed is scores and limited is keep:
@@ -158,9 +162,18 @@ class Experts(Axis):
         logits = widened(logits).masked_fill(nowhere, 0)
         weighed = self.gate.weigh(selection, logits)
         if self.gauge.is_heard:
-            wanted = self.rule(self.gate.shortlist(scores), unit=self.unit)
-            self.gauge(Sums.of(self.gate, wanted, weighed, logits, noise))
+            self.gauge(Sums.of(self.gate, self.choices(weighed, scores, logits), logits, noise))
         return weighed
+
+    @torch.no_grad()
+    def choices(self, weighed: Selection, scores: torch.Tensor, logits: torch.Tensor) -> Choices:
+        """What the balance is told of a call that kept `weighed`."""
+        rule, keep, forbidden = self.gate.rule(self.rule), weighed.mask(), scores.isneginf()
+        wanted = weighed if self.gate.limit(keep) is keep else rule(self.gate.shortlist(scores), unit=self.unit)
+        if self.bias is None:
+            return Choices(wanted, weighed, wanted.mask())
+        plain = self.gate.scores(logits, None).masked_fill(forbidden, -torch.inf)
+        return Choices(wanted, weighed, rule.keep(plain, ~forbidden, torch.zeros_like(forbidden)) & ~forbidden)
 
     def apply(self, selection, hidden, logits, up, down, mask=None, noise=None):
         stack = self.stack(up, down)
@@ -226,18 +239,26 @@ class Experts(Axis):
     def update_bias(self) -> None:
         """Moves the bias of each expert by the gate's `speed` towards the mean load; call it once an optimizer step.
 
-        The loads are those of all calls in training since the last update, so that it does not matter in how many
-        parts the batch came. With several processes, add up `counts` over them first.
+        A gate Choice moves it towards the capacity. The loads are those of all calls in training since the last
+        update, so that it does not matter in how many parts the batch came. With several processes, add up `counts`
+        and `tokens` over them first.
 
         Raises:
             RuleError: a gate without a bias.
         Reference: Wang et al. 2024, arXiv 2408.15664, algorithm 1.
         """
         if self.bias is None:
-            raise RuleError("update_bias", expected="a Sigmoid gate with a speed above 0", got=repr(self.gate),
-                            do="balance other gates with a loss")
-        self.bias += self.gate.speed * torch.sign(self.counts.sum() - self.counts * self.num_experts)
-        self.counts.zero_()
+            raise RuleError("update_bias", expected="a Choice gate, or a Sigmoid gate with a speed above 0",
+                            got=repr(self.gate), do="balance other gates with a loss")
+        direction = self.gate.direction(self.rule, self.counts.double(), self.tokens.double())
+        self.bias += (self.gate.speed * direction).to(self.bias.dtype)
+        self.forget()
+
+    def forget(self) -> None:
+        """Counts loads from here on, where the gate has a bias."""
+        if self.bias is not None:
+            self.counts = torch.zeros_like(self.bias, dtype=torch.int64)
+            self.tokens = torch.zeros((), dtype=torch.int64, device=self.bias.device)
 
     def _apply(self, fn, recurse=True):
         """The bias moves in steps that bfloat16 would round away: only its device changes."""
@@ -358,7 +379,13 @@ def from_dense(layer: nn.Module, config: Config, *, causal: bool = True) -> Mixt
     return mixture
 
 
+def sees_later(rule: Rule, gate: Gate) -> bool:
+    """Whether a token's choice or answer depends on what later tokens hold."""
+    return isinstance(gate.rule(rule), Capacity) or isinstance(gate, Soft)
+
+
 def looks_ahead(rule: Rule, gate: Gate) -> RuleError:
     """What a causal layer says of a choice that looks at later tokens."""
     return RuleError("experts", expected="a choice that looks at no later token", got=f"{rule} with {gate}",
-                     do="choose by TopK, or pass causal=False where tokens may see later ones, as in an encoder")
+                     do="choose by TopK, or a capacity with the gate Choice, or pass causal=False where tokens may see "
+                        "later ones, as in an encoder")
