@@ -101,7 +101,7 @@ def _forward(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, plan: 
              softcap: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The op `sentei::attend`: output, lse, and what the gradients need of the softmax.
 
-    That is float32 [2, B, Tq, H]: the largest score, in powers of two, and 1 ÷ the sum.
+    That is float32 [2, B, Tq, H]: the base that scores are weighed from, in powers of two, and 1 ÷ the sum.
 
     Args:
         plan: full counts and ids, partial counts and ids, as `Tiles` has them; empty for everything.

@@ -10,9 +10,10 @@ constexpr float kSlack = 8;
 struct Scratch {
   Scratch(const Problem& p, const Sizes& s)
       : query(p.query_block * s.width), scores(p.query_block * s.columns), output(p.query_block * s.value_width),
-        sum(p.query_block * kColumns), base(p.query_block), bound(p.query_block) {}
+        sum(p.query_block * kColumns), base(p.query_block), bound(p.query_block), top(p.query_block) {}
   Zeros query, scores, output;
   Zeros sum, base, bound;  // of each row: its sum in lanes, and what its scores may reach; minus infinity: none so far
+  Zeros top;               // where there is a cut: the largest score of each row so far
 };
 
 // The scores of some query rows against a block of keys, in powers of two; minus infinity where a pair is not permitted.
@@ -23,23 +24,28 @@ INLINE void score(const Problem& p, const Sizes& s, const float* query, const fl
     for (int r = 0; r < rows; ++r) Simd<L>::soften_peaks(scores + r * s.columns, s.columns, p.softcap * kLog2E);
 }
 
-// Whether any row's largest score reaches to within the cut of the largest it has seen; a NaN does.
+// Whether any row's largest score reaches to within the cut of the largest it has seen, which it then may become; a NaN
+// does.
 template <int L>
-INLINE bool matters(const Problem& p, const Sizes& s, int rows, const Scratch& t) {
-  for (int r = 0; r < rows; ++r)
-    if (!(Simd<L>::largest(t.scores.data() + r * s.columns, s.columns) < t.bound[r] - p.cut)) return true;
-  return false;
+INLINE bool matters(const Problem& p, const Sizes& s, int rows, Scratch& t) {
+  bool some = false;
+  for (int r = 0; r < rows; ++r) {
+    const float largest = Simd<L>::largest(t.scores.data() + r * s.columns, s.columns);
+    some |= !(largest < t.top[r] - p.cut);
+    t.top[r] = std::max(t.top[r], largest);
+  }
+  return some;
 }
 
 // Makes the largest score of every row that has outgrown its bound its new base.
 template <int L>
-INLINE void raise(const Sizes& s, int rows, float slack, Scratch& t) {
+INLINE void raise(const Sizes& s, int rows, Scratch& t) {
   for (int r = 0; r < rows; ++r) {
     const float largest = Simd<L>::largest(t.scores.data() + r * s.columns, s.columns);
     if (!(largest > t.bound[r])) continue;
     const float shrink = t.bound[r] == kNone ? 0.0f : std::exp2(t.base[r] - largest);
     t.base[r] = largest;
-    t.bound[r] = largest + slack;
+    t.bound[r] = largest + kSlack;
     float *sum = t.sum.data() + r * kColumns, *output = t.output.data() + r * s.value_width;
     Simd<L>::store(sum, Simd<L>::load(sum) * shrink);
     for (int d = 0; d < s.value_width; d += L) Simd<L>::store(output + d, Simd<L>::load(output + d) * shrink);
@@ -69,10 +75,9 @@ INLINE void attend_item(const Problem& p, const Sizes& s, int64_t number, const 
                         Scratch& t) {
   const Item item(p, s, number);
   const int rows = int(std::min(p.query_block, p.queries - item.first));
-  const float slack = p.cut == 0.0f ? kSlack : 0.0f;  // a cut counts from the largest score itself
   load_queries(p, item.row, item.first, rows, 1, t.query.data());
   for (Zeros* numbers : {&t.output, &t.sum, &t.base}) std::fill(numbers->begin(), numbers->end(), 0.0f);
-  std::fill(t.bound.begin(), t.bound.end(), kNone);
+  for (Zeros* numbers : {&t.bound, &t.top}) std::fill(numbers->begin(), numbers->end(), kNone);
   const Kept kept(p, s, item.b, item.h, item.block);
   for (int32_t slot = 0; slot < kept.count; ++slot) {
     const int64_t j = kept.block(slot);
@@ -83,7 +88,7 @@ INLINE void attend_item(const Problem& p, const Sizes& s, int64_t number, const 
       if (!matters<L>(p, s, rows, t)) continue;
       p.kept[number * s.key_blocks + j] = 1;
     }
-    if (Simd<L>::any_above(scores, s.columns, rows, t.bound.data())) raise<L>(s, rows, slack, t);
+    if (Simd<L>::any_above(scores, s.columns, rows, t.bound.data())) raise<L>(s, rows, t);
     for (int r = 0; r < rows; ++r) {
       auto sum = Simd<L>::load(t.sum.data() + r * kColumns);
       Simd<L>::exponentiate(scores + r * s.columns, s.columns, t.base[r], sum);

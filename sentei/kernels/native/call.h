@@ -29,7 +29,7 @@ struct Problem {
   const void *query, *key, *value;  // [B, Tq, H, D], [B, Tk, G, D], [B, Tk, G, Dv]
   void* output;                     // [B, Tq, H, Dv], contiguous; of the same element type
   float* lse;                       // [B, Tq, H], contiguous
-  float* softmax;  // [2, B, Tq, H]: the largest score (of powers of two) and 1 / Σ 2^(score - largest); 0 without keys
+  float* softmax;  // [2, B, Tq, H]: a base (of powers of two) and 1 / Σ 2^(score - base); 0 without keys
   int64_t query_stride[3], key_stride[3], value_stride[3];
   Plan plan;               // of query blocks
   const int64_t* lengths;  // [B, 2] or null
