@@ -1,4 +1,6 @@
 // Attention over chosen tiles: fp32, one tiled online-softmax path.
+#include <chrono>
+
 #include "call.h"
 
 namespace {
@@ -17,9 +19,14 @@ struct Scratch {
 };
 
 // The scores of some query rows against a block of keys, in powers of two; minus infinity where a pair is not permitted.
-template <int L>
+// Pairs hold the queries as they are, and the scores are scaled.
+template <int L, bool Pairs>
 INLINE void score(const Problem& p, const Sizes& s, const float* query, const float* keys, int rows, float* scores) {
-  Simd<L>::product(query, s.width, keys, s.columns, scores, s.columns, rows, s.columns, s.width, false);
+  const int depth = Pairs ? s.width / 2 : s.width;
+  Simd<L>::template product<Pairs>(query, depth, keys, s.columns, scores, s.columns, rows, s.columns, depth, false);
+  if constexpr (Pairs)
+    for (int i = 0; i < rows * s.columns; i += L)
+      Simd<L>::store(scores + i, Simd<L>::load(scores + i) * (p.scale * kLog2E));
   if (p.softcap != 0.0f)
     for (int r = 0; r < rows; ++r) Simd<L>::soften_peaks(scores + r * s.columns, s.columns, p.softcap * kLog2E);
 }
@@ -70,19 +77,24 @@ INLINE void finish(const Problem& p, const Sizes& s, const Item& item, int r, co
 }
 
 // Every kept tile of an item, online softmax in powers of two.
-template <int L>
+template <int L, bool Pairs = false>
 INLINE void attend_item(const Problem& p, const Sizes& s, int64_t number, const Blocks& keys, const Blocks& values,
                         Scratch& t) {
   const Item item(p, s, number);
   const int rows = int(std::min(p.query_block, p.queries - item.first));
-  load_queries(p, item.row, item.first, rows, 1, t.query.data());
+  if constexpr (Pairs)
+    for (int r = 0; r < rows; ++r)
+      std::copy_n(queries_of(p).halves(item.row, item.first + r), s.width,
+                  reinterpret_cast<uint16_t*>(t.query.data()) + int64_t(r) * s.width);
+  else
+    load_queries(p, item.row, item.first, rows, 1, t.query.data());
   for (Zeros* numbers : {&t.output, &t.sum, &t.base}) std::fill(numbers->begin(), numbers->end(), 0.0f);
   for (Zeros* numbers : {&t.bound, &t.top}) std::fill(numbers->begin(), numbers->end(), kNone);
   const Kept kept(p, s, item.b, item.h, item.block);
   for (int32_t slot = 0; slot < kept.count; ++slot) {
     const int64_t j = kept.block(slot);
     float* scores = t.scores.data();
-    score<L>(p, s, t.query.data(), keys.at(item.group, j), rows, scores);
+    score<L, Pairs>(p, s, t.query.data(), keys.at(item.group, j), rows, scores);
     if (kept.is_partial(j) || s.columns != p.key_block) forbid(p, item.b, item.first, rows, 1, j, scores, s.columns);
     if (p.cut != 0.0f) {
       if (!matters<L>(p, s, rows, t)) continue;
@@ -91,16 +103,51 @@ INLINE void attend_item(const Problem& p, const Sizes& s, int64_t number, const 
     if (Simd<L>::any_above(scores, s.columns, rows, t.bound.data())) raise<L>(s, rows, t);
     for (int r = 0; r < rows; ++r) {
       auto sum = Simd<L>::load(t.sum.data() + r * kColumns);
-      Simd<L>::exponentiate(scores + r * s.columns, s.columns, t.base[r], sum);
+      Simd<L>::template exponentiate<Pairs>(scores + r * s.columns, s.columns, t.base[r], sum);
       Simd<L>::store(t.sum.data() + r * kColumns, sum);
     }
-    Simd<L>::product(scores, s.columns, values.at(item.group, j), s.value_width, t.output.data(), s.value_width, rows,
-                     s.value_width, int(p.key_block), true);
+    Simd<L>::template product<Pairs>(scores, s.columns, values.at(item.group, j), s.value_width, t.output.data(),
+                                     s.value_width, rows, s.value_width, int(p.key_block) / (Pairs ? 2 : 1), true);
   }
   for (int r = 0; r < rows; ++r) finish<L>(p, s, item, r, t);
 }
 ON_EVERY_MACHINE(attend_item, (const Problem& p, const Sizes& s, int64_t number, const Blocks& keys,
                                const Blocks& values, Scratch& t), (p, s, number, keys, values, t))
+
+AVX512_BF16 void attend_item_pairs(const Problem& p, const Sizes& s, int64_t number, const Blocks& keys,
+                                   const Blocks& values, Scratch& t) {
+  attend_item<kPairLanes, kPairs>(p, s, number, keys, values, t);
+}
+
+// Equally many products of floats and of pairs.
+AVX512 void multiply_floats(float* room) {
+  Simd<kPairLanes>::product(room, 64, room + 4096, 64, room + 8192, 64, 60, 64, 64, false);
+}
+AVX512_BF16 void multiply_pairs(float* room) {
+  Simd<kPairLanes>::product<kPairs>(room, 32, room + 4096, 64, room + 8192, 64, 60, 64, 32, false);
+}
+
+// Whether pairs are the faster here: there are processors that take twice as long for them.
+bool pairs_pay() {
+  Zeros room(3 * 4096);
+  const auto fastest = [&](void (*multiply)(float*)) {
+    auto least = std::chrono::steady_clock::duration::max();
+    for (int run = 0; run < 50; ++run) {
+      const auto start = std::chrono::steady_clock::now();
+      multiply(room.data());
+      least = std::min(least, std::chrono::steady_clock::now() - start);
+    }
+    return least;
+  };
+  return fastest(multiply_pairs) * 5 < fastest(multiply_floats) * 4;
+}
+
+// Pairs are taken where they are asked for by number, or measured to be faster, once.
+bool takes_pairs(const Problem& p, const Sizes& s) {
+  if (!p.bfloat16 || s.machine != kPairMachine || p.width % 2 || p.key_block % 2) return false;
+  static const bool pay = pairs_pay();
+  return p.machine == kPairMachine || pay;
+}
 
 }  // namespace
 
@@ -117,17 +164,19 @@ int sentei_attend(const Problem* problem) {
     const Problem& p = *problem;
     const Sizes s(p);
     check_plan(p, s);
+    const bool pairs = takes_pairs(p, s);
+    const auto attend_one = pairs ? attend_item_pairs : attend_item_on[s.machine];
     const int64_t packed = 4 * s.key_blocks * (int64_t(s.columns) * s.width + p.key_block * s.value_width);
     by_rows(p, packed, [&](int64_t begin, int64_t end) {
-      const Blocks keys(p, keys_of(p), begin, end, p.key_block, true);
-      const Blocks values(p, values_of(p), begin, end, p.key_block, false);
+      const Blocks keys(p, keys_of(p), begin, end, p.key_block, true, 1.0f, pairs);
+      const Blocks values(p, values_of(p), begin, end, p.key_block, false, 1.0f, pairs);
       const int64_t per_row = s.per_group * s.query_blocks;
       const auto order = longest_first(begin * per_row, end * per_row, [&](int64_t number) {
         const Item item(p, s, number);
         return Kept(p, s, item.b, item.h, item.block).count;
       });
       in_parallel(int64_t(order.size()), p.threads, [&] { return Scratch(p, s); },
-                  [&](int64_t i, Scratch& t) { attend_item_on[s.machine](p, s, order[i], keys, values, t); });
+                  [&](int64_t i, Scratch& t) { attend_one(p, s, order[i], keys, values, t); });
     });
   });
 }

@@ -161,6 +161,11 @@ struct Tensor {
     return static_cast<const float*>(data) + row / heads * stride[0] + token * stride[1] + row % heads * stride[2];
   }
 
+  // One token's vector where it is bfloat16.
+  INLINE const uint16_t* halves(int64_t row, int64_t token) const {
+    return static_cast<const uint16_t*>(data) + row / heads * stride[0] + token * stride[1] + row % heads * stride[2];
+  }
+
   // One token's vector, times a factor, to every `step`-th place.
   INLINE void read(int64_t row, int64_t token, float* to, int64_t step = 1, float factor = 1.0f) const {
     const int64_t at = row / heads * stride[0] + token * stride[1] + row % heads * stride[2];
@@ -175,22 +180,26 @@ struct Tensor {
 };
 
 // Some rows of a tensor (a row is b · heads + head), cut into blocks as the micro-kernel reads them, times a factor: each
-// [width][tokens] ("across") or [tokens][width], what is contiguous rounded up, zeros beyond the end.
+// [width][tokens] ("across") or [tokens][width], what is contiguous rounded up, zeros beyond the end. Or as pairs of
+// bfloat16 numbers, neighbours along what is not contiguous, which must then be even: a pair is in the place of a float.
 class Blocks {
  public:
   Blocks(const Problem& p, const Tensor& from, int64_t begin, int64_t end, int64_t block, bool across,
-         float factor = 1.0f)
+         float factor = 1.0f, bool pairs = false)
       : line(int(round_up(across ? block : from.width))),
         begin_(begin),
         blocks_((from.tokens + block - 1) / block),
-        size_(line * (across ? from.width : block)),
+        size_(line * (across ? from.width : block) / (pairs ? 2 : 1)),
         data_(floats((end - begin) * blocks_ * size_)) {
     in_parallel((end - begin) * blocks_, p.threads, [] { return 0; }, [&](int64_t i, int) {
       const int64_t row = begin + i / blocks_, first = i % blocks_ * block;
       float* to = data_.get() + i * size_;
       if (first + block > from.tokens || line != (across ? block : from.width)) std::fill(to, to + size_, 0.0f);
       for (int64_t j = first; j < std::min(first + block, from.tokens); ++j)
-        from.read(row, j, to + (j - first) * (across ? 1 : line), across ? line : 1, factor);
+        if (pairs)
+          write_pairs(from.halves(row, j), from.width, j - first, across, reinterpret_cast<uint16_t*>(to));
+        else
+          from.read(row, j, to + (j - first) * (across ? 1 : line), across ? line : 1, factor);
     });
   }
   const float* at(int64_t row, int64_t block) const {
@@ -200,6 +209,13 @@ class Blocks {
   const int line;  // elements from one line to the next
 
  private:
+  INLINE void write_pairs(const uint16_t* from, int64_t width, int64_t token, bool across, uint16_t* to) const {
+    if (across)
+      for (int64_t d = 0; d < width; ++d) to[(d / 2 * line + token) * 2 + d % 2] = from[d];
+    else
+      for (int64_t d = 0; d < width; ++d) to[(token / 2 * line + d) * 2 + token % 2] = from[d];
+  }
+
   int64_t begin_, blocks_, size_;
   Floats data_;
 };

@@ -14,17 +14,20 @@
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define AVX2 __attribute__((target("arch=x86-64-v3")))
 #define AVX512 __attribute__((target("arch=x86-64-v4,prefer-vector-width=512")))
+#define AVX512_BF16 __attribute__((target("arch=x86-64-v4,avx512bf16,prefer-vector-width=512")))
 #else
 #define AVX2
 #define AVX512
+#define AVX512_BF16
 #endif
 
-// name_on[m], for m from 0 to machines() - 1: the template `name<lanes>` for the m-th instruction set.
+// name_on[m], for m from 0 to machines() - 1: the template `name<lanes>` for the m-th instruction set. The last, which
+// multiplies pairs of bfloat16 numbers, is of use to some kernels only, and is AVX-512 for the others.
 #define ON_EVERY_MACHINE(name, parameters, arguments)           \
   void name##_portable parameters { name<4> arguments; }        \
   AVX2 void name##_avx2 parameters { name<8> arguments; }       \
   AVX512 void name##_avx512 parameters { name<16> arguments; }  \
-  constexpr decltype(&name##_portable) name##_on[] = {name##_portable, name##_avx2, name##_avx512};
+  constexpr decltype(&name##_portable) name##_on[] = {name##_portable, name##_avx2, name##_avx512, name##_avx512};
 
 namespace {
 
@@ -50,6 +53,15 @@ INLINE uint16_t narrow(float value) {
   return value != value ? uint16_t(bits >> 16 | 0x40) : uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
+// Pairs of bfloat16 numbers are multiplied on one instruction set; elsewhere nothing of that is compiled.
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+constexpr bool kPairs = true;
+constexpr int kPairLanes = 16, kPairMachine = 3;
+#else
+constexpr bool kPairs = false;
+constexpr int kPairLanes = 4, kPairMachine = -1;
+#endif
+
 // How many instruction sets this machine can run, from the plainest.
 int machines() {
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
@@ -58,7 +70,7 @@ int machines() {
   const bool v4 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                   __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
                   __builtin_cpu_supports("avx512vl");
-  return v4 ? 3 : 2;
+  return v4 ? (__builtin_cpu_supports("avx512bf16") ? 4 : 3) : 2;
 #else
   return 1;
 #endif
@@ -69,6 +81,7 @@ template <int L>
 struct Simd {
   typedef float Vec __attribute__((vector_size(4 * L)));
   typedef int32_t Ints __attribute__((vector_size(4 * L)));
+  typedef uint16_t Halves __attribute__((vector_size(2 * L)));
   typedef float Unaligned __attribute__((vector_size(4 * L), aligned(4), may_alias));
   static constexpr int kVectors = L == 16 ? 4 : kColumns / L;  // of columns at once: what the registers hold
 
@@ -94,8 +107,22 @@ struct Simd {
     return x < -126.0f ? Vec{} : p * power;
   }
 
-  // C[rows x L V] = (add ? C : 0) + A[rows x depth] B[depth x L V], all row-major.
-  template <int R, int V>
+  // sum + a b; of pairs of bfloat16 numbers, each in the place of a float, that is the sum of two products.
+  template <bool Pairs>
+  static INLINE Vec multiply_add(Vec sum, const float* a, Vec b) {
+    if constexpr (Pairs) {
+      int32_t bits;
+      std::memcpy(&bits, a, sizeof bits);
+      const Ints pair = Ints{} + bits;
+      asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(pair), "v"(b));
+      return sum;
+    } else {
+      return sum + *a * b;
+    }
+  }
+
+  // C[rows x L V] = (add ? C : 0) + A[rows x depth] B[depth x L V], all row-major; A and B may be of pairs.
+  template <bool Pairs, int R, int V>
   static INLINE void product_tile(const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc,
                                   int depth, bool add) {
     Vec sum[R][V];
@@ -110,7 +137,7 @@ struct Simd {
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-        for (int v = 0; v < V; ++v) sum[r][v] += a[r * lda] * row[v];
+        for (int v = 0; v < V; ++v) sum[r][v] = multiply_add<Pairs>(sum[r][v], a + r * lda, row[v]);
     }
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r)
@@ -118,26 +145,27 @@ struct Simd {
       for (int v = 0; v < V; ++v) store(c + r * ldc + v * L, sum[r][v]);
   }
 
-  template <int V>
+  template <bool Pairs, int V>
   static INLINE void product_columns(const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc,
                                      int rows, int depth, bool add) {
     int r = 0;
     for (; r + kRows <= rows; r += kRows)
-      product_tile<kRows, V>(a + r * lda, lda, b, ldb, c + r * ldc, ldc, depth, add);
-    for (; r + 4 <= rows; r += 4) product_tile<4, V>(a + r * lda, lda, b, ldb, c + r * ldc, ldc, depth, add);
-    for (; r + 2 <= rows; r += 2) product_tile<2, V>(a + r * lda, lda, b, ldb, c + r * ldc, ldc, depth, add);
-    for (; r < rows; ++r) product_tile<1, V>(a + r * lda, lda, b, ldb, c + r * ldc, ldc, depth, add);
+      product_tile<Pairs, kRows, V>(a + r * lda, lda, b, ldb, c + r * ldc, ldc, depth, add);
+    for (; r + 4 <= rows; r += 4) product_tile<Pairs, 4, V>(a + r * lda, lda, b, ldb, c + r * ldc, ldc, depth, add);
+    for (; r + 2 <= rows; r += 2) product_tile<Pairs, 2, V>(a + r * lda, lda, b, ldb, c + r * ldc, ldc, depth, add);
+    for (; r < rows; ++r) product_tile<Pairs, 1, V>(a + r * lda, lda, b, ldb, c + r * ldc, ldc, depth, add);
   }
 
   // The same for any number of columns that kColumns divides.
+  template <bool Pairs = false>
   static INLINE void product(const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc, int rows,
                              int columns, int depth, bool add) {
     int j = 0;
     for (; j + kVectors * L <= columns; j += kVectors * L)
-      product_columns<kVectors>(a, lda, b + j, ldb, c + j, ldc, rows, depth, add);
+      product_columns<Pairs, kVectors>(a, lda, b + j, ldb, c + j, ldc, rows, depth, add);
     if constexpr (kVectors > 2)
-      for (; j + 2 * L <= columns; j += 2 * L) product_columns<2>(a, lda, b + j, ldb, c + j, ldc, rows, depth, add);
-    for (; j < columns; j += L) product_columns<1>(a, lda, b + j, ldb, c + j, ldc, rows, depth, add);
+      for (; j + 2 * L <= columns; j += 2 * L) product_columns<Pairs, 2>(a, lda, b + j, ldb, c + j, ldc, rows, depth, add);
+    for (; j < columns; j += L) product_columns<Pairs, 1>(a, lda, b + j, ldb, c + j, ldc, rows, depth, add);
   }
 
   // One number from a vector, by halves.
@@ -173,11 +201,19 @@ struct Simd {
     return fold(greatest(row, columns), [](auto a, auto b) INLINE_LAMBDA { return b > a ? b : a; });
   }
 
-  // Replaces a row of scores by 2^(score - base) and adds them to the lanes of `sum`.
+  // Replaces a row of scores by 2^(score - base), which are bfloat16 numbers beside each other where products are of
+  // pairs, and adds them to the lanes of `sum`.
+  template <bool Pairs = false>
   static INLINE void exponentiate(float* row, int columns, float base, Vec& sum) {
     for (int j = 0; j < columns; j += L) {
       const Vec share = exp2(load(row + j) - base);
-      store(row + j, share);
+      if constexpr (Pairs) {
+        Halves halves;
+        asm("vcvtneps2bf16 %1, %0" : "=v"(halves) : "v"(share));
+        std::memcpy(row + j / 2, &halves, sizeof halves);
+      } else {
+        store(row + j, share);
+      }
       sum += share;
     }
   }
