@@ -72,11 +72,7 @@ def choose_impl(
                         do="choose one of these")
     if tiles.is_everything and not softcap and not return_lse:
         return auto.dense(query, key, value, tiles)
-    if query.is_cuda:
-        name, reason = "fused_triton", fused_triton.refusal(query, key, value, tiles, softcap)
-    else:
-        name, reason = "fused_cpp", fused_cpp.refusal(query, key, value)
-    return ("eager", f"{name} cannot take {reason}") if reason else (name, "the fastest there is")
+    return auto.fused(query, key, value, tiles)
 
 
 def merge(

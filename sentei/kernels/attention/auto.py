@@ -12,12 +12,27 @@ import torch
 
 from sentei.core.modes import is_plain_call
 from sentei.kernels import gains
-from sentei.kernels.attention import eager, fused_cpp
+from sentei.kernels.attention import eager, fused_cpp, fused_triton
 from sentei.kernels.attention.tiles import Grid, Tiles
 
 SHORTEST, LONGEST = 512, 2048
 MARGIN = 1.02  # below this a gain is noise, and torch's own kernel keeps the call
 BLOCK = 64
+
+
+def fused(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, tiles: Tiles,
+          why: str = "the fastest there is") -> tuple[str, str]:
+    """The kernel of the tensors' device that skips, and why; the eager one where it cannot take them.
+
+    Args:
+        query, key, value, tiles: as in `attend`.
+        why: told where it can.
+    """
+    if query.is_cuda:
+        name, reason = "fused_triton", fused_triton.refusal(query, key, value, tiles)
+    else:
+        name, reason = "fused_cpp", fused_cpp.refusal(query, key, value)
+    return ("eager", f"{name} cannot take {reason}") if reason else (name, why)
 
 
 def dense(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, tiles: Tiles) -> tuple[str, str]:
@@ -34,9 +49,7 @@ def dense(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, tiles: Ti
         return "eager", known
     uneven = grid.num_queries != grid.num_keys
     if grid.lengths is not None or grid.window is not None or (grid.causal and uneven and grid.num_queries > 1):
-        refusal = fused_cpp.refusal(query, key, value)
-        return ("eager", f"fused_cpp cannot take {refusal}") if refusal else (
-            "fused_cpp", "torch's own kernel needs a mask of every pair for this plan")
+        return fused(query, key, value, tiles, "torch's own kernel needs a mask of every pair for this plan")
     if uneven or grid.query_block != BLOCK or grid.key_block != BLOCK:
         return "eager", known
     wants_gradients = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value))
