@@ -215,7 +215,7 @@ def calls(dtype=torch.float32):
     heads = heads_case(dtype, tokens=(1, 3), normed=True, bias=True)
     turn = heads[4]
     return {"gated": ((x, *layers, "silu"), (x, *layers[0], *layers[1], *layers[2], "silu")),
-            "norm": ((x, random(width).to(dtype), 1e-5, 1.0),) * 2,
+            "norm": ((x, random(width).to(dtype), 1e-5, 0.25),) * 2,
             "heads": (heads, (heads[0], *heads[1], *heads[2], *heads[3], *turn))}
 
 

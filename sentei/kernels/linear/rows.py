@@ -199,7 +199,7 @@ def _checked(name: str, fits: Callable, given: tuple[torch.Tensor | None, ...], 
         raise ShapeError(name, expected=f"{expected}, of one dtype, float32 or bfloat16, on the CPU",
                          got=", ".join(f"{part.dtype} {list(part.shape)} on {part.device}" for part in parts),
                          do="call it through sentei.kernels.linear.rows")
-    return [None if part is None else part.resolve_neg().contiguous() for part in given]
+    return [None if part is None else part.contiguous() for part in given]
 
 
 def _checked_gated(given, activation: str) -> list:
