@@ -18,7 +18,7 @@ from oracle import CASES, Case, check_attend, masked_attention
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from sentei.core.errors import ImplError, ShapeError
-from sentei.kernels.attention import Tiles, attend, choose_impl, fused_triton
+from sentei.kernels.attention import Tiles, attend, auto, choose_impl, fused_triton
 
 MISSING = importlib.util.find_spec("triton") is None
 needs_triton = pytest.mark.skipif(MISSING, reason="triton is not installed")
@@ -267,6 +267,10 @@ def test_auto_takes_it_on_a_gpu_alone_and_says_why_not(monkeypatch):
     monkeypatch.setattr(fused_triton, "refusal", lambda *_: "")
     assert choose_impl("auto", *tensors, case.tiles()) == ("fused_triton", "the fastest there is")
     assert choose_impl("auto", *tensors, Tiles(grid=case.grid()))[0] == "eager"
+    assert choose_impl("auto", *tensors, Tiles(grid=case.grid()), softcap=2.0)[0] == "fused_triton"
+    monkeypatch.setattr(auto, "SHORTEST", 1)
+    assert choose_impl("auto", *tensors, Tiles(grid=replace(case.grid(), window=5))) == (
+        "fused_triton", "torch's own kernel needs a mask of every pair for this plan")
     monkeypatch.setattr(fused_triton, "refusal", lambda *_: "this")
     assert choose_impl("auto", *tensors, case.tiles()) == ("eager", "fused_triton cannot take this")
     assert choose_impl("auto", *case.tensors(torch.float32), case.tiles())[0] != "fused_triton"
