@@ -54,7 +54,7 @@ CAPPED = [
     Case(name="soft cap and window, dense", queries=50, keys=50, tile=(16, 16), softcap=1.5, logits=3.0, window=20,
          groups=1, kept=None),
     Case(name="soft cap", queries=40, keys=40, tile=(32, 16), softcap=2.0, logits=3.0, heads=2, groups=1),
-    Case(name="soft cap, far away, padded", queries=40, keys=40, tile=(16, 16), softcap=50.0, lengths=PADS),
+    Case(name="soft cap, far away, padded", queries=40, keys=40, tile=(16, 16), softcap=1e3, lengths=PADS),
     Case(name="soft cap, huge logits", queries=40, keys=40, tile=(16, 16), softcap=30.0, logits=300.0, kept=None),
 ]
 DENSE = [case for case in CASES if case.name in NAMES] + [
