@@ -132,7 +132,7 @@ def _seen(tiles: Tiles, heads: int) -> torch.Tensor:
     last = torch.minimum(last, (block + 1) * grid.key_block - 1)
     lowest = start if grid.window is None else torch.maximum(
         start, rows.view(1, 1, -1, grid.query_block) - grid.window + 1)
-    seen = ((place >= 0) & (block < none) & (last >= lowest)).flatten(2)[..., :grid.num_queries]
+    seen = ((place >= 0) & (last >= lowest)).flatten(2)[..., :grid.num_queries]
     return seen.repeat_interleave(heads // seen.shape[1], 1)
 
 
