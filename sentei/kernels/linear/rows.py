@@ -133,8 +133,13 @@ def _norm_fits(x, weight) -> bool:
     return x.dim() > 0 and weight.shape == x.shape[-1:] and 1 <= x.numel() <= MOST_NUMBERS
 
 
-def _heads_fit(x, query, query_bias, key, key_bias, value, value_bias, cosine, sine, query_norm, key_norm) -> bool:
-    """Whether these are few rows, whole heads of an even width, and a turn of that width for every row or token."""
+def _heads_fit(*given: torch.Tensor | None) -> bool:
+    """Whether these are few rows, whole heads of an even width, and a turn of that width for every row or token.
+
+    Args:
+        given: x, three layers' weights and biases, cosine and sine, and the norms of query and key.
+    """
+    x, query, query_bias, key, key_bias, value, value_bias, cosine, sine, query_norm, key_norm = given
     if not (x.dim() == 3 and query.dim() == key.dim() == value.dim() == 2 and cosine.dim()):
         return False
     (batch, tokens, width), sizes, head = x.shape, (len(query), len(key), len(value)), cosine.shape[-1]
@@ -172,9 +177,14 @@ def _norm(x, weight, epsilon: float, shift: float) -> torch.Tensor:
     return output
 
 
-def _heads(x, query, query_bias, key, key_bias, value, value_bias, cosine, sine, query_norm, key_norm, epsilon: float,
-           shift: float) -> torch.Tensor:
-    """The call, of contiguous tensors that fit: queries, keys and values of a row side by side."""
+def _heads(*given) -> torch.Tensor:
+    """The call, of contiguous tensors that fit: queries, keys and values of a row side by side.
+
+    Args:
+        given: as of `_heads_fit`, then epsilon and shift.
+    """
+    (x, query, query_bias, key, key_bias, value, value_bias, cosine, sine, query_norm, key_norm, epsilon,
+     shift) = given
     output = _heads_shape(x, query, key, value)
     head, count = cosine.shape[-1], x.shape[0] * x.shape[1]
     fused_cpp.checked(_heads_call()(
