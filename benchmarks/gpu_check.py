@@ -35,7 +35,10 @@ GOALS = {"sparse": "at least 1.3 times compiled FlexAttention with the same plan
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One call: a causal text of one row, and the share of its past blocks that is kept (None: the dense plan)."""
+    """One call: a causal text of one row, and the share of its past blocks that is kept (None: the dense plan).
+
+    window and softcap: as in Grid and attend, 0 for none.
+    """
 
     heads: int = 32
     groups: int = 8
@@ -44,12 +47,16 @@ class Case:
     dtype: torch.dtype = BF16
     kept: float | None = None
     block: int = 128
+    window: int = 0
+    softcap: float = 0.0
     backward: bool = False
     device: str = "cuda"
 
     def __str__(self) -> str:
         what = "exact" if self.kept is None else f"{100 * self.kept:g} % of the blocks of {self.block}"
-        return (f"{what}, {self.heads}/{self.groups} x {self.width}, {self.tokens:,} tokens, "
+        limits = [f", a window of {self.window:,}"] * bool(self.window) + [f", soft cap {self.softcap:g}"] * bool(
+            self.softcap)
+        return (f"{what}{''.join(limits)}, {self.heads}/{self.groups} x {self.width}, {self.tokens:,} tokens, "
                 f"{str(self.dtype).removeprefix('torch.')}{', forward and backward' if self.backward else ''}")
 
     @cached_property
@@ -62,7 +69,8 @@ class Case:
     @cached_property
     def tiles(self) -> Tiles:
         """The plan."""
-        grid = Grid(num_queries=self.tokens, num_keys=self.tokens, query_block=self.block, key_block=self.block)
+        grid = Grid(num_queries=self.tokens, num_keys=self.tokens, query_block=self.block, key_block=self.block,
+                    window=self.window or None)
         if self.kept is None:
             return Tiles(grid=grid)
         generator = torch.Generator(self.device).manual_seed(1)
@@ -79,7 +87,7 @@ class Case:
 
     def run(self, impl: str) -> Callable[[], object]:
         """The call, with its gradients where the case says so."""
-        return self.whole(lambda: attend(*self.tensors, self.tiles, impl=impl))
+        return self.whole(lambda: attend(*self.tensors, self.tiles, softcap=self.softcap, impl=impl))
 
     def sdpa(self) -> Callable[[], object]:
         """torch's dense kernel on the same tensors."""
@@ -104,14 +112,21 @@ ALSO_RIGHT = [replace(shape, tokens=1061, dtype=dtype, kept=kept, backward=True)
     (SMALL, torch.float32, 0.3), (Case(), torch.float32, None), (SMALL, torch.float16, 0.3),
     (Case(heads=4, groups=1, width=256, block=64), BF16, 0.3), (Case(heads=4, groups=4, width=80), BF16, 0.3),
     (Case(heads=4, groups=4, width=80), BF16, None))]
+LIMITED = [replace(shape, tokens=1061, dtype=dtype, kept=kept, window=window, softcap=softcap, backward=True)
+           for shape, dtype, kept, window, softcap in (
+               (Case(), BF16, None, 300, 0), (Case(), BF16, 0.3, 300, 0), (SMALL, BF16, None, 0, 30),
+               (SMALL, BF16, 0.3, 500, 30), (SMALL, torch.float32, None, 200, 2), (SMALL, BF16, None, 1, 0))]
 TIMED = {
     "sparse": [replace(shape, tokens=tokens, kept=0.125) for tokens in (16384, 32768, 65536) for shape in SHAPES],
     "exact": [replace(shape, tokens=tokens) for tokens in (4096, 16384, 65536) for shape in SHAPES],
     "backward": [replace(shape, tokens=16384, kept=kept, backward=True) for kept in (0.125, None) for shape in SHAPES],
+    "window": [replace(shape, tokens=tokens, window=4096, softcap=softcap) for tokens in (16384, 65536)
+               for softcap in (0, 50) for shape in SHAPES[:1]],
 }
 LAUNCHES = [(128, 128, 8, 2), (128, 64, 8, 2), (128, 64, 8, 3), (128, 64, 4, 3), (64, 64, 4, 3), (128, 32, 4, 4)]
 DECODED = [replace(shape, tokens=tokens, kept=0.125, block=16) for tokens in (16384, 65536) for shape in SHAPES]
-PEERS = {"sparse": ("FlexAttention", "sdpa"), "exact": ("sdpa",), "backward": ("FlexAttention", "sdpa")}
+PEERS = {"sparse": ("FlexAttention", "sdpa"), "exact": ("sdpa",), "backward": ("FlexAttention", "sdpa"),
+         "window": ("FlexAttention",)}
 
 
 def masked(case: Case, dtype: torch.dtype) -> list[torch.Tensor]:
@@ -119,9 +134,12 @@ def masked(case: Case, dtype: torch.dtype) -> list[torch.Tensor]:
     query, key, value = leaves = [tensor.detach().to(dtype).requires_grad_() for tensor in case.tensors]
     tiles = case.tiles.listed(1, case.groups, query.device)
     pairs = tiles.mask().repeat_interleave(case.block, 2).repeat_interleave(case.block, 3)
-    pairs = pairs[..., :case.tokens, :case.tokens].tril().repeat_interleave(case.heads // case.groups, 1)
+    pairs = pairs[..., :case.tokens, :case.tokens].tril()
+    pairs = (pairs.triu(1 - case.window) if case.window else pairs).repeat_interleave(case.heads // case.groups, 1)
     key, value = (tensor.repeat_interleave(case.heads // case.groups, 2).transpose(1, 2) for tensor in (key, value))
-    scores = (query.transpose(1, 2) @ key.transpose(-1, -2) * case.width ** -0.5).masked_fill(~pairs, -torch.inf)
+    scores = query.transpose(1, 2) @ key.transpose(-1, -2) * case.width ** -0.5
+    scores = case.softcap * torch.tanh(scores / case.softcap) if case.softcap else scores
+    scores = scores.masked_fill(~pairs, -torch.inf)
     wide = torch.promote_types(dtype, torch.float32)
     output = (scores.softmax(-1, dtype=wide).to(dtype) @ value).transpose(1, 2)
     return derived(output, scores.to(wide).logsumexp(-1).transpose(1, 2), leaves)
@@ -148,7 +166,7 @@ def errors(got, plain, exact) -> dict[str, list[float]]:
 def correctness(case: Case, impl: str) -> dict:
     """One row: whether the implementation computes the case."""
     leaves = [tensor.detach().requires_grad_() for tensor in case.tensors]
-    got = derived(*attend(*leaves, case.tiles, impl=impl, return_lse=True), leaves)
+    got = derived(*attend(*leaves, case.tiles, softcap=case.softcap, impl=impl, return_lse=True), leaves)
     found = errors(got, masked(case, case.dtype), masked(case, torch.float64))
     return {"check": "correctness", "case": str(case), "impl": impl, "errors": found,
             "right": all(error <= allowed for error, allowed in found.values())}
@@ -189,13 +207,14 @@ def decode_correctness(case: Case) -> dict:
 
 def flex(case: Case) -> Callable[[], object]:
     """torch's compiled block-sparse kernel on the same plan, made before."""
-    from sentei.kernels.attention.flex import block_mask, compiled
+    from sentei.kernels.attention.flex import block_mask, capped, compiled
 
-    mask, run = block_mask(case.tiles, case.heads), compiled()
+    tiles = case.tiles.listed(1, case.groups, torch.device(case.device))
+    mask, run, score_mod = block_mask(tiles, case.heads), compiled(), capped(case.softcap)
 
     def call() -> torch.Tensor:
         query, key, value = (tensor.transpose(1, 2) for tensor in case.tensors)
-        return run(query, key, value, block_mask=mask, enable_gqa=case.heads != case.groups)
+        return run(query, key, value, score_mod, mask, enable_gqa=case.heads != case.groups)
 
     return case.whole(call)
 
@@ -254,7 +273,7 @@ def tuned(case: Case, runs: int) -> Iterator[dict]:
     plan = [] if tiles.is_everything else [getattr(tiles, name) for name in triton_tiles.PLAN]
     usual = triton_tiles.launch("forward", given[0], given[2])
     others = [triton_tiles.Launch(*start) for start in LAUNCHES if start != usual]
-    calls = {start: lambda start=start: triton_tiles.forward(given, plan, tiles.grid, case.width ** -0.5, start)
+    calls = {start: lambda start=start: triton_tiles.forward(given, plan, tiles.grid, case.width ** -0.5, 0.0, start)
              for start in (usual, *others)}
     for other in others:
         pairs = milliseconds(calls[usual], calls[other], runs)
@@ -267,19 +286,19 @@ def jobs(runs: int) -> Iterator[tuple[str, str, Callable[[], dict]]]:
 
     Each call has a case of its own, whose tensors are gone with it.
     """
-    for case in RIGHT:
+    for case in (*RIGHT, *LIMITED):
         yield f"correctness of {case}", "fused_triton", lambda case=case: correctness(replace(case), "fused_triton")
     for case in DECODED:
         yield f"correctness of decode, {case}", "decode", lambda case=case: decode_correctness(replace(case))
     for kind, cases in TIMED.items():
         for case in cases:
             for peer in PEERS[kind]:
-                if case.kept is not None or peer != "FlexAttention":
+                if case.kept is not None or case.window or peer != "FlexAttention":
                     yield (f"{kind} against {peer}: {case}", "fused_triton",
                            lambda case=case, kind=kind, peer=peer: speed(replace(case), kind, peer, runs))
     for case in DECODED:
         yield f"decode: {case}", "decode", lambda case=case: speed(replace(case), "decode", "sdpa, whole cache", runs)
-    for case in RIGHT[:2]:
+    for case in (*RIGHT[:2], LIMITED[3]):
         yield f"correctness of FlexAttention, {case}", "flex", lambda case=case: correctness(replace(case), "flex")
     for case in ALSO_RIGHT:
         yield f"correctness of {case}", "fused_triton", lambda case=case: correctness(replace(case), "fused_triton")

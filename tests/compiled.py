@@ -51,16 +51,17 @@ def compile_alone(start, folder: Path):
     return run
 
 
-def attention(dtype: torch.dtype, width: int, listed: bool, starts: list[Launch] | None) -> None:
-    """Forward and backward of a padded causal text."""
+def attention(dtype: torch.dtype, width: int, listed: bool, starts: list[Launch] | None, *, limited: bool) -> None:
+    """Forward and backward of a padded causal text; where it is limited with a window and a soft cap."""
     query, key = (torch.empty(2, 4000, heads, width, dtype=dtype, device="cpu") for heads in (8, 2))
-    grid = Grid(num_queries=4000, num_keys=4000, query_block=64, key_block=64,
+    grid = Grid(num_queries=4000, num_keys=4000, query_block=64, key_block=64, window=900 if limited else None,
                 lengths=torch.empty(2, 2, dtype=torch.int64, device="cpu"))
     counts = torch.empty(2, 2, grid.num_query_blocks, dtype=torch.int32, device="cpu")
     plan = [counts, counts.new_empty(*counts.shape, 8)] * 2 if listed else []
+    softcap = 30.0 if limited else 0.0
     starts = starts or [triton_tiles.launch(kernel, query, key) for kernel in ("forward", "query", "key")]
-    output, lse, softmax = triton_tiles.forward((query, key, key), plan, grid, 0.3, starts[0])
-    triton_tiles.backward((query, key, key, output, softmax, output, lse), plan, grid, 0.3, tuple(starts[1:]))
+    output, lse, softmax = triton_tiles.forward((query, key, key), plan, grid, 0.3, softcap, starts[0])
+    triton_tiles.backward((query, key, key, output, softmax, output, lse), plan, grid, 0.3, softcap, tuple(starts[1:]))
 
 
 def main() -> None:
@@ -69,13 +70,16 @@ def main() -> None:
     triton.JITFunction.run = compile_alone(triton.JITFunction.run, Path(sys.argv[3]))
     Tiles.by_key = lambda tiles: (tiles.full_count, tiles.full_ids, tiles.partial_count, tiles.partial_ids)
     if sys.argv[2] == "small":
-        attention(torch.bfloat16, 16, True, [Launch(16, 16, 1, 1)] * 3)
-        attention(torch.float32, 24, False, [Launch(16, 16, 1, 1)] * 3)
+        attention(torch.bfloat16, 16, True, [Launch(16, 16, 1, 1)] * 3, limited=False)
+        attention(torch.float32, 24, False, [Launch(16, 16, 1, 1)] * 3, limited=True)
     else:
         for width in (64, 128, 256):
             for dtype in (torch.bfloat16, torch.float32):
-                attention(dtype, width, True, None)
-        attention(torch.bfloat16, 128, False, None)
+                attention(dtype, width, True, None, limited=False)
+        for limited in (False, True):
+            attention(torch.bfloat16, 128, False, None, limited=limited)
+        for dtype in (torch.bfloat16, torch.float32):
+            attention(dtype, 256, True, None, limited=True)
     query, key = (torch.empty(2, tokens, 4, 64, dtype=torch.bfloat16, device="cpu") for tokens in (1, 900))
     triton_pages.attend_pages(query, key[:, :, :2], key[:, :, :2], torch.empty(2, 2, 1, 9, dtype=torch.int32,
                               device="cpu"), page=16, scale=0.3)

@@ -24,6 +24,17 @@ def seed() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def choices(tmp_path_factory):
+    """What is measured in a test is not remembered beyond the tests."""
+    from sentei.kernels import gains
+
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gains, "cache_folder", lambda: folder)
+        yield
+
+
 @pytest.fixture(scope="session")
 def subject(tmp_path_factory) -> dict:
     """A tiny Llama in a folder and a text long enough for five windows of 512 tokens."""

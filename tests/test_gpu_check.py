@@ -18,10 +18,11 @@ TINY = Case(heads=2, groups=1, width=16, tokens=40, dtype=torch.float32, kept=0.
 DECODED = replace(TINY, tokens=70, block=8, backward=False)
 
 
-@pytest.mark.parametrize("kept", [0.5, None])
+@pytest.mark.parametrize("change", [{}, {"kept": None}, {"window": 20}, {"kept": None, "window": 9, "softcap": 2.0}],
+                         ids=str)
 @pytest.mark.parametrize("impl", ["fused_triton", "eager"])
-def test_a_right_kernel_is_said_to_be_right(kept, impl):
-    row = correctness(replace(TINY, kept=kept), impl)
+def test_a_right_kernel_is_said_to_be_right(change, impl):
+    row = correctness(replace(TINY, **change), impl)
     assert row["right"] and list(row["errors"]) == ["output", "lse", "dq", "dk", "dv"]
 
 
@@ -81,7 +82,9 @@ def test_every_kind_of_job_is_there():
     names = [name for name, _, _ in gpu_check.jobs(1)]
     assert len(set(names)) == len(names)
     for start in ("correctness of decode", "correctness of FlexAttention", "sparse against FlexAttention", "decode: ",
-                  "sparse against sdpa", "exact against sdpa", "backward against FlexAttention"):
+                  "sparse against sdpa", "exact against sdpa", "backward against FlexAttention",
+                  "window against FlexAttention", "correctness of exact, a window of 300, 32/8",
+                  "correctness of 30 % of the blocks of 64, a window of 500, soft cap 30"):
         assert any(name.startswith(start) for name in names), start
 
 

@@ -5,7 +5,7 @@ FlexAttention also the same tiles, as its own BlockMask. Of bfloat16 tensors sdp
 float32 and back, which a user would make where that is faster. Compilation is not timed. Both run in turn; a ratio is
 the median over neighbouring pairs, peer ÷ ours. Before a case is timed its outputs are compared; on a difference
 there is no ratio, but an error. A share of the blocks is drawn at random among those wholly in the past; the diagonal
-and block 0 are always there.
+and block 0 are always there. A whole layer that chooses is timed beside another's, see `sentei.benches.layers`.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,6 +15,7 @@ from functools import cached_property, partial
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from sentei.benches import layers
 from sentei.kernels.attention import Grid, Tiles, attend
 from sentei.kernels.attention.flex import block_mask, compiled
 from sentei.measurement.latency import interleave, measured
@@ -104,11 +105,14 @@ CASES = {
     "sparse": [Case(9, 3, 64, 8448, dtype, kept=kept) for dtype in (torch.float32, BF16)
                for kept in (0.5, 0.25, 0.125)],
     "backward": [Case(9, 3, 64, 4096, kept=kept, backward=True) for kept in (1.0, 0.125)],
+    "layer": layers.CASES,
 }
 
 
-def peers(case: Case) -> dict[str, tuple[Callable[[], torch.Tensor], bool]]:
+def peers(case: Case | layers.Layer) -> dict[str, tuple[Callable[[], torch.Tensor], bool]]:
     """What else a user could call, by name: the call, and whether it computes the same numbers."""
+    if isinstance(case, layers.Layer):
+        return case.peers()
     found = {"torch sdpa": (partial(sdpa, case), case.kept == 1)}
     if case.dtype != torch.float32:
         found["torch sdpa, cast to float32"] = partial(sdpa_in_float32, case), case.kept == 1
@@ -150,7 +154,7 @@ def rows(names: list[str], runs: int, absent: Callable[[str], None]) -> Iterator
             theirs = with_backward(call, case)
             try:
                 result = theirs()
-            except BackendCompilerFailed as error:  # no C++ compiler, or one that failed
+            except (BackendCompilerFailed, ModuleNotFoundError) as error:  # no C++ compiler, or no such package
                 absent(f"{peer} cannot run here: {str(error).strip().splitlines()[0]}")
                 continue
             if same:

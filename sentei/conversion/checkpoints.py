@@ -22,6 +22,7 @@ from sentei.conversion.model_folder import check_side_files, member, read_config
 from sentei.conversion.safetensors_header import Tensor
 from sentei.conversion.tokenizers import read_tokenizer
 from sentei.core.errors import FileError, SenteiError
+from sentei.core.machine import cache_folder
 from sentei.core.storage import sha256
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ def locate(model: str | None = None, *, online: bool = False, cache: Path | None
         UnsupportedError: a model of another family.
         ResourceError: no room for the conversion of a GGUF file.
     """
-    cache = Path.home() / ".cache" / "sentei" if cache is None else cache
+    cache = cache_folder() if cache is None else cache
     if model is None:
         package = _default_package()
         path = Path(str(package.locate_file(DEFAULT_FILE)))

@@ -5,7 +5,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from sentei.measurement.outcome import processor, today
+from sentei.core.machine import processor
+from sentei.measurement.outcome import today
 
 Action = Callable[[], object]
 

@@ -3,9 +3,10 @@
 import datetime
 import importlib.metadata
 import platform
-from pathlib import Path
 
 import torch
+
+from sentei.core.machine import processor
 
 SCHEMA = "sentei.prune/1"
 PACKAGES = ("torch", "transformers", "numpy")
@@ -29,16 +30,6 @@ def environment() -> dict[str, str]:
     return {"processor": processor(), "threads": str(torch.get_num_threads()), "system": platform.system(),
             "python": platform.python_version(),
             **{package: importlib.metadata.version(package) for package in PACKAGES}}
-
-
-def processor() -> str:
-    """The processor's name and its widest vector instructions."""
-    name = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        lines = [line for line in info.read_text().splitlines() if line.startswith("model name")]
-        name = lines[0].partition(":")[2].strip() if lines else name
-    return f"{name}, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def today() -> str:

@@ -1,12 +1,14 @@
 """`sentei bench`: rows as they are measured, no ratio where outputs differ, and a peer that cannot run."""
 
 import json
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch._dynamo.exc import BackendCompilerFailed
 
-from sentei.benches import attention, decode, linear, memory, topk
+from sentei.benches import attention, decode, layers, linear, memory, topk
 from sentei.benches import table as benches
 from sentei.benches.attention import Case
 from sentei.core.errors import SenteiError
@@ -64,6 +66,30 @@ def test_a_peer_that_cannot_be_compiled_is_said_to_be_absent(small, monkeypatch)
     told = []
     assert [row["peer"] for row in measure("sparse", absent=told.append)] == ["torch sdpa"]
     assert len(told) == 1 and told[0].startswith("compiled FlexAttention cannot run here: ") and "compiler" in told[0]
+
+
+def test_a_layer_that_chooses_is_timed_beside_the_peers_or_the_peer_is_said_to_be_absent(monkeypatch):
+    monkeypatch.setattr(attention, "CASES", {"layer": [layers.Layer(2, 1, 8, 200, 1)]})
+    made, told = [], []
+
+    class SparseAttention(torch.nn.Module):
+        def __init__(self, **sizes):
+            super().__init__()
+            made.append(sizes)
+
+        def forward(self, x):
+            return x
+
+    package = "native_sparse_attention_pytorch"
+    monkeypatch.setitem(sys.modules, package, SimpleNamespace(SparseAttention=SparseAttention))
+    row, = measure("layer")
+    assert row["peer"] == layers.PEER and row["case"].startswith("a layer that chooses 1 blocks of 64, 2/1 x 8, 200")
+    assert set(row) == KEYS and made[0]["dim"] == 16 and (made[0]["heads"], made[0]["kv_heads"]) == (2, 1)
+    layer = layers.Layer(2, 1, 8, 200, 1)
+    assert layer.layer.connections.config.rule.k == 1 and layer.ours().shape == layer.x.shape
+    monkeypatch.setitem(sys.modules, package, None)
+    assert measure("layer", absent=told.append) == []
+    assert len(told) == 1 and told[0].startswith(f"{layers.PEER} cannot run here: ")
 
 
 @pytest.mark.parametrize(("given", "error"), [

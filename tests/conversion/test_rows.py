@@ -98,7 +98,7 @@ def test_what_computes_something_else_is_left(module):
     assert type(module) is own and "few_rows" not in vars(module)
 
 
-def test_gradients_autocast_compile_hooks_and_more_rows_take_the_own_path(calls):
+def test_gradients_autocast_hooks_and_more_rows_take_the_own_path_and_a_graph_ops(calls):
     model = nn.Sequential(Gated(nn.SiLU()), nn.RMSNorm(6, eps=1e-6))
     plain, x = copy.deepcopy(model), torch.randn(2, 6)
     install(model, most_rows=8)
@@ -108,9 +108,12 @@ def test_gradients_autocast_compile_hooks_and_more_rows_take_the_own_path(calls)
     with torch.no_grad():
         with torch.autocast("cpu"):
             assert torch.equal(model(x), plain(x))
-        torch.testing.assert_close(torch.compile(model, backend="aot_eager")(x), plain(x))
         torch.testing.assert_close(model(torch.ones(600, 6)), plain(torch.ones(600, 6)))
         assert calls == []
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+        torch.testing.assert_close(compiled(x), plain(x))
+        assert calls == ["gated", "norm"], "a graph keeps the native calls, as ops"
+        calls.clear()
         torch.testing.assert_close(model(x), plain(x))
         assert calls == ["gated", "norm"]
         seen = []

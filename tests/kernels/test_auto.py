@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from sentei.kernels import native
+from sentei.kernels import gains, native
 from sentei.kernels.attention import Grid, Tiles, auto, choose_impl
 
 pytestmark = pytest.mark.skipif(bool(native.missing()), reason=native.missing())
@@ -14,10 +14,9 @@ DENSE = Tiles(grid=Grid(num_queries=TOKENS, num_keys=TOKENS, query_block=64, key
 
 
 @pytest.fixture(autouse=True)
-def nothing_known():
-    auto._gain.cache_clear()
-    yield
-    auto._gain.cache_clear()
+def nothing_known(tmp_path, monkeypatch):
+    monkeypatch.setattr(gains, "cache_folder", lambda: tmp_path)
+    monkeypatch.setattr(gains, "_known", {})
 
 
 def clock(monkeypatch, eager_s: float, fused_s: float) -> None:
@@ -29,7 +28,7 @@ def clock(monkeypatch, eager_s: float, fused_s: float) -> None:
             now[0] += seconds
         return attend
 
-    monkeypatch.setattr(auto.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(gains.time, "perf_counter", lambda: now[0])
     monkeypatch.setattr(auto.eager, "attend", taking(eager_s))
     monkeypatch.setattr(auto.fused_cpp, "attend", taking(fused_s))
 
@@ -53,9 +52,30 @@ def test_nothing_is_measured_under_a_mode_and_so_nothing_wrong_is_remembered(mon
     for mode in (torch.autocast("cpu"), torch._subclasses.FakeTensorMode(), torch.device("meta")):
         with torch.no_grad(), mode:
             assert choose_impl("auto", *given, DENSE)[0] == "eager"
-    assert auto._gain.cache_info().currsize == 0
+    assert not gains._known and not gains._path().exists()
     with torch.no_grad():
         assert choose_impl("auto", *given, DENSE)[0] == "fused_cpp"
+
+
+@pytest.mark.parametrize("change", [
+    {"heads": (4, 4)}, {"widths": (8, 16)}, {"dtype": torch.bfloat16}, {"causal": False}, {"tokens": 2 * TOKENS}],
+    ids=str)
+def test_every_kind_of_call_is_measured_for_itself_and_remembered_beyond_the_process(monkeypatch, change):
+    clock(monkeypatch, 3.0, 2.0)
+
+    def chosen(heads=(4, 2), widths=(8, 8), dtype=torch.float32, causal=True, tokens=TOKENS):
+        given = [torch.randn(1, tokens, count, width).to(dtype) for count, width in (
+            (heads[0], widths[0]), (heads[1], widths[0]), (heads[1], widths[1]))]
+        with torch.no_grad():
+            return choose_impl("auto", *given, Tiles(grid=replace(
+                DENSE.grid, num_queries=tokens, num_keys=tokens, causal=causal)))
+
+    first = chosen()
+    clock(monkeypatch, 1.0, 2.0)
+    assert chosen() == first and first[0] == "fused_cpp"
+    gains.forget()
+    assert chosen() == ("fused_cpp", "measured here before: fused_cpp is 1.50 times as fast as torch's own kernel")
+    assert chosen(**change)[0] == "eager"
 
 
 @pytest.mark.parametrize("change", [

@@ -2,14 +2,19 @@
 
 import pytest
 import torch
-from oracle import Case, masked_attention
+from oracle import CASES, Case, masked_attention
 
 from sentei.core.errors import ImplError
 from sentei.kernels.attention import Tiles, attend, choose_impl, flex
 
 PADDED = Case(name="padded, after a cache", queries=40, keys=60, tile=(16, 32), heads=4, groups=2, choices=2,
               lengths=((10, 60), (0, 21), (60, 60)), widths=(16, 8))
+WINDOWED = Case(name="window, soft cap, padded, after a cache", queries=40, keys=70, tile=(16, 16), heads=4, groups=2,
+                choices=2, window=21, softcap=1.5, logits=3.0, kept=0.4, lengths=((10, 70), (0, 41)), widths=(16, 8))
 OTHERS = [
+    Case(name="window of one", queries=40, keys=40, tile=(16, 32), window=1, kept=0.6, widths=(16, 16)),
+    Case(name="window, dense", queries=40, keys=40, tile=(16, 16), window=18, kept=None, widths=(16, 16)),
+    Case(name="soft cap", queries=40, keys=40, tile=(16, 16), softcap=30.0, logits=30.0, widths=(16, 16)),
     Case(name="causal", queries=70, keys=70, tile=(32, 32), heads=4, groups=2, widths=(16, 16)),
     Case(name="bidirectional", queries=50, keys=40, tile=(16, 16), kept=0.2, causal=False, widths=(32, 16)),
     Case(name="padded bidirectional", queries=30, keys=40, tile=(16, 16), causal=False, lengths=((5, 40), (0, 9)),
@@ -30,17 +35,18 @@ def nothing_compiled():
 def check(case: Case, dtype: torch.dtype) -> None:
     """The output is as near to fp64 as masked attention in the same dtype; a row without keys gives 0."""
     tensors, pairs = case.tensors(dtype), case.pairs()
-    exact, plain = (masked_attention(*(tensor.to(kind) for tensor in tensors), pairs, 0.3)[0]
+    exact, plain = (masked_attention(*(tensor.to(kind) for tensor in tensors), pairs, 0.3, case.softcap)[0]
                     for kind in (torch.float64, dtype))
-    output = attend(*tensors, case.tiles(), scale=0.3, impl="flex")
+    output = attend(*tensors, case.tiles(), scale=0.3, softcap=case.softcap, impl="flex")
     assert output.dtype == dtype and (output[~pairs.any(-1).transpose(1, 2)] == 0).all()
     step = 4 * torch.finfo(dtype).eps * exact.abs().amax().clamp(min=1)
     assert (output - exact).abs().amax() <= 2 * (plain - exact).abs().amax() + step
 
 
-def test_it_computes_the_plan():
-    assert (~PADDED.pairs().any(-1)).any()
-    check(PADDED, torch.float32)
+@pytest.mark.parametrize("case", [PADDED, WINDOWED], ids=lambda case: case.name)
+def test_it_computes_the_plan(case):
+    assert (~case.pairs().any(-1)).any()
+    check(case, torch.float32)
 
 
 @pytest.mark.slow
@@ -54,12 +60,18 @@ def test_it_computes_other_plans(case, dtype):
 def test_it_never_goes_on_without_compiling(monkeypatch):
     """Uncompiled, FlexAttention does not look at the tiles: the numbers would be wrong."""
     monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
-    check(OTHERS[0], torch.float32)
+    check(OTHERS[3], torch.float32)
     with pytest.raises(ImplError, match="one more than torch's limit of 1"):
-        check(OTHERS[1], torch.float32)
+        check(OTHERS[4], torch.float32)
 
 
-@pytest.mark.parametrize("case", [PADDED, *OTHERS], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", CASES + [PADDED, WINDOWED, *OTHERS], ids=lambda case: case.name)
+def test_the_rows_that_see_a_key_are_those_of_the_case(case):
+    tiles = case.tiles().listed(case.batch, case.groups, torch.device("cpu"))
+    assert torch.equal(flex._seen(tiles, case.heads), case.pairs().any(-1))
+
+
+@pytest.mark.parametrize("case", [PADDED, WINDOWED, *OTHERS], ids=lambda case: case.name)
 def test_its_lists_and_its_question_are_those_of_the_plan(case):
     """The BlockMask, read as FlexAttention reads it, permits the pairs of the case."""
     tiles = case.tiles().listed(case.batch, case.groups, torch.device("cpu"))

@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sentei.core.errors import ImplError, ResourceError, ShapeError
-from sentei.kernels import native
+from sentei.kernels import gains, native
 from sentei.kernels.routing import IMPLS, Stack, auto, choose_impl, fused_cpp, route
 
 needs_library = pytest.mark.skipif(bool(native.missing()), reason=native.missing())
@@ -220,17 +220,21 @@ def test_auto_takes_stacks_to_the_native_kernel_and_the_rest_to_torch(monkeypatc
         assert name == "eager" and told in reason
     with torch.autocast("cpu"):
         assert chosen() == ("eager", "fused_cpp cannot take autocast")
-    monkeypatch.setattr(auto, "_gain", lambda _: 1.5)
+    monkeypatch.setattr(gains, "gain", lambda *_: (1.5, "measured here"))
     assert chosen(dtype=HALF, tokens=400)[0] == "eager" and chosen(dtype=HALF, tokens=4)[0] == "fused_cpp"
-    monkeypatch.setattr(auto, "_gain", lambda _: 0.2)
+    monkeypatch.setattr(gains, "gain", lambda *_: (0.2, "measured here"))
     assert chosen(dtype=HALF, tokens=400) == (
         "fused_cpp", "measured here: torch's bfloat16 products are 0.20 times as fast as its float32 ones")
     monkeypatch.setattr(native, "missing", lambda: "a package without its native library")
     assert chosen() == ("eager", "fused_cpp cannot take a package without its native library")
 
 
-def test_what_is_measured_is_a_ratio():
-    assert 0 < auto._gain.__wrapped__(1) < 1000
+def test_what_is_measured_is_a_ratio_and_never_under_a_mode(monkeypatch):
+    assert 0 < gains.in_turn(*auto._products()) < 1000
+    monkeypatch.setattr(gains, "gain", None)
+    leaves, ids, stack = drawn(dtype=HALF, tokens=400)
+    with torch._subclasses.FakeTensorMode():
+        assert auto.fastest(leaves[0], ids, stack())[0] == "fused_cpp"
 
 
 @needs_library

@@ -3,9 +3,11 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from sentei.core.errors import ImplError, ShapeError
 from sentei.kernels import native
-from sentei.kernels.linear import rows
+from sentei.kernels.linear import reference, rows
 
 pytestmark = pytest.mark.skipif(bool(native.missing()), reason=native.missing())
 HALF = torch.bfloat16
@@ -105,10 +107,20 @@ def test_every_other_case_is_left():
     assert rows.gated(torch.ones(9, 6), *layers, "silu") is None
     assert rows.gated(x, layers[0], layers[0], layers[0], "silu") is None
     assert rows.norm(torch.ones(rows.MOST_NUMBERS // 6 + 1, 6), weight, 1e-6, 0.0) is None
-    for context in (torch.enable_grad(), torch.autocast("cpu"), torch.device("cpu"),
-                    torch._subclasses.FakeTensorMode()):
+    needing = [tuple(part if part is None else part.clone().requires_grad_() for part in layer) for layer in layers]
+    for context in (torch.enable_grad(), torch.autocast("cpu"), torch.device("cpu")):
         with context:
             assert rows.gated(x, *layers, "silu") is None and rows.norm(x, weight, 1e-6, 0.0) is None
+    assert rows.norm(x, None, 1e-6, 0.0) is None and rows.gated(x, layers[0], (None, None), layers[2], "silu") is None
+    with Watching():
+        assert rows.gated(x, *needing, "silu") is not None
+        with torch.enable_grad():
+            assert rows.gated(x, *needing, "silu") is None
+        with torch.autocast("cpu"):
+            assert rows.gated(x, *layers, "silu") is None and rows.norm(x, weight, 1e-6, 0.0) is None
+        for other in (x.double(), torch.ones(9, 6), torch.ones(2, 3), torch.ones(0, 6)):
+            assert rows.gated(other, *layers, "silu") is None
+        assert rows.norm(x, weight.double(), 1e-6, 0.0) is None and rows.norm(x, weight[:5], 1e-6, 0.0) is None
 
 
 def turned(x, width, norm, cosine, sine, epsilon, shift):
@@ -181,3 +193,96 @@ def test_heads_of_every_other_case_are_left():
     assert rows.heads(x, query, key, (value[0], torch.ones(5)), turn) is None
     with torch.enable_grad():
         assert rows.heads(x, query, key, value, turn) is None
+
+
+class Watching(TorchDispatchMode):
+    """Sees every op, and the names of ours."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, op, types, arguments=(), named=None):
+        self.seen += [op.__name__] * (op.namespace == "sentei")
+        return op(*arguments, **(named or {}))
+
+
+def calls(dtype=torch.float32):
+    """One call of each, by name: the function of the room, its arguments, and the op's."""
+    width = 37
+    x, layers = random(1, 3, width, seed=3).to(dtype), to(dtype, layer(53, width, 1, True), layer(53, width, 2, False),
+                                                          layer(29, 53, 3, True))
+    heads = heads_case(dtype, tokens=(1, 3), normed=True, bias=True)
+    turn = heads[4]
+    return {"gated": ((x, *layers, "silu"), (x, *layers[0], *layers[1], *layers[2], "silu")),
+            "norm": ((x, random(width).to(dtype), 1e-5, 0.25),) * 2,
+            "heads": (heads, (heads[0], *heads[1], *heads[2], *heads[3], *turn))}
+
+
+def results(found) -> tuple[torch.Tensor, ...]:
+    return found if isinstance(found, tuple) else (found,)
+
+
+@pytest.mark.parametrize("name", ["gated", "norm", "heads"])
+def test_the_definition_is_torchs_formula_in_fp64(name):
+    given = calls(torch.float64)[name][0]
+    formula = {"gated": eager, "norm": eager_norm, "heads": eager_heads}[name]
+    for y, own in zip(*(results(call(*given)) for call in (getattr(reference, name), formula)), strict=True):
+        torch.testing.assert_close(y, own, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("activation", rows.ACTIVATIONS)
+def test_the_definition_of_gated_has_every_activation(activation):
+    given = calls(torch.float64)["gated"][0][:-1]
+    torch.testing.assert_close(reference.gated(*given, activation), eager(*given, activation), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=str)
+@pytest.mark.parametrize("name", ["gated", "norm", "heads"])
+def test_it_is_the_definition_rounded_once(name, dtype, machine):
+    given = calls(dtype)[name][0]
+    wide = [rows.Turn(*(part.double() if isinstance(part, torch.Tensor) else part for part in item))
+            if isinstance(item, rows.Turn) else to(torch.float64, item)[0] if isinstance(item, tuple)
+            else item.double() if isinstance(item, torch.Tensor) else item for item in given]
+    for y, exact in zip(results(getattr(rows, name)(*given)), results(getattr(reference, name)(*wide)), strict=True):
+        assert y.shape == exact.shape
+        assert (y - exact).norm() <= max(torch.finfo(dtype).eps, 4 * torch.finfo(torch.float32).eps) * exact.norm()
+
+
+@pytest.mark.parametrize("name", ["gated", "norm", "heads"])
+def test_it_is_an_op_of_torch_where_torch_looks_on(name):
+    given, arguments = calls()[name]
+    call, plain = getattr(rows, name), results(getattr(rows, name)(*given))
+    torch.library.opcheck(getattr(torch.ops.sentei, name).default, arguments)
+    with Watching() as mode:
+        watched = results(call(*given))
+    assert mode.seen == [f"{name}.default"]
+    compiled = torch.compile(lambda x: call(x + 0, *given[1:]), fullgraph=True, backend="aot_eager")
+    for y, own in ((watched, plain), (results(compiled(given[0])), plain)):
+        assert all(torch.equal(one, other) and one.stride() == other.stride()
+                   for one, other in zip(y, own, strict=True))
+    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fakes = results(call(mode.from_tensor(given[0]), *given[1:]))
+    assert [(fake.shape, fake.stride()) for fake in fakes] == [(own.shape, own.stride()) for own in plain]
+
+
+@pytest.mark.parametrize("name", ["gated", "norm", "heads"])
+def test_an_op_takes_strided_tensors_and_refuses_what_does_not_fit(name):
+    arguments, op = calls()[name][1], getattr(torch.ops.sentei, name)
+    expected = op(*arguments)
+    strided = [part.repeat_interleave(2, -1)[..., ::2] if isinstance(part, torch.Tensor) else part
+               for part in arguments]
+    assert torch.equal(op(*strided), expected) and torch.equal(op(arguments[0].neg()._neg_view(), *arguments[1:]),
+                                                               expected)
+    for place, part in enumerate(arguments):
+        if isinstance(part, torch.Tensor):
+            for wrong in (part.double(), part[..., :-1], part.to("meta"), part[None].expand(9, *part.shape)):
+                if name == "norm" and place == 0 and wrong.shape[0] == 9:
+                    continue  # rows of a norm may be many
+                with pytest.raises(ShapeError, match=f"^{name}: expected x "):
+                    op(*arguments[:place], wrong, *arguments[place + 1:])
+    if name == "gated":
+        with pytest.raises(ShapeError, match="expected an activation of silu, gelu_tanh, got relu"):
+            op(*arguments[:-1], "relu")
+    with torch.enable_grad(), pytest.raises(ImplError, match="expected no gradients"):
+        op(arguments[0].requires_grad_(), *arguments[1:]).sum().backward()

@@ -18,7 +18,7 @@ from oracle import CASES, Case, check_attend, masked_attention
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from sentei.core.errors import ImplError, ShapeError
-from sentei.kernels.attention import Tiles, attend, choose_impl, fused_triton
+from sentei.kernels.attention import Tiles, attend, auto, choose_impl, fused_triton
 
 MISSING = importlib.util.find_spec("triton") is None
 needs_triton = pytest.mark.skipif(MISSING, reason="triton is not installed")
@@ -38,6 +38,25 @@ TILED = [
 ]
 NAMES = {"dense", "dense bidirectional", "dense cross", "dense padded", "one query dense", "grouped dense",
          "a row of padding alone, dense", "no query, dense"}
+WINDOWED = [
+    Case(name="window", queries=80, keys=80, tile=(16, 16), heads=2, groups=1, window=19, kept=0.8),
+    Case(name="window, dense", queries=80, keys=80, tile=(16, 16), heads=2, groups=1, window=33, kept=None),
+    Case(name="window, dense, wide", queries=100, keys=100, tile=(16, 16), groups=1, window=60, kept=None),
+    Case(name="window of one, dense", queries=40, keys=40, tile=(16, 16), heads=1, groups=1, window=1, kept=None),
+    Case(name="window, after a cache, padded, dense", queries=37, keys=75, tile=(16, 16), window=18, kept=None,
+         lengths=((9, 60), (0, 75), (70, 75))),
+    Case(name="window, padded", queries=37, keys=75, tile=(32, 16), heads=4, choices=2, window=40, kept=0.7,
+         lengths=((30, 75), (0, 41))),
+    Case(name="window beyond the text", queries=20, keys=20, tile=(16, 16), window=100, kept=None),
+    Case(name="window, queries before the first key", queries=40, keys=20, tile=(16, 16), window=5, kept=None),
+]
+CAPPED = [
+    Case(name="soft cap and window, dense", queries=50, keys=50, tile=(16, 16), softcap=1.5, logits=3.0, window=20,
+         groups=1, kept=None),
+    Case(name="soft cap", queries=40, keys=40, tile=(32, 16), softcap=2.0, logits=3.0, heads=2, groups=1),
+    Case(name="soft cap, far away, padded", queries=40, keys=40, tile=(16, 16), softcap=1e3, lengths=PADS),
+    Case(name="soft cap, huge logits", queries=40, keys=40, tile=(16, 16), softcap=30.0, logits=300.0, kept=None),
+]
 DENSE = [case for case in CASES if case.name in NAMES] + [
     replace(TILED[0], name="dense, many tiles", kept=None),
     replace(TILED[3], name="dense padded, many tiles", kept=None, queries=30),
@@ -59,14 +78,14 @@ def small(monkeypatch):
 
 
 @needs_triton
-@pytest.mark.parametrize("case", TILED + DENSE, **each)
+@pytest.mark.parametrize("case", TILED + DENSE + WINDOWED + CAPPED, **each)
 def test_output_and_gradients_are_as_near_to_fp64_as_masked_attention_in_the_same_dtype(case):
     check(fused_triton.attend, case, torch.float32)
 
 
 @needs_triton
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("case", [TILED[0], TILED[3], DENSE[-2]], **each)
+@pytest.mark.parametrize("case", [TILED[0], TILED[3], DENSE[-2], CAPPED[0], CAPPED[2]], **each)
 def test_so_are_they_in_half_precision(case, dtype):
     check(fused_triton.attend, case, dtype)
 
@@ -87,10 +106,12 @@ def test_huge_logits_are_as_exact_as_their_rounding_lets_them_be():
 def tiled_cases(draw) -> Case:
     keys, groups = draw(st.integers(1, 40)), draw(st.integers(1, 2))
     span = st.tuples(st.integers(0, keys), st.integers(0, keys)).map(sorted).map(tuple)
-    sizes = st.sampled_from([16, 32, 64])
+    sizes, causal = st.sampled_from([16, 32, 64]), draw(st.booleans())
     return Case(name="drawn", queries=draw(st.integers(0, 40)), keys=keys, groups=groups,
                 heads=groups * draw(st.integers(1, 2)), choices=draw(st.sampled_from([None, groups])),
-                tile=(draw(sizes), draw(sizes)), causal=draw(st.booleans()),
+                tile=(draw(sizes), draw(sizes)), causal=causal,
+                window=draw(st.sampled_from([0, 1, 7, 20])) if causal else 0,
+                softcap=draw(st.sampled_from([0.0, 0.0, 0.8])),
                 lengths=draw(st.none() | st.lists(span, min_size=1, max_size=2).map(tuple)),
                 kept=draw(st.sampled_from([None, 0.0, 0.3, 0.7, 1.0])),
                 widths=(draw(st.integers(1, 40)), draw(st.integers(1, 40))))
@@ -123,7 +144,7 @@ def test_so_are_they_for_the_widths_of_models_as_they_are_started(widths, kept, 
 
 
 @needs_triton
-@pytest.mark.parametrize("case", [TILED[0], TILED[3], TILED[-1], DENSE[-1]], **each)
+@pytest.mark.parametrize("case", [TILED[0], TILED[3], TILED[-1], DENSE[-1], WINDOWED[4], CAPPED[2]], **each)
 def test_nothing_outside_the_tensors_and_nothing_in_the_padding_is_read(case):
     """Keys and values stand in a buffer of NaN, and so do the queries; the padding is NaN too."""
     def guarded(tensor, name):
@@ -138,7 +159,7 @@ def test_nothing_outside_the_tensors_and_nothing_in_the_padding_is_read(case):
     views = [guarded(tensor.detach(), name) for tensor, name in zip(plain, ("query", "key", "value"), strict=True)]
     results = []
     for tensors in (plain, views):
-        output, lse = fused_triton.attend(*tensors, case.tiles(), scale=0.3, return_lse=True)
+        output, lse = fused_triton.attend(*tensors, case.tiles(), scale=0.3, softcap=case.softcap, return_lse=True)
         loss = output.sum() + lse.masked_fill(lse.isneginf(), 0).sum()
         results.append([output, lse, *torch.autograd.grad(loss, tensors)])
     assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
@@ -182,13 +203,14 @@ def test_a_wrong_part_of_the_backward_is_seen(number, monkeypatch):
 
 
 @needs_triton
-@pytest.mark.parametrize("case", [TILED[3], DENSE[-1]], **each)
+@pytest.mark.parametrize("case", [TILED[3], DENSE[-1], *CAPPED[:2]], **each)
 def test_it_is_a_proper_op_of_torch(case):
     tiles, grid = case.tiles(), case.grid()
     plan = [] if tiles.is_everything else [tiles.full_count, tiles.full_ids, tiles.partial_count, tiles.partial_ids]
     tensors = [tensor.requires_grad_() for tensor in case.tensors(torch.float32)]
+    sizes = [*case.tile, int(grid.causal), case.window]
     torch.library.opcheck(torch.ops.sentei.attend_triton.default,
-                          (*tensors, plan, grid.lengths, [*case.tile, int(grid.causal)], 0.3))
+                          (*tensors, plan, grid.lengths, sizes, 0.3, case.softcap))
 
 
 @needs_triton
@@ -245,6 +267,10 @@ def test_auto_takes_it_on_a_gpu_alone_and_says_why_not(monkeypatch):
     monkeypatch.setattr(fused_triton, "refusal", lambda *_: "")
     assert choose_impl("auto", *tensors, case.tiles()) == ("fused_triton", "the fastest there is")
     assert choose_impl("auto", *tensors, Tiles(grid=case.grid()))[0] == "eager"
+    assert choose_impl("auto", *tensors, Tiles(grid=case.grid()), softcap=2.0)[0] == "fused_triton"
+    monkeypatch.setattr(auto, "SHORTEST", 1)
+    assert choose_impl("auto", *tensors, Tiles(grid=replace(case.grid(), window=5))) == (
+        "fused_triton", "torch's own kernel needs a mask of every pair for this plan")
     monkeypatch.setattr(fused_triton, "refusal", lambda *_: "this")
     assert choose_impl("auto", *tensors, case.tiles()) == ("eager", "fused_triton cannot take this")
     assert choose_impl("auto", *case.tensors(torch.float32), case.tiles())[0] != "fused_triton"

@@ -46,6 +46,9 @@ def attend(
         ShapeError: shapes, dtypes or grid do not fit.
         ImplError: an unknown implementation.
     Cost: kept pairs · (D + Dv) multiply-adds; the dense plan is torch's own kernel.
+
+    Attention sinks are one step more, see `sink`. There is no additive bias: no family that sentei converts has one
+    (it is with Bloom, MPT and T5), and as a tensor it is the n by n matrix that this operation never makes.
     """
     _check(query, key, value, tiles)
     name, _ = choose_impl(impl, query, key, value, tiles, softcap, return_lse)
@@ -72,11 +75,7 @@ def choose_impl(
                         do="choose one of these")
     if tiles.is_everything and not softcap and not return_lse:
         return auto.dense(query, key, value, tiles)
-    if query.is_cuda:
-        name, reason = "fused_triton", fused_triton.refusal(query, key, value, tiles, softcap)
-    else:
-        name, reason = "fused_cpp", fused_cpp.refusal(query, key, value)
-    return ("eager", f"{name} cannot take {reason}") if reason else (name, "the fastest there is")
+    return auto.fused(query, key, value, tiles)
 
 
 def merge(
@@ -101,12 +100,19 @@ def merge(
 def sink(output: torch.Tensor, lse: torch.Tensor, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention with one key more, whose value is 0: a head can look nowhere (attention sinks, as in gpt-oss).
 
+        o_i = Σ_j exp(s_ij) v_j / (exp(b) + Σ_j exp(s_ij))      b the head's logit
+
     Args:
-        output: [B, T, H, D]; lse: [B, T, H].
-        logits: [H], the score of that key.
+        output: [B, T, H, D]; lse: [B, T, H], both of `attend`, by any implementation.
+        logits: [H], the score b of that key: neither scaled nor capped. It has a gradient, as the others have.
     Returns:
         output and lse with it.
+    Raises:
+        ShapeError: logits that are not one a head.
     """
+    if logits.shape != lse.shape[2:]:
+        raise ShapeError("sink", expected=f"logits [{lse.shape[2]}], one a head", got=str(list(logits.shape)),
+                         do="give one a query head")
     return merge(output, lse, torch.zeros_like(output), logits.to(lse.dtype).expand_as(lse))
 
 

@@ -1,4 +1,4 @@
-"""Which kernel computes everything fastest on this machine: measured once for a kind of call, then remembered.
+"""Which kernel computes everything fastest on this machine: measured once for a kind of call, see `gains`.
 
 A plan that names tiles goes to the kernel that skips; this is about the plan that is everything, where torch's own
 kernel is the one to beat, unless it would need a mask, n by n: padding, a window, fewer queries than keys. Kinds are
@@ -6,20 +6,33 @@ told apart by dtype, heads, widths, causality, threads and a power of two of the
 tensors of LONGEST tokens at most.
 """
 
-import statistics
-import time
-from functools import cache
+from functools import partial
 
 import torch
 
 from sentei.core.modes import is_plain_call
-from sentei.kernels.attention import eager, fused_cpp
+from sentei.kernels import gains
+from sentei.kernels.attention import eager, fused_cpp, fused_triton
 from sentei.kernels.attention.tiles import Grid, Tiles
 
 SHORTEST, LONGEST = 512, 2048
-RUNS = 4
 MARGIN = 1.02  # below this a gain is noise, and torch's own kernel keeps the call
 BLOCK = 64
+
+
+def fused(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, tiles: Tiles,
+          why: str = "the fastest there is") -> tuple[str, str]:
+    """The kernel of the tensors' device that skips, and why; the eager one where it cannot take them.
+
+    Args:
+        query, key, value, tiles: as in `attend`.
+        why: told where it can.
+    """
+    if query.is_cuda:
+        name, reason = "fused_triton", fused_triton.refusal(query, key, value, tiles)
+    else:
+        name, reason = "fused_cpp", fused_cpp.refusal(query, key, value)
+    return ("eager", f"{name} cannot take {reason}") if reason else (name, why)
 
 
 def dense(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, tiles: Tiles) -> tuple[str, str]:
@@ -28,7 +41,7 @@ def dense(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, tiles: Ti
     Args:
         query, key, value: as in `attend`.
         tiles: that plan.
-    Cost: where the kind of call is new, about the time of ten calls of LONGEST tokens.
+    Cost: where the kind of call is new to the machine, about the time of ten calls of LONGEST tokens.
     """
     grid = tiles.grid
     known = "the dense plan is torch's own kernel"
@@ -36,34 +49,26 @@ def dense(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, tiles: Ti
         return "eager", known
     uneven = grid.num_queries != grid.num_keys
     if grid.lengths is not None or grid.window is not None or (grid.causal and uneven and grid.num_queries > 1):
-        refusal = fused_cpp.refusal(query, key, value)
-        return ("eager", f"fused_cpp cannot take {refusal}") if refusal else (
-            "fused_cpp", "torch's own kernel needs a mask of every pair for this plan")
+        return fused(query, key, value, tiles, "torch's own kernel needs a mask of every pair for this plan")
     if uneven or grid.query_block != BLOCK or grid.key_block != BLOCK:
         return "eager", known
     wants_gradients = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value))
     if wants_gradients or not is_plain_call() or fused_cpp.refusal(query, key, value):
         return "eager", known  # what a mode or autocast makes of a call must not be measured and remembered
-    gain = _gain(query.dtype, (query.shape[2], key.shape[2], query.shape[3], value.shape[3]), grid.causal,
-                 min(LONGEST, 1 << (grid.num_queries.bit_length() - 1)), torch.get_num_threads())
+    sizes, threads = (query.shape[2], key.shape[2], query.shape[3], value.shape[3]), torch.get_num_threads()
+    tokens = min(LONGEST, 1 << (grid.num_queries.bit_length() - 1))
+    gain, origin = gains.gain(("attention", query.dtype, sizes, grid.causal, tokens, threads),
+                              lambda: _ways(query.dtype, sizes, grid.causal, tokens))
     name = "fused_cpp" if gain >= MARGIN else "eager"
-    return name, f"measured here: fused_cpp is {gain:.2f} times as fast as torch's own kernel"
+    return name, f"{origin}: fused_cpp is {gain:.2f} times as fast as torch's own kernel"
 
 
-@cache
-def _gain(dtype: torch.dtype, sizes: tuple[int, int, int, int], causal: bool, tokens: int, threads: int) -> float:
-    """Seconds of torch's kernel ÷ seconds of ours, the median over neighbouring pairs of runs."""
+def _ways(dtype: torch.dtype, sizes: tuple[int, int, int, int], causal: bool, tokens: int) -> gains.Ways:
+    """Torch's kernel and ours on random tensors."""
     heads, groups, width, value_width = sizes
     generator = torch.Generator("cpu").manual_seed(0)
-    query, key, value = (torch.randn(1, tokens, *shape, generator=generator, device="cpu").to(dtype) for shape in (
-        (heads, width), (groups, width), (groups, value_width)))
+    tensors = [torch.randn(1, tokens, *shape, generator=generator, device="cpu").to(dtype) for shape in (
+        (heads, width), (groups, width), (groups, value_width))]
     tiles = Tiles(grid=Grid(num_queries=tokens, num_keys=tokens, query_block=BLOCK, key_block=BLOCK, causal=causal))
-    seconds = ([], [])
-    for run in range(RUNS + 1):
-        for which in (0, 1) if run % 2 else (1, 0):
-            start = time.perf_counter()
-            with torch.no_grad():
-                (eager.attend, fused_cpp.attend)[which](query, key, value, tiles, scale=width ** -0.5)
-            if run:
-                seconds[which].append(time.perf_counter() - start)
-    return statistics.median(theirs / ours for theirs, ours in zip(*seconds, strict=True))
+    return tuple(torch.no_grad()(partial(impl.attend, *tensors, tiles, scale=width ** -0.5))
+                 for impl in (eager, fused_cpp))

@@ -29,7 +29,7 @@ def attend(
     Raises:
         ImplError: `refusal` has a reason, the lse is wanted on the CPU, or too many shapes were compiled.
     """
-    reason = refusal(query, key, value, tiles, softcap)
+    reason = refusal(query, key, value)
     if not reason and query.is_cpu and return_lse:
         reason = "a call for the lse on the CPU"
     if reason:
@@ -37,19 +37,15 @@ def attend(
     tiles = tiles.listed(query.shape[0], key.shape[2], query.device)
     seen = _seen(tiles, query.shape[2])
     query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
-    found = _run(query, key, value, scale=scale, block_mask=block_mask(tiles, query.shape[1]),
+    found = _run(query, key, value, capped(softcap), block_mask(tiles, query.shape[1]), scale=scale,
                  enable_gqa=query.shape[1] != key.shape[1], return_lse=return_lse)
     output, lse = found if return_lse else (found, None)
     output = output.masked_fill(~seen[..., None], 0).transpose(1, 2)
     return (output, lse.masked_fill(~seen, -torch.inf).transpose(1, 2)) if return_lse else output
 
 
-def refusal(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, tiles: Tiles, softcap: float = 0.0
-) -> str:
-    """Why this implementation cannot take these tensors and this plan; empty when it can."""
-    if tiles.grid.window is not None or softcap:
-        return "a sliding window or a soft cap"
+def refusal(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> str:
+    """Why this implementation cannot take these tensors; empty when it can."""
     if query.dtype not in (torch.float32, torch.bfloat16, torch.float16) or query.device.type not in ("cpu", "cuda"):
         return f"{query.dtype} on {query.device}"
     if not (query.numel() and key.numel() and value.numel()):
@@ -88,44 +84,64 @@ def _permitted(grid: Grid, device: torch.device):
     offset = grid.offset
     bounds = None if grid.lengths is None else grid.lengths.to(device)
 
+    window = grid.window
+
     def causal(batch, head, row, column):
         return column <= row + offset
 
-    def real(batch, head, row, column):
-        return (column >= bounds[batch, 0]) & (column < bounds[batch, 1])
-
-    def both(batch, head, row, column):
-        return causal(batch, head, row, column) & real(batch, head, row, column)
+    def near(batch, head, row, column):
+        return (column <= row + offset) & (column > row + offset - window)
 
     def everything(batch, head, row, column):
         return column >= 0
 
-    if bounds is None:
-        return causal if grid.causal else everything
-    return both if grid.causal else real
+    permitted = everything if not grid.causal else causal if window is None else near
+
+    def real(batch, head, row, column):
+        inside = (column >= bounds[batch, 0]) & (column < bounds[batch, 1])
+        return permitted(batch, head, row, column) & inside
+
+    return permitted if bounds is None else real
+
+
+def capped(softcap: float):
+    """The soft cap, as FlexAttention asks for it; None for 0, where there is none."""
+    def score_mod(score, batch, head, row, column):
+        return softcap * torch.tanh(score / softcap)
+
+    return score_mod if softcap else None
 
 
 def _seen(tiles: Tiles, heads: int) -> torch.Tensor:
-    """Bool [B, H, Tq]: the rows that see a key. FlexAttention makes of the others what it happens to."""
+    """Bool [B, H, Tq]: the rows that see a key. FlexAttention makes of the others what it happens to.
+
+    A row sees one where the last key that is kept, real and not later than it lies in its window.
+    """
     grid, device = tiles.grid, tiles.full_ids.device
     none = grid.num_key_blocks
-    firsts = [torch.where(ids < 0, none, ids)[..., :1] for ids in (tiles.full_ids, tiles.partial_ids)]
-    first = torch.cat([*firsts, torch.full_like(tiles.full_count, none)[..., None]], -1).amin(-1)
-    start, _ = grid.bounds(device)
-    lowest = torch.maximum(first * grid.key_block, start[..., 0])
-    lowest = lowest.repeat_interleave(grid.query_block, 2)[..., :grid.num_queries]
-    positions = torch.arange(grid.num_queries, device=device) + grid.offset
-    some = (first < none).repeat_interleave(grid.query_block, 2)[..., :grid.num_queries]
-    seen = some & (lowest <= positions) if grid.causal else some
+    ids = torch.cat([tiles.full_ids, tiles.partial_ids, torch.full_like(tiles.full_count, none)[..., None]], -1)
+    ids = torch.where(ids < 0, none, ids).sort(-1).values.long()
+    rows = torch.arange(grid.num_query_blocks * grid.query_block, device=device) + grid.offset
+    start, stop = grid.bounds(device)
+    last = stop - 1
+    if grid.causal:
+        last = torch.minimum(rows.view(1, 1, -1, grid.query_block), last)
+    last = last.expand(*ids.shape[:3], grid.query_block).contiguous()
+    place = torch.searchsorted(ids, last.div(grid.key_block, rounding_mode="floor"), right=True) - 1
+    block = ids.gather(-1, place.clamp(min=0))
+    last = torch.minimum(last, (block + 1) * grid.key_block - 1)
+    lowest = start if grid.window is None else torch.maximum(
+        start, rows.view(1, 1, -1, grid.query_block) - grid.window + 1)
+    seen = ((place >= 0) & (last >= lowest)).flatten(2)[..., :grid.num_queries]
     return seen.repeat_interleave(heads // seen.shape[1], 1)
 
 
-def _run(*tensors: torch.Tensor, **options):
+def _run(*given, **options):
     """FlexAttention, compiled or not at all."""
     from torch._dynamo.exc import FailOnRecompileLimitHit
 
     try:
-        return compiled()(*tensors, **options)
+        return compiled()(*given, **options)
     except FailOnRecompileLimitHit:
         raise ImplError("flex", expected="a shape that is compiled already", do="call torch.compiler.reset() first",
                         got=f"one more than torch's limit of {torch._dynamo.config.recompile_limit}") from None

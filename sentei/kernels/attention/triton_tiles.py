@@ -24,6 +24,7 @@ from sentei.kernels.attention.triton_parts import (
     rows_of,
     start_of,
     store_rows,
+    tanh,
     wide,
 )
 
@@ -37,12 +38,14 @@ class Listed(NamedTuple):
 
 
 class Call(NamedTuple):
-    """What is known when a kernel starts. `scale` is in powers of two and positive or 0."""
+    """What is known when a kernel starts. `scale` and `cap` are in powers of two and positive or 0."""
 
     queries: int
     keys: int
     heads: int
+    window: int
     scale: float
+    cap: float
 
 
 class Sizes(NamedTuple):
@@ -53,7 +56,9 @@ class Sizes(NamedTuple):
         query_block, key_block: of the plan.
         width, value_width: D and Dv; wide, value_wide: the powers of two from 16 that hold them.
         per_group: query heads of a KV head; per_list: query heads of a list, 0 for the dense plan.
-        causal, padded, ragged: whether the grid is causal, has lengths, has queries that do not fill the last tile.
+        causal, padded, windowed: whether the grid is causal, has lengths, has a window.
+        capped: whether the scores have a soft cap.
+        ragged: whether there are queries that do not fill the last tile.
         precision: of the products, as `tl.dot` names it; "widened" turns the operands into float32 first.
     """
 
@@ -69,6 +74,8 @@ class Sizes(NamedTuple):
     per_list: int
     causal: bool
     padded: bool
+    windowed: bool
+    capped: bool
     ragged: bool
     precision: str
 
@@ -121,26 +128,49 @@ def _key_spans(plan, where, bounds, call, sizes: tl.constexpr):
         steps = (partial * 0, partial, full * 0, full, full, full)
     else:
         ids, full_ids = None, None
-        whole = high
+        whole, seen_by_all = high, low
         if sizes.causal:
             position = first + call.keys - call.queries
             high = tl.minimum(high, position + tl.minimum(sizes.rows, call.queries - first))
             whole = tl.minimum(whole, position + 1)
+        if sizes.windowed:
+            seen_by_all = tl.maximum(low, position + sizes.rows - call.window)
+            low = tl.maximum(low, position - call.window + 1)
         end = tl.cdiv(tl.maximum(high, 0), sizes.columns)
-        b = tl.cdiv(low, sizes.columns)
+        b = tl.cdiv(seen_by_all, sizes.columns)
         c = tl.maximum(tl.maximum(whole, 0) // sizes.columns, b)
         steps = (low // sizes.columns, tl.minimum(b, end), b, c, c, end)
     return ids, full_ids, steps
 
 
 @triton.jit
-def _seen(positions, first, bounds, sizes: tl.constexpr):
+def _seen(positions, first, bounds, call, sizes: tl.constexpr):
     """Bool [rows, columns]: may the query at each position see the key?"""
     at = first + tl.arange(0, sizes.columns)
     seen = ((at >= bounds[0]) & (at < bounds[1]))[None, :]
     if sizes.causal:
         seen = seen & (at[None, :] <= positions[:, None])
+    if sizes.windowed:
+        seen = seen & (at[None, :] > positions[:, None] - call.window)
     return seen
+
+
+@triton.jit
+def _scores(products, call, sizes: tl.constexpr):
+    """The scores in powers of two: scaled, and soft-capped where there is a cap."""
+    scores = products * call.scale
+    if sizes.capped:
+        scores = call.cap * tanh(scores * (1.0 / call.cap))
+    return scores
+
+
+@triton.jit
+def _uncapped(slope, scores, call, sizes: tl.constexpr):
+    """The gradient of the scaled products, from that of the capped scores."""
+    if sizes.capped:
+        share = scores * (1.0 / call.cap)
+        slope *= 1.0 - share * share
+    return slope
 
 
 @triton.jit
@@ -157,10 +187,10 @@ def _attend(state, query, pages, span, where, call, sizes: tl.constexpr, CUT: tl
         first = _first(span[0], step, sizes.key_block, sizes.columns, sizes.per_list > 0)
         keys = load_rows(pages[0], pages[1], first, where[1][0], where[1][1],
                          (sizes.columns, sizes.width, sizes.wide), CUT)
-        scores = dot(query, tl.trans(keys), tl.zeros([sizes.rows, sizes.columns], tl.float32), sizes.precision)
-        scores *= call.scale
+        nothing = tl.zeros([sizes.rows, sizes.columns], tl.float32)
+        scores = _scores(dot(query, tl.trans(keys), nothing, sizes.precision), call, sizes)
         if CUT:
-            scores = tl.where(_seen(where[0], first, where[1], sizes), scores, float("-inf"))
+            scores = tl.where(_seen(where[0], first, where[1], call, sizes), scores, float("-inf"))
         higher = tl.maximum(top, tl.max(scores, 1))
         safe = tl.where(higher == float("-inf"), 0.0, higher)  # a row that has seen nothing yet
         shares, shrink = tl.exp2(scores - safe[:, None]), tl.exp2(top - safe)
@@ -190,7 +220,7 @@ def forward_kernel(given, results, plan, lengths, call, sizes: tl.constexpr):
     state = (tl.zeros([sizes.rows, sizes.value_wide], tl.float32), tl.zeros([sizes.rows], tl.float32),
              tl.full([sizes.rows], float("-inf"), tl.float32))
     state = _attend(state, tile, pages, (full_ids, steps[2], steps[3]), where, call, sizes, False)
-    if sizes.per_list or sizes.padded:
+    if sizes.per_list or sizes.padded or sizes.windowed:
         state = _attend(state, tile, pages, (ids, steps[0], steps[1]), where, call, sizes, True)
     if not sizes.per_list:
         state = _attend(state, tile, pages, (ids, steps[4], steps[5]), where, call, sizes, True)
@@ -223,11 +253,11 @@ def _query_gradient(total, tiles, pages, span, where, call, sizes: tl.constexpr,
         values = load_rows(pages[2], pages[3], first, where[1][0], where[1][1],
                            (sizes.columns, sizes.value_width, sizes.value_wide), CUT)
         nothing = tl.zeros([sizes.rows, sizes.columns], tl.float32)
-        scores = dot(query, tl.trans(keys), nothing, sizes.precision) * call.scale
+        scores = _scores(dot(query, tl.trans(keys), nothing, sizes.precision), call, sizes)
         slope = dot(gradient, tl.trans(values), nothing, sizes.precision) - delta[:, None]
-        slope *= tl.exp2(scores - top[:, None]) * inverse[:, None]
+        slope = _uncapped(slope * tl.exp2(scores - top[:, None]) * inverse[:, None], scores, call, sizes)
         if CUT:
-            slope = tl.where(_seen(where[0], first, where[1], sizes), slope, 0.0)
+            slope = tl.where(_seen(where[0], first, where[1], call, sizes), slope, 0.0)
         total = dot(slope.to(keys.dtype), keys, total, sizes.precision)
     return total
 
@@ -263,7 +293,7 @@ def query_gradient_kernel(given, results, plan, lengths, call, sizes: tl.constex
     tiles = tile, slopes, top, inverse, delta
     total = tl.zeros([sizes.rows, sizes.wide], tl.float32)
     total = _query_gradient(total, tiles, pages, (full_ids, steps[2], steps[3]), where, call, sizes, False)
-    if sizes.per_list or sizes.padded:
+    if sizes.per_list or sizes.padded or sizes.windowed:
         total = _query_gradient(total, tiles, pages, (ids, steps[0], steps[1]), where, call, sizes, True)
     if not sizes.per_list:
         total = _query_gradient(total, tiles, pages, (ids, steps[4], steps[5]), where, call, sizes, True)
@@ -273,7 +303,7 @@ def query_gradient_kernel(given, results, plan, lengths, call, sizes: tl.constex
 
 @triton.jit
 def _query_spans(plan, where, bounds, call, sizes: tl.constexpr):
-    """The steps of a key tile, as `_key_spans` has those of a query tile: cut ones, then whole ones."""
+    """The steps of a key tile, as `_key_spans` has those of a query tile."""
     batch, head, first = where
     if sizes.per_list:
         blocks = tl.cdiv(call.keys, sizes.key_block)
@@ -281,18 +311,22 @@ def _query_spans(plan, where, bounds, call, sizes: tl.constexpr):
         parts: tl.constexpr = sizes.query_block // sizes.rows
         full_ids, full = _read(plan[0], place, parts)
         ids, partial = _read(plan[1], place, parts)
-        steps = (partial * 0, partial, full * 0, full)
+        steps = (partial * 0, partial, full * 0, full, full, full)
     else:
         ids, full_ids = None, None
         end = tl.cdiv(call.queries, sizes.rows)
-        begin, whole = end * 0, end * 0
+        begin, whole, seen_by_all = end * 0, end * 0, end
         if sizes.causal:
             row = first - (call.keys - call.queries)  # the first query that sees the tile's first key
+            if sizes.windowed:
+                end = tl.minimum(end, tl.cdiv(tl.maximum(row + sizes.columns - 1 + call.window, 0), sizes.rows))
+                seen_by_all = tl.minimum(end, tl.maximum(row + call.window, 0) // sizes.rows)
             begin = tl.minimum(tl.maximum(row, 0) // sizes.rows, end)
             whole = tl.minimum(tl.cdiv(tl.maximum(row + sizes.columns - 1, 0), sizes.rows), end)
         whole = tl.where((first >= bounds[0]) & (first + sizes.columns <= bounds[1]), whole, end)
         begin = tl.where((first < bounds[1]) & (first + sizes.columns > bounds[0]), begin, whole)
-        steps = (begin, whole, whole, end)
+        seen_by_all = tl.maximum(seen_by_all, whole)
+        steps = (begin, whole, whole, seen_by_all, seen_by_all, end)
     return ids, full_ids, steps
 
 
@@ -317,16 +351,17 @@ def _key_gradients(totals, tiles, heads, span, where, call, sizes: tl.constexpr,
         rows = first + tl.arange(0, sizes.rows)
         real, place = rows < call.queries, rows.to(tl.int64) * call.heads
         nothing = tl.zeros([sizes.columns, sizes.rows], tl.float32)
-        scores = dot(keys, tl.trans(query), nothing, sizes.precision) * call.scale
-        scores -= tl.load(top + place, mask=real, other=0.0)[None, :]
-        shares = tl.exp2(scores) * tl.load(inverse + place, mask=real, other=0.0)[None, :]
+        scores = _scores(dot(keys, tl.trans(query), nothing, sizes.precision), call, sizes)
+        shares = tl.exp2(scores - tl.load(top + place, mask=real, other=0.0)[None, :])
+        shares *= tl.load(inverse + place, mask=real, other=0.0)[None, :]
         if CUT:
             positions = rows + call.keys - call.queries
-            seen = tl.trans(_seen(positions, where[0], where[1], sizes) & real[:, None])
+            seen = tl.trans(_seen(positions, where[0], where[1], call, sizes) & real[:, None])
             shares = tl.where(seen, shares, 0.0)
         value_total = dot(shares.to(gradient.dtype), gradient, value_total, sizes.precision)
         slope = dot(values, tl.trans(gradient), nothing, sizes.precision)
         slope = shares * (slope - tl.load(delta + place, mask=real, other=0.0)[None, :])
+        slope = _uncapped(slope, scores, call, sizes)
         if CUT:
             slope = tl.where(seen, slope, 0.0)
         key_total = dot(slope.to(query.dtype), query, key_total, sizes.precision)
@@ -359,6 +394,8 @@ def key_gradient_kernel(given, results, plan, lengths, call, sizes: tl.constexpr
         where = first, bounds
         totals = _key_gradients(totals, tiles, heads, (full_ids, steps[2], steps[3]), where, call, sizes, False)
         totals = _key_gradients(totals, tiles, heads, (ids, steps[0], steps[1]), where, call, sizes, True)
+        if sizes.windowed and not sizes.per_list:
+            totals = _key_gradients(totals, tiles, heads, (ids, steps[4], steps[5]), where, call, sizes, True)
     store_rows(results[0], batch, group, first, call.keys, totals[0] * (call.scale / LOG2E), shape)
     store_rows(results[1], batch, group, first, call.keys, totals[1], value_shape)
 
@@ -387,6 +424,7 @@ def forward(
     plan: list[torch.Tensor],
     grid: Grid,
     scale: float,
+    softcap: float,
     start: Launch,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Output [B, Tq, H, Dv], lse [B, Tq, H] and softmax [2, B, Tq, H]: the largest score in powers of two, 1 ÷ the sum.
@@ -394,7 +432,7 @@ def forward(
     Args:
         given: query, key and value, as `attend` has them.
         plan: full counts and ids, partial counts and ids of `Tiles`; empty for the dense plan.
-        scale: from 0.
+        scale, softcap: from 0.
         start: how.
     """
     query, key, value = given = tuple(map(contiguous_rows, given))
@@ -402,11 +440,11 @@ def forward(
     output = query.new_empty(*shape, value.shape[3])
     lse, softmax = (query.new_empty(size, dtype=torch.float32) for size in (shape, (2, *shape)))
     if lse.numel():
-        sizes = _sizes(query, key, value, plan, grid, start)
+        sizes = _sizes((query, key, value), plan, grid, softcap, start)
         blocks = -(-grid.num_queries // sizes.rows), query.shape[2], query.shape[0]
         with torch.cuda.device_of(query):
             forward_kernel[blocks](tuple(map(rows_of, given)), (rows_of(output), lse, softmax), _lists(plan),
-                                   _lengths(grid), _call(query, grid, scale), sizes, **options(start))
+                                   _lengths(grid), _call(query, grid, scale, softcap), sizes, **options(start))
     return output, lse, softmax
 
 
@@ -415,13 +453,14 @@ def backward(
     plan: list[torch.Tensor],
     grid: Grid,
     scale: float,
+    softcap: float,
     starts: tuple[Launch, Launch],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The gradients of query, key and value.
 
     Args:
         given: query, key, value, output, softmax, and the gradients of output and lse.
-        plan, grid, scale: as in `forward`.
+        plan, grid, scale, softcap: as in `forward`.
         starts: how, for queries and for keys.
     """
     query, key, value, output, softmax, gradient, lse_gradient = given
@@ -431,15 +470,15 @@ def backward(
         return gradients
     softmax, lse_gradient = softmax.contiguous(), lse_gradient.contiguous()
     delta = torch.empty_like(lse_gradient)
-    lengths, call = _lengths(grid), _call(query, grid, scale)
+    lengths, call = _lengths(grid), _call(query, grid, scale, softcap)
     turned = list(Tiles(grid=grid, **dict(zip(PLAN, plan, strict=True))).by_key()) if plan else []
     with torch.cuda.device_of(query):
-        sizes = _sizes(query, key, value, plan, grid, starts[0])
+        sizes = _sizes((query, key, value), plan, grid, softcap, starts[0])
         blocks = -(-grid.num_queries // sizes.rows), query.shape[2], query.shape[0]
         query_gradient_kernel[blocks](
             (*map(rows_of, (query, key, value, output, gradient)), softmax, lse_gradient),
             (rows_of(gradients[0]), delta), _lists(plan), lengths, call, sizes, **options(starts[0]))
-        sizes = _sizes(query, key, value, plan, grid, starts[1])
+        sizes = _sizes((query, key, value), plan, grid, softcap, starts[1])
         blocks = -(-grid.num_keys // sizes.columns), key.shape[2], query.shape[0]
         key_gradient_kernel[blocks](
             (*map(rows_of, (query, key, value, gradient)), softmax, delta), tuple(map(rows_of, gradients[1:])),
@@ -447,9 +486,10 @@ def backward(
     return gradients
 
 
-def _sizes(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, plan: list[torch.Tensor], grid: Grid,
+def _sizes(given: tuple[torch.Tensor, ...], plan: list[torch.Tensor], grid: Grid, softcap: float,
            start: Launch) -> Sizes:
     """What the kernels are compiled for."""
+    query, key, value = given
     rows, columns = ((min(start.rows, grid.query_block), min(start.columns, grid.key_block)) if plan else
                      (min(start.rows, power(grid.num_queries)), min(start.columns, power(grid.num_keys))))
     return Sizes(
@@ -457,12 +497,13 @@ def _sizes(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, plan: li
         key_block=grid.key_block if plan else 0, width=query.shape[3], value_width=value.shape[3], wide=wide(query),
         value_wide=wide(value),
         per_group=query.shape[2] // key.shape[2], per_list=query.shape[2] // plan[0].shape[1] if plan else 0,
-        causal=grid.causal, padded=grid.lengths is not None,
+        causal=grid.causal, padded=grid.lengths is not None, windowed=grid.window is not None, capped=softcap > 0,
         ragged=grid.num_queries % (grid.query_block if plan else rows) != 0, precision=precision(query.dtype))
 
 
-def _call(query: torch.Tensor, grid: Grid, scale: float) -> Call:
-    return Call(queries=grid.num_queries, keys=grid.num_keys, heads=query.shape[2], scale=scale * LOG2E.value)
+def _call(query: torch.Tensor, grid: Grid, scale: float, softcap: float) -> Call:
+    return Call(queries=grid.num_queries, keys=grid.num_keys, heads=query.shape[2], window=grid.window or 0,
+                scale=scale * LOG2E.value, cap=softcap * LOG2E.value)
 
 
 def _lists(plan: list[torch.Tensor]) -> tuple[Listed, Listed]:
