@@ -193,9 +193,10 @@ def bench(options: argparse.Namespace, say: Say) -> bool:
 def train(options: argparse.Namespace, say: Say) -> bool:
     """Trains a model, and says the result."""
     job = importlib.import_module("sentei.training.job")
-    out, progress = options.out and Path(options.out), Progress(sys.stderr, bars=draws(sys.stderr))
-    result = job.run(Path(options.config), out, progress)
-    say(result, table(job.summary(result)))
+    result = job.run(Path(options.config), options.out and Path(options.out),
+                     Progress(sys.stderr, bars=draws(sys.stderr)))
+    if result is not None:  # else another process says it
+        say(result, table(job.summary(result)))
     return True
 
 
@@ -260,7 +261,7 @@ VERBS = {
     ),
     "train": Verb(
         summary="train a small model from text, going on from its newest checkpoint",
-        examples=("sentei train examples/train.yaml", "sentei train my.yaml --out ./trained --json"),
+        examples=("sentei train examples/train.yaml", "torchrun --nproc-per-node 4 -m sentei train my.yaml --json"),
         arguments=train_arguments,
         work=train,
     ),
