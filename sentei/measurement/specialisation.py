@@ -65,20 +65,40 @@ def _load(records: Sequence[Record], level: float, part: float) -> Load:
     kept = torch.cat([_kept(record.selection) for record in records])
     tokens, number = kept.shape
     counts = kept.sum(0)
-    mean = counts.double().mean()
-    shares = counts.double() / counts.sum().clamp(min=1)
-    entropy = -torch.special.xlogy(shares, shares).sum() / math.log(number) if number > 1 else torch.tensor(1.0)
+    mean = float(counts.double().mean())
     largest = torch.cat([_largest(record.selection) for record in records])
-    bounds = [rate_bound(count, tokens, 1 - (1 - level) / number) for count in counts.tolist()]
-    small = part * float(mean) / max(tokens, 1)
-    dead = tuple(e for e, bound in enumerate(bounds) if bound < small)
-    uneven = float(mean) > 0
-    return Load(tokens=tokens, counts=tuple(counts.tolist()), entropy=float(entropy) if uneven else 0.0,
-                variation=float(counts.double().std(correction=0) / mean) if uneven else 0.0,
-                violation=float(counts.max() / mean - 1) if uneven else 0.0,
+    bounds = tuple(rate_bound(count, tokens, 1 - (1 - level) / number) for count in counts.tolist())
+    gone = dead(counts, tokens, level=level, part=part)
+    return Load(tokens=tokens, counts=tuple(counts.tolist()), entropy=entropy(counts), violation=violation(counts),
+                variation=float(counts.double().std(correction=0)) / mean if mean > 0 else 0.0,
                 dropped=float((~kept.any(-1)).double().mean()) if tokens else 0.0,
-                confidence=float(largest.mean()) if len(largest) else 0.0, bounds=tuple(bounds), dead=dead,
-                unknown=tuple(e for e, count in enumerate(counts.tolist()) if count == 0 and e not in dead))
+                confidence=float(largest.mean()) if len(largest) else 0.0, bounds=bounds, dead=gone,
+                unknown=tuple(e for e, count in enumerate(counts.tolist()) if count == 0 and e not in gone))
+
+
+def entropy(counts: torch.Tensor) -> float:
+    """The entropy of the shares of counts [E] ÷ log E; 0 if there are none, and 1 for one expert with some."""
+    total = float(counts.sum())
+    if total == 0 or len(counts) == 1:
+        return float(total > 0)
+    shares = counts.double() / total
+    return float(torch.special.entr(shares).sum() / math.log(len(counts)))
+
+
+def violation(counts: torch.Tensor) -> float:
+    """The largest of the counts [E] ÷ their mean - 1; 0 if there are none."""
+    total = float(counts.sum())
+    return float(counts.max()) * len(counts) / total - 1 if total else 0.0
+
+
+def dead(counts: torch.Tensor, tokens: int, *, level: float = 0.95, part: float = 0.01) -> tuple[int, ...]:
+    """The experts whose rate is surely below `part` of the mean rate, from counts [E] over so many tokens; see `loads`.
+
+    Cost: a bound for each expert whose count is below that part, and for no other.
+    """
+    small, each = part * float(counts.double().mean()) / max(tokens, 1), 1 - (1 - level) / max(len(counts), 1)
+    return tuple(e for e, count in enumerate(counts.tolist())
+                 if count < small * tokens and rate_bound(int(count), tokens, each) < small)
 
 
 def rate_bound(hits: int, draws: int, level: float = 0.95) -> float:

@@ -141,8 +141,9 @@ class Slot(NamedTuple):
 
 
 # A room that fills a slot is one line here. A feed-forward layer is made of its configuration and the model's, and is
-# called with x [B, N, width] and a mask, bool [B, N], of the rows that are no padding, or None if all are. A depth layer is made of its configuration, the block and the model's, and is called with
-# x, lengths and a cache of its own type. Configurations of rooms have `to_json` and `from_json`.
+# called with x [B, N, width] and a mask, bool [B, N], of the rows that are no padding, or None if all are. A depth
+# layer is made of its configuration, the block and the model's, and is called with x, lengths and a cache of its own
+# type. Configurations of rooms have `to_json` and `from_json`.
 FEED_FORWARDS = {"dense": Slot(int, GatedFeedForward), "experts": Slot(Routed, mixture)}
 DEPTHS = {"every": Slot(type(None), lambda _, block, config: EveryToken(block), Cache),
           "depth": Slot(depth.Config, mixture_of_depths, depth.Cache)}

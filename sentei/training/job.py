@@ -12,6 +12,8 @@ from pathlib import Path
 import torch
 
 from sentei.axes.connections import Config as Attended
+from sentei.axes.experts import Experts
+from sentei.axes.experts.gates import GATES, Noisy
 from sentei.conversion.memory import require_memory
 from sentei.conversion.safetensors_header import read_header
 from sentei.core.errors import FileError, SenteiError, UnsupportedError
@@ -21,9 +23,11 @@ from sentei.core.tracing import trace
 from sentei.measurement.outcome import environment
 from sentei.measurement.plots import write_curve
 from sentei.model import Config as Shape
-from sentei.model import Transformer
+from sentei.model import Routed, Transformer
+from sentei.model.slots import DEPTHS, FEED_FORWARDS, Slot
 from sentei.training import data
 from sentei.training.loop import METRICS, Config, Optimizer, read_metrics, train
+from sentei.training.losses import Balanced, Weights, of_rooms
 from sentei.training.parallel import Config as Parallel
 from sentei.training.parallel import World, world
 
@@ -33,7 +37,7 @@ WEIGHTS, SHAPE = "model.safetensors", "config.json"
 MAX_YAML_BYTES = 1 << 18
 # YAML 1.1 takes 3e-4 for text, as it has no point.
 _SHORT_FLOAT = re.compile(r"[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+$")
-SECTIONS = ("model", "data", "training", "parallel")
+SECTIONS = ("model", "data", "training", "balance", "parallel")
 
 
 def run(path: Path, out: Path | None, progress: Progress) -> dict | None:
@@ -54,11 +58,12 @@ def run(path: Path, out: Path | None, progress: Progress) -> dict | None:
 def _run(path: Path, out: Path | None, progress: Progress, processes: World) -> dict | None:
     """`run` in the processes there are."""
     with progress.stage("load", 1) as step:
-        shape, read, config, parallel = read_job(path)
+        shape, read, config, weights, parallel = read_job(path)
         tokenizer = data.tokenizer_of(read.tokenizer, path.parent)
         require_memory(path, 4 * 4 * smallest(shape(tokenizer.vocabulary)))
         texts = data.texts_of(read.text, path.parent)
-        job = {"model": shape(tokenizer.vocabulary).to_json(), "data": asdict(read), "training": asdict(config)}
+        job = {"model": shape(tokenizer.vocabulary).to_json(), "data": asdict(read), "training": asdict(config),
+               "balance": asdict(weights)}
         job = json.loads(json.dumps(job))
         name = hashlib.sha256(json.dumps(job, sort_keys=True).encode()).hexdigest()[:6]
         out = out or Path("sentei-out") / f"{path.stem}-{name}"
@@ -72,12 +77,13 @@ def _run(path: Path, out: Path | None, progress: Progress, processes: World) -> 
         processes.place(model, parallel)
         job |= {"tokens": windows.sha256, "environment": environment()}
         with progress.stage("train", config.steps) as step:
-            told = train(model, windows, config, out, job=job, step=step, world=processes)
+            told = train(model, windows, config, out, job=job, terms=(of_rooms, Balanced(weights, processes)), step=step,
+                         world=processes)
         with progress.stage("write", 1) as step:
-            weights, result = processes.whole(model.state_dict()), _result(model, windows, config, told)
+            tensors, result = processes.whole(model.state_dict()), _result(model, windows, config, told)
             if not processes.first:
                 return None
-            write_model(weights, model.config, out)
+            write_model(tensors, model.config, out)
             write_curve(out / "loss.svg", read_metrics(out / METRICS, config.steps))
             step()
     return result | {"out": str(out)}
@@ -98,11 +104,12 @@ def summary(result: dict) -> dict[str, str]:
     }
 
 
-def read_job(path: Path) -> tuple[Callable[[int], Shape], data.Config, Config, Parallel]:
+def read_job(path: Path) -> tuple[Callable[[int], Shape], data.Config, Config, Weights, Parallel]:
     """The sections of a YAML file; what is left out has its default.
 
     Returns:
-        the model's shape, from a vocabulary; what is read; how it is trained; and how processes share it.
+        the model's shape, from a vocabulary; what is read; how it is trained; what its experts' balance counts; and how
+        processes share it.
     Raises:
         FileError: missing, too large, not YAML, with an unknown key, or a value out of range.
     """
@@ -112,13 +119,17 @@ def read_job(path: Path) -> tuple[Callable[[int], Shape], data.Config, Config, P
     del shape["vocabulary"]
     model = _filled("model", given["model"], shape)
     model["connections"] = _filled("model.connections", model["connections"], Attended().to_json())
+    model["feed_forward"] = _filled_slot("model.feed_forward", model["feed_forward"], FEED_FORWARDS)
+    model["depth"] = _filled_slot("model.depth", model["depth"], DEPTHS)
     training = _filled("training", given["training"], asdict(Config()))
     training["optimizer"] = _filled("training.optimizer", training["optimizer"], asdict(Optimizer()))
     read = _filled("data", given["data"], asdict(data.Config()))
+    balance = _filled("balance", given["balance"], asdict(Weights()))
     read["text"] = tuple(read["text"]) if isinstance(read["text"], list) else read["text"]
     try:
         first = Shape.from_json({**model, "vocabulary": 1})
         read, config = data.Config(**read), Config(**{**training, "optimizer": Optimizer(**training["optimizer"])})
+        weights = Weights(**balance)
         parallel = Parallel(**_filled("parallel", given["parallel"], asdict(Parallel())))
     except FileError:
         raise
@@ -128,7 +139,19 @@ def read_job(path: Path) -> tuple[Callable[[int], Shape], data.Config, Config, P
     if not first.causal:
         raise UnsupportedError(f"{path}: model", expected="a causal model: the loss is that of the next token",
                                got="causal: false", do="leave it out")
-    return lambda vocabulary: Shape.from_json({**model, "vocabulary": vocabulary}), read, config, parallel
+    check_balance(path, first, weights)
+    return lambda vocabulary: Shape.from_json({**model, "vocabulary": vocabulary}), read, config, weights, parallel
+
+
+def check_balance(path: Path, shape: Shape, weights: Weights) -> None:
+    """Raises FileError unless the model has what the losses balance."""
+    gate = shape.feed_forward.room.gate if isinstance(shape.feed_forward, Routed) else None
+    if weights.used() and gate is None:
+        raise FileError(f"{path}: balance", expected="experts in model.feed_forward", got="none",
+                        do="leave the section out")
+    if weights.load and not isinstance(gate, Noisy):
+        raise FileError(f"{path}: balance", expected="a noisy gate for the loss 'load'", got=repr(gate),
+                        do="weigh 'switch' or 'importance'")
 
 
 def read_yaml(path: Path) -> dict:
@@ -175,7 +198,7 @@ def read_yaml(path: Path) -> dict:
 
 def smallest(shape: Shape) -> int:
     """At least how many parameters a model of this shape has, without making it."""
-    hidden = shape.feed_forward if isinstance(shape.feed_forward, int) else 0
+    hidden = shape.feed_forward.neurons if isinstance(shape.feed_forward, Routed) else shape.feed_forward
     return shape.width * (shape.vocabulary + shape.layers * (2 * shape.width + 3 * hidden))
 
 
@@ -207,6 +230,9 @@ def load_model(folder: Path | str) -> Transformer:
         raise FileError(str(folder), expected="the tensors that config.json describes", got="others",
                         do="train the model again")
     model.load_state_dict(load_file(folder / WEIGHTS), assign=True)
+    for room in model.modules():
+        if isinstance(room, Experts):
+            room.forget()  # what is in no file is not on the meta device any more
     return model.eval()
 
 
@@ -229,3 +255,15 @@ def _filled(where: str, given: object, defaults: dict) -> dict:
         raise FileError(where, expected=f"some of the keys {', '.join(defaults)}",
                         got=", ".join(unknown)[:200] or repr(given)[:200], do="correct the file")
     return {**defaults, **given}
+
+
+def _filled_slot(where: str, given: object, slots: dict[str, Slot]) -> object:
+    """A room's configuration over its defaults, and its gate over the gate's; anything else as it is."""
+    room = given.get("room") if isinstance(given, dict) else None
+    slot = slots.get(room) if isinstance(room, str) else None
+    if slot is None or not hasattr(slot.config, "to_json"):
+        return given
+    value = _filled(where, given, {"room": room, **slot.config().to_json()})
+    gate = value.get("gate")
+    kind = GATES.get(gate.get("name")) if isinstance(gate, dict) and isinstance(gate.get("name"), str) else None
+    return value if kind is None else {**value, "gate": _filled(f"{where}.gate", gate, kind().to_json())}

@@ -1,8 +1,9 @@
 """The training loop: AdamW, warm-up and cosine, gradient accumulation and clipping, checkpoints, resumed exactly.
 
-A step depends on the weights, the optimizer's moments, the seed and the step's number, and on nothing else: random
-numbers begin anew with each step. So a run that is killed and started again writes the same losses, bit for bit, on the
-same machine with as many threads; and with another number of processes the same up to rounding, unless it draws noise.
+A step depends on the weights (with the biases of balanced experts), the optimizer's moments, the seed and the step's
+number, and on nothing else: random numbers begin anew with each step. So a run that is killed and started again writes
+the same losses, bit for bit, on the same machine with as many threads; and with another number of processes the same up
+to rounding, unless it draws noise.
 References: Kingma and Ba 2014 (1412.6980), Loshchilov and Hutter 2017 (1711.05101: AdamW; 1608.03983: cosine).
 """
 
@@ -13,16 +14,18 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from sentei.axes.experts import Experts
 from sentei.core.errors import FileError, SenteiError, require
 from sentei.core.storage import write_text
 from sentei.training import checkpoints
 from sentei.training.data import Windows, mixed
-from sentei.training.losses import Term, next_token, of_rooms
+from sentei.training.losses import Balanced, Term, next_token, of_rooms
 from sentei.training.parallel import World
 
 METRICS = "metrics.jsonl"
@@ -139,6 +142,8 @@ class _Run:
         self.job, self.terms, self.rows, self.world = job, terms, [], world
         require("training.batch", config.batch, {
             f"a multiple of the processes, {world.size}": config.batch % world.size == 0})
+        self.balanced = [term for term in terms if isinstance(term, Balanced)]
+        self.biased = [room for room in model.modules() if isinstance(room, Experts) and room.bias is not None]
         self.named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         given, groups = config.optimizer, {}
         for parameter in self.named.values():  # weights on other meshes of processes cannot be updated in one call
@@ -178,7 +183,13 @@ class _Run:
                               do="choose a lower rate, a longer warmup or float32")
         self.adam.step()
         self.adam.zero_grad()
+        for room in self.biased:
+            self.world.sum(room.counts)
+            self.world.sum(room.tokens)
+            room.update_bias()
         row = {"step": done, "loss": loss, "added": added, "norm": norm, "rate": rate}
+        for term in self.balanced:
+            row |= term.numbers()
         last = done == config.steps
         if last or done % config.evaluate == 0:
             row["held_out"] = self.evaluate()
@@ -192,9 +203,14 @@ class _Run:
         config, losses, extras = self.config, [], []
         self.model.train()
         torch.manual_seed(mixed(config.seed, number, self.world.rank))
-        rows = self.windows.batch(number, config.batch * config.accumulate)
-        for part in rows.split(config.batch):
-            loss, added = self.loss(self.world.share(part))
+        batches = self.windows.batch(number, config.batch * config.accumulate).split(config.batch)
+        parts = [self.world.share(batch) for batch in batches]
+        for term in self.balanced:
+            term.begin(self.model, [partial(self.forward, part) for part in parts])
+        for room in self.biased:
+            room.forget()
+        for part in parts:
+            loss, added = self.loss(part)
             ((loss + added) / config.accumulate).backward()
             losses.append(loss.item())
             extras.append(added.item())
@@ -203,14 +219,17 @@ class _Run:
 
     def loss(self, part: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The loss of one pass, and what the terms add."""
-        device = next(iter(self.named.values())).device
-        kind = PRECISIONS[self.config.precision]
         with ExitStack() as stack:
             added = [stack.enter_context(term(self.model)) for term in self.terms]
-            with torch.autocast(device.type, dtype=kind, enabled=kind is not None):
-                loss = next_token(self.model, part.to(device))
+            loss = self.forward(part)
             extras = [extra for extra in (term() for term in added) if extra is not None]
-        return loss, sum(extras, torch.zeros((), device=device))
+        return loss, sum(extras, torch.zeros((), device=loss.device))
+
+    def forward(self, part: torch.Tensor) -> torch.Tensor:
+        """The loss of one pass without what terms add."""
+        device, kind = next(iter(self.named.values())).device, PRECISIONS[self.config.precision]
+        with torch.autocast(device.type, dtype=kind, enabled=kind is not None):
+            return next_token(self.model, part.to(device))
 
     def evaluate(self) -> float:
         """The mean loss of the held-out windows.
@@ -220,14 +239,11 @@ class _Run:
         """
         self.model.eval()
         held = self.windows.held_out()
-        kind = PRECISIONS[self.config.precision]
         total = []
         for part in held.split(self.config.batch):
             own = self.world.share(part)
             rows = own if len(own) else part[:1]  # which count 0: no process may leave out a pass
-            device = next(iter(self.named.values())).device
-            with torch.autocast(device.type, dtype=kind, enabled=kind is not None):
-                total.append(next_token(self.model, rows.to(device)).item() * len(own))
+            total.append(self.forward(rows).item() * len(own))
         return self.world.sum(torch.tensor(math.fsum(total), dtype=torch.float64)).item() / len(held)
 
     def tell(self, row: dict, start: bool = False) -> None:

@@ -1,13 +1,18 @@
 """What is minimised: the loss of the next token, and whatever rooms add for themselves."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
+from sentei.axes.experts.balance import ADDITIVE, Balance, balancing
+from sentei.core.errors import require
 from sentei.core.tracing import trace
+from sentei.measurement.specialisation import dead, entropy, violation
+from sentei.training.parallel import World
 
 # Opened around one forward pass; what it yields gives, after that pass, a number to be added to the loss, or None.
 Term = Callable[[nn.Module], AbstractContextManager[Callable[[], torch.Tensor | None]]]
@@ -38,3 +43,118 @@ def of_rooms(model: nn.Module) -> Iterator[Callable[[], torch.Tensor | None]]:
         return
     with trace(model) as records:
         yield lambda: sum(room.auxiliary(records.at(path)) for path, room in rooms)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weights:
+    """What the losses of the experts' balance count in the loss; 0 leaves one out. See `axes.experts.balance`.
+
+    Args:
+        switch: E times the sum of the experts' load times mean probability; 1 when even.
+        importance: the squared coefficient of variation of the experts' summed weights.
+        load: the same of the smooth load of noisy gates.
+        z: the mean squared log of the sum of exponents of the logits.
+        sequence: as `switch`, of each sequence by itself.
+    """
+
+    switch: float = 0.0
+    importance: float = 0.0
+    load: float = 0.0
+    z: float = 0.0
+    sequence: float = 0.0
+
+    def __post_init__(self):
+        numbers = all(isinstance(weight, int | float) and not isinstance(weight, bool) and 0 <= weight < 1e6
+                      for weight in asdict(self).values())
+        require("balance", self, {f"{', '.join(asdict(self))} as numbers from 0": numbers})
+
+    def used(self) -> dict[str, float]:
+        """The weights above 0."""
+        return {name: weight for name, weight in asdict(self).items() if weight}
+
+
+class Balanced:
+    """The term of the experts' balance over one step, and its numbers. One object belongs to one run.
+
+    The losses are those of the whole step, in however many passes and processes it comes: loss and gradient do not
+    depend on that, but for the draws of a router with noise. Where a loss is no mean of the passes' losses (switch,
+    importance, load) a step of several passes runs each twice: first for the sums alone, then for the gradient.
+
+    Args:
+        weights: of the losses; with none there are only numbers.
+        world: the processes whose passes make a step.
+    """
+
+    def __init__(self, weights: Weights, world: World | None = None):
+        self.weights, self.world = weights.used(), World() if world is None else world
+        self.seen, self.whole, self.parts = Balance(), None, 1
+
+    def begin(self, model: nn.Module, passes: Sequence[Callable[[], object]]) -> None:
+        """Begins a step.
+
+        Args:
+            passes: each runs a part of the step forward; those that follow under this term do the same again.
+        """
+        self.seen, self.whole, self.parts = Balance(), None, 1
+        if len(passes) == 1 or self.is_additive:
+            return
+        self.whole, self.parts = Balance(), len(passes)
+        device = next(model.parameters()).device
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            for run in passes:  # with gradients on, for the kernels that training runs; its graph is gone at once
+                with balancing(model) as heard:
+                    run()
+                self.whole.take(heard)
+        add_up(self.whole, self.world)
+
+    @property
+    def is_additive(self) -> bool:
+        """Whether each loss is the mean of the passes' losses."""
+        return set(self.weights) <= set(ADDITIVE)
+
+    @contextmanager
+    def __call__(self, model: nn.Module) -> Iterator[Callable[[], torch.Tensor | None]]:
+        """Listens to one pass of the step; a `Term`."""
+        with balancing(model) as heard:
+            yield lambda: self.of_pass(heard)
+
+    def of_pass(self, heard: Balance) -> torch.Tensor | None:
+        """What the pass adds: the step's loss in value, and the pass's share of the gradient times the passes."""
+        self.seen.take(heard)
+        if not self.weights:
+            return None
+        whole = self.whole
+        if whole is None and (self.world.size == 1 or self.is_additive):
+            return heard.loss(**self.weights)
+        if whole is None:
+            whole = Balance()
+            whole.take(heard)
+            add_up(whole, self.world)
+        share = heard.part(whole, **self.weights) * self.parts * self.world.size
+        return share + (whole.loss(**self.weights) - share).detach()
+
+    def numbers(self) -> dict[str, float]:
+        """How even the step was: nothing without experts, else over the layers
+
+        violation, the largest count of an expert ÷ mean - 1; entropy, the smallest of the counts, 1 when even; unused,
+        how many experts no token wanted; and dead, how many of these are surely below 1 % of the mean rate (0.95).
+        All processes call it together, once a step.
+        """
+        add_up(self.seen, self.world)
+        layers = [(sums.counts.cpu(), int(sums.tokens)) for sums in self.seen.values()]
+        if not layers:
+            return {}
+        return {"violation": max(violation(counts) for counts, _ in layers),
+                "entropy": min(entropy(counts) for counts, _ in layers),
+                "unused": sum(int((counts == 0).sum()) for counts, _ in layers),
+                "dead": sum(len(dead(counts, tokens)) for counts, tokens in layers)}
+
+
+def add_up(balance: Balance, world: World) -> None:
+    """Adds up the sums of all processes, which have heard the same layers, in place and in one message."""
+    values = [value for sums in balance.values() for value in vars(sums).values() if value is not None]
+    if world.size == 1 or not values:
+        return
+    total = world.sum(torch.cat([value.flatten() for value in values]))
+    for value, part in zip(values, total.split([value.numel() for value in values]), strict=True):
+        value.copy_(part.view_as(value))

@@ -39,7 +39,7 @@ def test_a_router_that_looks_ahead_is_caught_and_refused_where_causal(kind):
     assert looks_ahead(layer(kind))
     config = LOOKING[kind]
     assert not config.is_causal
-    with pytest.raises(RuleError, match="looks at no later token, got .*; choose by TopK, or a capacity by the gate Choice"):
+    with pytest.raises(RuleError, match="looks at no later token, got .*; choose by TopK, or a capacity with"):
         MixtureOfExperts(config, width=WIDTH, neurons=E * UNIT)
     with pytest.raises(RuleError, match="looks at no later token"):
         config.without_lookahead()

@@ -29,7 +29,7 @@ FOLDER = {"config.json", "model.safetensors", "loss.svg", "metrics.jsonl", home.
 
 
 def test_the_example_is_a_job():
-    shape, read, config, _ = read_job(ROOT / "examples" / "train.yaml")
+    shape, read, config, *_ = read_job(ROOT / "examples" / "train.yaml")
     assert (shape(257).heads, read.context, config.optimizer.rate) == ((4, 2), 128, 5e-3)
 
 
@@ -65,7 +65,7 @@ def test_defaults_and_partial_sections(job):
     with pytest.raises(FileError, match="the sections model, data, training"):
         read_job(job)
     job.write_text("model:\ntraining: {optimizer: {rate: 3e-4}}\n")
-    shape, read, config, _ = read_job(job)
+    shape, read, config, *_ = read_job(job)
     assert shape(300).vocabulary == 300 and read == home.data.Config() and config.optimizer.rate == 3e-4
     job.write_text("model: {connections: {rule: {name: mass, mass: 0.9}, window: 4}}")
     connections = read_job(job)[0](9).connections

@@ -48,9 +48,9 @@ class Gate(ABC):
         """The rule that the scores are given to, where the room's is `rule`."""
         return rule
 
-    def target(self, rule: Rule, counts: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-        """What the bias moves an expert's count towards: the mean, or what the gate says."""
-        return counts.sum() / len(counts)
+    def direction(self, rule: Rule, counts: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """From -1 to 1, [E]: where the bias goes after a step in which counts [E] of so many tokens were chosen."""
+        return torch.sign(counts.mean() - counts)
 
     def scores(self, logits: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """The number that chooses, [..., T, E], as a rule wants it."""
@@ -206,17 +206,19 @@ class Choice(Gate):
     The thresholds are learned beside the gradient, as the bias of a Sigmoid gate is: after a step in which an expert
     kept more than the rule's `Capacity` of the tokens its threshold rises, else it falls. So the capacity holds on
     average over steps and not in each sequence; a token keeps none, some or all of the experts, by itself alone, in
-    training and in generation alike.
+    training and in generation alike. Ranking tokens in training and imitating the ranks in generation, as the room
+    depth does, would let training look ahead.
 
     Args:
-        speed: what a threshold moves at each update; an even share of an expert counts 1.
+        speed: what a threshold moves at an update by an expert that kept nothing, or twice the capacity; an even share
+            of an expert counts 1.
     """
 
-    speed: float = 1e-2
+    speed: float = 0.1
 
     def __post_init__(self):
         if not _is_number(self.speed, above=0):
-            raise RuleError("Choice", expected="a speed above 0", got=repr(self.speed), do="choose one, e.g. 0.01")
+            raise RuleError("Choice", expected="a speed above 0", got=repr(self.speed), do="choose one, e.g. 0.1")
 
     def fits(self, rule):
         return isinstance(rule, All | Fixed) or isinstance(rule, Capacity) and not isinstance(rule.capacity, tuple)
@@ -225,8 +227,9 @@ class Choice(Gate):
         return _Reach() if isinstance(rule, Capacity) and rule.capacity < 1 else All() if (
             isinstance(rule, Capacity)) else rule
 
-    def target(self, rule, counts, tokens):
-        return rule.capacity * tokens if isinstance(rule, Capacity) else counts
+    def direction(self, rule, counts, tokens):
+        target = rule.capacity * tokens if isinstance(rule, Capacity) else counts
+        return ((target - counts) / target.clamp(min=1)).clamp(-1, 1)
 
     def scores(self, logits, bias):
         return logits.softmax(-1) * logits.shape[-1] - 1 + (0 if bias is None else bias)

@@ -250,9 +250,8 @@ class Experts(Axis):
         if self.bias is None:
             raise RuleError("update_bias", expected="a Choice gate, or a Sigmoid gate with a speed above 0",
                             got=repr(self.gate), do="balance other gates with a loss")
-        counts = self.counts.double()
-        step = torch.sign(self.gate.target(self.rule, counts, self.tokens.double()) - counts)
-        self.bias += (self.gate.speed * step).to(self.bias.dtype)
+        direction = self.gate.direction(self.rule, self.counts.double(), self.tokens.double())
+        self.bias += (self.gate.speed * direction).to(self.bias.dtype)
         self.forget()
 
     def forget(self) -> None:
@@ -388,4 +387,5 @@ def sees_later(rule: Rule, gate: Gate) -> bool:
 def looks_ahead(rule: Rule, gate: Gate) -> RuleError:
     """What a causal layer says of a choice that looks at later tokens."""
     return RuleError("experts", expected="a choice that looks at no later token", got=f"{rule} with {gate}",
-                     do="choose by TopK, or a capacity by the gate Choice, or pass causal=False where tokens may see later ones, as in an encoder")
+                     do="choose by TopK, or a capacity with the gate Choice, or pass causal=False where tokens may see "
+                        "later ones, as in an encoder")
