@@ -193,9 +193,8 @@ def bench(options: argparse.Namespace, say: Say) -> bool:
 def train(options: argparse.Namespace, say: Say) -> bool:
     """Trains a model, and says the result."""
     job = importlib.import_module("sentei.training.job")
-    result = job.run(Path(options.config), options.out and Path(options.out),
-                     Progress(sys.stderr, bars=draws(sys.stderr)))
-    if result is not None:  # else another process says it
+    out, progress = options.out and Path(options.out), Progress(sys.stderr, bars=draws(sys.stderr))
+    if result := job.run(Path(options.config), out, progress):  # else another process says it
         say(result, table(job.summary(result)))
     return True
 

@@ -4,7 +4,8 @@
     shard      FSDP2, a block at a time; without it the same with all weights in each process
     experts    the stacks are DTensors, cut over some processes; tokens travel (`kernels/routing/exchange.py`)
 
-A gradient is that of the mean loss over all processes, so that a job gives the same curve, up to rounding, on any number.
+A gradient is that of the mean loss over all processes, so that a job gives the same curve, up to rounding, on any
+number of them.
 References: Zhao et al. 2023, arXiv 2304.11277 (FSDP); Lepikhin et al. 2020, arXiv 2006.16668 (GShard).
 """
 
@@ -24,7 +25,7 @@ from sentei.axes.depth import Depth
 from sentei.axes.experts import MixtureOfExperts
 from sentei.core.errors import ResourceError, ShapeError, UnsupportedError, require
 from sentei.training import shards
-from sentei.training.parallel import Config, World
+from sentei.training.parallel import World
 
 SILENCE = timedelta(minutes=10)  # after which a process counts as lost; one that ended is noticed at once
 

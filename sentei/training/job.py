@@ -77,8 +77,8 @@ def _run(path: Path, out: Path | None, progress: Progress, processes: World) -> 
         processes.place(model, parallel)
         job |= {"tokens": windows.sha256, "environment": environment()}
         with progress.stage("train", config.steps) as step:
-            told = train(model, windows, config, out, job=job, terms=(of_rooms, Balanced(weights, processes)), step=step,
-                         world=processes)
+            told = train(model, windows, config, out, job=job, step=step, world=processes,
+                         terms=(of_rooms, Balanced(weights, processes)))
         with progress.stage("write", 1) as step:
             tensors, result = processes.whole(model.state_dict()), _result(model, windows, config, told)
             if not processes.first:

@@ -121,7 +121,8 @@ def train(model: nn.Module, windows: Windows, config: Config, out: Path, *, job:
         resumed_from (a step), loss_before and loss_after (held-out, nats a token), seconds (of the steps done here).
     Raises:
         FileError: a checkpoint that was changed or is of another job.
-        SenteiError: a batch that the processes cannot share evenly; a loss or a gradient that is not finite; the checkpoints are those of before.
+        SenteiError: a batch that the processes cannot share evenly; or a loss or a gradient that is
+            not finite, where the checkpoints are those of before.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)

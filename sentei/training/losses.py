@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from sentei.axes.experts.balance import ADDITIVE, Balance, balancing
+from sentei.axes.experts.balance import ADDITIVE, Balance, Sums, balancing
 from sentei.core.errors import require
 from sentei.core.tracing import trace
 from sentei.measurement.specialisation import dead, entropy, violation
@@ -105,7 +105,7 @@ class Balanced:
                 with balancing(model) as heard:
                     run()
                 self.whole.take(heard)
-        add_up(self.whole, self.world)
+        self.whole = added_up(self.whole, self.world)
 
     @property
     def is_additive(self) -> bool:
@@ -129,7 +129,7 @@ class Balanced:
         if whole is None:
             whole = Balance()
             whole.take(heard)
-            add_up(whole, self.world)
+            whole = added_up(whole, self.world)
         share = heard.part(whole, **self.weights) * self.parts * self.world.size
         return share + (whole.loss(**self.weights) - share).detach()
 
@@ -140,7 +140,7 @@ class Balanced:
         how many experts no token wanted; and dead, how many of these are surely below 1 % of the mean rate (0.95).
         All processes call it together, once a step.
         """
-        add_up(self.seen, self.world)
+        self.seen = added_up(self.seen, self.world)
         layers = [(sums.counts.cpu(), int(sums.tokens)) for sums in self.seen.values()]
         if not layers:
             return {}
@@ -150,11 +150,14 @@ class Balanced:
                 "dead": sum(len(dead(counts, tokens)) for counts, tokens in layers)}
 
 
-def add_up(balance: Balance, world: World) -> None:
-    """Adds up the sums of all processes, which have heard the same layers, in place and in one message."""
-    values = [value for sums in balance.values() for value in vars(sums).values() if value is not None]
-    if world.size == 1 or not values:
-        return
-    total = world.sum(torch.cat([value.flatten() for value in values]))
-    for value, part in zip(values, total.split([value.numel() for value in values]), strict=True):
-        value.copy_(part.view_as(value))
+def added_up(balance: Balance, world: World) -> Balance:
+    """The sums of all processes, which have heard the same layers; one message. Those of `balance` have no graph."""
+    if world.size == 1 or not balance:
+        return balance
+    known = [(path, name, value) for path, sums in balance.items() for name, value in vars(sums).items()
+             if value is not None]
+    total = world.sum(torch.cat([value.flatten() for _, _, value in known]))
+    whole = {path: {} for path in balance}
+    for (path, name, value), part in zip(known, total.split([value.numel() for *_, value in known]), strict=True):
+        whole[path][name] = part.view_as(value)
+    return Balance({path: Sums(**sums) for path, sums in whole.items()})

@@ -60,7 +60,7 @@ class World:
             "1, as there is one process; or more processes, by torchrun": config.experts == 1})
 
     def share(self, rows: torch.Tensor) -> torch.Tensor:
-        """The rows of a batch [B, …] that this process computes; as many in each if the number of processes divides B."""
+        """The rows of a batch [B, …] that this process computes; equally many where that is possible."""
         return rows[self.rank::self.size]
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
