@@ -11,9 +11,10 @@ from pathlib import Path
 import torch
 from torch import distributed
 
-LIMIT = 90  # seconds, after which processes that hang are ended
+LIMIT = 40  # seconds, after which processes that hang are ended
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["sentei.training.distributed", "sentei.training.job"])
+CONTEXT.set_forkserver_preload(["sentei.training.distributed", "sentei.training.job", "torch._dynamo",
+                                "safetensors.torch"])
 
 
 def run(work: Callable, size: int, *arguments) -> list:

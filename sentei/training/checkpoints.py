@@ -82,8 +82,8 @@ def keep(folder: Path, step: int, writers: list[Callable[[Path], None]], about: 
     for old in steps(folder)[:-KEPT]:
         _manifest(folder, old).unlink()  # first: a checkpoint without its data must not count
     for path in folder.glob("checkpoint-*.safetensors"):
-        of = _PART.fullmatch(path.name)
-        if of is None or int(of[1]) not in kept or (int(of[1]) == step and path not in files):
+        part = _PART.fullmatch(path.name)
+        if part is None or int(part[1]) not in kept:
             path.unlink()
 
 

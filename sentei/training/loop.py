@@ -146,12 +146,11 @@ class _Run:
         self.balanced = [term for term in terms if isinstance(term, Balanced)]
         self.biased = [room for room in model.modules() if isinstance(room, Experts) and room.bias is not None]
         self.named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-        given, groups = config.optimizer, {}
-        for parameter in self.named.values():  # weights on other meshes of processes cannot be updated in one call
-            groups.setdefault((parameter.dim() > 1, getattr(parameter, "device_mesh", None)), []).append(parameter)
+        matrices = [parameter for parameter in self.named.values() if parameter.dim() > 1]
+        vectors = [parameter for parameter in self.named.values() if parameter.dim() <= 1]
+        given = config.optimizer
         self.adam = torch.optim.AdamW(
-            [{"params": group, "weight_decay": given.decay if matrices else 0.0}
-             for (matrices, _), group in groups.items()],
+            [{"params": matrices, "weight_decay": given.decay}, {"params": vectors, "weight_decay": 0.0}],
             lr=given.rate, betas=(given.beta1, given.beta2), eps=given.epsilon)
         for parameter in self.named.values():  # also of those that never have a gradient
             self.adam.state[parameter] = {"step": torch.zeros(()), "exp_avg": torch.zeros_like(parameter),

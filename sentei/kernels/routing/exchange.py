@@ -46,8 +46,9 @@ def route(hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, expert
         answers = answers + rows.sum()
     back = _exchange(answers, sent, received, group)
     wide = torch.promote_types(back.dtype, torch.float32)
-    placed = back.new_zeros(len(flat), back.shape[1]).index_copy(0, order, back).view(*ids.shape, -1).to(wide)
+    placed = back.new_zeros(len(flat), back.shape[1]).index_copy(0, order, back)
     kept = weights.masked_fill(ids < 0, 0).to(wide)
+    placed = placed.view(*ids.shape, back.shape[1]).to(wide)
     return torch.bmm(kept.unsqueeze(1), placed).squeeze(1).to(back.dtype)
 
 
