@@ -230,7 +230,8 @@ def small() -> dict:
 def test_what_cannot_be_shared_is_refused_and_what_is_shared_is_held_in_part():
     for result in run(small, 2):
         patterns = ["a model with experts.*no experts", "divides that of the processes, 2.*got 4",
-                    "2 equal parts.*3 experts", "passes.*mixture of depths", "training.batch.*multiple of the processes, 2"]
+                    "2 equal parts.*3 experts", "passes.*mixture of depths",
+                    "training.batch.*multiple of the processes, 2"]
         for pattern, text in zip(patterns, result["said"], strict=True):
             assert re.search(pattern, text), text
         assert len(result["held"]) > 10 and all(0.5 <= part < 0.51 for part in result["held"].values())
@@ -244,8 +245,9 @@ def whole(path: Path, out: Path) -> dict | None:
 
 
 def test_the_whole_job_in_two_processes_writes_what_one_writes(job, tmp_path):
-    job.write_text(job.read_text().replace("steps: 12", "steps: 4").replace("feed_forward: 24", "feed_forward: {room: experts, neurons: 32, unit: 8, "
-                   "rule: {name: topk, k: 2}, gate: {name: renormalised}}") + "balance: {switch: 0.1}\n")
+    mixture = "{room: experts, neurons: 32, unit: 8, rule: {name: topk, k: 2}, gate: {name: renormalised}}"
+    job.write_text(job.read_text().replace("steps: 12", "steps: 4").replace("feed_forward: 24",
+                   f"feed_forward: {mixture}") + "balance: {switch: 0.1}\n")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     one = home.run(job, tmp_path / "one", Silent())
