@@ -1,7 +1,6 @@
 """The model: cache and padding change nothing, later tokens and other rows neither; costs are those torch counts."""
 
 import itertools
-import json
 from dataclasses import dataclass, replace
 
 import pytest
@@ -10,15 +9,13 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from sentei.axes import depth, experts
 from sentei.axes.axis import Axis
 from sentei.axes.connections import Config as Attended
-from sentei.axes.experts.gates import Softmax
 from sentei.core.cost import Cost
 from sentei.core.errors import FileError, SenteiError, ShapeError, UnsupportedError
-from sentei.core.rules import Capacity, Mass, TopK
+from sentei.core.rules import Mass, TopK
 from sentei.core.tracing import trace
-from sentei.model import Config, Routed, Slot, Transformer, draw
+from sentei.model import Config, Slot, Transformer, draw
 from sentei.model import slots as home
 
 SMALL = Config(vocabulary=50, width=32, layers=2, heads=(4, 2), feed_forward=48)
@@ -240,13 +237,13 @@ class Some(Axis):
         self.up = nn.Linear(model.width, config.hidden, bias=False)
         self.down = nn.Linear(config.hidden, model.width, bias=False)
 
-    def score(self, x):
+    def score(self, x, mask=None):
         return self.up(x).abs()
 
-    def apply(self, selection, x):
+    def apply(self, selection, x, mask=None):
         return self.down(self.up(x) * selection.mask())
 
-    def account(self, selection, x):
+    def account(self, selection, x, mask=None):
         width = x.shape[-1]
         kept, permitted = int(selection.count().sum()), int(selection.permitted.sum())
         return Cost(multiply_adds=2 * kept * width, dense_multiply_adds=2 * permitted * width), "eager", "a test"
@@ -354,46 +351,3 @@ def test_under_autocast_the_error_is_at_most_twice_that_of_bfloat16():
     plain = model.bfloat16()(x)
     assert got.dtype == torch.bfloat16
     assert (got.double() - exact).abs().max() < 2 * (plain.double() - exact).abs().max()
-
-
-ROOMS = {
-    "experts": {"feed_forward": Routed(neurons=32, room=experts.Config(rule=TopK(2), gate=Softmax(), unit=8))},
-    "depth": {"depth": depth.Config(rule=Capacity(0.5))},
-    "both": {"feed_forward": Routed(neurons=32, room=experts.Config(unit=16)), "depth": depth.Config()},
-}
-
-
-@pytest.mark.parametrize("room", ROOMS)
-def test_rooms_in_the_slots_train_and_generate_as_without_a_cache(room):
-    config = Config(vocabulary=40, width=16, layers=2, heads=(2, 1), **ROOMS[room])
-    assert Config.from_json(json.loads(json.dumps(config.to_json()))) == config
-    torch.manual_seed(0)
-    net, tokens = Transformer(config).double(), torch.randint(0, 40, (2, 12))
-    net.train()(tokens).square().mean().backward()
-    moved = [name for name, parameter in net.named_parameters() if parameter.grad is None]
-    assert all("predictor" in name or "router" in name for name in moved)
-    net.eval()
-    with torch.no_grad():
-        cache = net.cache()
-        parts = torch.cat([net(part, cache=cache) for part in tokens.split([5, 1, 4, 2], 1)], 1)
-        torch.testing.assert_close(parts, net(tokens), rtol=1e-9, atol=1e-9)
-        later = tokens.clone()
-        later[:, 8:] = 3
-        # An expert's product has other rows when later tokens change, and rounds otherwise.
-        torch.testing.assert_close(net(later)[:, :8], net(tokens)[:, :8], rtol=1e-9, atol=1e-9)
-    with trace(net) as records:
-        net(tokens)
-    kinds = {"experts": ["experts"], "depth": ["depth"], "both": ["experts", "depth"]}[room]
-    assert all(any(kind in type_of(net, path) for path in records.paths()) for kind in kinds)
-
-
-def type_of(net, path: str) -> str:
-    return type(net.get_submodule(path)).__module__
-
-
-@pytest.mark.parametrize("wrong", [{"neurons": 0}, {"neurons": "8"}, {}])
-def test_a_mixture_that_is_not_one_is_refused(wrong):
-    value = Routed().to_json()
-    del value["neurons"]
-    with pytest.raises(FileError, match="neurons from 1"):
-        Routed.from_json({**value, **wrong})

@@ -16,7 +16,7 @@ from sentei.core.tracing import trace
 WIDTH, UNIT, E, K = 6, 2, 5, 2
 GATES = {"noisy": Noisy(), "renormalised": Renormalised(), "sigmoid": Sigmoid(), "switch": Softmax()}
 ALONE = {"sequence": torch.tensor(0.0), "sequences": torch.tensor(1.0)}
-ALL = {"switch": 0.3, "importance": 0.7, "load": 0.9, "z": 0.2}
+ALL = {"switch": 0.3, "importance": 0.7, "load": 0.9, "z": 0.2, "sequence": 0.4}
 
 
 def layer(gate="renormalised", rule=None) -> MixtureOfExperts:
@@ -38,6 +38,16 @@ def variation(values: list[float]) -> float:
     return sum((value - mean) ** 2 for value in values) / len(values) / mean**2
 
 
+def of_sequence(scores: list[list[float]], shares: list[list[float]]) -> float:
+    """DeepSeek-V3, eq. 17-20, from scores and shares, a list a token."""
+    loss = 0.0
+    for i in range(E):
+        among_the_best = [sum(other > h[i] for other in h) < K for h in scores]
+        f = E / (K * len(scores)) * sum(among_the_best)
+        loss += f * sum(s[i] for s in shares) / len(shares)
+    return loss
+
+
 def normal(x: float) -> float:
     return 0.5 * (1 + math.erf(x / 2**0.5))
 
@@ -53,6 +63,10 @@ def test_the_losses_are_those_of_the_papers():
         with balancing(made) as balance:
             made(x, mask)
     chosen, probabilities, importance, load, squares = [0.0] * E, [0.0] * E, [0.0] * E, [0.0] * E, 0.0
+    of_sequences = []
+    for h, z in zip(noisy.split(1), noise.clean.split(1), strict=True):
+        real = mask[len(of_sequences)]
+        of_sequences.append(of_sequence(h[0][real].tolist(), z[0][real].softmax(-1).tolist()))
     for h, z, spread in zip(noisy[mask].tolist(), noise.clean[mask].tolist(), noise.spread[mask].tolist(), strict=True):
         best = sorted(range(E), key=lambda i: -h[i])[:K]
         total, kept = sum(math.exp(value) for value in z), sum(math.exp(h[i]) for i in best)
@@ -66,7 +80,8 @@ def test_the_losses_are_those_of_the_papers():
                 importance[i] += math.exp(h[i]) / kept
     tokens = int(mask.sum())
     expected = {"switch": E * sum(c / (K * tokens) * p / tokens for c, p in zip(chosen, probabilities, strict=True)),
-                "importance": variation(importance), "load": variation(load), "z": squares / tokens}
+                "importance": variation(importance), "load": variation(load), "z": squares / tokens,
+                "sequence": sum(of_sequences) / len(of_sequences)}
     for name, value in expected.items():
         assert balance.loss(**{name: 1.0}).item() == pytest.approx(value, rel=1e-9), name
     assert balance.loss(**ALL).item() == pytest.approx(sum(ALL[name] * value for name, value in expected.items()))
@@ -112,7 +127,7 @@ def test_the_gradients_are_those_of_finite_differences(gate):
 def test_parts_of_a_batch_are_the_batch(gate):
     """The loss and its gradients, whether the step comes whole, in parts with one backward, or with one a part."""
     made, (x, mask) = layer(gate), data()
-    weights, parts = {"switch": 0.3, "importance": 0.7, "z": 0.2}, ([0], [1, 2], [3])
+    weights, parts = {"switch": 0.3, "importance": 0.7, "z": 0.2, "sequence": 0.4}, ([0], [1, 2], [3])
     with balancing(made) as whole:
         made(x, mask)
     expected = torch.autograd.grad(whole.loss(**weights), made.router.weight)[0]
@@ -130,6 +145,38 @@ def test_parts_of_a_batch_are_the_batch(gate):
             made(x[rows], mask[rows])
         part.part(step, **weights).backward()
     torch.testing.assert_close(made.router.weight.grad, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_a_sequence_s_loss_is_of_the_affinities_without_bias_or_groups():
+    """DeepSeek-V3 chooses by s + b among the best groups, and balances a sequence by the best s of all."""
+    config = Config(rule=TopK(K), gate=Sigmoid(groups=E, kept_groups=3), unit=UNIT)
+    made, (x, mask) = MixtureOfExperts(config, width=WIDTH, neurons=E * UNIT).double(), data()
+    mask[2] = False  # a sequence without a token is none
+    with torch.no_grad():
+        made.router.weight.normal_()
+        made.experts.bias.copy_(torch.tensor([0.0, 9, 0, 0, 9]))
+    with balancing(made) as balance:
+        made(x, mask)
+    sizes, expected = made.router(x)[0].sigmoid(), []
+    for row in (0, 1, 3):
+        s = sizes[row][mask[row]]
+        expected.append(of_sequence(s.tolist(), (s / s.sum(-1, keepdim=True)).tolist()))
+    assert balance.loss(sequence=1.0).item() == pytest.approx(sum(expected) / 3, rel=1e-9)
+    assert balance["experts"].counts[[0, 2, 3]].sum() == 0, "the bias chose"
+
+
+def test_a_batch_may_be_even_and_its_sequences_not():
+    """Two sequences that want one expert each: together the loads are even, and each of them is as uneven as can be."""
+    made = layer("switch", TopK(1))
+    with torch.no_grad():
+        made.router.weight.zero_()
+        made.router.weight[0, 0], made.router.weight[1, 0], made.router.weight[2:, 1] = 1, -1, -1
+    x = torch.zeros(2, 8, WIDTH, dtype=torch.float64)
+    x[0, :, 0], x[1, :, 0], x[..., 1] = 9, -9, 9
+    with balancing(made) as balance:
+        made(x)
+    assert balance.loss(sequence=1).item() == pytest.approx(E, rel=1e-2)
+    assert balance.loss(switch=1).item() == pytest.approx(E / 2, rel=1e-2)
 
 
 def test_a_mean_of_the_parts_own_losses_is_another_loss():
@@ -225,7 +272,7 @@ def test_each_layer_is_listened_to_by_its_path_and_only_inside_the_block():
 def test_an_unknown_loss_is_refused(weights):
     with balancing(made := layer()) as balance:
         made(data()[0])
-    with pytest.raises(RuleError, match="balance: expected weights of switch, importance, load, z"):
+    with pytest.raises(RuleError, match="balance: expected weights of switch, importance, load, z, sequence"):
         balance.loss(**weights)
 
 

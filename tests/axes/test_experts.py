@@ -8,10 +8,10 @@ from torch.nn import functional as F
 
 from sentei.axes.experts import Config, Experts, MixtureOfExperts, from_dense
 from sentei.axes.experts.dense import FeedForward
-from sentei.axes.experts.gates import Gate, Noisy, Renormalised, Sigmoid, Soft, Softmax, Task
+from sentei.axes.experts.gates import Choice, Gate, Noisy, Renormalised, Sigmoid, Soft, Softmax, Task
 from sentei.core.definition import apply
 from sentei.core.errors import RuleError, ShapeError
-from sentei.core.rules import All, Mass, TopK
+from sentei.core.rules import All, Capacity, Mass, TopK
 from sentei.core.tracing import trace
 from sentei.kernels.routing.stack import ACTIVATIONS
 
@@ -237,6 +237,43 @@ def test_the_bias_balances():
             worst.append(float(load.max() / load.mean() - 1))
             made.update_bias()
     assert worst[0] > 0.8 and worst[-1] < 0.2
+
+
+def test_expert_choice_by_thresholds_keeps_what_reaches_an_even_share_less_the_bias():
+    room = Experts(Config(rule=Capacity(0.5), gate=Choice(), unit=UNIT), 4)
+    logits = torch.tensor([[0.8, 0.15, 0.03, 0.02], [0.3, 0.26, 0.2, 0.24], [0.1, 0.1, 0.1, 0.7]]).log()
+    inputs = x_of(3, dtype=torch.float32), logits, torch.randn(4, UNIT, WIDTH), torch.randn(4, WIDTH, UNIT)
+    for bias, expected in (([0.0, 0, 0, 0], [[0], [0, 1], [3]]), ([-1.0, 0.5, 0, -2], [[0, 1], [1], []])):
+        room.bias.copy_(torch.tensor(bias))
+        with trace(room) as records:
+            y = room(*inputs)
+        kept = records[0].selection
+        assert [[e for e in ids if e >= 0] for ids in kept.ids.tolist()] == expected
+        torch.testing.assert_close(kept.dense_weights(), logits.exp() * kept.mask())
+    assert (y[2] == 0).all(), "a token that no expert chose"
+
+
+def test_thresholds_move_to_the_capacity_and_one_update_is_as_said():
+    torch.manual_seed(3)
+    made = MixtureOfExperts(Config(rule=Capacity(0.25), gate=Choice(), unit=UNIT), width=WIDTH, neurons=E * UNIT)
+    x, mask = x_of(8, 64, dtype=torch.float32) + 1, torch.rand(8, 64) < 0.8
+    with torch.no_grad():
+        made.router.weight.normal_()
+        made.train()(x, mask)
+        counts, wanted = made.experts.counts.double(), 0.25 * float(mask.sum())
+        made.update_bias()
+        expected = 0.1 * ((wanted - counts) / wanted).clamp(-1, 1)
+        torch.testing.assert_close(made.experts.bias.double(), expected, rtol=1e-6, atol=1e-9)
+        for _ in range(200):
+            made(x, mask)
+            counts = made.experts.counts.double()
+            made.update_bias()
+    assert counts.sub(wanted).abs().max() < 0.1 * wanted, "of each expert"
+    before = made.experts.bias.clone()
+    made.experts.rule = All()
+    made(x)
+    made.update_bias()
+    assert torch.equal(made.experts.bias, before), "all tokens are what All asks for"
 
 
 def test_the_bias_keeps_its_precision_in_a_narrow_model():

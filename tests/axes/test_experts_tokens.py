@@ -34,6 +34,12 @@ def test_no_token_knows_a_later_one(kind):
     assert not looks_ahead(layer(kind))
 
 
+@every_kind
+def test_no_token_knows_a_later_one_in_training(kind):
+    if kind != "noisy":  # the noise of two calls differs
+        assert not looks_ahead(layer(kind).train())
+
+
 @pytest.mark.parametrize("kind", LOOKING)
 def test_a_router_that_looks_ahead_is_caught_and_refused_where_causal(kind):
     assert looks_ahead(layer(kind))

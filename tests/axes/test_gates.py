@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from sentei.axes.experts import Config, MixtureOfExperts
-from sentei.axes.experts.gates import GATES, Renormalised, Sigmoid, Soft, Softmax, Task, gate_from_json
+from sentei.axes.experts.gates import GATES, Choice, Renormalised, Sigmoid, Soft, Softmax, Task, gate_from_json
 from sentei.core.errors import FileError, RuleError
-from sentei.core.rules import TopK
+from sentei.core.rules import Capacity, TopK
 from sentei.core.tracing import trace
 
 WIDTH, UNIT, E = 16, 8, 8
@@ -116,7 +116,8 @@ def test_what_is_no_gate_is_refused(value):
     lambda: Softmax(0), lambda: Softmax(float("inf")), lambda: Softmax(float("nan")), lambda: Softmax("1"),
     lambda: Soft(0), lambda: Soft(1.5), lambda: Task(0), lambda: Task(True), lambda: Sigmoid(scale=0),
     lambda: Sigmoid(groups=2, kept_groups=3), lambda: Sigmoid(groups=1.0), lambda: Sigmoid(speed=-1e-3),
-    lambda: Sigmoid(kept_groups=0)])
+    lambda: Sigmoid(kept_groups=0), lambda: Choice(speed=0), lambda: Choice(speed=True),
+    lambda: Config(rule=TopK(2), gate=Choice()), lambda: Config(rule=Capacity((0.5, 0.2)), gate=Choice())])
 def test_a_parameter_outside_its_range_is_refused(make):
     with pytest.raises(RuleError):
         make()

@@ -17,20 +17,61 @@ from safetensors.torch import load_file, save_file
 from terminal import four_parts, last_error, unfinished
 
 from sentei import cli
+from sentei.axes import depth
+from sentei.axes.experts import Config as Room
+from sentei.axes.experts import Experts
+from sentei.axes.experts.gates import Sigmoid
 from sentei.core.errors import FileError, ResourceError, SenteiError, UnsupportedError
 from sentei.core.progress import Silent
-from sentei.core.rules import Mass
+from sentei.core.rules import Mass, TopK
 from sentei.core.storage import LOCK, claimed
 from sentei.training import job as home
 from sentei.training.job import load_model, read_job, read_yaml, run
+from sentei.training.losses import Weights
 
 ROOT = Path(cli.__file__).parents[1]
+EXPERTS = ("feed_forward: {room: experts, neurons: 40, unit: 8, shared: 1, rule: {name: topk, k: 2}, "
+           "gate: {name: sigmoid}}")
 FOLDER = {"config.json", "model.safetensors", "loss.svg", "metrics.jsonl", home.MARKER, LOCK}
 
 
-def test_the_example_is_a_job():
-    shape, read, config, *_ = read_job(ROOT / "examples" / "train.yaml")
-    assert (shape(257).heads, read.context, config.optimizer.rate) == ((4, 2), 128, 5e-3)
+@pytest.fixture
+def mixture(job):
+    """The path of the tiny job with experts, which are balanced by a bias and by losses."""
+    job.write_text(job.read_text().replace("feed_forward: 24", EXPERTS) + "balance: {switch: 1e-2, sequence: 1e-4}\n")
+    return job
+
+
+def test_the_examples_are_jobs():
+    shape, read, config, weights, _ = read_job(ROOT / "examples" / "train.yaml")
+    assert (shape(257).heads, read.context, config.optimizer.rate) == ((4, 2), 128, 5e-3) and not weights.used()
+    shape, _, _, weights, _ = read_job(ROOT / "examples" / "train_experts.yaml")
+    room = shape(257).feed_forward.room
+    assert (room.rule, room.gate, room.shared) == (TopK(2), Sigmoid(), 1) and weights.used() == {"sequence": 1e-4}
+
+
+def test_experts_are_trained_balanced_written_and_loaded(mixture, tmp_path):
+    result = run(mixture, tmp_path / "out", Silent())
+    assert result["density"] < 1 and result["loss_after"] < result["loss_before"] - 0.3
+    rows = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert all(row["added"] > 0.009 and {"violation", "entropy", "unused", "dead"} <= set(row) for row in rows[1:])
+    model = load_model(tmp_path / "out")
+    (room,) = [module for module in model.modules() if isinstance(module, Experts)]
+    saved = load_file(tmp_path / "out" / "model.safetensors")
+    assert torch.equal(saved["blocks.0.block.feed_forward.experts.bias"], room.bias) and room.bias.any()
+    model.train()(torch.zeros(2, 5, dtype=torch.int64))  # and it can be trained on
+    room.update_bias()
+    assert not torch.equal(saved["blocks.0.block.feed_forward.experts.bias"], room.bias)
+    mixture.write_text(mixture.read_text().replace("sequence: 1e-4", "sequence: 1e-3"))
+    with pytest.raises(FileError, match="another balance"):
+        run(mixture, tmp_path / "out", Silent())
+
+
+def test_what_a_room_leaves_out_has_its_default(job):
+    job.write_text("model: {feed_forward: {room: experts, neurons: 128, gate: {name: sigmoid, scale: 2.0}}, "
+                   "depth: {room: depth}}")
+    shape = read_job(job)[0](9)
+    assert shape.feed_forward.room == Room(gate=Sigmoid(scale=2.0)) and shape.depth == depth.Config()
 
 
 def test_a_folder_is_written_that_can_be_loaded(sentei, job, tmp_path):
@@ -65,7 +106,8 @@ def test_defaults_and_partial_sections(job):
     with pytest.raises(FileError, match="the sections model, data, training"):
         read_job(job)
     job.write_text("model:\ntraining: {optimizer: {rate: 3e-4}}\n")
-    shape, read, config, *_ = read_job(job)
+    shape, read, config, weights, parallel = read_job(job)
+    assert weights == Weights() and parallel == home.Parallel()
     assert shape(300).vocabulary == 300 and read == home.data.Config() and config.optimizer.rate == 3e-4
     job.write_text("model: {connections: {rule: {name: mass, mass: 0.9}, window: 4}}")
     connections = read_job(job)[0](9).connections
@@ -73,6 +115,9 @@ def test_defaults_and_partial_sections(job):
 
 
 @pytest.mark.parametrize(("text", "where", "expected", "got"), [
+    ("parallel: {world: 2}", "parallel", "shard, experts", "world"),
+    ("parallel: {experts: 0}", "parallel", "experts from 1", "0"),
+    ("parallel: {shard: 2}", "parallel", "shard a bool", "2"),
     ("modle: {}", "job.yaml", "some of the keys model, data, training", "modle"),
     ("model: {widht: 4}", "model", "width, layers, heads", "widht"),
     ("model: {vocabulary: 4}", "model", "width, layers, heads", "vocabulary"),
@@ -85,6 +130,14 @@ def test_defaults_and_partial_sections(job):
     ("training: {optimizer: {rate: fast}}", "optimizer", "rate above 0", "fast"),
     ("model: {width: 30}", "model", "H the width", "30"),
     ("data: {text: []}", "data", "corpora", "()"),
+    ("balance: {swich: 1}", "balance", "switch, importance, load, z, sequence", "swich"),
+    ("balance: {switch: -1}", "balance", "numbers from 0", "-1"),
+    ("balance: {switch: 1}", "balance", "experts in model.feed_forward", "none"),
+    (f"model: {{{EXPERTS}}}\nbalance: {{load: 1}}", "balance", "a noisy gate", "Sigmoid"),
+    ("model: {feed_forward: {room: experts, neuron: 4}}", "model.feed_forward", "neurons, rule", "neuron"),
+    ("model: {feed_forward: {room: experts, gate: {name: soft, slot: 4}}}", "model.feed_forward.gate", "slots", "slot"),
+    ("model: {feed_forward: {room: expert}}", "model.Config", "a room of experts", "expert"),
+    ("model: {feed_forward: {room: dense}}", "model.Config", "a room of experts", "dense"),
 ], ids=lambda value: value if ":" in value else "")
 def test_a_wrong_key_or_value_is_refused_with_those_there_are(job, text, where, expected, got):
     job.write_text(text)
@@ -112,8 +165,11 @@ def test_a_file_that_cannot_be_read_is_refused(tmp_path):
 
 def test_what_cannot_be_trained_is_refused_before_a_folder_is_made(sentei, job, tmp_path):
     tiny, out = job.read_text(), tmp_path / "out"
+    huge = "feed_forward: {room: experts, neurons: 16777216, unit: 16777216}"
     for old, new, kind, code in (("width: 16", "width: 16, causal: false", UnsupportedError, 5),
                                  ("width: 16", "width: 8388608", ResourceError, 4),
+                                 ("width: 16, layers: 1, heads: [2, 1], feed_forward: 24",
+                                  f"width: 16384, layers: 1, heads: [2, 1], {huge}", ResourceError, 4),
                                  ("text.txt", "none.txt", FileError, 3)):
         job.write_text(tiny.replace(old, new))
         with pytest.raises(kind):
@@ -178,8 +234,10 @@ def lines(out: Path) -> int:
 
 
 @pytest.mark.slow
-def test_killed_by_the_system_at_many_moments_a_process_ends_with_the_same_bytes(job, tmp_path):
-    """The same weights, metrics and checkpoints, whichever moments SIGKILL came at."""
+@pytest.mark.parametrize("kind", ["job", "mixture"])
+def test_killed_by_the_system_at_many_moments_a_process_ends_with_the_same_bytes(kind, request, tmp_path):
+    """The same weights, balancing biases, metrics and checkpoints, whichever moments SIGKILL came at."""
+    job = request.getfixturevalue(kind)
     job.write_text(job.read_text().replace("steps: 12", "steps: 120"))
     undisturbed = process(job, tmp_path / "whole").communicate(timeout=120)[0]
     chosen = random.Random(0)

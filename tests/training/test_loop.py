@@ -9,16 +9,21 @@ import torch
 from safetensors.torch import load_file
 from terminal import unfinished
 
+from sentei.axes.experts import Config as Room
+from sentei.axes.experts.gates import Sigmoid
 from sentei.core import storage
 from sentei.core.errors import FileError, SenteiError
+from sentei.core.rules import TopK
 from sentei.model import Config as Shape
-from sentei.model import Transformer
+from sentei.model import Routed, Transformer
 from sentei.training import checkpoints, loop
 from sentei.training.data import Bytes, Windows, prepare
 from sentei.training.loop import METRICS, Config, Optimizer, read_metrics, train
-from sentei.training.losses import next_token, of_rooms
+from sentei.training.losses import Balanced, Weights, next_token, of_rooms
 
 SHAPE = Shape(width=16, layers=1, heads=(2, 1), feed_forward=24)
+ROUTED = Shape(width=16, layers=2, heads=(2, 1), feed_forward=Routed(
+    neurons=40, room=Room(rule=TopK(2), gate=Sigmoid(speed=0.003), unit=8, shared=1)))
 SETTINGS = Config(steps=12, batch=4, accumulate=2, evaluate=4, save=3, optimizer=Optimizer(rate=1e-2, warmup=3))
 TEXT = " ".join(f"{number} squared is {number * number}." for number in range(400))
 
@@ -27,13 +32,18 @@ class Killed(BaseException):
     """Stands for SIGKILL: nobody catches it."""
 
 
-def started(out, config: Config = SETTINGS, step=lambda note: None, **more) -> tuple[Transformer, dict]:
+def started(out, config: Config = SETTINGS, shape: Shape = SHAPE, **more) -> tuple[Transformer, dict]:
     """A run in `out`, from its newest checkpoint on."""
     out.mkdir(exist_ok=True)
     windows = Windows(prepare([TEXT], Bytes(), out), context=16, held_out=3, seed=config.seed)
     torch.manual_seed(0)
-    model = Transformer(SHAPE)
-    return model, train(model, windows, config, out, job={"name": "this"}, step=step, **more)
+    model = Transformer(shape)
+    return model, train(model, windows, config, out, job={"name": "this"}, **more)
+
+
+def routed(out, **more) -> tuple[Transformer, dict]:
+    """The same of experts with a balancing bias, and a loss of balance that takes two passes."""
+    return started(out, shape=ROUTED, terms=(Balanced(Weights(switch=0.1, z=1e-3, sequence=0.01)),), **more)
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +51,13 @@ def whole(tmp_path_factory):
     """An undisturbed run: its folder, model and result."""
     out = tmp_path_factory.mktemp("training") / "whole"
     return out, *started(out)
+
+
+@pytest.fixture(scope="module")
+def whole_routed(tmp_path_factory):
+    """An undisturbed run of `routed`."""
+    out = tmp_path_factory.mktemp("training") / "routed"
+    return out, *routed(out)
 
 
 def same(out, model, whole) -> bool:
@@ -107,6 +124,26 @@ def test_killed_after_any_step_it_goes_on_bit_for_bit(whole, tmp_path, monkeypat
         file.write('{"step": 5, "lo')  # what a kill in the middle of a write leaves
     model, result = started(out)
     assert result["resumed_from"] == last // 3 * 3 and same(out, model, whole)
+
+
+@pytest.mark.parametrize("last", [2, 3, 7, 11])
+def test_experts_with_a_balancing_bias_go_on_bit_for_bit(whole_routed, tmp_path, last):
+    """The biases are in the checkpoints, moved by each step's loads; what is counted of a step that was cut is not."""
+    out, done = tmp_path / "out", []
+
+    def kill(note):
+        done.append(note)
+        if len(done) == last:
+            raise Killed
+
+    with pytest.raises(Killed):
+        routed(out, step=kill)
+    model, result = routed(out)
+    assert result["resumed_from"] == last // 3 * 3 and same(out, model, whole_routed)
+    biases = [tensor for name, tensor in model.state_dict().items() if name.endswith("experts.bias")]
+    assert len(biases) == 2 and all(bias.any() for bias in biases)
+    saved = checkpoints.newest(out).tensors
+    assert all(torch.equal(saved[f"model.{name}"], tensor) for name, tensor in model.state_dict().items())
 
 
 @pytest.mark.parametrize("which", range(1, 9))
