@@ -126,7 +126,7 @@ def train(model: nn.Module, windows: Windows, config: Config, out: Path, *, job:
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        run = _Run(model, windows, config, out, job, terms, World() if world is None else world)
+        run = _Run(model, windows, config, out, job, terms, world)
         first, start = run.resume(), time.perf_counter()
         for number in range(first, config.steps):
             step(f"loss {run.advance(number):.4f}")
@@ -138,11 +138,11 @@ def train(model: nn.Module, windows: Windows, config: Config, out: Path, *, job:
 class _Run:
     """The state of one run."""
 
-    def __init__(self, model, windows, config, out, job, terms, world):
+    def __init__(self, model, windows, config, out, job, terms, world=None):
         self.model, self.windows, self.config, self.out = model, windows, config, out
-        self.job, self.terms, self.rows, self.world = job, terms, [], world
+        self.job, self.terms, self.rows, self.world = job, terms, [], World() if world is None else world
         require("training.batch", config.batch, {
-            f"a multiple of the processes, {world.size}": config.batch % world.size == 0})
+            f"a multiple of the processes, {self.world.size}": config.batch % self.world.size == 0})
         self.balanced = [term for term in terms if isinstance(term, Balanced)]
         self.biased = [room for room in model.modules() if isinstance(room, Experts) and room.bias is not None]
         self.named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}

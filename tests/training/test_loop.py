@@ -142,7 +142,7 @@ def test_experts_with_a_balancing_bias_go_on_bit_for_bit(whole_routed, tmp_path,
     assert result["resumed_from"] == last // 3 * 3 and same(out, model, whole_routed)
     biases = [tensor for name, tensor in model.state_dict().items() if name.endswith("experts.bias")]
     assert len(biases) == 2 and all(bias.any() for bias in biases)
-    saved = checkpoints.newest(out).tensors
+    saved = load_file(*checkpoints.newest(out).files)
     assert all(torch.equal(saved[f"model.{name}"], tensor) for name, tensor in model.state_dict().items())
 
 
