@@ -248,14 +248,18 @@ def test_the_whole_job_in_two_processes_writes_what_one_writes(job, tmp_path):
     mixture = "{room: experts, neurons: 32, unit: 8, rule: {name: topk, k: 2}, gate: {name: renormalised}}"
     job.write_text(job.read_text().replace("steps: 12", "steps: 4").replace("feed_forward: 24",
                    f"feed_forward: {mixture}") + "balance: {switch: 0.1}\n")
+    alone = job.read_text()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     one = home.run(job, tmp_path / "one", Silent())
-    torch.set_num_threads(threads)
-    job.write_text(job.read_text() + "parallel: {shard: true, experts: 2}\n")
+    job.write_text(alone + "parallel: {shard: true, experts: 2}\n")
     two, nothing = run(whole, 2, job, tmp_path / "two")
+    job.write_text(alone)
+    again = home.run(job, tmp_path / "two", Silent())
+    torch.set_num_threads(threads)
     assert nothing is None and {*one} == {*two}, two
     assert two["loss_after"] == pytest.approx(one["loss_after"], rel=1e-4)
+    assert again["resumed_from"] == 4 and again["loss_after"] == two["loss_after"]
     for key in ("parameters", "bytes", "density", "multiply_adds_per_token"):
         assert one[key] == two[key], key
     first, second = (load_model(tmp_path / name).state_dict() for name in ("one", "two"))
