@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import distributed
 
-LIMIT = 40  # seconds, after which processes that hang are ended
+LIMIT = 120  # seconds, after which processes that hang are ended
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["sentei.training.distributed", "sentei.training.job", "torch._dynamo",
                                 "safetensors.torch"])
