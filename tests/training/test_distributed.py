@@ -49,7 +49,8 @@ SHAPES = {
 WEIGHTS = {"softmax": Weights(switch=0.1, importance=0.1, z=0.01), "sigmoid": Weights(sequence=0.1)}
 LAYOUTS = {"copies": Parallel(), "shard": Parallel(shard=True), "experts": Parallel(experts=2),
            "both": Parallel(shard=True, experts=2), "all experts": Parallel(experts=4)}
-CASES = {2: [("dense", "copies"), ("dense", "shard"), ("softmax", "copies"), ("softmax", "experts"),
+CASES = {1: [("softmax", "shard")],
+         2: [("dense", "copies"), ("dense", "shard"), ("softmax", "copies"), ("softmax", "experts"),
              ("sigmoid", "both"), ("depth", "copies")],
          4: [("softmax", "both"), ("softmax", "all experts"), ("sigmoid", "experts"), ("depth", "shard")]}
 NAMES = [pytest.param(size, *case, id=f"{size} {' '.join(case)}") for size, cases in CASES.items() for case in cases]
