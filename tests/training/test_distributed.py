@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -46,11 +47,13 @@ SHAPES = {
         rule=TopK(2), gate=Sigmoid(speed=0.05), unit=8))),
     "depth": Shape(**PLAIN, feed_forward=24, depth=depth.Config(rule=Capacity(0.5))),
 }
+SHAPES["one pass"] = SHAPES["softmax"]  # a step: then a process has to hear of the others' loads alone
 WEIGHTS = {"softmax": Weights(switch=0.1, importance=0.1, z=0.01), "sigmoid": Weights(sequence=0.1)}
+WEIGHTS["one pass"] = WEIGHTS["softmax"]
 LAYOUTS = {"copies": Parallel(), "shard": Parallel(shard=True), "experts": Parallel(experts=2),
            "both": Parallel(shard=True, experts=2), "all experts": Parallel(experts=4)}
 CASES = {1: [("softmax", "shard")],
-         2: [("dense", "copies"), ("dense", "shard"), ("softmax", "copies"), ("softmax", "experts"),
+         2: [("dense", "copies"), ("dense", "shard"), ("softmax", "copies"), ("one pass", "experts"),
              ("sigmoid", "both"), ("depth", "copies")],
          4: [("softmax", "both"), ("softmax", "all experts"), ("sigmoid", "experts"), ("depth", "shard")]}
 NAMES = [pytest.param(size, *case, id=f"{size} {' '.join(case)}") for size, cases in CASES.items() for case in cases]
@@ -78,7 +81,8 @@ def trained(kind: str, layout: str, out: Path, last: int = 2) -> dict:
         processes.place(model, LAYOUTS[layout])
         terms = (of_rooms, Balanced(WEIGHTS.get(kind, Weights()), processes))
         try:
-            return train(model, windows, SETTINGS, out, job={"kind": kind}, terms=terms, world=processes, step=step)
+            config = replace(SETTINGS, accumulate=1) if kind == "one pass" else SETTINGS
+            return train(model, windows, config, out, job={"kind": kind}, terms=terms, world=processes, step=step)
         except Stopped:
             return {}
 
