@@ -33,11 +33,12 @@ class Noise(NamedTuple):
 
 
 class Choices(NamedTuple):
-    """What one call chose: by the rule, before any capacity; without a balancing bias; and what was kept, weighed."""
+    """What one call chose: by the rule, before any capacity; what was kept, weighed; and, bool [..., T, E], what the
+    rule would have kept without a balancing bias."""
 
     wanted: Selection
-    plain: Selection
     weighed: Selection
+    plain: torch.Tensor
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -80,7 +81,7 @@ class Sums:
             return values.masked_fill(~real, 0).sum(over_tokens)
 
         shares, tokens = gate.shares(clean).masked_fill(~real, 0), real.sum(-2, dtype=logits.dtype)
-        plain = choices.plain.mask().sum(-2, dtype=logits.dtype)
+        plain = choices.plain.sum(-2, dtype=logits.dtype)
         each = evenness(plain, shares.sum(-2) / tokens.clamp(min=1))
         return cls(tokens=tokens.sum(), counts=total(wanted.mask().to(logits.dtype)), shares=shares.sum(over_tokens),
                    importance=total(choices.weighed.dense_weights()),

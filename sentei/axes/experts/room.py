@@ -168,12 +168,12 @@ class Experts(Axis):
     @torch.no_grad()
     def choices(self, weighed: Selection, scores: torch.Tensor, logits: torch.Tensor) -> Choices:
         """What the balance is told of a call that kept `weighed`."""
-        rule, keep = self.gate.rule(self.rule), weighed.mask()
+        rule, keep, forbidden = self.gate.rule(self.rule), weighed.mask(), scores.isneginf()
         wanted = weighed if self.gate.limit(keep) is keep else rule(self.gate.shortlist(scores), unit=self.unit)
-        plain = wanted
-        if self.bias is not None:
-            plain = rule(self.gate.scores(logits, None).masked_fill(scores.isneginf(), -torch.inf), unit=self.unit)
-        return Choices(wanted, plain, weighed)
+        if self.bias is None:
+            return Choices(wanted, weighed, wanted.mask())
+        plain = self.gate.scores(logits, None).masked_fill(forbidden, -torch.inf)
+        return Choices(wanted, weighed, rule.keep(plain, ~forbidden, torch.zeros_like(forbidden)) & ~forbidden)
 
     def apply(self, selection, hidden, logits, up, down, mask=None, noise=None):
         stack = self.stack(up, down)
