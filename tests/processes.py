@@ -1,7 +1,9 @@
 """Runs a function in several processes of this machine that form a group, and says how each of them ended."""
 
+import faulthandler
 import json
 import multiprocessing
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -43,6 +45,7 @@ def run(work: Callable, size: int, *arguments) -> list:
 
 
 def _work(work: Callable, rank: int, size: int, folder: Path, arguments: tuple) -> None:
+    faulthandler.dump_traceback_later(LIMIT - 10, file=sys.__stderr__)  # says where a process hangs
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=size,
                                    timeout=timedelta(seconds=LIMIT / 2))
