@@ -194,8 +194,8 @@ def train(options: argparse.Namespace, say: Say) -> bool:
     """Trains a model, and says the result."""
     job = importlib.import_module("sentei.training.job")
     out, progress = options.out and Path(options.out), Progress(sys.stderr, bars=draws(sys.stderr))
-    result = job.run(Path(options.config), out, progress)
-    say(result, table(job.summary(result)))
+    if result := job.run(Path(options.config), out, progress):  # else another process says it
+        say(result, table(job.summary(result)))
     return True
 
 
@@ -260,7 +260,7 @@ VERBS = {
     ),
     "train": Verb(
         summary="train a small model from text, going on from its newest checkpoint",
-        examples=("sentei train examples/train.yaml", "sentei train my.yaml --out ./trained --json"),
+        examples=("sentei train examples/train.yaml", "torchrun --nproc-per-node 4 -m sentei train my.yaml --json"),
         arguments=train_arguments,
         work=train,
     ),

@@ -1,10 +1,11 @@
-"""Checkpoints: one safetensors file and, written after it, one JSON file that says what must be in it.
+"""Checkpoints: safetensors and, written after them, one JSON file that says what must be in them.
 
-A checkpoint counts once its JSON file is there; a kill at any moment leaves the one before whole. Nothing is pickled:
-the state of random numbers is a tensor of bytes.
+A checkpoint counts once its JSON file is there; a kill at any moment leaves the one before whole. Nothing is pickled.
+One process writes one file of tensors, several write one each at most (`shards.py`).
 """
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,24 +16,46 @@ from sentei.conversion.safetensors_header import read_header
 from sentei.core.errors import FileError
 from sentei.core.storage import read_json, sha256, write_json, write_whole
 
-SCHEMA = "sentei.checkpoint/1"
+SCHEMA = "sentei.checkpoint/2"
 KEPT = 2
 _NAME = re.compile(r"checkpoint-(\d{8})\.json")
+_PART = re.compile(r"checkpoint-(\d{8})(-\d+-of-\d+)?\.safetensors")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """A checkpoint that was read and is whole.
+    """A checkpoint that is whole.
 
     Args:
         step: how many steps were done.
-        tensors: by name.
+        files: of tensors.
         about: what was saved beside them, a JSON object.
     """
 
     step: int
-    tensors: dict[str, torch.Tensor]
+    files: tuple[Path, ...]
     about: dict
+
+    def shapes(self) -> dict[str, torch.Size]:
+        """The shapes of the tensors, by name.
+
+        Raises:
+            FileError: parts that do not make whole tensors.
+        """
+        if len(self.files) > 1:
+            return _shards().shapes(self)
+        return {name: torch.Size(tensor.shape) for name, tensor in read_header(self.files[0]).items()}
+
+    def fill(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Writes what was saved into `tensors`, whose names and shapes are those of `shapes()`, in place."""
+        from safetensors.torch import load_file
+
+        if len(self.files) > 1 or any(hasattr(tensor, "device_mesh") for tensor in tensors.values()):
+            _shards().fill(self, tensors)
+            return
+        saved = load_file(self.files[0])
+        for name, tensor in tensors.items():
+            tensor.copy_(saved[name])
 
 
 def save(folder: Path, step: int, tensors: dict[str, torch.Tensor], about: dict) -> None:
@@ -43,16 +66,24 @@ def save(folder: Path, step: int, tensors: dict[str, torch.Tensor], about: dict)
     """
     from safetensors.torch import save_file
 
-    data, manifest = _data(folder, step), _manifest(folder, step)
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    write_whole(data, partial(save_file, contiguous))
-    write_json(manifest, {"schema": SCHEMA, "step": step, "bytes": data.stat().st_size, "sha256": sha256(data),
-                          "about": about})
+    keep(folder, step, [partial(save_file, contiguous)], about)
+
+
+def keep(folder: Path, step: int, writers: list[Callable[[Path], None]], about: dict) -> None:
+    """As `save`, of parts that `writers` write, each to a path."""
+    files = [folder / f"checkpoint-{step:08}{'' if len(writers) == 1 else f'-{part}-of-{len(writers)}'}.safetensors"
+             for part in range(1, len(writers) + 1)]
+    for path, write in zip(files, writers, strict=True):
+        write_whole(path, write)
+    write_json(_manifest(folder, step), {"schema": SCHEMA, "step": step, "files": {
+        path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in files}, "about": about})
     kept = steps(folder)[-KEPT:]
     for old in steps(folder)[:-KEPT]:
         _manifest(folder, old).unlink()  # first: a checkpoint without its data must not count
     for path in folder.glob("checkpoint-*.safetensors"):
-        if path not in [_data(folder, step) for step in kept]:
+        part = _PART.fullmatch(path.name)
+        if part is None or int(part[1]) not in kept:
             path.unlink()
 
 
@@ -74,32 +105,35 @@ def newest(folder: Path) -> Checkpoint | None:
 
 def _read(folder: Path, saved: list[int]) -> Checkpoint:
     """The last of `saved`."""
-    from safetensors.torch import load_file
-
     *before, step = saved
     try:
-        about = _check(folder, step)
+        return _check(folder, step)
     except FileError as error:
         good = next((old for old in reversed(before) if _is_whole(folder, old)), None)
         go_on = "to begin again" if good is None else f"to go on from {_manifest(folder, good).stem}, which is whole"
         raise FileError(error.where, expected=error.expected, got=error.got,
                         do=f"remove {_manifest(folder, step)} {go_on}") from error
-    return Checkpoint(step=step, tensors=load_file(_data(folder, step)), about=about)
 
 
-def _check(folder: Path, step: int) -> dict:
-    """What stands beside the tensors of a checkpoint that is whole."""
-    path, manifest = _data(folder, step), read_json(_manifest(folder, step))
-    if manifest.get("schema") != SCHEMA or manifest.get("step") != step or not isinstance(manifest.get("about"), dict):
+def _check(folder: Path, step: int) -> Checkpoint:
+    """The checkpoint of a step, if it is whole."""
+    manifest = read_json(_manifest(folder, step))
+    files, about = manifest.get("files"), manifest.get("about")
+    named = isinstance(files, dict) and len(files) > 0 and isinstance(about, dict) and all(
+        isinstance(file, dict) and (match := _PART.fullmatch(name)) and int(match[1]) == step
+        for name, file in files.items())
+    if manifest.get("schema") != SCHEMA or manifest.get("step") != step or not named:
         raise FileError(str(_manifest(folder, step)), expected=f"step {step} as {SCHEMA}", got="something else", do="")
-    size = path.stat().st_size if path.is_file() else None
-    if size != manifest.get("bytes"):
-        raise FileError(str(path), expected=f"{manifest.get('bytes')} bytes", got="none" if size is None else f"{size}",
-                        do="")
-    if sha256(path) != manifest.get("sha256"):
-        raise FileError(str(path), expected="the bytes that were written", got="others", do="")
-    read_header(path)
-    return manifest["about"]
+    for name, file in files.items():
+        path = folder / name
+        size = path.stat().st_size if path.is_file() else None
+        if size != file.get("bytes"):
+            raise FileError(str(path), expected=f"{file.get('bytes')} bytes", got="none" if size is None else f"{size}",
+                            do="")
+        if sha256(path) != file.get("sha256"):
+            raise FileError(str(path), expected="the bytes that were written", got="others", do="")
+        read_header(path)
+    return Checkpoint(step=step, files=tuple(folder / name for name in files), about=about)
 
 
 def _is_whole(folder: Path, step: int) -> bool:
@@ -110,9 +144,12 @@ def _is_whole(folder: Path, step: int) -> bool:
     return True
 
 
-def _data(folder: Path, step: int) -> Path:
-    return folder / f"checkpoint-{step:08}.safetensors"
-
-
 def _manifest(folder: Path, step: int) -> Path:
     return folder / f"checkpoint-{step:08}.json"
+
+
+def _shards() -> object:
+    """The module that reads parts, for which torch.distributed is loaded."""
+    from sentei.training import shards
+
+    return shards

@@ -221,8 +221,12 @@ class Windows:
 @lru_cache(maxsize=2)
 def _order(number: int, seed: int, epoch: int) -> torch.Tensor:
     """The permutation of one epoch."""
-    mixed = int.from_bytes(hashlib.sha256(f"{seed} {epoch}".encode()).digest()[:8], "little") >> 1
-    return torch.randperm(number, generator=torch.Generator().manual_seed(mixed))
+    return torch.randperm(number, generator=torch.Generator().manual_seed(mixed(seed, epoch)))
+
+
+def mixed(*numbers: int) -> int:
+    """A seed made of several numbers; others make another."""
+    return int.from_bytes(hashlib.sha256(" ".join(map(str, numbers)).encode()).digest()[:8], "little") >> 1
 
 
 def _map(path: Path) -> tuple[torch.Tensor, dict[str, str]]:

@@ -5,6 +5,7 @@ import json
 import math
 import re
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from sentei.axes.experts.gates import GATES, Noisy
 from sentei.conversion.memory import require_memory
 from sentei.conversion.safetensors_header import read_header
 from sentei.core.errors import FileError, SenteiError, UnsupportedError
-from sentei.core.progress import Progress
+from sentei.core.progress import Progress, Silent
 from sentei.core.storage import claimed, read_json, write_json, write_whole
 from sentei.core.tracing import trace
 from sentei.measurement.outcome import environment
@@ -27,6 +28,8 @@ from sentei.model.slots import DEPTHS, FEED_FORWARDS, Slot
 from sentei.training import data
 from sentei.training.loop import METRICS, Config, Optimizer, read_metrics, train
 from sentei.training.losses import Balanced, Weights, of_rooms
+from sentei.training.parallel import Config as Parallel
+from sentei.training.parallel import World, world
 
 SCHEMA = "sentei.train/1"
 MARKER = "sentei-train.json"
@@ -34,20 +37,28 @@ WEIGHTS, SHAPE = "model.safetensors", "config.json"
 MAX_YAML_BYTES = 1 << 18
 # YAML 1.1 takes 3e-4 for text, as it has no point.
 _SHORT_FLOAT = re.compile(r"[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+$")
-SECTIONS = ("model", "data", "training", "balance")
+SECTIONS = ("model", "data", "training", "balance", "parallel")
 
 
-def run(path: Path, out: Path | None, progress: Progress) -> dict:
+def run(path: Path, out: Path | None, progress: Progress) -> dict | None:
     """Trains what the file describes into `out`, from the newest checkpoint there on; returns the public result.
+
+    Of processes that `torchrun` started one tells its progress and has a result, the others None.
 
     Args:
         out: by default a folder named after the job below ./sentei-out.
     Raises:
         SenteiError: a file or text that is not right.
-        ResourceError: less memory than the weights, their gradients and two moments take.
+        ResourceError: less memory than the weights, their gradients and two moments take; or a process was lost.
     """
+    with world() as processes:
+        return _run(path, out, progress if processes.first else Silent(), processes)
+
+
+def _run(path: Path, out: Path | None, progress: Progress, processes: World) -> dict | None:
+    """`run` in the processes there are."""
     with progress.stage("load", 1) as step:
-        shape, read, config, weights = read_job(path)
+        shape, read, config, weights, parallel = read_job(path)
         tokenizer = data.tokenizer_of(read.tokenizer, path.parent)
         require_memory(path, 4 * 4 * smallest(shape(tokenizer.vocabulary)))
         texts = data.texts_of(read.text, path.parent)
@@ -57,21 +68,25 @@ def run(path: Path, out: Path | None, progress: Progress) -> dict:
         name = hashlib.sha256(json.dumps(job, sort_keys=True).encode()).hexdigest()[:6]
         out = out or Path("sentei-out") / f"{path.stem}-{name}"
         step()
-    with claimed(out, MARKER, "sentei train"):
-        windows = data.Windows(data.prepare(texts, tokenizer, out), context=read.context, held_out=read.held_out,
-                               seed=config.seed)
+    with claimed(out, MARKER, "sentei train") if processes.first else nullcontext():
+        windows = processes.in_turn(lambda: data.Windows(
+            data.prepare(texts, tokenizer, out), context=read.context, held_out=read.held_out, seed=config.seed))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             model = Transformer(shape(tokenizer.vocabulary))
+        processes.place(model, parallel)
         job |= {"tokens": windows.sha256, "environment": environment()}
         with progress.stage("train", config.steps) as step:
-            told = train(model, windows, config, out, job=job, terms=(of_rooms, Balanced(weights)), step=step)
+            told = train(model, windows, config, out, job=job, step=step, world=processes,
+                         terms=(of_rooms, Balanced(weights, processes)))
         with progress.stage("write", 1) as step:
-            save_model(model, out)
+            tensors, result = processes.whole(model.state_dict()), _result(model, windows, config, told)
+            if not processes.first:
+                return None
+            write_model(tensors, model.config, out)
             write_curve(out / "loss.svg", read_metrics(out / METRICS, config.steps))
-            result = _result(model, windows, config, told) | {"out": str(out)}
             step()
-    return result
+    return result | {"out": str(out)}
 
 
 def summary(result: dict) -> dict[str, str]:
@@ -89,11 +104,12 @@ def summary(result: dict) -> dict[str, str]:
     }
 
 
-def read_job(path: Path) -> tuple[Callable[[int], Shape], data.Config, Config, Weights]:
-    """The four sections of a YAML file; what is left out has its default.
+def read_job(path: Path) -> tuple[Callable[[int], Shape], data.Config, Config, Weights, Parallel]:
+    """The sections of a YAML file; what is left out has its default.
 
     Returns:
-        the model's shape, from a vocabulary; what is read; how it is trained; and what its experts' balance counts.
+        the model's shape, from a vocabulary; what is read; how it is trained; what its experts' balance counts; and how
+        processes share it.
     Raises:
         FileError: missing, too large, not YAML, with an unknown key, or a value out of range.
     """
@@ -114,6 +130,7 @@ def read_job(path: Path) -> tuple[Callable[[int], Shape], data.Config, Config, W
         first = Shape.from_json({**model, "vocabulary": 1})
         read, config = data.Config(**read), Config(**{**training, "optimizer": Optimizer(**training["optimizer"])})
         weights = Weights(**balance)
+        parallel = Parallel(**_filled("parallel", given["parallel"], asdict(Parallel())))
     except FileError:
         raise
     except SenteiError as error:
@@ -123,7 +140,7 @@ def read_job(path: Path) -> tuple[Callable[[int], Shape], data.Config, Config, W
         raise UnsupportedError(f"{path}: model", expected="a causal model: the loss is that of the next token",
                                got="causal: false", do="leave it out")
     check_balance(path, first, weights)
-    return lambda vocabulary: Shape.from_json({**model, "vocabulary": vocabulary}), read, config, weights
+    return lambda vocabulary: Shape.from_json({**model, "vocabulary": vocabulary}), read, config, weights, parallel
 
 
 def check_balance(path: Path, shape: Shape, weights: Weights) -> None:
@@ -185,17 +202,16 @@ def smallest(shape: Shape) -> int:
     return shape.width * (shape.vocabulary + shape.layers * (2 * shape.width + 3 * hidden))
 
 
-def save_model(model: Transformer, folder: Path) -> None:
-    """Writes the weights and the shape, each whole or not at all."""
+def write_model(weights: dict[str, torch.Tensor], shape: Shape, folder: Path) -> None:
+    """Writes the weights, on the CPU, and the shape, each whole or not at all."""
     from safetensors.torch import save_file
 
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     write_whole(folder / WEIGHTS, lambda temporary: save_file(weights, temporary))
-    write_json(folder / SHAPE, {"schema": SCHEMA, "model": model.config.to_json()})
+    write_json(folder / SHAPE, {"schema": SCHEMA, "model": shape.to_json()})
 
 
 def load_model(folder: Path | str) -> Transformer:
-    """The model that `save_model` wrote, in eval mode.
+    """The model that `write_model` wrote, in eval mode.
 
     Raises:
         FileError: files that are missing, malformed, or do not fit each other.

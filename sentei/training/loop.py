@@ -1,8 +1,9 @@
 """The training loop: AdamW, warm-up and cosine, gradient accumulation and clipping, checkpoints, resumed exactly.
 
-A step depends on the weights (with the biases of balanced experts), the optimizer's moments, the step's number and the
-state of random numbers, and on nothing else; all four are in a checkpoint. So a run that is killed and started again
-writes the same losses, bit for bit, on the same machine with as many threads.
+A step depends on the weights (with the biases of balanced experts), the optimizer's moments, the seed and the step's
+number, and on nothing else: random numbers begin anew with each step. So a run that is killed and started again writes
+the same losses, bit for bit, on the same machine with as many threads; and with another number of processes the same up
+to rounding, unless it draws noise.
 References: Kingma and Ba 2014 (1412.6980), Loshchilov and Hutter 2017 (1711.05101: AdamW; 1608.03983: cosine).
 """
 
@@ -23,12 +24,12 @@ from sentei.axes.experts import Experts
 from sentei.core.errors import FileError, SenteiError, require
 from sentei.core.storage import write_text
 from sentei.training import checkpoints
-from sentei.training.data import Windows
+from sentei.training.data import Windows, mixed
 from sentei.training.losses import Balanced, Term, next_token, of_rooms
+from sentei.training.parallel import World
 
 METRICS = "metrics.jsonl"
 PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16}
-RANDOM = "random"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +106,8 @@ class Config:
 
 
 def train(model: nn.Module, windows: Windows, config: Config, out: Path, *, job: dict,
-          terms: Sequence[Term] = (of_rooms,), step: Callable[[str], object] = lambda note: None) -> dict:
+          terms: Sequence[Term] = (of_rooms,), step: Callable[[str], object] = lambda note: None,
+          world: World | None = None) -> dict:
     """Trains `model` in place, from the newest checkpoint in `out` on if there is one.
 
     Args:
@@ -114,15 +116,17 @@ def train(model: nn.Module, windows: Windows, config: Config, out: Path, *, job:
         job: everything the result depends on, a JSON object; a checkpoint of another job is refused.
         terms: added to the loss, see `losses.Term`.
         step: called after each step that is done here.
+        world: the processes that train together, among which `model` is placed; by default this one alone.
     Returns:
         resumed_from (a step), loss_before and loss_after (held-out, nats a token), seconds (of the steps done here).
     Raises:
         FileError: a checkpoint that was changed or is of another job.
-        SenteiError: a loss or a gradient that is not finite; the checkpoints are those of before.
+        SenteiError: a batch that the processes cannot share evenly; or a loss or a gradient that is
+            not finite, where the checkpoints are those of before.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        run = _Run(model, windows, config, out, job, terms)
+        run = _Run(model, windows, config, out, job, terms, world)
         first, start = run.resume(), time.perf_counter()
         for number in range(first, config.steps):
             step(f"loss {run.advance(number):.4f}")
@@ -134,9 +138,11 @@ def train(model: nn.Module, windows: Windows, config: Config, out: Path, *, job:
 class _Run:
     """The state of one run."""
 
-    def __init__(self, model, windows, config, out, job, terms):
+    def __init__(self, model, windows, config, out, job, terms, world=None):
         self.model, self.windows, self.config, self.out = model, windows, config, out
-        self.job, self.terms, self.rows = job, terms, []
+        self.job, self.terms, self.rows, self.world = job, terms, [], World() if world is None else world
+        require("training.batch", config.batch, {
+            f"a multiple of the processes, {self.world.size}": config.batch % self.world.size == 0})
         self.balanced = [term for term in terms if isinstance(term, Balanced)]
         self.biased = [room for room in model.modules() if isinstance(room, Experts) and room.bias is not None]
         self.named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -146,6 +152,9 @@ class _Run:
         self.adam = torch.optim.AdamW(
             [{"params": matrices, "weight_decay": given.decay}, {"params": vectors, "weight_decay": 0.0}],
             lr=given.rate, betas=(given.beta1, given.beta2), eps=given.epsilon)
+        for parameter in self.named.values():  # also of those that never have a gradient
+            self.adam.state[parameter] = {"step": torch.zeros(()), "exp_avg": torch.zeros_like(parameter),
+                                          "exp_avg_sq": torch.zeros_like(parameter)}
 
     def resume(self) -> int:
         """Takes up the newest checkpoint, and returns how many steps are done."""
@@ -155,8 +164,9 @@ class _Run:
             return 0
         self.check_job(found)
         self.load(found)
-        self.rows = read_metrics(self.out / METRICS, found.step)
-        write_text(self.out / METRICS, "".join(map(_line, self.rows)))
+        self.rows = self.world.in_turn(lambda: read_metrics(self.out / METRICS, found.step))
+        if self.world.first:
+            write_text(self.out / METRICS, "".join(map(_line, self.rows)))
         return found.step
 
     def advance(self, number: int) -> float:
@@ -166,7 +176,7 @@ class _Run:
         for group in self.adam.param_groups:
             group["lr"] = rate
         loss, added = self.gradients(number)
-        norm = nn.utils.clip_grad_norm_(self.named.values(), config.optimizer.clip).item()
+        norm = self.world.clip(list(self.named.values()), config.optimizer.clip)
         if not (math.isfinite(loss + added) and math.isfinite(norm)):
             raise SenteiError(f"step {done}", expected="a finite loss and gradient",
                               got=f"loss {loss}, added {added}, norm {norm}",
@@ -174,6 +184,8 @@ class _Run:
         self.adam.step()
         self.adam.zero_grad()
         for room in self.biased:
+            self.world.sum(room.counts)
+            self.world.sum(room.tokens)
             room.update_bias()
         row = {"step": done, "loss": loss, "added": added, "norm": norm, "rate": rate}
         for term in self.balanced:
@@ -183,14 +195,16 @@ class _Run:
             row["held_out"] = self.evaluate()
         self.tell(row)
         if last or done % config.save == 0:
-            checkpoints.save(self.out, done, self.state(), {"job": self.job})
+            self.world.save(self.out, done, self.state(), {"job": self.job})
         return loss
 
     def gradients(self, number: int) -> tuple[float, float]:
         """Adds up the gradients of a step's passes; their mean loss, and the mean of what the terms added."""
         config, losses, extras = self.config, [], []
         self.model.train()
-        parts = self.windows.batch(number, config.batch * config.accumulate).split(config.batch)
+        torch.manual_seed(mixed(config.seed, number, self.world.rank))
+        batches = self.windows.batch(number, config.batch * config.accumulate).split(config.batch)
+        parts = [self.world.share(batch) for batch in batches]
         for term in self.balanced:
             term.begin(self.model, [partial(self.forward, part) for part in parts])
         for room in self.biased:
@@ -200,7 +214,8 @@ class _Run:
             ((loss + added) / config.accumulate).backward()
             losses.append(loss.item())
             extras.append(added.item())
-        return math.fsum(losses) / len(losses), math.fsum(extras) / len(extras)
+        means = torch.tensor([math.fsum(losses), math.fsum(extras)], dtype=torch.float64) / len(losses)
+        return tuple((self.world.sum(means) / self.world.size).tolist())
 
     def loss(self, part: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The loss of one pass, and what the terms add."""
@@ -224,12 +239,18 @@ class _Run:
         """
         self.model.eval()
         held = self.windows.held_out()
-        total = [self.forward(part).item() * len(part) for part in held.split(self.config.batch)]
-        return math.fsum(total) / len(held)
+        total = []
+        for part in held.split(self.config.batch):
+            own = self.world.share(part)
+            rows = own if len(own) else part[:1]  # which count 0: no process may leave out a pass
+            total.append(self.forward(rows).item() * len(own))
+        return self.world.sum(torch.tensor(math.fsum(total), dtype=torch.float64)).item() / len(held)
 
     def tell(self, row: dict, start: bool = False) -> None:
         """Adds a line to the metrics; on the disk before the checkpoint that follows it."""
         self.rows.append(row)
+        if not self.world.first:
+            return
         with open(self.out / METRICS, "w" if start else "a", encoding="utf-8") as file:
             file.write(_line(row))
             file.flush()
@@ -240,24 +261,18 @@ class _Run:
         moments = {f"optimizer.{name}.{key}": value for name, parameter in self.named.items()
                    for key, value in self.adam.state[parameter].items()}
         weights = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
-        return {**weights, **moments, RANDOM: torch.get_rng_state()}
+        return {**weights, **moments}
 
     def load(self, found: checkpoints.Checkpoint) -> None:
         """Puts a checkpoint's tensors in their places, if they are exactly those."""
-        moments = {f"optimizer.{name}.{key}": parameter.shape if key != "step" else torch.Size()
-                   for name, parameter in self.named.items() for key in ("step", "exp_avg", "exp_avg_sq")}
-        weights = {f"model.{name}": tensor.shape for name, tensor in self.model.state_dict().items()}
-        expected = {**weights, **moments, RANDOM: torch.get_rng_state().shape}
-        got = {name: tensor.shape for name, tensor in found.tensors.items()}
+        state, got = self.state(), found.shapes()
+        expected = {name: tensor.shape for name, tensor in state.items()}
         if got != expected:
             wrong = sorted(name for name in got.keys() | expected.keys() if got.get(name) != expected.get(name))
             raise FileError(f"checkpoint-{found.step:08}", expected="exactly the tensors of this job",
                             got=f"{len(wrong)} others, first {wrong[0]}", do="name another folder with --out")
-        self.model.load_state_dict({name: found.tensors[f"model.{name}"] for name in self.model.state_dict()})
-        for name, parameter in self.named.items():
-            self.adam.state[parameter] = {key: found.tensors[f"optimizer.{name}.{key}"].to(
-                "cpu" if key == "step" else parameter.device) for key in ("step", "exp_avg", "exp_avg_sq")}
-        torch.set_rng_state(found.tensors[RANDOM])
+        with torch.no_grad():
+            found.fill(state)
 
     def check_job(self, found: checkpoints.Checkpoint) -> None:
         """Raises FileError unless the checkpoint is of this job."""

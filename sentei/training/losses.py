@@ -8,10 +8,11 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from sentei.axes.experts.balance import ADDITIVE, Balance, balancing
+from sentei.axes.experts.balance import ADDITIVE, Balance, Sums, balancing
 from sentei.core.errors import require
 from sentei.core.tracing import trace
 from sentei.measurement.specialisation import dead, entropy, violation
+from sentei.training.parallel import World
 
 # Opened around one forward pass; what it yields gives, after that pass, a number to be added to the loss, or None.
 Term = Callable[[nn.Module], AbstractContextManager[Callable[[], torch.Tensor | None]]]
@@ -75,16 +76,17 @@ class Weights:
 class Balanced:
     """The term of the experts' balance over one step, and its numbers. One object belongs to one run.
 
-    The losses are those of the whole step, in however many passes it comes: loss and gradient do not depend on that,
-    but for the draws of a router with noise. Where a loss is no mean of the passes' losses (switch, importance, load)
-    a step of several passes runs each twice: first for the sums alone, then for the gradient.
+    The losses are those of the whole step, in however many passes and processes it comes: loss and gradient do not
+    depend on that, but for the draws of a router with noise. Where a loss is no mean of the passes' losses (switch,
+    importance, load) a step of several passes runs each twice: first for the sums alone, then for the gradient.
 
     Args:
         weights: of the losses; with none there are only numbers.
+        world: the processes whose passes make a step.
     """
 
-    def __init__(self, weights: Weights):
-        self.weights = weights.used()
+    def __init__(self, weights: Weights, world: World | None = None):
+        self.weights, self.world = weights.used(), World() if world is None else world
         self.seen, self.whole, self.parts = Balance(), None, 1
 
     def begin(self, model: nn.Module, passes: Sequence[Callable[[], object]]) -> None:
@@ -94,7 +96,7 @@ class Balanced:
             passes: each runs a part of the step forward; those that follow under this term do the same again.
         """
         self.seen, self.whole, self.parts = Balance(), None, 1
-        if len(passes) == 1 or set(self.weights) <= set(ADDITIVE):
+        if len(passes) == 1 or self.is_additive:
             return
         self.whole, self.parts = Balance(), len(passes)
         device = next(model.parameters()).device
@@ -103,6 +105,12 @@ class Balanced:
                 with balancing(model) as heard:
                     run()
                 self.whole.take(heard)
+        self.whole = added_up(self.whole, self.world)
+
+    @property
+    def is_additive(self) -> bool:
+        """Whether each loss is the mean of the passes' losses."""
+        return set(self.weights) <= set(ADDITIVE)
 
     @contextmanager
     def __call__(self, model: nn.Module) -> Iterator[Callable[[], torch.Tensor | None]]:
@@ -115,17 +123,24 @@ class Balanced:
         self.seen.take(heard)
         if not self.weights:
             return None
-        if self.whole is None:
+        whole = self.whole
+        if whole is None and (self.world.size == 1 or self.is_additive):
             return heard.loss(**self.weights)
-        share = heard.part(self.whole, **self.weights) * self.parts
-        return share + (self.whole.loss(**self.weights) - share).detach()
+        if whole is None:
+            whole = Balance()
+            whole.take(heard)
+            whole = added_up(whole, self.world)
+        share = heard.part(whole, **self.weights) * self.parts * self.world.size
+        return share + (whole.loss(**self.weights) - share).detach()
 
     def numbers(self) -> dict[str, float]:
         """How even the step was: nothing without experts, else over the layers
 
         violation, the largest count of an expert ÷ mean - 1; entropy, the smallest of the counts, 1 when even; unused,
         how many experts no token wanted; and dead, how many of these are surely below 1 % of the mean rate (0.95).
+        All processes call it together, once a step.
         """
+        self.seen = added_up(self.seen, self.world)
         layers = [(sums.counts.cpu(), int(sums.tokens)) for sums in self.seen.values()]
         if not layers:
             return {}
@@ -133,3 +148,16 @@ class Balanced:
                 "entropy": min(entropy(counts) for counts, _ in layers),
                 "unused": sum(int((counts == 0).sum()) for counts, _ in layers),
                 "dead": sum(len(dead(counts, tokens)) for counts, tokens in layers)}
+
+
+def added_up(balance: Balance, world: World) -> Balance:
+    """The sums of all processes, which have heard the same layers; one message. Those of `balance` have no graph."""
+    if world.size == 1 or not balance:
+        return balance
+    known = [(path, name, value) for path, sums in balance.items() for name, value in vars(sums).items()
+             if value is not None]
+    total = world.sum(torch.cat([value.flatten() for _, _, value in known]))
+    whole = {path: {} for path in balance}
+    for (path, name, value), part in zip(known, total.split([value.numel() for *_, value in known]), strict=True):
+        whole[path][name] = part.view_as(value)
+    return Balance({path: Sums(**sums) for path, sums in whole.items()})

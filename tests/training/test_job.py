@@ -43,9 +43,9 @@ def mixture(job):
 
 
 def test_the_examples_are_jobs():
-    shape, read, config, weights = read_job(ROOT / "examples" / "train.yaml")
+    shape, read, config, weights, _ = read_job(ROOT / "examples" / "train.yaml")
     assert (shape(257).heads, read.context, config.optimizer.rate) == ((4, 2), 128, 5e-3) and not weights.used()
-    shape, _, _, weights = read_job(ROOT / "examples" / "train_experts.yaml")
+    shape, _, _, weights, _ = read_job(ROOT / "examples" / "train_experts.yaml")
     room = shape(257).feed_forward.room
     assert (room.rule, room.gate, room.shared) == (TopK(2), Sigmoid(speed=1e-2), 1)
     assert weights.used() == {"sequence": 1e-4}
@@ -107,8 +107,8 @@ def test_defaults_and_partial_sections(job):
     with pytest.raises(FileError, match="the sections model, data, training"):
         read_job(job)
     job.write_text("model:\ntraining: {optimizer: {rate: 3e-4}}\n")
-    shape, read, config, weights = read_job(job)
-    assert weights == Weights()
+    shape, read, config, weights, parallel = read_job(job)
+    assert weights == Weights() and parallel == home.Parallel()
     assert shape(300).vocabulary == 300 and read == home.data.Config() and config.optimizer.rate == 3e-4
     job.write_text("model: {connections: {rule: {name: mass, mass: 0.9}, window: 4}}")
     connections = read_job(job)[0](9).connections
@@ -116,6 +116,9 @@ def test_defaults_and_partial_sections(job):
 
 
 @pytest.mark.parametrize(("text", "where", "expected", "got"), [
+    ("parallel: {world: 2}", "parallel", "shard, experts", "world"),
+    ("parallel: {experts: 0}", "parallel", "experts from 1", "0"),
+    ("parallel: {shard: 2}", "parallel", "shard a bool", "2"),
     ("modle: {}", "job.yaml", "some of the keys model, data, training", "modle"),
     ("model: {widht: 4}", "model", "width, layers, heads", "widht"),
     ("model: {vocabulary: 4}", "model", "width, layers, heads", "vocabulary"),

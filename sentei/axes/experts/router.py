@@ -34,7 +34,8 @@ class Router(nn.Module):
         self.weight = nn.Parameter(torch.zeros(rows) if noisy else torch.empty(rows).normal_(std=0.02))
         self.noise_weight = nn.Parameter(torch.zeros(rows)) if noisy else None
         cosine = self.metric == "cosine" and not isinstance(self.gate, Task)
-        self.scale = nn.Parameter(torch.tensor(1.0 if isinstance(self.gate, Soft) else 10.0)) if cosine else None
+        # One number as a row, because FSDP2 takes no parameter without dimensions.
+        self.scale = nn.Parameter(torch.tensor([1.0 if isinstance(self.gate, Soft) else 10.0])) if cosine else None
 
     def forward(self, x: torch.Tensor, tasks: torch.Tensor | None = None) -> tuple[torch.Tensor, Noise | None]:
         """The logits and, where noise was added, what they were without it.

@@ -1,12 +1,13 @@
 """Routing: the definition where the values are functions of the query. One operation, one signature."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 
 from sentei.core.errors import ImplError, ShapeError
 from sentei.core.shapes import check_shape
-from sentei.kernels.routing import auto, eager, fused_cpp, reference
+from sentei.kernels.routing import auto, eager, exchange, fused_cpp, reference
 from sentei.kernels.routing.stack import Stack
 
 __all__ = ["IMPLS", "Stack", "choose_impl", "route"]
@@ -32,7 +33,8 @@ def route(
         hidden: [T, D], any float dtype and strides.
         ids: int64 [T, K]; expert numbers, -1 where a slot is empty. The order of the slots does not matter.
         weights: float [T, K]; what a kept expert counts; not read where a slot is empty.
-        experts: E functions from [N, D] to [N, D_out].
+        experts: E functions from [N, D] to [N, D_out]. A `Stack` of DTensors, sharded over the experts, is asked in the
+            processes that have them (`exchange.py`), which all call this together.
         impl: "auto", or one of IMPLS, which then runs or raises.
     Returns:
         [T, D_out] in the dtype of the experts' answers; a token that keeps nothing gives 0.
@@ -43,6 +45,9 @@ def route(
     Reference: Shazeer et al. 2017, arXiv 1701.06538, eq. 1.
     """
     _check(hidden, ids, weights, experts)
+    if exchange.is_sharded(experts):
+        _check_ids(ids, len(experts))
+        return exchange.route(hidden, ids, weights, experts, partial(route, impl=impl))
     name, _ = choose_impl(impl, hidden, ids, weights, experts)
     if name == "fused_cpp":  # which looks at the ids itself, in passing
         return (fused_cpp.run if impl == "auto" else fused_cpp.route)(hidden, ids, weights, experts)
@@ -62,6 +67,8 @@ def choose_impl(
     Raises:
         ImplError: an unknown name.
     """
+    if exchange.is_sharded(experts):
+        return exchange.NAME, exchange.REASON
     if impl in IMPLS:
         return impl, "asked for by name"
     if impl != "auto":
