@@ -143,10 +143,10 @@ bool pairs_pay() {
 }
 
 // Pairs are taken where they are asked for by number, or measured to be faster, once.
-bool takes_pairs(const Problem& p, const Sizes& s) {
-  if (!p.bfloat16 || s.machine != kPairMachine || p.width % 2 || p.key_block % 2) return false;
+bool takes_pairs(const Problem& p) {
+  if (!p.bfloat16 || machines() <= kPairMachine || p.width % 2 || p.key_block % 2) return false;
   static const bool pay = pairs_pay();
-  return p.machine == kPairMachine || pay;
+  return p.machine == kPairMachine || (p.machine < 0 && pay);
 }
 
 }  // namespace
@@ -164,7 +164,7 @@ int sentei_attend(const Problem* problem) {
     const Problem& p = *problem;
     const Sizes s(p);
     check_plan(p, s);
-    const bool pairs = takes_pairs(p, s);
+    const bool pairs = takes_pairs(p);
     const auto attend_one = pairs ? attend_item_pairs : attend_item_on[s.machine];
     const int64_t packed = 4 * s.key_blocks * (int64_t(s.columns) * s.width + p.key_block * s.value_width);
     by_rows(p, packed, [&](int64_t begin, int64_t end) {

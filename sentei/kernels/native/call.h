@@ -141,7 +141,7 @@ int status_of(Work work) {
 struct Sizes {
   explicit Sizes(const Problem& p)
       : query_blocks((p.queries + p.query_block - 1) / p.query_block),
-        key_blocks((p.keys + p.key_block - 1) / p.key_block), machine(p.machine < 0 ? machines() - 1 : int(p.machine)),
+        key_blocks((p.keys + p.key_block - 1) / p.key_block), machine(set_of(p.machine)),
         rows(int(round_up(p.query_block))), columns(int(round_up(p.key_block))), width(int(p.width)),
         value_width(int(round_up(p.value_width))), per_group(p.heads / p.groups) {}
   int64_t query_blocks, key_blocks;

@@ -122,7 +122,7 @@ struct Work {
       : p(p), per_group(p.heads / p.groups), pages((p.keys + p.page - 1) / p.page), line(round_up(pages)),
         runs(std::min(kMostRuns, (pages + kPagesOfAttention - 1) / kPagesOfAttention)),
         bound_runs((pages + kPagesOfBounds - 1) / kPagesOfBounds), choices(p.batch * p.groups * p.rows),
-        block(per_group * p.width), machine(p.machine < 0 ? machines() - 1 : int(p.machine)),
+        block(per_group * p.width), machine(set_of(p.machine)),
         query(new float[3 * choices * block]), raw(new float[choices * per_group * line]),
         partial(new float[choices * runs * per_group * (p.value_width + 2)]), ids(new int32_t[choices * pages]),
         count(new int64_t[choices]), bounded(new std::atomic<int64_t>[p.batch * p.groups]()),

@@ -311,7 +311,7 @@ int sentei_linear(const void* input, const void* weight, const void* bias, void*
                   int64_t machine) {
   return status_of([&] {
     const Linear p{input, weight, bias, output, nullptr, rows, width, outputs, input_stride, weight_stride};
-    const int set = machine < 0 ? machines() - 1 : int(machine);
+    const int set = set_of(machine);
     if (half)
       linear<BFloat16>(p, run_bfloat16_on[set], threads, set);
     else
@@ -326,7 +326,7 @@ int sentei_gated(const void* input, const void* gate, const void* up, const void
   return status_of([&] {
     const Gated p{input, gate, up, down, gate_bias, up_bias, down_bias, output, rows, width, hidden, outputs,
                   tanh != 0};
-    const int set = machine < 0 ? machines() - 1 : int(machine);
+    const int set = set_of(machine);
     if (half)
       gated<BFloat16>(p, run_bfloat16_on[set], threads, set);
     else
@@ -338,7 +338,7 @@ int sentei_gated(const void* input, const void* gate, const void* up, const void
 void sentei_norm(const void* input, const void* weight, void* output, int64_t rows, int64_t width, double epsilon,
                  double shift, int64_t half, int64_t machine) {
   const Norm p{input, weight, output, rows, width, float(epsilon), float(shift)};
-  (half ? norm_bfloat16_on : norm_float32_on)[machine < 0 ? machines() - 1 : int(machine)](p);
+  (half ? norm_bfloat16_on : norm_float32_on)[set_of(machine)](p);
 }
 
 // The queries, keys and values of one to eight rows; the head's width is even and divides the queries' and the keys'. The
@@ -351,7 +351,7 @@ int sentei_heads(const void* input, const void* query, const void* key, const vo
   return status_of([&] {
     const Heads p{input, {query, key, value}, {query_bias, key_bias, value_bias}, {query_norm, key_norm}, cosine, sine,
                   output, rows, width, {queries, keys, values}, head, turns, float(epsilon), float(shift)};
-    const int set = machine < 0 ? machines() - 1 : int(machine);
+    const int set = set_of(machine);
     if (half)
       heads<BFloat16>(p, run_bfloat16_on[set], threads, set);
     else
@@ -365,7 +365,7 @@ int sentei_read(const float* from, int64_t count, float* total, int64_t threads)
     const int64_t piece = 1 << 17, pieces = (count + piece - 1) / piece;
     Zeros part(pieces);
     in_parallel(pieces, threads, [] { return 0; }, [&](int64_t i, int) {
-      read_on[machines() - 1](from + i * piece, std::min(piece, count - i * piece), &part[i]);
+      read_on[set_of(-1)](from + i * piece, std::min(piece, count - i * piece), &part[i]);
     });
     *total = 0;
     for (float one : part) *total += one;

@@ -101,7 +101,7 @@ std::vector<Block> blocks_of(const std::vector<Share>& wave, int64_t lines, int6
 // Everything about a call that its phases share.
 struct Call {
   explicit Call(const Route& p)
-      : p(p), order(p), machine(p.machine < 0 ? machines() - 1 : int(p.machine)), panel(machine == 2 ? 64 : kColumns),
+      : p(p), order(p), machine(set_of(p.machine)), panel(machine == 2 ? 64 : kColumns),
         rooms(std::max<int64_t>(p.threads, 1), std::max(p.width, p.outputs)) {}
 
   // The product of a block of a left factor with panels: C[lines x columns] of the room.
@@ -569,7 +569,7 @@ int sentei_route(const void* hidden, const int64_t* ids, const float* weights, c
     const Route p{hidden, ids, weights, up, gate, down, output, saved, hidden_stride, {up_stride, up_row},
                   {gate_stride, gate_row}, {down_stride, down_row}, tokens, slots, experts, width, inner, outputs,
                   activation, bfloat16, threads, machine};
-    const int set = machine < 0 ? machines() - 1 : int(machine);
+    const int set = set_of(machine);
     if (inner != 1 || saved)
       forward(p);
     else if (bfloat16)
@@ -580,7 +580,7 @@ int sentei_route(const void* hidden, const int64_t* ids, const float* weights, c
 }
 
 // Numbers in `saved` of a call that keeps it: a panel is as many tokens as this.
-int64_t sentei_route_panel(int64_t machine) { return (machine < 0 ? machines() - 1 : machine) == 2 ? 64 : kColumns; }
+int64_t sentei_route_panel(int64_t machine) { return set_of(machine) == 2 ? 64 : kColumns; }
 
 int sentei_route_backward(const RouteBackward* q) {
   return status_of([&] { backward(*q); });

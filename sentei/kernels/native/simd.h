@@ -21,13 +21,12 @@
 #define AVX512_BF16
 #endif
 
-// name_on[m], for m from 0 to machines() - 1: the template `name<lanes>` for the m-th instruction set. The last, which
-// multiplies pairs of bfloat16 numbers, is of use to some kernels only, and is AVX-512 for the others.
+// name_on[set_of(machine)]: the template `name<lanes>` for an instruction set.
 #define ON_EVERY_MACHINE(name, parameters, arguments)           \
   void name##_portable parameters { name<4> arguments; }        \
   AVX2 void name##_avx2 parameters { name<8> arguments; }       \
   AVX512 void name##_avx512 parameters { name<16> arguments; }  \
-  constexpr decltype(&name##_portable) name##_on[] = {name##_portable, name##_avx2, name##_avx512, name##_avx512};
+  constexpr decltype(&name##_portable) name##_on[] = {name##_portable, name##_avx2, name##_avx512};
 
 namespace {
 
@@ -59,10 +58,11 @@ constexpr bool kPairs = true;
 constexpr int kPairLanes = 16, kPairMachine = 3;
 #else
 constexpr bool kPairs = false;
-constexpr int kPairLanes = 4, kPairMachine = -1;
+constexpr int kPairLanes = 4, kPairMachine = 3;
 #endif
 
-// How many instruction sets this machine can run, from the plainest.
+// How many instruction sets this machine can run, from the plainest: portable, AVX2, AVX-512, and that with products of
+// pairs of bfloat16 numbers.
 int machines() {
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
   __builtin_cpu_init();
@@ -75,6 +75,9 @@ int machines() {
   return 1;
 #endif
 }
+
+// The instruction set of the wanted number, -1 for the best, in which pairs are nothing of their own.
+int set_of(int64_t machine) { return std::min(machine < 0 ? machines() - 1 : int(machine), 2); }
 
 // Arithmetic on vectors of L floats.
 template <int L>

@@ -393,8 +393,6 @@ INLINE void topk_keys(const TopKBackward& w, const Problem& p, int64_t number, c
 ON_EVERY_MACHINE(topk_keys, (const TopKBackward& w, const Problem& p, int64_t number, const float* weights,
                              const float* scores), (w, p, number, weights, scores))
 
-int machine_of(const TopK& t) { return t.machine < 0 ? machines() - 1 : int(t.machine); }
-
 }  // namespace
 
 extern "C" {
@@ -409,11 +407,11 @@ int sentei_topk(const TopK* call) {
     const TopK& t = *call;
     const Problem p = problem_of(t);
     // As many as a micro-kernel takes at once, so that it reads what lies together.
-    const int panel = machine_of(t) == 2 ? Simd<16>::kVectors * 16 : kColumns;
+    const int panel = set_of(t.machine) == 2 ? Simd<16>::kVectors * 16 : kColumns;
     const Blocks keys(p, keys_of(p), 0, p.batch * p.groups, panel, true);
     const int64_t items = t.batch * t.heads * ((t.queries + kQueryBlock - 1) / kQueryBlock);
     in_parallel(items, t.threads, [&] { return Scratch(t, room_of(t)); },
-                [&](int64_t i, Scratch& s) { topk_item_on[machine_of(t)](t, p, items - 1 - i, keys, s); });
+                [&](int64_t i, Scratch& s) { topk_item_on[set_of(t.machine)](t, p, items - 1 - i, keys, s); });
   });
 }
 
@@ -427,11 +425,11 @@ int sentei_topk_backward(const TopKBackward* backward) {
     Zeros weights(rows * t.slots), scores(rows * t.slots);
     in_parallel(rows, t.threads, [&] { return Zeros(t.slots + kColumns); },
                 [&](int64_t i, Zeros& softened) {
-      topk_query_on[machine_of(t)](w, p, i, softened.data(), scores.data() + i * t.slots);
+      topk_query_on[set_of(t.machine)](w, p, i, softened.data(), scores.data() + i * t.slots);
       std::copy_n(softened.data(), t.slots, weights.data() + i * t.slots);
     });
     in_parallel(t.batch * t.groups * ((t.keys + kChunk - 1) / kChunk), t.threads, [] { return 0; },
-                [&](int64_t i, int) { topk_keys_on[machine_of(t)](w, p, i, weights.data(), scores.data()); });
+                [&](int64_t i, int) { topk_keys_on[set_of(t.machine)](w, p, i, weights.data(), scores.data()); });
   });
 }
 }
