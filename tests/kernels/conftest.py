@@ -4,8 +4,22 @@ import pytest
 
 from sentei.kernels import native
 
+MACHINES = 1 if native.missing() else native.machines()
+SETS = min(3, MACHINES)  # the fourth is the third but for products of pairs, which attention alone has
 
-@pytest.fixture(params=range(1 if native.missing() else native.machines()), ids=lambda number: f"machine {number}")
+
+def named(number: int) -> str:
+    """The test's name for an instruction set."""
+    return f"machine {number}"
+
+
+@pytest.fixture(params=range(SETS), ids=named)
 def machine(request, monkeypatch) -> None:
     """Each instruction set of this processor in turn."""
+    monkeypatch.setattr(native, "MACHINE", request.param)
+
+
+@pytest.fixture(params=range(MACHINES), ids=named)
+def machine_or_pairs(request, monkeypatch) -> None:
+    """Each instruction set of this processor in turn, and products of pairs."""
     monkeypatch.setattr(native, "MACHINE", request.param)

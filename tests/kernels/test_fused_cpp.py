@@ -36,7 +36,7 @@ def test_the_native_library_was_built_wherever_there_is_a_compiler():
 @needs_library
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("case", CASES + LARGER, ids=lambda case: case.name)
-def test_output_and_gradients_are_as_near_to_fp64_as_masked_attention_in_the_same_dtype(case, dtype, machine):
+def test_output_and_gradients_are_as_near_to_fp64_as_masked_attention_in_the_same_dtype(case, dtype, machine_or_pairs):
     check(fused_cpp.attend, case, dtype)
 
 
@@ -46,6 +46,15 @@ def test_output_and_gradients_are_as_near_to_fp64_as_masked_attention_in_the_sam
 @given(case=drawn_cases())
 def test_so_are_they_for_drawn_cases(case, machine):
     check(fused_cpp.attend, case, torch.float32)
+
+
+@needs_library
+@settings(deadline=None, max_examples=100, derandomize=True)
+@given(case=drawn_cases())
+def test_so_are_those_of_bfloat16_on_the_last_instruction_set(case):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native, "MACHINE", native.machines() - 1)
+        check(fused_cpp.attend, case, torch.bfloat16)
 
 
 @needs_library

@@ -13,12 +13,6 @@ needs_library = pytest.mark.skipif(bool(native.missing()), reason=native.missing
 HALF = torch.bfloat16
 
 
-@pytest.fixture(params=range(1 if native.missing() else native.machines()), ids=lambda number: f"machine {number}")
-def machine(request, monkeypatch) -> None:
-    """Each instruction set of this processor in turn."""
-    monkeypatch.setattr(native, "MACHINE", request.param)
-
-
 def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 

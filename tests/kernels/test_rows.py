@@ -13,12 +13,6 @@ pytestmark = pytest.mark.skipif(bool(native.missing()), reason=native.missing())
 HALF = torch.bfloat16
 
 
-@pytest.fixture(params=range(1 if native.missing() else native.machines()), ids=lambda number: f"machine {number}")
-def machine(request, monkeypatch) -> None:
-    """Each instruction set of this processor in turn."""
-    monkeypatch.setattr(native, "MACHINE", request.param)
-
-
 @pytest.fixture(autouse=True)
 def without_gradients():
     with torch.no_grad():

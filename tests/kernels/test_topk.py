@@ -88,12 +88,6 @@ def drawn_cases(draw) -> Case:
                 lengths=tuple(draw(st.lists(span, min_size=1, max_size=2))), spread=draw(st.sampled_from([0, 0.5, 3])))
 
 
-@pytest.fixture(params=range(1 if native.missing() else native.machines()), ids=lambda number: f"machine {number}")
-def machine(request, monkeypatch) -> None:
-    """Each instruction set of this processor in turn."""
-    monkeypatch.setattr(native, "MACHINE", request.param)
-
-
 def check(attend, case: Case, dtype: torch.dtype) -> None:
     """Raises AssertionError unless the keys are those of a stable sort, and output, lse and gradients as near to fp64,
     over the same keys, as twice plain masked attention in the same dtype and some rounding steps."""
