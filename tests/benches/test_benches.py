@@ -88,6 +88,7 @@ def test_a_layer_that_chooses_is_timed_beside_the_peers_or_the_peer_is_said_to_b
     layer = layers.Layer(2, 1, 8, 200, 1)
     assert layer.layer.connections.config.rule.k == 1 and layer.ours().shape == layer.x.shape
     monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.setattr(attention, "CASES", {"layer": [layers.Layer(2, 1, 8, 200, 1)]})
     assert measure("layer", absent=told.append) == []
     assert len(told) == 1 and told[0].startswith(f"{layers.PEER} cannot run here: ")
 
