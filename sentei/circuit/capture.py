@@ -58,7 +58,7 @@ def capture(model: nn.Module, prompts: list[list[int]], spell: Spell, *, write: 
     ran = has_rooms(model)
     runs = tuple(_run(model, facts, prompt, spell, write, None if ran else (share, longest)) for prompt in prompts)
     return Circuit(kind=RAN if ran else OBSERVED, model=model_name or type(model).__name__, runs=runs,
-                   rule="the rooms of the model" if ran else f"the fewest parts that hold {share:g} of the mass",
+                   rule="the rooms of the model" if ran else f"the fewest parts that hold {share:.0%} of the mass",
                    versions={"torch": torch.__version__, "python": platform.python_version()},
                    date=datetime.date.today().isoformat())
 

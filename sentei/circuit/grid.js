@@ -15,36 +15,45 @@ function readPalette() {
   }
 }
 
-// Where everything stands, for a width to fill.
+// Where everything stands, for a width to fill. Two long runs are mirrored instead, with their tokens in the middle.
 function layout(pen, available) {
-  const tokens = runs.reduce((sum, run) => sum + run.T, 0);
+  const total = runs.reduce((sum, run) => sum + run.T, 0);
   const side = 30 + STRIP * ROOMS.length;
   const spine = runs.length > 1 ? SPINE * ROOMS.length + 34 : 0;
-  const room = available - side * runs.length - spine - 8;
-  const cw = Math.max(5, Math.min(66, Math.floor(room / tokens)));
   const L = runs[0].L;
-  const ch = Math.max(9, Math.min(24, Math.floor(window.innerHeight * 0.54 / L)));
+  const fit = (tokens, sides) => Math.floor((available - side * sides - spine - 8) / tokens);
+  const mirrored = runs.length > 1 && fit(total, 2) < 9;
+  const widest = Math.max(...runs.map((run) => run.T));
+  const cw = mirrored ? Math.max(4, Math.min(24, fit(widest, 1))) : Math.max(5, Math.min(88, fit(total, runs.length)));
+  const ch = Math.max(mirrored ? 8 : 9, Math.min(24, Math.floor(window.innerHeight * (mirrored ? 0.36 : 0.54) / L)));
   const longest = Math.max(...runs.map((run) => Math.max(...run.labels.map((label) => pen.measure(label, 12)))));
-  const level = longest + 6 < cw;
-  const foot = (level ? 26 : Math.min(longest, 110) * 0.82 + 20) + (runs.length > 1 ? 22 : 0);
-  const grids = runs.map((run, i) => ({
-    run, x: i === 0 ? side : side + runs[0].T * cw + spine, y: TOP, w: run.T * cw, h: L * ch,
-    strip: i === 0 ? 4 : side + runs[0].T * cw + spine + run.T * cw + 6, numbers: i === 0 ? side - 5 : null,
-  }));
-  const last = grids.at(-1);
-  const width = last.x + last.w + (runs.length > 1 ? side : 10);
-  return { cw, ch, L, level, grids, width: Math.max(width, 320), height: TOP + L * ch + foot, foot,
-    spine: spine ? grids[0].x + grids[0].w + 10 : 0 };
+  const level = !mirrored && longest + 6 < cw;
+  const labels = level ? 26 : Math.min(longest, 110) * 0.82 + 16;
+  const foot = labels + (runs.length > 1 && !mirrored ? 22 : 0);
+  const base = { run: runs[0], x: side, y: TOP, w: runs[0].T * cw, h: L * ch, strip: 4, numbers: side - 5, up: true };
+  const geo = { cw, ch, L, level, labels, mirrored, grids: [base], width: side + base.w + 10, height: TOP + L * ch + foot, spine: 0 };
+  if (runs.length > 1) {
+    const x = mirrored ? side : side + base.w + spine;
+    const y = mirrored ? TOP + L * ch + 2 * labels + 22 : TOP;
+    geo.grids.push({ run: runs[1], x, y, w: runs[1].T * cw, h: L * ch, strip: mirrored ? 4 : x + runs[1].T * cw + 6,
+      numbers: mirrored ? side - 5 : null, up: !mirrored });
+    geo.spine = mirrored ? side + widest * cw + 10 : side + base.w + 10;
+    geo.width = mirrored ? geo.spine + spine : x + runs[1].T * cw + side;
+    if (mirrored) geo.height = y + L * ch + TOP;
+  }
+  geo.width = Math.max(geo.width, 320);
+  return geo;
 }
 
-const rowY = (geo, l) => TOP + (geo.L - 1 - l) * geo.ch;
+const rowY = (geo, grid, l) => grid.y + (grid.up ? geo.L - 1 - l : l) * geo.ch;
 const tokenX = (geo, grid, t) => grid.x + t * geo.cw;
 
 // What lies under a point of the stage: a cell, or a whole token under the grid.
 function cellAt(geo, x, y) {
   for (const grid of geo.grids) {
     const t = Math.floor((x - grid.x) / geo.cw);
-    const l = geo.L - 1 - Math.floor((y - TOP) / geo.ch);
+    const row = Math.floor((y - grid.y) / geo.ch);
+    const l = grid.up ? geo.L - 1 - row : row;
     if (t >= 0 && t < grid.run.T && l >= 0 && l < geo.L) return { run: grid.run, l, t };
   }
   return null;
@@ -52,17 +61,16 @@ function cellAt(geo, x, y) {
 
 const tint = (share) => 0.07 + 0.83 * share;
 
+// Half a cell. What did not run is hollow with a thin line through it; what ran outside the mass is pale and has the line.
 function drawHalf(pen, x, y, w, h, colour, share, ran) {
-  if (!ran) {
-    if (w >= 8) pen.frame(x + 0.5, y + 0.5, w - 1, h - 1, palette.hair, 1);
-    pen.line(x + 1, y + h / 2, x + w - 1, y + h / 2, palette.muted, 0.75, 0.8);
-    return;
-  }
-  pen.rect(x, y, w, h, palette[colour], tint(share));
+  if (ran) return pen.rect(x, y, w, h, palette[colour], tint(share));
+  if (observed) pen.rect(x, y, w, h, palette[colour], 0.28 * tint(share));
+  else if (w >= 8) pen.frame(x + 0.5, y + 0.5, w - 1, h - 1, palette.hair, 1);
+  return pen.line(x + 1, y + h / 2, x + w - 1, y + h / 2, palette.muted, 0.75, observed ? 0.45 : 0.8);
 }
 
 // The barcode of a cell's experts: a bar for each that is kept, as high as its weight among them.
-function drawBars(pen, run, l, t, x, y, w, h, inverted) {
+function drawBars(pen, run, l, t, x, y, w, h, inverted, alpha = 0.9) {
   const own = run.layers[l];
   const bins = Math.min(own.experts, Math.max(1, Math.floor(w / 2)));
   const heights = new Float32Array(bins);
@@ -80,7 +88,7 @@ function drawBars(pen, run, l, t, x, y, w, h, inverted) {
   const step = w / bins;
   const gap = step > 3 ? 1 : step > 2 ? 0.5 : 0;
   for (let bin = 0; bin < bins; bin++) {
-    if (heights[bin]) pen.rect(x + bin * step, y + h * (1 - heights[bin]), step - gap, h * heights[bin], palette.network, 0.9);
+    if (heights[bin]) pen.rect(x + bin * step, y + h * (1 - heights[bin]), step - gap, h * heights[bin], palette.network, alpha);
   }
 }
 
@@ -98,7 +106,7 @@ function drawCell(pen, geo, grid, l, t, lens, inverted) {
   const wide = geo.cw >= 22 && geo.ch >= 11;
   const gap = geo.cw >= 8 ? 1.5 : geo.cw >= 6 ? 0.5 : 0;
   const x = tokenX(geo, grid, t);
-  const y = rowY(geo, l) + 0.5;
+  const y = rowY(geo, grid, l) + 0.5;
   const w = geo.cw - gap;
   const h = geo.ch - 1.5;
   const i = l * run.T + t;
@@ -123,55 +131,77 @@ function drawCell(pen, geo, grid, l, t, lens, inverted) {
     drawHalf(pen, x, y, w, half - 0.5, "network", 0.75, fed);
     return drawHalf(pen, x, y + half, w, half, "attention", 0.75, attended);
   }
-  if (!fed && !inverted) drawHalf(pen, x, y, w, half - 0.5, "network", 0, false);
-  else if (wide && own.expertBits) drawBars(pen, run, l, t, x, y, w, half - 0.5, inverted);
-  else drawHalf(pen, x, y, w, half - 0.5, "network", share("experts"), true);
-  if (!attended && !inverted) drawHalf(pen, x, y + half, w, half, "attention", 0, false);
-  else drawHalf(pen, x, y + half, w, half, "attention", share("connections"), true);
+  const bars = wide && own.expertBits;
+  if (bars && (fed || inverted)) drawBars(pen, run, l, t, x, y, w, half - 0.5, inverted);
+  else if (bars && observed) {
+    drawBars(pen, run, l, t, x, y, w, half - 0.5, inverted, 0.25);
+    pen.line(x + 1, y + half / 2, x + w - 1, y + half / 2, palette.muted, 0.75, 0.45);
+  } else drawHalf(pen, x, y, w, half - 0.5, "network", share("experts"), fed || inverted);
+  drawHalf(pen, x, y + half, w, half, "attention", share("connections"), attended || inverted);
   if (wide && own.headBits && own.kv_heads <= 8) drawTicks(pen, run, l, t, x + 1.5, y + half + 1.5, half - 3, 4, inverted);
   if (own.rank) pen.rect(x, y + h - 2, w * share("rank"), 2, palette.rank, 1);
 }
 
 function drawStrips(pen, geo, grid) {
   const { run } = grid;
+  const edge = grid.up ? grid.y : grid.y + grid.h;
+  const out = grid.up ? -1 : 1;
   ROOMS.forEach((room, i) => {
     const x = grid.strip + i * STRIP;
-    pen.text(room.short, x + STRIP / 2 - 1, TOP - 8, palette.muted, { size: 9, align: "left", turn: -0.9 });
+    pen.text(room.short, x + STRIP / 2 - 1, edge + 8 * out, palette.muted, { size: 9, align: "left", turn: 0.9 * out });
     for (let l = 0; l < geo.L; l++) {
       const value = run.mean(room.name, l);
-      const y = rowY(geo, l) + 1.5;
+      const y = rowY(geo, grid, l) + 1.5;
       pen.rect(x, y, STRIP - 3, geo.ch - 3.5, palette.faint);
       if (!Number.isNaN(value)) pen.rect(x, y, (STRIP - 3) * value, geo.ch - 3.5, palette[room.colour], 0.75);
     }
   });
+  const top = grid.up ? edge - 22 : edge + 6;
   for (let t = 0; t < run.T; t++) {
     const [done, dense] = run.costs(t);
     const high = dense ? 16 * done / dense : 16;
     const x = tokenX(geo, grid, t);
     const w = geo.cw - (geo.cw >= 8 ? 1.5 : 0);
-    pen.rect(x, TOP - 22, w, 16, palette.faint);
-    pen.rect(x, TOP - 6 - high, w, high, palette.muted, 0.55);
+    pen.rect(x, top, w, 16, palette.faint);
+    pen.rect(x, grid.up ? top + 16 - high : top, w, high, palette.muted, 0.55);
   }
-  pen.text("multiply-adds a token", grid.x, TOP - 31, palette.muted, { size: 9 });
+  pen.text("multiply-adds a token", grid.x, edge + 31 * out, palette.muted, { size: 9 });
+  if (runs.length > 1) {
+    const colour = palette["ab"[run.number]];
+    pen.text("AB"[run.number], grid.x + grid.w - 2, edge + 31 * out, colour, { size: 12, align: "right", bold: true });
+  }
 }
 
-function drawLabels(pen, geo, grid, active) {
+function drawLabels(pen, geo, grid) {
   const { run } = grid;
-  const y = TOP + geo.L * geo.ch;
+  const out = grid.up ? 1 : -1;
+  const y = grid.up ? grid.y + grid.h : grid.y;
   const skip = Math.max(1, Math.ceil(11 / geo.cw));
-  run.labels.forEach((label, t) => {
-    if (t % skip && t !== active) return;
-    const strong = t === active;
-    const written = t >= run.prompt;
-    const fill = strong ? palette.ink : written ? palette.network : palette.muted;
-    const x = tokenX(geo, grid, t) + geo.cw / 2;
-    const options = { size: 12, bold: strong };
-    if (geo.level) pen.text(label, x, y + 14, fill, { ...options, align: "center" });
-    else pen.text(label.length > 18 ? `${label.slice(0, 17)}…` : label, x + 3, y + 9, fill, { ...options, align: "right", turn: -0.95 });
-  });
+  run.labels.forEach((label, t) => { if (t % skip === 0) drawLabel(pen, geo, grid, t, false); });
   if (run.prompt < run.T) {
     const x = tokenX(geo, grid, run.prompt) - 1;
-    pen.line(x, TOP, x, y + 6, palette.network, 1, 0.8, [3, 3]);
+    pen.line(x, grid.y, x, y + 6 * out, palette.network, 1, 0.8, [3, 3]);
+  }
+}
+
+function drawLabel(pen, geo, grid, t, strong) {
+  const { run } = grid;
+  const fill = strong ? palette.ink : t >= run.prompt ? palette.network : palette.muted;
+  const x = tokenX(geo, grid, t) + geo.cw / 2;
+  const label = run.labels[t];
+  const y = grid.up ? grid.y + grid.h : grid.y;
+  if (geo.level) {
+    if (strong) pen.rect(x - geo.cw / 2, y + 5, geo.cw, 19, palette.paper);
+    pen.text(label, x, y + 14, fill, { size: 12, align: "center", bold: strong });
+  } else if (strong) {
+    const width = 7.2 * Math.min(label.length, 18) + 10;
+    const left = Math.max(grid.x, Math.min(x - width / 2, grid.x + grid.w - width));
+    const middle = grid.up ? y + 13 : y - 13;
+    pen.rect(left, middle - 9, width, 18, palette.ink);
+    pen.text(label.slice(0, 18), left + width / 2, middle, palette.paper, { size: 12, align: "center", bold: true });
+  } else {
+    const words = label.length > 18 ? `${label.slice(0, 17)}…` : label;
+    pen.text(words, x + 3, grid.up ? y + 9 : y - 9, fill, grid.up ? { size: 12, align: "right", turn: -0.95 } : { size: 12, align: "right", turn: 0.95 });
   }
 }
 
@@ -179,16 +209,22 @@ function drawLabels(pen, geo, grid, active) {
 function drawPrefix(pen, geo) {
   const { shared, differences } = trace.together;
   if (!shared) return;
-  const y = geo.height - 14;
-  geo.grids.forEach((grid) => {
+  const words = differences ? `shared, ${differences} bytes differ` : "shared, and an identical circuit";
+  const bracket = (grid, y, out) => {
     const stop = tokenX(geo, grid, shared) - 2;
-    pen.line(grid.x, y - 5, grid.x, y, palette.ink, 1.2);
+    pen.line(grid.x, y - 5 * out, grid.x, y, palette.ink, 1.2);
     pen.line(grid.x, y, stop, y, palette.ink, 1.2);
-    pen.line(stop, y - 5, stop, y, palette.ink, 1.2);
-    const words = differences ? `shared, ${differences} bytes differ` : "identical circuit";
-    if (pen.measure === undefined || pen.measure(words, 10) < stop - grid.x + 60) {
-      pen.text(words, grid.x, y + 8, palette.ink, { size: 10 });
-    }
+    pen.line(stop, y - 5 * out, stop, y, palette.ink, 1.2);
+  };
+  if (geo.mirrored) {
+    const y = geo.grids[0].y + geo.grids[0].h + geo.labels;
+    bracket(geo.grids[0], y + 4, 1);
+    bracket(geo.grids[0], y + 18, -1);
+    return pen.text(words, geo.grids[0].x + 6, y + 11, palette.ink, { size: 10 });
+  }
+  return geo.grids.forEach((grid) => {
+    bracket(grid, geo.height - 15, 1);
+    pen.text(words, grid.x, geo.height - 7, palette.ink, { size: 10 });
   });
 }
 
@@ -200,7 +236,7 @@ function drawSpine(pen, geo, pair) {
     for (let l = 0; l < geo.L; l++) {
       const mean = trace.together ? trace.together.agreement[l][i] : null;
       const value = pair ? pair[l][i] : mean;
-      const y = rowY(geo, l) + 1.5;
+      const y = rowY(geo, geo.grids[0], l) + 1.5;
       pen.rect(x, y, SPINE - 4, geo.ch - 3.5, palette.faint);
       if (value === null) continue;
       pen.rect(x, y, (SPINE - 4) * value, geo.ch - 3.5, palette[room.colour], pair ? 0.95 : 0.6);
@@ -209,8 +245,8 @@ function drawSpine(pen, geo, pair) {
   });
   pen.text("agreement of A and B", geo.spine, TOP - 31, palette.muted, { size: 9 });
   for (let l = 0; l < geo.L; l++) {
-    if (geo.ch >= 11 || l % 2 === 0) {
-      pen.text(String(l), geo.spine + SPINE * ROOMS.length + 12, rowY(geo, l) + geo.ch / 2, palette.muted, { size: 9, align: "right" });
+    if (!geo.mirrored && (geo.ch >= 11 || l % 2 === 0)) {
+      pen.text(String(l), geo.spine + SPINE * ROOMS.length + 12, rowY(geo, geo.grids[0], l) + geo.ch / 2, palette.muted, { size: 9, align: "right" });
     }
   }
 }
@@ -221,14 +257,11 @@ function drawBase(pen, geo, state) {
     for (let l = 0; l < geo.L; l++) {
       for (let t = 0; t < grid.run.T; t++) drawCell(pen, geo, grid, l, t, state.lens, state.inverted);
       if (grid.numbers !== null && (geo.ch >= 11 || l % 2 === 0)) {
-        pen.text(String(l), grid.numbers, rowY(geo, l) + geo.ch / 2, palette.muted, { size: 9, align: "right" });
+        pen.text(String(l), grid.numbers, rowY(geo, grid, l) + geo.ch / 2, palette.muted, { size: 9, align: "right" });
       }
     }
     drawStrips(pen, geo, grid);
-    drawLabels(pen, geo, grid, -1);
-    if (runs.length > 1) {
-      pen.text("AB"[grid.run.number], grid.x + grid.w - 2, TOP - 31, palette["ab"[grid.run.number]], { size: 12, align: "right", bold: true });
-    }
+    drawLabels(pen, geo, grid);
   }
   if (runs.length > 1) { drawSpine(pen, geo, null); drawPrefix(pen, geo); }
 }
@@ -241,7 +274,7 @@ function drawRoad(pen, geo, cell, other, inverted) {
   const visible = run.visible(t);
   const largest = Math.min(geo.ch * 0.42, Math.max(2.5, geo.cw * 0.42));
   for (let l = 0; l < geo.L; l++) {
-    const y = rowY(geo, l) + geo.ch / 2;
+    const y = rowY(geo, grid, l) + geo.ch / 2;
     const attended = run.attentionRan(l, t);
     pen.line(stem, y - geo.ch / 2, stem, y + geo.ch / 2, palette.ink, attended || run.networkRan(l, t) ? 2 : 0.8);
     const { count, weight } = run.reads(l, t);
@@ -267,7 +300,8 @@ function drawRoad(pen, geo, cell, other, inverted) {
 function drawArches(pen, geo, cell) {
   const grid = geo.grids[cell.run.number];
   const { run, l, t } = cell;
-  const y = rowY(geo, l) + 1;
+  const y = grid.up ? rowY(geo, grid, l) + 1 : rowY(geo, grid, l) + geo.ch - 1;
+  const room = grid.up ? y + 4 : geo.height - y;
   const end = tokenX(geo, grid, t) + geo.cw / 2;
   const { count, weight } = run.reads(l, t);
   const { heads } = run.layers[l];
@@ -275,8 +309,8 @@ function drawArches(pen, geo, cell) {
     if (key === t || !count[key]) continue;
     const start = tokenX(geo, grid, key) + geo.cw / 2;
     const strength = Math.max(weight[key], 0.1 * count[key] / heads);
-    pen.arch(start, end, y, Math.min(14 + Math.abs(end - start) * 0.35, y + 4), palette.attention,
-      Math.max(0.6, 7 * Math.sqrt(strength) * Math.min(1, geo.cw / 12)), 0.35 + 0.6 * Math.sqrt(strength));
+    pen.arch(start, end, y, Math.min(14 + Math.abs(end - start) * 0.35, room) * (grid.up ? 1 : -1), palette.attention,
+      Math.max(0.6, 4.5 * Math.sqrt(strength) * Math.min(1, geo.cw / 12)), 0.35 + 0.6 * Math.sqrt(strength));
   }
 }
 
@@ -284,31 +318,26 @@ function drawOver(pen, geo, state, active, companion, pair) {
   for (const pinned of state.pins) {
     const grid = geo.grids[pinned.run];
     const x = tokenX(geo, grid, pinned.t);
-    pen.frame(x - 0.5, TOP - 1, geo.cw, geo.L * geo.ch + 2, palette.ink, 1.5, 0.9, [4, 3]);
-    pen.diamond(x + geo.cw / 2, TOP - 26, 4, palette.ink);
-  }
-  if (!active) {
-    if (pair) { clearSpine(pen, geo); drawSpine(pen, geo, pair); }
-    return;
+    pen.frame(x - 0.5, grid.y - 1, geo.cw, grid.h + 2, palette.ink, 1.5, 0.9, [4, 3]);
+    pen.diamond(x + geo.cw / 2, grid.up ? grid.y - 27 : grid.y + grid.h + 27, 4, palette.ink);
   }
   const cells = [active, companion].filter(Boolean);
   for (const cell of cells) {
     const grid = geo.grids[cell.run.number];
     const x = tokenX(geo, grid, cell.t);
-    const y = rowY(geo, cell.l);
-    pen.rect(grid.x - 1, TOP, x - grid.x + 1, grid.h, palette.paper, 0.62);
-    pen.rect(x + geo.cw, TOP, grid.x + grid.w - x - geo.cw + 1, grid.h, palette.paper, 0.62);
+    const y = rowY(geo, grid, cell.l);
+    pen.rect(grid.x - 1, grid.y, x - grid.x + 1, grid.h, palette.paper, 0.62);
+    pen.rect(x + geo.cw, grid.y, grid.x + grid.w - x - geo.cw + 1, grid.h, palette.paper, 0.62);
     pen.rect(grid.x - 1, y - 0.5, grid.w + 1, 1, palette.ink, 0.35);
     pen.rect(grid.x - 1, y + geo.ch - 0.5, grid.w + 1, 1, palette.ink, 0.35);
     const other = cells.length > 1 ? cells[cell === active ? 1 : 0] : null;
     drawArches(pen, geo, cell);
     drawRoad(pen, geo, cell, other && { ...other, partner: partnerOf(cell, other) }, state.inverted);
     pen.frame(x - 1.25, y - 1, geo.cw + 1, geo.ch + 0.5, palette.ink, 2);
-    pen.rect(x - 6, TOP + grid.h + 0.5, geo.cw + 12, geo.level ? 25 : 3, palette.paper);
-    if (geo.level) drawLabels(pen, { ...geo }, { ...grid, run: { ...run(cell), labels: [cell.run.labels[cell.t]], prompt: 1e9 }, x }, 0);
+    drawLabel(pen, geo, grid, cell.t, true);
   }
-  if (pair) { clearSpine(pen, geo); drawSpine(pen, geo, pair); }
+  if (pair) {
+    pen.rect(geo.spine - 2, 0, SPINE * ROOMS.length + 22, TOP + geo.L * geo.ch, palette.paper);
+    drawSpine(pen, geo, pair);
+  }
 }
-
-const run = (cell) => ({ T: 1, prompt: cell.run.prompt });
-const clearSpine = (pen, geo) => pen.rect(geo.spine - 2, 0, SPINE * ROOMS.length + 22, TOP + geo.L * geo.ch, palette.paper);

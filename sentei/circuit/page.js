@@ -293,11 +293,12 @@ function furnish() {
   for (const [name, value] of facts) {
     const values = runs.map(value);
     if (values.every(Number.isNaN)) continue;
-    $("facts").append(element("div", {}, element("dt", { text: name }), element("dd", { text: values.map(percent).join("  |  ") })));
+    $("facts").append(element("div", {}, element("dt", { text: name }), element("dd", {},
+      ...values.map((share, i) => element("span", { class: runs.length > 1 ? "ab"[i] : "", text: percent(share) })))));
   }
   runs.forEach((run, i) => {
     if (!run.told.following.length) return;
-    const next = run.told.following.slice(0, 3).map(([text, chance]) => `${text} ${percent(chance)}`).join("   ");
+    const next = run.told.following.slice(0, 3).map(([text, chance]) => `${quoted(text)} ${percent(chance)}`).join(", ");
     $("facts").append(element("div", {}, element("dt", { text: `next token${runs.length > 1 ? ` of ${"AB"[i]}` : ""}` }), element("dd", { text: next })));
   });
   const withRank = runs.some((run) => run.layers.some((own) => own.rank));
@@ -330,6 +331,15 @@ function legend(withRank) {
   $("legend").replaceChildren(...entries.map(([words, width, draw]) => element("span", {}, swatches.bar(width, 15, draw), words)));
 }
 
+// Where to look first: the last token of the last run; of two, the layer in which its matched tokens agree least.
+function notable() {
+  const t = runs[0].T - 1;
+  const u = runs.length > 1 ? maps[0][t] : -1;
+  if (u < 0) return { run: 0, l: Math.floor(geo.L / 2), t };
+  const values = pairValues({ run: runs[0], t }, { run: runs[1], t: u }).map((value) => value[0]);
+  return { run: 0, l: values.indexOf(Math.min(...values)), t };
+}
+
 async function start() {
   const buffer = await inflate($("data").textContent);
   runs = trace.runs.map((told, number) => new Run(number, told, buffer));
@@ -341,6 +351,7 @@ async function start() {
   furnish();
   redraw();
   readAddress();
+  if (!location.hash) state.cursor = notable();
   redraw();
   listen();
   changed();

@@ -21,7 +21,7 @@ from sentei.core.storage import write_text
 
 HERE = Path(__file__).parent
 SCRIPTS = ("data.js", "words.js", "pen.js", "grid.js", "panel.js", "page.js")
-MAX_LABEL, MAX_TEXT = 40, 240
+MAX_LABEL, MAX_TEXT = 40, 140
 MAX_BYTES = 64 << 20  # of a page: a browser would hardly open more
 # What in a JSON text could end the script element it stands in, or a line of JavaScript.
 _ESCAPES = {character: f"\\u{ord(character):04x}" for character in "<>&\u2028\u2029"}

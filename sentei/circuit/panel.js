@@ -21,12 +21,13 @@ const swatches = {
 function matrixShape(cell, available) {
   const own = cell.run.layers[cell.l];
   const keys = cell.run.visible(cell.t);
-  const size = Math.max(3, Math.min(22, Math.floor((available - 34) / keys)));
-  const high = Math.max(6, Math.min(15, Math.floor(170 / own.heads)));
+  const size = Math.max(3, Math.min(34, Math.floor((available - 36) / keys)));
+  const high = Math.max(6, Math.min(17, Math.floor(190 / own.heads)));
   const per = own.heads / own.kv_heads;
   const y = (head) => 2 + head * high + Math.floor(head / per) * 3;
-  return { keys, size, high, y, x: 30, heads: own.heads, per, width: 30 + keys * size + 6,
-    height: y(own.heads - 1) + high + (size >= 9 ? 62 : 6) };
+  const longest = Math.max(...cell.run.labels.slice(0, keys).map((label) => Math.min(label.length, 10)));
+  return { keys, size, high, y, x: 32, heads: own.heads, per, width: 32 + keys * size + 6,
+    height: y(own.heads - 1) + high + (size >= 9 ? 12 + longest * 5.4 : 6) };
 }
 
 function drawMatrix(pen, shape, cell, head, key) {
@@ -82,8 +83,10 @@ function drawExperts(pen, cell, width, height) {
 function drawGroups(pen, cell, width) {
   const { run, l, t } = cell;
   const own = run.layers[l];
+  const all = Array.from({ length: own.kv_heads }, (_, group) => decode(own.headWeights[t * own.kv_heads + group]));
+  const most = Math.max(...all, 1e-9);
   for (let group = 0; group < own.kv_heads; group++) {
-    const size = own.headWeights ? decode(own.headWeights[t * own.kv_heads + group]) : 1;
+    const size = all[group] / most;
     const y = group * 12;
     pen.rect(22, y + 1, width - 22, 9, palette.faint);
     if (run.keepsHead(l, t, group)) pen.rect(22, y + 1, (width - 22) * size, 9, palette.ink, 0.75);
@@ -96,7 +99,7 @@ function drawGroups(pen, cell, width) {
 function fillPanel(panel, cell, values) {
   const { run, l, t } = cell;
   const own = run.layers[l];
-  const width = Math.max(240, panel.clientWidth || 320);
+  const width = Math.max(240, Math.min(420, panel.clientWidth || 320));
   panel.replaceChildren(element("h2", { text: place(run, l, t) }));
   if (own.cost) {
     const [done, dense] = [own.cost[2 * t], own.cost[2 * t + 1]];
@@ -109,7 +112,7 @@ function fillPanel(panel, cell, values) {
   }
   if (values) panel.append(element("h3", { text: "agreement with the other" }), element("p", { text: describePair(values) }));
   panel.append(element("h3", { text: `heads by keys, ${KEEPS}` }));
-  const shape = matrixShape(cell, width);
+  const shape = matrixShape(cell, Math.max(width, panel.clientWidth || 0));
   const canvas = element("canvas", { tabindex: "0", role: "application", "aria-label": "Heads by keys" });
   panel.append(element("div", { class: "wide" }, canvas));
   drawMatrix(new CanvasPen(canvas, shape.width, shape.height), shape, cell, null, 0);

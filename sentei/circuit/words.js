@@ -8,8 +8,8 @@ const LEFT = observed ? "outside the mass" : "not computed";
 const named = (list) => list.length < 2 ? list.join("") : `${list.slice(0, -1).join(", ")} and ${list.at(-1)}`;
 
 function place(run, l, t) {
-  const which = runs.length > 1 ? `${"AB"[run.number]}, ` : "";
-  return `${which}layer ${l}, token ${t} ${quoted(run.labels[t])}`;
+  const which = runs.length > 1 ? `${"AB"[run.number]}, layer` : "Layer";
+  return `${which} ${l}, token ${t} ${quoted(run.labels[t])}`;
 }
 
 // One cell.
