@@ -11,6 +11,7 @@ import sentei
 from sentei import cli, pipeline
 from sentei.axes.connections import Config
 from sentei.budget.solver import Candidate, Solution
+from sentei.commands import verb
 from sentei.conversion import cache
 from sentei.conversion.plan import Plan
 from sentei.core.rules import Threshold
@@ -72,7 +73,7 @@ def test_the_whole_job_and_the_same_request_again(prune, tmp_path, monkeypatch):
     """With the real solver: what it finds, and that a second run reads and times nothing."""
     steps = []
 
-    class Counted(cli.Progress):
+    class Counted(verb.Progress):
         def stage(self, name, total):
             steps.append([name, total, 0])
             own = steps[-1]

@@ -33,9 +33,9 @@ def shared_prefix(first: Run, second: Run) -> int:
 
 
 def prefix_differences(first: Run, second: Run) -> int:
-    """How many bytes of choices and weights differ within the shared prefix, over all layers; 0 proves it identical.
+    """How many choices and weights differ within the shared prefix, over all layers; 0 proves it identical.
 
-    Costs are left out: they are made of the choices.
+    Costs are left out, as they are made of the choices, and weights of connections whose rows span several tokens.
     """
     shared, different = shared_prefix(first, second), 0
     for layer in range(len(first.layers)):
@@ -44,8 +44,11 @@ def prefix_differences(first: Run, second: Run) -> int:
             one, other = (run.get(layer, part) for run in (first, second))
             if one is not None and other is not None:
                 different += int((one[:shared].int() != other[:shared].int()).sum())
-        one, other = (kept_keys(run, layer, shared) for run in (first, second))
+        one, other = (kept_keys(run, layer, shared)[..., :shared] for run in (first, second))
         different += int((one != other).sum())
+        if all(span.block == 1 for run in (first, second) for span in run.spans(layer)) and first.spans(layer):
+            one, other = (run.get(layer, "connections.weights")[:, :shared] for run in (first, second))
+            different += int((one != other).sum())
     return different
 
 

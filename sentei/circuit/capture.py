@@ -31,8 +31,8 @@ def capture(model: nn.Module, prompts: list[list[int]], spell: Spell, *, write: 
     """The circuit of one prompt, or of two.
 
     A model with rooms tells what they kept. A dense model of transformers is observed, and the rule Mass(share) says
-    what holds the mass. Two prompts of a dense causal model are read at one length, with padding behind the shorter that
-    no token sees: the arithmetic of a shared prefix is then the same to the bit.
+    what holds the mass. Two prompts of a dense causal model are read at one length, with padding behind the shorter,
+    which no token sees: the arithmetic of a shared prefix is then the same to the bit.
 
     Args:
         model: in eval mode.

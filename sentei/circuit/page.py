@@ -1,7 +1,7 @@
 """The circuit page: one HTML file that holds a trace and draws it, and asks for nothing.
 
-The trace's tensors are deflated and stand in the page as base64, its words as JSON whose every letter is ASCII. The page
-puts text into elements as text alone, and its policy allows the scripts and the style it was made with, by their hashes.
+The trace's tensors are deflated and stand in the page as base64, its words as JSON whose every letter is ASCII. The
+page puts text into elements as text alone, and its policy allows the script and the style it was made with, by hash.
 """
 
 import base64
@@ -15,7 +15,7 @@ from string import Template
 
 from sentei.circuit.agreement import ROOMS, agreement, aligned, prefix_differences, shared_prefix
 from sentei.circuit.file import DTYPES, bytes_of, header_of, tensors_of
-from sentei.circuit.run import Circuit
+from sentei.circuit.run import Circuit, Run
 from sentei.core.errors import ResourceError
 from sentei.core.storage import write_text
 
@@ -54,7 +54,7 @@ def render(circuit: Circuit) -> str:
 
 
 def told(circuit: Circuit) -> dict:
-    """What the page knows, but for the bytes of the tensors: the header, a table of tensors, and what two runs share."""
+    """What the page knows but for the tensors' bytes: the header, a table of tensors, and what two runs share."""
     header, position, table = header_of(circuit), 0, {}
     for name, tensor in tensors_of(circuit).items():
         size = tensor.numel() * tensor.element_size()
@@ -84,6 +84,25 @@ def _number(value: object) -> float | None:
     return None if number != number else round(number, 4)
 
 
+def result(circuit: Circuit) -> dict:
+    """The page's main numbers, as a JSON object of schema sentei.traced/1."""
+    both = together(circuit)
+    if both is not None:
+        columns = zip(both["rooms"], zip(*both["agreement"], strict=True), strict=True)
+        means = {room: [value for value in values if value is not None] for room, values in columns}
+        both = {"shared": both["shared"], "differences": both["differences"], "matched": len(both["pairs"]),
+                "agreement": {room: sum(values) / len(values) if values else None for room, values in means.items()}}
+    return {"schema": "sentei.traced/1", "model": circuit.model, "kind": circuit.kind, "rule": circuit.rule,
+            "tokens": [len(run.tokens) for run in circuit.runs], "multiply_adds": list(map(_density, circuit.runs)),
+            "hash": fingerprint(circuit), "together": both}
+
+
+def _density(run: Run) -> float:
+    """Multiply-adds done ÷ dense, over all layers and tokens."""
+    done, dense = sum(run.get(layer, "cost").double().sum(0) for layer in range(len(run.layers))).tolist()
+    return done / dense if dense else 1.0
+
+
 def fingerprint(circuit: Circuit) -> str:
     """The SHA-256 of a trace: of its header and its tensors."""
     digest = hashlib.sha256(json.dumps(header_of(circuit)).encode())
@@ -96,8 +115,8 @@ def label(text: str, longest: int = MAX_LABEL) -> str:
     """A token, or a whole text, as a reader can see it, at most `longest` characters.
 
     One space in front is left away, as most words have it; a line break is shown as ↵; what would not show, or would
-    move its neighbours (controls, bidirectional marks, zero widths, lone surrogates, combining marks in front), is shown
-    by its number.
+    move its neighbours (controls, bidirectional marks, zero widths, lone surrogates, combining marks in front), is
+    shown by its number.
     """
     shown = text[1:] if len(text) > 1 and text[0] == " " else text
     parts = []

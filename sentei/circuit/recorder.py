@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import nn
 
-from sentei.circuit.bits import Span, encode, pack, pack_rows, strongest, unpack, unpack_rows
+from sentei.circuit.bits import NONE, Span, encode, pack, pack_rows, strongest, unpack, unpack_rows
 from sentei.circuit.run import ATTENTION_RAN, EXPERT_WEIGHTS, FEED_FORWARD_RAN, Run, Shape, Token
 from sentei.core.selection import Selection
 from sentei.core.tracing import Bypass, Record
@@ -195,6 +195,7 @@ class Recorder:
         """The shape of a layer and its parts, but for the cost."""
         parts = dict(layer.parts)
         if layer.rows:
+            self._fill(layer, count)
             spans, packed = _joined(layer.rows)
             parts |= {"connections.spans": spans} | packed
         if layer.experts:
@@ -211,6 +212,18 @@ class Recorder:
         choosers = len(parts["connections.bits"]) if layer.rows else 0
         return Shape(heads=self.facts.heads, kv_heads=self.facts.kv_heads, choosers=choosers, experts=layer.number,
                      unit=layer.unit, rank=sum(layer.rank.values())), parts
+
+    def _fill(self, layer: _Layer, count: int) -> None:
+        """Gives tokens that a block skipped alone, in a call of their own, rows that keep nothing."""
+        held = set(layer.held.tolist()) if layer.ran else set(range(count))
+        covered = {token for span, *_ in layer.rows for token in range(span.first, span.first + span.queries)}
+        _, bits, ids, weights = layer.rows[0]
+        for token in set(range(count)) - covered - held:
+            span = Span(first=token, queries=1, block=1, unit=1)
+            size = -(-span.widths(count, self.facts.causal)[0] // 8)
+            layer.rows.append((span, bits.new_zeros(len(bits), size),
+                               torch.full_like(ids[:, :1].int(), NONE).to(ids.dtype), torch.zeros_like(weights[:, :1])))
+        layer.rows.sort(key=lambda row: row[0].first)
 
     def _cost(self, layer: _Layer, shape: Shape, parts: dict[str, torch.Tensor], linear: tuple[int, int]
               ) -> torch.Tensor:
@@ -289,7 +302,7 @@ def _experts_of(layer: _Layer, count: int) -> dict[str, torch.Tensor]:
     """The parts of `experts`, for all tokens; one that never came there kept none."""
     kept = min(layer.number, EXPERT_WEIGHTS)
     bits = torch.zeros(count, -(-layer.number // 8), dtype=torch.uint8)
-    ids = torch.full((count, kept), 65535, dtype=torch.int32)
+    ids = torch.full((count, kept), NONE, dtype=torch.int32)
     weights = torch.zeros(count, kept, dtype=torch.uint8)
     for places, chosen in layer.experts:
         bits[places] = pack(chosen.mask())
