@@ -8,12 +8,14 @@ from tiny import tiny_model
 from sentei.axes import connections, depth, experts
 from sentei.axes.experts.gates import Softmax
 from sentei.circuit.agreement import kept_keys
-from sentei.circuit.bits import unpack
+from sentei.circuit.bits import Span, encode, pack, unpack
 from sentei.circuit.capture import capture
 from sentei.circuit.page import label
-from sentei.circuit.run import OBSERVED, Circuit, Run
+from sentei.circuit.recorder import Facts, Recorder
+from sentei.circuit.run import OBSERVED, Circuit, Run, Token
 from sentei.conversion.plan import Plan, convert
 from sentei.core.rules import Capacity, Mass, TopK
+from sentei.core.selection import Selection
 from sentei.model import Config, Transformer
 from sentei.model.slots import Routed
 
@@ -130,3 +132,28 @@ def edge_weight(run: Run, layer: int, token: int, head: int, key: int) -> float 
     place_in = key // found[1]
     codes = run.get(layer, "connections.weights")[chooser, found[0]]
     return (int(codes[ids.index(place_in)]) / 255) ** 2 if place_in in ids else None
+
+
+def large(tokens: int = 256, layers: int = 30, spell=spelled) -> Circuit:
+    """Two observed prompts of random choices, of the shape of SmolLM2-135M: nothing in it can be squeezed."""
+    random, runs = torch.Generator().manual_seed(0), []
+    for number in range(2):
+        recorder = Recorder(Facts(layers=layers, heads=9, kv_heads=3, pair=128,
+                                  linear=((884_736, 2_654_208),) * layers))
+        recorder.call(0, tokens)
+        for layer in recorder.layers:
+            seen = torch.ones(9, tokens, tokens, dtype=torch.bool).tril()
+            keep = (torch.rand(seen.shape, generator=random) < 0.2) | torch.eye(tokens, dtype=torch.bool)
+            chosen = Selection.from_mask(keep, seen).weigh(torch.rand(seen.shape, generator=random) ** 4)
+            recorder.connect(layer, chosen, Span(first=0, queries=tokens, block=1, unit=1))
+            groups = torch.rand(tokens, 16, generator=random)
+            kept = Selection.from_mask(groups > 0.3, torch.ones_like(groups, dtype=torch.bool), unit=96)
+            recorder.route(layer, kept.weigh(groups / groups.sum(-1, keepdim=True)), torch.arange(tokens))
+            sizes, heads = torch.rand(tokens, 2, generator=random), torch.rand(tokens, 3, generator=random)
+            layer.parts = {"depth.bits": (sizes > 0.3).long() @ torch.tensor([1, 2]), "depth.weights": encode(sizes),
+                           "heads.bits": pack(heads > 0.1), "heads.weights": encode(heads)}
+            layer.parts["depth.bits"] = layer.parts["depth.bits"].to(torch.uint8)
+        ids = [*range(tokens // 3), *range(1000 * number, 1000 * number + tokens - tokens // 3)]
+        words_of = tuple(Token(id=entry, text=spell(entry)) for entry in ids)
+        runs.append(recorder.run(words_of, prompt=tokens, following=((" bat", 0.5), (" cat", 0.25))))
+    return Circuit(kind=OBSERVED, model="random", rule="chance", runs=tuple(runs))
