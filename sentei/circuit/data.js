@@ -27,6 +27,7 @@ class Run {
     this.ids = told.tokens.map((token) => token[0]);
     this.T = this.ids.length;
     this.L = told.layers.length;
+    this.masks = new Map();
     this.layers = told.layers.map((shape, layer) => this.open(shape, layer, buffer));
     this.summarise();
   }
@@ -116,25 +117,49 @@ class Run {
     return found;
   }
 
+  // The keys that each chooser keeps for a token, Uint8Array [choosers × visible]; the newest are remembered.
+  mask(l, t) {
+    const place = l * this.T + t;
+    const known = this.masks.get(place);
+    if (known) return known;
+    const own = this.layers[l];
+    const visible = this.visible(t);
+    const found = new Uint8Array(Math.max(own.choosers, 1) * visible);
+    const row = own.rowOf[t];
+    if (row < 0) found.fill(1);
+    for (let chooser = 0; row >= 0 && chooser < own.choosers; chooser++) {
+      const { offset, unit } = own.rows[row];
+      const start = chooser * own.bytes + offset;
+      for (let key = 0; key < visible; key++) {
+        const place = unit === 1 ? key : Math.floor(key / unit);
+        found[chooser * visible + key] = own.bits[start + (place >> 3)] >> (place & 7) & 1;
+      }
+    }
+    if (this.masks.size > 4 * this.L) this.masks.clear();
+    this.masks.set(place, found);
+    return found;
+  }
+
   // By key, how many heads keep it and their mean weight.
   reads(l, t) {
     const own = this.layers[l];
-    const count = new Uint16Array(this.visible(t));
-    const weight = new Float32Array(this.visible(t));
+    const visible = this.visible(t);
+    const count = new Uint16Array(visible);
+    const weight = new Float32Array(visible);
+    const mask = this.mask(l, t);
+    const choosers = mask.length / visible;
+    const per = own.heads / choosers;
+    for (let chooser = 0; chooser < choosers; chooser++) {
+      for (let key = 0, i = chooser * visible; key < visible; key++, i++) count[key] += mask[i] * per;
+    }
     const row = own.rowOf[t];
-    if (row < 0) return { count: count.fill(own.heads), weight };
-    const { offset, unit } = own.rows[row];
-    const per = own.heads / own.choosers;
-    const kept = own.ids.length / (own.choosers * own.rows.length);
-    for (let chooser = 0; chooser < own.choosers; chooser++) {
-      const start = chooser * own.bytes + offset;
-      for (let key = 0; key < count.length; key++) {
-        if (bit(own.bits, start, unit === 1 ? key : Math.floor(key / unit))) count[key] += per;
-      }
+    const kept = row < 0 ? 0 : own.ids.length / (own.choosers * own.rows.length);
+    for (let chooser = 0; row >= 0 && chooser < own.choosers; chooser++) {
+      const { unit } = own.rows[row];
       const first = (chooser * own.rows.length + row) * kept;
       for (let i = first; i < first + kept && own.ids[i] !== NONE; i++) {
         const share = decode(own.weights[i]) / own.choosers / unit;
-        const stop = Math.min((own.ids[i] + 1) * unit, count.length);
+        const stop = Math.min((own.ids[i] + 1) * unit, visible);
         for (let key = own.ids[i] * unit; key < stop; key++) weight[key] += share;
       }
     }
@@ -239,14 +264,20 @@ function alike(one, t, other, u, l, partner) {
   let both = 0;
   let mine = 0;
   let yours = 0;
-  for (let head = 0; head < own.heads; head++) {
-    for (let key = 0; key < one.visible(t); key++) {
-      if (!one.keeps(l, head, t, key)) continue;
+  const [here, there] = [one.mask(l, t), other.mask(l, u)];
+  const [wide, far] = [one.visible(t), other.visible(u)];
+  const choosers = [here.length / wide, there.length / far];
+  const heads = Math.max(...choosers);
+  const matches = Int32Array.from({ length: wide }, (_, key) => partner(key));
+  for (let head = 0; head < heads; head++) {
+    const first = Math.floor(head * choosers[0] / heads) * wide;
+    const second = Math.floor(head * choosers[1] / heads) * far;
+    for (let key = 0; key < wide; key++) {
+      if (!here[first + key]) continue;
       mine += 1;
-      const match = partner(key);
-      if (match >= 0 && match < other.visible(u) && other.keeps(l, head, u, match)) both += 1;
+      if (matches[key] >= 0 && matches[key] < far) both += there[second + matches[key]];
     }
-    for (let key = 0; key < other.visible(u); key++) yours += other.keeps(l, head, u, key) ? 1 : 0;
+    for (let key = 0; key < far; key++) yours += there[second + key];
   }
   const share = (count, first, second) => {
     let joint = 0;

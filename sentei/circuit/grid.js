@@ -290,7 +290,9 @@ function drawRoad(pen, geo, cell, other, inverted) {
       const r = Math.max(1.2, largest * Math.min(1, Math.sqrt(Math.max(weight[key], 0.3 * count[key] / run.layers[l].heads))));
       const match = other ? other.partner(key) : -1;
       const joint = !other || (match >= 0 && match < theirs.length && theirs[match] > 0);
-      if (joint) pen.disc(x, y, r, palette.ink, palette.paper, 1);
+      const colour = joint ? palette.ink : run.number === 0 ? palette.a : palette.b;
+      if (r < 2.4) pen.rect(x - r, y - r, 2 * r, 2 * r, colour);
+      else if (joint) pen.disc(x, y, r, palette.ink, palette.paper, 1);
       else if (run.number === 0) pen.disc(x, y, r, palette.a, palette.paper, 1);
       else pen.diamond(x, y, r * 1.25, palette.b, palette.paper, 1);
     }

@@ -9,6 +9,7 @@ let hover = null;
 let over = null;
 let matrices = [];
 let maps = null;
+let waiting = 0;
 
 const cellOf = ({ run: number, l, t }) => ({ run: runs[number], l, t });
 const same = (a, b) => a && b && a.run === b.run && a.l === b.l && a.t === b.t;
@@ -56,13 +57,14 @@ function panels() {
   if (cells.length === 2 && cells[0].run !== cells[1].run) cells.sort((a, b) => a.run.number - b.run.number);
   const values = cells.length > 1 ? alike(cells[0].run, cells[0].t, cells[1].run, cells[1].t, cells[0].l, partnerOf(...cells)) : null;
   const home = $("panels");
+  const available = cells.length > 1 ? Math.floor((home.clientWidth - 34) / 2) : home.clientWidth;
   while (home.children.length > Math.max(cells.length, 1)) home.lastChild.remove();
   matrices = cells.map((cell, i) => {
     const kind = runs.length > 1 ? ` ${"ab"[cell.run.number]}` : "";
     const panel = home.children[i] || home.appendChild(element("section", {}));
     panel.setAttribute("class", `panel${kind}`);
     panel.setAttribute("aria-label", place(cell.run, cell.l, cell.t));
-    return { cell, ...fillPanel(panel, cell, values) };
+    return { cell, ...fillPanel(panel, cell, values, available) };
   });
   if (!cells.length) {
     const panel = element("section", { class: "panel" }, element("h2", { text: "No cell chosen" }),
@@ -240,7 +242,8 @@ function listen() {
     if (cell === hover || same(cell, hover)) return;
     hover = cell;
     refresh();
-    if (cell) panels();
+    // The line and the road follow at once, the panels with the next frame.
+    if (cell && !waiting) waiting = requestAnimationFrame(() => { waiting = 0; panels(); });
   });
   stage.addEventListener("pointerleave", () => { if (hover) { hover = null; refresh(); panels(); } });
   stage.addEventListener("click", (event) => { const cell = cellOfEvent(event); if (cell) select(cell); });

@@ -33,22 +33,25 @@ function matrixShape(cell, available) {
 function drawMatrix(pen, shape, cell, head, key) {
   const { run, l, t } = cell;
   const attended = run.attentionRan(l, t) || observed;
+  const dropped = [];
+  const mask = run.mask(l, t);
   for (let h = 0; h < shape.heads; h++) {
     const y = shape.y(h);
+    const chooser = Math.floor(h * mask.length / shape.keys / shape.heads);
     if (h % shape.per === 0) pen.text(`KV ${h / shape.per}`, shape.x - 5, y + shape.high / 2, palette.muted, { size: 9, align: "right" });
     for (let k = 0; k < shape.keys; k++) {
       const x = shape.x + k * shape.size;
       const w = shape.size - (shape.size > 4 ? 1 : 0);
       const tall = shape.high - 1;
-      if (attended && run.keeps(l, h, t, k)) {
-        const weight = run.weight(l, h, t, k);
-        pen.rect(x, y, w, tall, palette.attention, weight === null ? 0.22 : 0.22 + 0.78 * Math.sqrt(weight));
+      if (attended && mask[chooser * shape.keys + k]) {
+        pen.rect(x, y, w, tall, palette.attention, 0.22 + 0.78 * Math.sqrt(run.weight(l, h, t, k) || 0));
       } else {
         pen.rect(x, y, w, tall, palette.faint);
-        if (shape.size > 4) pen.line(x + 1, y + tall - 1, x + w - 1, y + 1, palette.muted, 0.6, 0.55);
+        if (shape.size > 4) dropped.push([x, y, w, tall]);
       }
     }
   }
+  pen.hatch(dropped, palette.muted);
   if (shape.size >= 9) {
     const bottom = shape.y(shape.heads - 1) + shape.high + 6;
     for (let k = 0; k < shape.keys; k++) {
@@ -96,10 +99,10 @@ function drawGroups(pen, cell, width) {
 }
 
 // Fills a panel with a cell; returns the matrix, so that the mouse and the keyboard can walk it.
-function fillPanel(panel, cell, values) {
+function fillPanel(panel, cell, values, available) {
   const { run, l, t } = cell;
   const own = run.layers[l];
-  const width = Math.max(240, Math.min(420, panel.clientWidth || 320));
+  const width = Math.max(240, Math.min(420, available));
   panel.replaceChildren(element("h2", { text: place(run, l, t) }));
   if (own.cost) {
     const [done, dense] = [own.cost[2 * t], own.cost[2 * t + 1]];
@@ -112,7 +115,7 @@ function fillPanel(panel, cell, values) {
   }
   if (values) panel.append(element("h3", { text: "agreement with the other" }), element("p", { text: describePair(values) }));
   panel.append(element("h3", { text: `heads by keys, ${KEEPS}` }));
-  const shape = matrixShape(cell, Math.max(width, panel.clientWidth || 0));
+  const shape = matrixShape(cell, Math.max(width, available));
   const canvas = element("canvas", { tabindex: "0", role: "application", "aria-label": "Heads by keys" });
   panel.append(element("div", { class: "wide" }, canvas));
   drawMatrix(new CanvasPen(canvas, shape.width, shape.height), shape, cell, null, 0);

@@ -1,4 +1,6 @@
 // Two pens with the same strokes: one draws on a canvas, the other writes SVG. Sizes are CSS pixels.
+const FONT = getComputedStyle(document.body).fontFamily;
+
 class CanvasPen {
   constructor(canvas, width, height) {
     const scale = Math.min(window.devicePixelRatio || 1, 16000 / Math.max(width, height, 1));
@@ -8,7 +10,7 @@ class CanvasPen {
     canvas.style.height = `${height}px`;
     this.context = canvas.getContext("2d");
     this.context.scale(scale, scale);
-    this.font = getComputedStyle(document.body).fontFamily;
+    this.font = FONT;
   }
 
   clear(width, height) { this.context.clearRect(0, 0, width, height); }
@@ -69,6 +71,12 @@ class CanvasPen {
     c.textBaseline = "middle";
     c.fillText(words, 0, 0);
     c.restore();
+  }
+
+  // Short strokes from the lower left to the upper right of boxes [x, y, w, h].
+  hatch(boxes, stroke) {
+    this.path((c) => boxes.forEach(([x, y, w, h]) => { c.moveTo(x + 1, y + h - 1); c.lineTo(x + w - 1, y + 1); }),
+      stroke, 0.6, 0.55);
   }
 
   measure(words, size = 11) {
