@@ -2,6 +2,7 @@
 
 import datetime
 import platform
+import sys
 from collections.abc import Callable
 
 import torch
@@ -59,8 +60,13 @@ def capture(model: nn.Module, prompts: list[list[int]], spell: Spell, *, write: 
     runs = tuple(_run(model, facts, prompt, spell, write, None if ran else (share, longest)) for prompt in prompts)
     return Circuit(kind=RAN if ran else OBSERVED, model=model_name or type(model).__name__, runs=runs,
                    rule="the rooms of the model" if ran else f"the fewest parts that hold {share:.0%} of the mass",
-                   versions={"torch": torch.__version__, "python": platform.python_version()},
-                   date=datetime.date.today().isoformat())
+                   versions=versions(), date=datetime.date.today().isoformat())
+
+
+def versions() -> dict[str, str]:
+    """The versions of what made a trace; the package root is loaded before any of its modules."""
+    names = [name for name in ("sentei", "torch", "transformers") if name in sys.modules]
+    return {name: sys.modules[name].__version__ for name in names} | {"python": platform.python_version()}
 
 
 def _run(model: nn.Module, facts: Facts, prompt: list[int], spell: Spell, write: int,
