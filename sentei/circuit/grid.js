@@ -291,7 +291,8 @@ function drawRoad(pen, geo, cell, other, inverted) {
       const match = other ? other.partner(key) : -1;
       const joint = !other || (match >= 0 && match < theirs.length && theirs[match] > 0);
       const colour = joint ? palette.ink : run.number === 0 ? palette.a : palette.b;
-      if (r < 2.4) pen.rect(x - r, y - r, 2 * r, 2 * r, colour);
+      const upright = !joint && run.number > 0;  // in columns too narrow for a diamond
+      if (geo.cw < 8) pen.rect(x - (upright ? r / 2 : r), y - r * (upright ? 1.8 : 1), upright ? r : 2 * r, r * (upright ? 3.6 : 2), colour);
       else if (joint) pen.disc(x, y, r, palette.ink, palette.paper, 1);
       else if (run.number === 0) pen.disc(x, y, r, palette.a, palette.paper, 1);
       else pen.diamond(x, y, r * 1.25, palette.b, palette.paper, 1);
