@@ -6,6 +6,7 @@ const ROOMS = [
 const TOP = 44;
 const STRIP = 15;
 const SPINE = 31;
+const ARCS = 80;
 let palette = {};
 
 function readPalette() {
@@ -272,6 +273,7 @@ function drawRoad(pen, geo, cell, other, inverted) {
   const { run, t } = cell;
   const stem = tokenX(geo, grid, t) + geo.cw / 2;
   const visible = run.visible(t);
+  const marks = new Map();  // by colour, drawn at once: a rectangle at a time would be slow
   const largest = Math.min(geo.ch * 0.42, Math.max(2.5, geo.cw * 0.42));
   for (let l = 0; l < geo.L; l++) {
     const y = rowY(geo, grid, l) + geo.ch / 2;
@@ -292,14 +294,18 @@ function drawRoad(pen, geo, cell, other, inverted) {
       const joint = !other || (match >= 0 && match < theirs.length && theirs[match] > 0);
       const colour = joint ? palette.ink : run.number === 0 ? palette.a : palette.b;
       const upright = !joint && run.number > 0;  // in columns too narrow for a diamond
-      if (geo.cw < 8) pen.rect(x - (upright ? r / 2 : r), y - r * (upright ? 1.8 : 1), upright ? r : 2 * r, r * (upright ? 3.6 : 2), colour);
-      else if (joint) pen.disc(x, y, r, palette.ink, palette.paper, 1);
+      if (geo.cw < 8) {
+        if (!marks.has(colour)) marks.set(colour, []);
+        marks.get(colour).push(upright ? [x - r / 2, y - 1.8 * r, r, 3.6 * r] : [x - r, y - r, 2 * r, 2 * r]);
+      } else if (joint) pen.disc(x, y, r, palette.ink, palette.paper, 1);
       else if (run.number === 0) pen.disc(x, y, r, palette.a, palette.paper, 1);
       else pen.diamond(x, y, r * 1.25, palette.b, palette.paper, 1);
     }
   }
+  for (const [colour, boxes] of marks) pen.boxes(boxes, colour);
 }
 
+// Arcs to the keys that a cell reads, to the heaviest where there are many.
 function drawArches(pen, geo, cell) {
   const grid = geo.grids[cell.run.number];
   const { run, l, t } = cell;
@@ -308,12 +314,16 @@ function drawArches(pen, geo, cell) {
   const end = tokenX(geo, grid, t) + geo.cw / 2;
   const { count, weight } = run.reads(l, t);
   const { heads } = run.layers[l];
+  const arcs = [];
   for (let key = 0; key < count.length; key++) {
-    if (key === t || !count[key]) continue;
+    if (key !== t && count[key]) arcs.push([Math.max(weight[key], 0.1 * count[key] / heads), key]);
+  }
+  arcs.sort((a, b) => b[0] - a[0]);
+  for (const [strength, key] of arcs.slice(0, ARCS)) {
     const start = tokenX(geo, grid, key) + geo.cw / 2;
-    const strength = Math.max(weight[key], 0.1 * count[key] / heads);
-    pen.arch(start, end, y, Math.min(14 + Math.abs(end - start) * 0.35, room) * (grid.up ? 1 : -1), palette.attention,
-      Math.max(0.6, 4.5 * Math.sqrt(strength) * Math.min(1, geo.cw / 12)), 0.35 + 0.6 * Math.sqrt(strength));
+    const height = Math.min(14 + Math.abs(end - start) * 0.35, room) * (grid.up ? 1 : -1);
+    pen.arch(start, end, y, height, palette.attention, Math.max(0.6, 4.5 * Math.sqrt(strength) * Math.min(1, geo.cw / 12)),
+      0.35 + 0.6 * Math.sqrt(strength));
   }
 }
 

@@ -11,32 +11,32 @@ class CanvasPen {
     this.context = canvas.getContext("2d");
     this.context.scale(scale, scale);
     this.font = FONT;
+    this.alpha = 1;
+    this.fill = null;
   }
 
   clear(width, height) { this.context.clearRect(0, 0, width, height); }
 
   rect(x, y, w, h, fill, alpha = 1) {
-    this.context.globalAlpha = alpha;
-    this.context.fillStyle = fill;
+    if (this.alpha !== alpha) this.context.globalAlpha = this.alpha = alpha;
+    if (this.fill !== fill) this.context.fillStyle = this.fill = fill;
     this.context.fillRect(x, y, w, h);
-    this.context.globalAlpha = 1;
   }
 
   path(trace, stroke, width, alpha, dash, fill) {
     const c = this.context;
     c.beginPath();
     trace(c);
-    c.globalAlpha = alpha;
-    if (fill) { c.fillStyle = fill; c.fill(); }
+    c.globalAlpha = this.alpha = alpha;
+    if (fill) { c.fillStyle = this.fill = fill; c.fill(); }
     if (stroke) {
       c.strokeStyle = stroke;
       c.lineWidth = width;
       c.lineCap = "round";
-      c.setLineDash(dash || []);
+      if (dash) c.setLineDash(dash);
       c.stroke();
-      c.setLineDash([]);
+      if (dash) c.setLineDash([]);
     }
-    c.globalAlpha = 1;
   }
 
   frame(x, y, w, h, stroke, width = 1, alpha = 1, dash = null) {
@@ -63,6 +63,7 @@ class CanvasPen {
   text(words, x, y, fill, { size = 11, align = "left", turn = 0, bold = false } = {}) {
     const c = this.context;
     c.save();
+    c.globalAlpha = 1;
     c.translate(x, y);
     c.rotate(turn);
     c.fillStyle = fill;
@@ -72,6 +73,9 @@ class CanvasPen {
     c.fillText(words, 0, 0);
     c.restore();
   }
+
+  // Boxes [x, y, w, h] of one colour, in one go.
+  boxes(all, fill) { this.path((c) => all.forEach((box) => c.rect(...box)), null, 0, 1, null, fill); }
 
   // Short strokes from the lower left to the upper right of boxes [x, y, w, h].
   hatch(boxes, stroke) {
@@ -134,6 +138,8 @@ class SvgPen {
       "font-weight": bold ? 600 : null, transform: `translate(${x} ${y}) rotate(${turn * 180 / Math.PI})` });
     element.textContent = words;
   }
+
+  boxes(all, fill) { all.forEach((box) => this.rect(...box, fill)); }
 
   source() { return new XMLSerializer().serializeToString(this.root); }
 }
