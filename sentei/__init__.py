@@ -22,7 +22,7 @@ _HOMES = {
     "convert": "sentei.conversion.plan",
     "load": "sentei.conversion.export",
     "prune": "sentei.pipeline",
-    "trace": "sentei.core.tracing",
+    "trace": "sentei.circuit.tracing",
     "verify": "sentei.pipeline",
 }
 

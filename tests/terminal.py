@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from sentei.cli import Progress
+from sentei.commands.verb import Progress
 
 
 def four_parts(stderr: str) -> dict[str, str]:

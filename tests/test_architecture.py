@@ -31,7 +31,8 @@ FLOORS = {
     "training": TRAINING,
     "budget": LOWER | {"conversion", "measurement"},
     "pipeline": LOWER | {"conversion", "measurement", "budget"},
-    "cli": {"core", "pipeline", "training", "measurement", "benches", "geometry", "circuit"},
+    "commands": TRAINING | {"training", "budget", "pipeline", "benches", "geometry", "circuit"},
+    "cli": {"core", "commands"},
     "__main__": {"cli"},
     "__init__": TRAINING | {"training", "budget", "pipeline", "geometry", "circuit"},
 }
@@ -44,7 +45,7 @@ MAX_LINES, MAX_KERNEL_LINES, MAX_FUNCTION_LINES, MAX_PARAMETERS, MAX_FIELDS = 40
 BAD_MODULES = {"pickle", "cPickle", "dill", "joblib", "cloudpickle", "shelve", "marshal"}
 BAD_CALLS = {"eval", "exec", "torch.load", "os.getenv", "os.putenv", "os.system"}
 BAD_KEYWORDS = {"trust_remote_code", "allow_pickle", "shell"}
-ENVIRONMENT = {("sentei/cli.py", "TERM")}  # which file may read which variable
+ENVIRONMENT = {("sentei/commands/verb.py", "TERM")}  # which file may read which variable
 SKIPS = {"skip", "skipif", "importorskip", "xfail"}
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
@@ -305,7 +306,7 @@ BROKEN = [
     (forbidden_calls, {"sentei/core/a.py": "f(trust_remote_code=x)"}, "passes trust_remote_code"),
     (forbidden_calls, {"sentei/core/a.py": "import os\nos.environ['A'] = '1'"}, "uses os.environ"),
     (forbidden_calls, {"sentei/core/a.py": "import os\nos.environ.get('TERM')"}, "uses os.environ"),
-    (forbidden_calls, {"sentei/cli.py": "import os\nos.environ.get('HOME')"}, "uses os.environ"),
+    (forbidden_calls, {"sentei/commands/verb.py": "import os\nos.environ.get('HOME')"}, "uses os.environ"),
     (forbidden_calls, {"sentei/core/a.py": "from os import environ"}, "imports os.environ"),
     (unlisted_skips, {"tests/test_a.py": "import pytest\n@pytest.mark.skipif(True)\ndef test_b(): ..."},
      "tests/test_a.py::test_b skips and is not in SKIPS.md"),
@@ -330,7 +331,7 @@ def test_a_good_house_is_left_in_peace(tmp_path):
         "sentei/axes/axis.py": DOC,
         "sentei/axes/rank.py": DOC + "import sentei.axes.axis\nfrom sentei.core.a import A\n"
                                "class Rank(A):\n    '''R.'''\n    def f(self):\n        model.eval()\n",
-        "sentei/cli.py": DOC + "import os\nos.environ.get('TERM')\nf(trust_remote_code=False)\n",
+        "sentei/commands/verb.py": DOC + "import os\nos.environ.get('TERM')\nf(trust_remote_code=False)\n",
         "tests/test_a.py": "import pytest\ndef test_b():\n    pytest.skip('why')\n",
         "tests/SKIPS.md": "| `tests/test_a.py::test_b` | why | when |\n",
     }

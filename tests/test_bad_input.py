@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from terminal import contents, last_error, unfinished, watching
 from tiny import save_tiny_gguf
 
-from sentei import cli
+from sentei.commands import prune as main_job
 
 RESULT = {"config.json", "model.safetensors", "sentei.json", "sentei-receipt.json", "report.html"}
 
@@ -148,7 +148,7 @@ def check_full(done, out: Path) -> None:
 def test_a_disk_that_is_full_in_a_stage_leaves_no_half_file_and_the_same_command_goes_on(
         prune, tmp_path, monkeypatch, stage):
     with monkeypatch.context() as fault:
-        fault.setattr(cli, "Progress", watching(
+        fault.setattr(main_job, "Progress", watching(
             lambda name, _: name == stage and fault.setattr(os, "fsync", disk_full)))
         check_full(prune("--json"), tmp_path / "out")
     again = prune()

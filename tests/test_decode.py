@@ -8,9 +8,11 @@ import torch
 from tiny import save_tiny
 
 import sentei
-from sentei import cli, pipeline
+from sentei import pipeline
 from sentei.axes.connections import Config
 from sentei.budget.solver import Candidate, Solution
+from sentei.commands import prune as main_job
+from sentei.commands import verb
 from sentei.conversion import cache
 from sentei.conversion.plan import Plan
 from sentei.core.rules import Threshold
@@ -72,7 +74,7 @@ def test_the_whole_job_and_the_same_request_again(prune, tmp_path, monkeypatch):
     """With the real solver: what it finds, and that a second run reads and times nothing."""
     steps = []
 
-    class Counted(cli.Progress):
+    class Counted(verb.Progress):
         def stage(self, name, total):
             steps.append([name, total, 0])
             own = steps[-1]
@@ -86,7 +88,7 @@ def test_the_whole_job_and_the_same_request_again(prune, tmp_path, monkeypatch):
 
             return Context()
 
-    monkeypatch.setattr(cli, "Progress", Counted)
+    monkeypatch.setattr(main_job, "Progress", Counted)
     first = prune("--json", workload="decode:256", quality=0.5)
     result = json.loads(first.stdout)
     assert first.returncode == 0 and [entry["layer"] for entry in result["plan"]] == [0, 1, 2]

@@ -13,6 +13,7 @@ from terminal import unfinished, watching
 
 import sentei as package
 from sentei import cli
+from sentei.commands import prune as main_job
 from sentei.core.errors import FileError
 from sentei.core.storage import LOCK
 from sentei.pipeline import MARKER
@@ -52,7 +53,7 @@ def interrupt(*_):
 def test_ctrl_c_keeps_what_is_finished_and_the_same_command_goes_on(prune, tmp_path, monkeypatch, stage, step, kept):
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
-        patch.setattr(cli, "Progress", watching(lambda *at: at == (stage, step) and interrupt()))
+        patch.setattr(main_job, "Progress", watching(lambda *at: at == (stage, step) and interrupt()))
         done = prune("--json")
     finished = stamps(out)
     assert (done.returncode, done.stdout) == (130, "")
@@ -68,7 +69,7 @@ def test_ctrl_c_keeps_what_is_finished_and_the_same_command_goes_on(prune, tmp_p
 def test_ctrl_c_while_a_file_is_put_in_its_place_leaves_no_half_file(prune, tmp_path, monkeypatch, stage):
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
-        patch.setattr(cli, "Progress", watching(
+        patch.setattr(main_job, "Progress", watching(
             lambda name, _: name == stage and patch.setattr(os, "replace", interrupt)))
         assert prune().returncode == 130
     assert unfinished(out) == []

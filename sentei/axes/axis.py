@@ -8,7 +8,7 @@ from torch import nn
 from sentei.core.cost import Cost
 from sentei.core.rules import Rule
 from sentei.core.selection import Selection
-from sentei.core.tracing import Tap
+from sentei.core.tracing import Span, Tap
 
 
 class Axis(nn.Module, ABC):
@@ -32,7 +32,8 @@ class Axis(nn.Module, ABC):
             return output
         scores = self.score(*inputs)
         selection = self.select(scores, *inputs)
-        selection = self.tap(self.weigh(selection, scores, *inputs), lambda: self.account(selection, *inputs))
+        selection = self.tap(self.weigh(selection, scores, *inputs), lambda: self.account(selection, *inputs),
+                             room=type(self).__name__.lower(), span=self.span(*inputs))
         return self.apply(selection, *inputs)
 
     @abstractmethod
@@ -50,6 +51,10 @@ class Axis(nn.Module, ABC):
     @abstractmethod
     def account(self, selection: Selection, *inputs) -> tuple[Cost, str, str]:
         """What `apply` costs, the kernel that runs and why."""
+
+    def span(self, *inputs) -> Span | None:
+        """The tokens that queries and candidates stand for, where that is not one token a query."""
+        return None
 
     def shortcut(self, *inputs) -> torch.Tensor | None:
         """The same output in fewer steps, where a room has a kernel for several at once; else None.

@@ -24,6 +24,7 @@ from sentei.core.cost import Cost
 from sentei.core.errors import FileError, RuleError, ShapeError
 from sentei.core.rules import MAX_K, All, Capacity, Certified, Rule, TopK, rule_from_json
 from sentei.core.selection import Selection
+from sentei.core.tracing import Span
 from sentei.kernels import paging
 from sentei.kernels.attention import Grid, Tiles, attend, choose_impl, merge
 from sentei.kernels.attention.certify import attend_certified
@@ -253,6 +254,10 @@ class Connections(Axis):
         cost = Cost(multiply_adds=kept * per_choice * per_tile, dense_multiply_adds=permitted * per_choice * per_tile,
                     bytes=moved, choosing=choosing)
         return cost, *choose_impl(self.impl, query, key, value, self.tiles(selection, query, key, lengths))
+
+    def span(self, query, key, *others):
+        block = 1 if self.reads_pages(query.shape[1]) else self.config.tile[0]
+        return Span(queries=query.shape[1], keys=key.shape[1], block=block)
 
     @property
     def is_paged(self) -> bool:

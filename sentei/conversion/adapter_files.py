@@ -16,11 +16,10 @@ from torch import nn
 
 from sentei.axes.rank import Config, LowRank, from_dense
 from sentei.conversion.adapters import adapters_of, freeze_all_but_adapters, is_at, replace
-from sentei.conversion.families import shown
 from sentei.conversion.model_folder import MAX_CONFIG_BYTES, member
-from sentei.conversion.safetensors_header import Tensor, read_header
-from sentei.core.errors import FileError, RuleError, UnsupportedError
+from sentei.core.errors import FileError, RuleError, UnsupportedError, shown
 from sentei.core.rules import All, Rule
+from sentei.core.safetensors_header import Tensor, read_header
 from sentei.core.storage import cannot_write, read_json, write_json, write_whole
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from sentei.conversion.families import Family, shown
+from sentei.conversion.families import Family
 from sentei.conversion.gguf_cache import dequantise
 from sentei.conversion.memory import require_memory
 from sentei.conversion.model_folder import check_side_files, member, read_config, refuse_pickle, weight_files
-from sentei.conversion.safetensors_header import Tensor
 from sentei.conversion.tokenizers import read_tokenizer
-from sentei.core.errors import FileError, SenteiError
+from sentei.core.errors import FileError, SenteiError, shown
 from sentei.core.machine import cache_folder
+from sentei.core.safetensors_header import Tensor
 from sentei.core.storage import sha256
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from sentei.core.errors import FileError, UnsupportedError
+from sentei.core.errors import FileError, UnsupportedError, shown
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -219,9 +219,3 @@ def _finite(value: object) -> bool:
 def _unsupported(where: str, got: str) -> UnsupportedError:
     return UnsupportedError(where, expected=f"a causal language model of one of: {', '.join(FAMILIES)}", got=got,
                             do="choose a model of one of these families")
-
-
-def shown(value: object, longest: int = 120) -> str:
-    """A stranger's value made safe for a terminal: printable ASCII, shortened to `longest` characters."""
-    text = ascii(str(value) if isinstance(value, Exception) else value)
-    return text if len(text) <= longest else text[:longest] + "…"

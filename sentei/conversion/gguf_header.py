@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from sentei.conversion.families import shown
-from sentei.core.errors import FileError, UnsupportedError
+from sentei.core.errors import FileError, UnsupportedError, shown
 
 MAX_TENSORS = 1_000_000
 MAX_PAIRS = 100_000

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import torch
 
-from sentei.conversion.families import FAMILIES, shown
+from sentei.conversion.families import FAMILIES
 from sentei.conversion.gguf_header import GgufHeader
-from sentei.core.errors import FileError, UnsupportedError
+from sentei.core.errors import FileError, UnsupportedError, shown
 
 ARCHITECTURES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma3": "gemma3_text"}
 _TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}

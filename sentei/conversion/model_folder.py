@@ -3,9 +3,9 @@
 import stat
 from pathlib import Path
 
-from sentei.conversion.families import Family, family_of, shown
-from sentei.conversion.safetensors_header import Tensor, read_header
-from sentei.core.errors import FileError, UnsupportedError
+from sentei.conversion.families import Family, family_of
+from sentei.core.errors import FileError, UnsupportedError, shown
+from sentei.core.safetensors_header import Tensor, read_header
 from sentei.core.storage import json_bytes, read_json
 
 WEIGHTS = "model.safetensors"

@@ -6,10 +6,9 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sentei.conversion.families import shown
 from sentei.conversion.gguf_header import GgufHeader
 from sentei.conversion.model_folder import check_side_files
-from sentei.core.errors import FileError
+from sentei.core.errors import FileError, shown
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -60,3 +60,9 @@ def require(where: str, got: object, checks: dict[str, bool]) -> None:
     for expected, holds in checks.items():
         if not holds:
             raise SenteiError(where, expected=expected, got=repr(got)[:400], do="change that and try again")
+
+
+def shown(value: object, longest: int = 120) -> str:
+    """A stranger's value made safe for a terminal: printable ASCII, shortened to `longest` characters."""
+    text = ascii(str(value) if isinstance(value, Exception) else value)
+    return text if len(text) <= longest else text[:longest] + "…"

@@ -12,6 +12,20 @@ from sentei.core.selection import Selection
 
 
 @dataclass(frozen=True, kw_only=True)
+class Span:
+    """The tokens of one call of attention: the queries are the last `queries` of `keys` tokens.
+
+    Args:
+        queries, keys: how many tokens ask, and how many there are.
+        block: neighbouring query tokens that share one query of the selection.
+    """
+
+    queries: int
+    keys: int
+    block: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
 class Record:
     """One selection as it was made.
 
@@ -21,6 +35,8 @@ class Record:
         cost: of computing what was kept, and of choosing it.
         impl: the kernel that ran.
         reason: why that kernel, when it was chosen automatically.
+        room: its name, e.g. "connections".
+        span: of the tokens its queries and candidates stand for, where that is not one token a query.
     """
 
     path: str
@@ -28,6 +44,8 @@ class Record:
     cost: Cost
     impl: str
     reason: str
+    room: str = ""
+    span: Span | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,14 +96,16 @@ def listening(model: nn.Module, kind: type[Point], listener: object) -> Iterator
 class Tap(Point):
     """The point in a room through which its selections pass."""
 
-    def forward(self, selection: Selection, measure: Callable[[], tuple[Cost, str, str]]) -> Selection:
+    def forward(self, selection: Selection, measure: Callable[[], tuple[Cost, str, str]], *, room: str = "",
+                span: Span | None = None) -> Selection:
         """Returns the selection unchanged; `measure()` → (cost, impl, reason) is only called when someone listens."""
         if self.is_heard:
             cost, impl, reason = measure()
             detached = Selection(ids=selection.ids, weights=selection.weights.detach(), permitted=selection.permitted,
                                  num_candidates=selection.num_candidates, unit=selection.unit)
             for records, path in self._listeners:
-                records.append(Record(path=path, selection=detached, cost=cost, impl=impl, reason=reason))
+                records.append(Record(path=path, selection=detached, cost=cost, impl=impl, reason=reason, room=room,
+                                      span=span))
         return selection
 
     def bypass(self, reason: str) -> None:

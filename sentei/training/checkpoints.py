@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 
-from sentei.conversion.safetensors_header import read_header
 from sentei.core.errors import FileError
+from sentei.core.safetensors_header import read_header
 from sentei.core.storage import read_json, sha256, write_json, write_whole
 
 SCHEMA = "sentei.checkpoint/2"

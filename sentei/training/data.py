@@ -16,8 +16,8 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from sentei.conversion.safetensors_header import read_header
 from sentei.core.errors import FileError, require
+from sentei.core.safetensors_header import read_header
 from sentei.core.storage import sha256, write_whole
 from sentei.measurement.text import read_text
 

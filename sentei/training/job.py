@@ -15,9 +15,9 @@ from sentei.axes.connections import Config as Attended
 from sentei.axes.experts import Experts
 from sentei.axes.experts.gates import GATES, Noisy
 from sentei.conversion.memory import require_memory
-from sentei.conversion.safetensors_header import read_header
 from sentei.core.errors import FileError, SenteiError, UnsupportedError
 from sentei.core.progress import Progress, Silent
+from sentei.core.safetensors_header import read_header
 from sentei.core.storage import claimed, read_json, write_json, write_whole
 from sentei.core.tracing import trace
 from sentei.measurement.outcome import environment

@@ -5,8 +5,8 @@ import json
 import pytest
 from tiny import tiny_config, tiny_model
 
-from sentei.conversion.families import FAMILIES, family_of, shown
-from sentei.core.errors import FileError, UnsupportedError
+from sentei.conversion.families import FAMILIES, family_of
+from sentei.core.errors import FileError, UnsupportedError, shown
 
 
 def said(model_type, architecture, sizes, **more):

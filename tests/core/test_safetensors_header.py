@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from sentei.conversion.safetensors_header import read_header
 from sentei.core.errors import FileError
+from sentei.core.safetensors_header import read_header
 from sentei.core.storage import MAX_JSON_PARTS
 
 

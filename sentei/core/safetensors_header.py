@@ -7,8 +7,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from sentei.conversion.families import shown
-from sentei.core.errors import FileError
+from sentei.core.errors import FileError, shown
 from sentei.core.storage import parse_json
 
 MAX_HEADER_BYTES = 100_000_000

@@ -1,0 +1,148 @@
+"""The circuit page: one HTML file that holds a trace and draws it, and asks for nothing.
+
+The trace's tensors are deflated and stand in the page as base64, its words as JSON whose every letter is ASCII. The
+page puts text into elements as text alone, and its policy allows the script and the style it was made with, by hash.
+"""
+
+import base64
+import hashlib
+import html
+import json
+import unicodedata
+import zlib
+from pathlib import Path
+from string import Template
+
+from sentei.circuit.agreement import ROOMS, agreement, aligned, prefix_differences, shared_prefix
+from sentei.circuit.file import DTYPES, bytes_of, header_of, tensors_of
+from sentei.circuit.run import Circuit, Run
+from sentei.core.errors import ResourceError
+from sentei.core.storage import write_text
+
+HERE = Path(__file__).parent
+SCRIPTS = ("data.js", "words.js", "pen.js", "grid.js", "panel.js", "page.js")
+MAX_LABEL, MAX_TEXT = 40, 140
+MAX_BYTES = 64 << 20  # of a page: a browser would hardly open more
+# What in a JSON text could end the script element it stands in, or a line of JavaScript.
+_ESCAPES = {character: f"\\u{ord(character):04x}" for character in "<>&\u2028\u2029"}
+
+
+def write(circuit: Circuit, path: Path) -> None:
+    """Writes the page of a circuit, whole or not at all.
+
+    Raises:
+        ResourceError: a page above MAX_BYTES, a full disk, or a place that cannot be written.
+    """
+    write_text(path, render(circuit))
+
+
+def render(circuit: Circuit) -> str:
+    """The page as HTML, pure ASCII but for what the page itself says."""
+    data = base64.b64encode(zlib.compress(b"".join(map(bytes_of, tensors_of(circuit).values())), 9)).decode()
+    style = (HERE / "page.css").read_text(encoding="utf-8")
+    script = "\n".join((HERE / name).read_text(encoding="utf-8") for name in SCRIPTS)
+    script = f'"use strict";\n(() => {{\n{script}\n}})();\n'
+    policy = ("default-src 'none'; base-uri 'none'; form-action 'none'; img-src data: blob:; "
+              f"script-src {_hash(script)}; style-src {_hash(style)}")
+    page = Template((HERE / "page.html").read_text(encoding="utf-8")).substitute(
+        policy=html.escape(policy), title=html.escape(_title(circuit)), style=style, script=script, data=data,
+        trace=_json(told(circuit)))
+    if len(page) > MAX_BYTES:
+        raise ResourceError("the page", expected=f"at most {MAX_BYTES >> 20} MB", got=f"{len(page) >> 20} MB",
+                            do="trace a shorter prompt")
+    return page
+
+
+def told(circuit: Circuit) -> dict:
+    """What the page knows but for the tensors' bytes: the header, a table of tensors, and what two runs share."""
+    header, position, table = header_of(circuit), 0, {}
+    for name, tensor in tensors_of(circuit).items():
+        size = tensor.numel() * tensor.element_size()
+        table[name] = [DTYPES[tensor.dtype], list(tensor.shape), position]
+        position += size
+    for run in header["runs"]:
+        run["text"] = label("".join(text for _, text in run["tokens"]), MAX_TEXT)
+        run["tokens"] = [[number, label(text)] for number, text in run["tokens"]]
+        run["following"] = [[label(text), chance] for text, chance in run["following"]]
+    return {**header, "tensors": table, "bytes": position, "hash": fingerprint(circuit),
+            "together": together(circuit)}
+
+
+def together(circuit: Circuit) -> dict | None:
+    """The comparison of two runs: matched tokens, the shared prefix, and agreement by layer and room."""
+    if len(circuit.runs) < 2:
+        return None
+    first, second = circuit.runs
+    pairs = aligned(first, second)
+    values = agreement(first, second, pairs)
+    return {"pairs": pairs, "shared": shared_prefix(first, second), "differences": prefix_differences(first, second),
+            "rooms": list(ROOMS), "agreement": [[_number(value) for value in row] for row in values.nanmean(-1)]}
+
+
+def _number(value: object) -> float | None:
+    number = float(value)
+    return None if number != number else round(number, 4)
+
+
+def result(circuit: Circuit) -> dict:
+    """The page's main numbers, as a JSON object of schema sentei.traced/1."""
+    both = together(circuit)
+    if both is not None:
+        columns = zip(both["rooms"], zip(*both["agreement"], strict=True), strict=True)
+        means = {room: [value for value in values if value is not None] for room, values in columns}
+        both = {"shared": both["shared"], "differences": both["differences"], "matched": len(both["pairs"]),
+                "agreement": {room: sum(values) / len(values) if values else None for room, values in means.items()}}
+    return {"schema": "sentei.traced/1", "model": circuit.model, "kind": circuit.kind, "rule": circuit.rule,
+            "tokens": [len(run.tokens) for run in circuit.runs], "multiply_adds": list(map(_density, circuit.runs)),
+            "hash": fingerprint(circuit), "together": both}
+
+
+def _density(run: Run) -> float:
+    """Multiply-adds done ÷ dense, over all layers and tokens."""
+    done, dense = sum(run.get(layer, "cost").double().sum(0) for layer in range(len(run.layers))).tolist()
+    return done / dense if dense else 1.0
+
+
+def fingerprint(circuit: Circuit) -> str:
+    """The SHA-256 of a trace: of its header and its tensors."""
+    digest = hashlib.sha256(json.dumps(header_of(circuit)).encode())
+    for tensor in tensors_of(circuit).values():
+        digest.update(bytes_of(tensor))
+    return digest.hexdigest()
+
+
+def label(text: str, longest: int = MAX_LABEL) -> str:
+    """A token, or a whole text, as a reader can see it, at most `longest` characters.
+
+    One space in front is left away, as most words have it; a line break is shown as ↵; what would not show, or would
+    move its neighbours (controls, bidirectional marks, zero widths, lone surrogates, combining marks in front), is
+    shown by its number.
+    """
+    shown = text[1:] if len(text) > 1 and text[0] == " " else text
+    parts = []
+    for place, character in enumerate(shown[:longest + 1]):
+        kind = unicodedata.category(character)
+        if character == "\n":
+            parts.append("↵")
+        elif character == " ":
+            parts.append("␣" if shown.strip(" ") == "" else " ")
+        elif kind[0] == "C" or kind in ("Zl", "Zp") or (kind[0] == "M" and place == 0):
+            parts.append(f"\\u{ord(character):04x}")
+        else:
+            parts.append(character)
+    whole = "".join(parts)
+    return whole if len(whole) <= longest and len(shown) <= longest else whole[:longest - 1] + "…"
+
+
+def _title(circuit: Circuit) -> str:
+    words = label("".join(token.text for token in circuit.runs[0].tokens[:12]), 80)
+    return f"{words} · the circuit of a run"
+
+
+def _json(value: object) -> str:
+    text = json.dumps(value, allow_nan=False, separators=(",", ":"))
+    return "".join(_ESCAPES.get(character, character) for character in text)
+
+
+def _hash(text: str) -> str:
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"

@@ -1,0 +1,91 @@
+"""`sentei prune`: the main job."""
+
+import argparse
+import importlib
+import json
+import sys
+from pathlib import Path
+
+from sentei.commands.verb import Progress, Say, Verb, draws, json_argument, number, table
+
+QUALITY = 0.99
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `sentei prune`."""
+    parser.add_argument("model", nargs="?", metavar="MODEL", help="a folder of a Hugging Face model (safetensors), a "
+                        ".gguf file, or with --online a name on the hub (default: the embedded SmolLM2-135M-Instruct)")
+    parser.add_argument("--text", metavar="FILE", help="plain text in UTF-8 to calibrate and to measure quality on "
+                        "(default: Python's own language documentation)")
+    parser.add_argument("--workload", default="prefill:4096", metavar="KIND:TOKENS",
+                        help="what is to become faster: prefill:TOKENS, the reading of a prompt, or decode:TOKENS, the "
+                        "tokens written when the text is that long (default: %(default)s)")
+    goal = parser.add_mutually_exclusive_group()
+    goal.add_argument("--quality", metavar="Q", help="find the fastest plan with at least this quality, above 0 and at "
+                      f"most 1: dense perplexity / pruned perplexity on held-out text (default: {QUALITY})")
+    goal.add_argument("--speed", metavar="S", help="find the best quality at this speed-up, 1 or more")
+    parser.add_argument("--no-lookahead", dest="lookahead", action="store_false", help="also measure quality "
+                        "with what a token keeps chosen from no later token, and hold that to --quality too; the plan "
+                        "is the usual one, which chooses for a block of tokens with the whole block in sight")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32",
+                        help="number format of dense and pruned model alike (default: %(default)s)")
+    parser.add_argument("--out", metavar="DIR", help="folder for the pruned model and the report; the same folder goes "
+                        "on with an interrupted run (default: chosen and printed)")
+    parser.add_argument("--online", action="store_true", help="allow a download from the hub (default: no network)")
+    json_argument(parser)
+
+
+def work(options: argparse.Namespace, say: Say) -> bool:
+    """Runs the main job, and says its public result and whether the bound is met."""
+    quality = number("--quality", options.quality, "a number above 0 and at most 1", lambda value: 0 < value <= 1)
+    speed = number("--speed", options.speed, "a number that is 1 or more", lambda value: 1 <= value < float("inf"))
+    pipeline = importlib.import_module("sentei.pipeline")
+    request = pipeline.Request(
+        model=options.model,
+        text=None if options.text is None else Path(options.text),
+        workload=options.workload,
+        quality=QUALITY if quality is None and speed is None else quality,
+        speed=speed,
+        dtype=options.dtype,
+        out=None if options.out is None else Path(options.out),
+        online=options.online,
+        lookahead=options.lookahead,
+    )
+    outcome = pipeline.run(request, Progress(sys.stderr, bars=draws(sys.stderr)))
+    if not outcome.met:
+        print(f"sentei: bound not met: {outcome.reason}", file=sys.stderr)
+    say(outcome.result, summary(outcome.result, outcome.quality_interval, outcome.report))
+    return outcome.met
+
+
+def summary(result: dict, interval: tuple[float, float], report: Path) -> str:
+    """The public result of `sentei prune`, a line for each of its parts."""
+    dense, pruned, strict = result["dense"], result["pruned"], result.get("quality_without_lookahead")
+    code = f"import sentei; model = sentei.load({json.dumps(str(result['out']), ensure_ascii=False)})"
+    return table({
+        "model": result["model"],
+        "workload": f"{result['workload']}, {result['dtype']}, {result['threads']} threads",
+        "speed-up": f"{result['speedup']:.2f} times ({dense['seconds']:.3g} s dense, {pruned['seconds']:.3g} s pruned; "
+                    f"{dense['tokens_per_second']:.3g} and {pruned['tokens_per_second']:.3g} tokens a second)",
+        "quality": f"{result['quality']:.4f}, between {interval[0]:.4f} and {interval[1]:.4f} "
+                   f"(perplexity {dense['perplexity']:.4g} dense, {pruned['perplexity']:.4g} pruned)",
+        **({"without lookahead": f"quality {strict:.4f}"} if strict is not None else {}),
+        "density": f"{result['density']:.3f} of the connections are computed",
+        "report": str(report),
+        "use it": code,
+    })
+
+
+VERB = Verb(
+    summary="make a model faster inside a quality bound, measure it and write a report",
+    examples=(
+        "sentei prune",
+        "sentei prune ./my-model --text notes.txt --quality 0.995 --out ./faster",
+        "sentei prune --workload prefill:8000 --speed 1.5",
+        "sentei prune --workload decode:8000",
+        "sentei prune --no-lookahead",
+        "sentei prune --json > result.json",
+    ),
+    arguments=arguments,
+    work=work,
+)

@@ -1,0 +1,91 @@
+"""`sentei trace` as a user meets it: pages and traces of dense, pruned and trained models, and its errors."""
+
+import json
+
+import pytest
+from terminal import last_error, unfinished
+from tiny import save_tiny, tiny_model, tiny_tokenizer
+
+from sentei.axes import connections
+from sentei.circuit.file import load
+from sentei.conversion.export import export
+from sentei.conversion.plan import Plan, convert
+from sentei.core.rules import TopK
+from sentei.model import Config, Transformer
+from sentei.training.job import save_model
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return save_tiny(tmp_path / "tiny", "llama")
+
+
+def test_two_prompts_of_a_dense_model(sentei, folder, tmp_path):
+    page, kept = tmp_path / "a.html", tmp_path / "a.trace"
+    done = sentei("trace", folder, "the bat", "the bed", "--out", page, "--save", kept, "--json", "--mass", "0.8")
+    result = json.loads(done.stdout)
+    assert done.returncode == 0 and result["schema"] == "sentei.traced/1" and result["kind"] == "observed"
+    assert result["tokens"] == [7, 7] and result["together"]["shared"] == 5 and result["together"]["differences"] == 0
+    assert "80%" in result["rule"] and 0 < result["multiply_adds"][0] < 1
+    assert [token.text for token in load(kept).runs[1].tokens] == list("the bed") and not unfinished(tmp_path)
+    again = sentei("trace", kept, "--out", tmp_path / "b.html")
+    assert again.returncode == 0 and page.read_bytes() == (tmp_path / "b.html").read_bytes()
+    lines = dict(line.split(maxsplit=1) for line in again.stdout.splitlines())
+    assert lines["shared"] == "5 tokens, identical" and lines["tokens"] == "7 and 7"
+
+
+def test_the_page_has_a_name_of_its_own(sentei, folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert sentei("trace", folder, "one").returncode == 0
+    assert (tmp_path / "circuit.html").is_file()
+
+
+def test_a_pruned_model_writes(sentei, tmp_path):
+    rooms = connections.Config(rule=TopK(2), tile=(4, 4), window=0, decode=TopK(1))
+    plan = Plan.everywhere([0, 1], "connections", rooms)
+    model = convert(tiny_model("llama"), plan)
+    export(model, tiny_tokenizer(), plan, tmp_path / "pruned", tokens=model.dummy_inputs["input_ids"][0], facts={})
+    done = sentei("trace", tmp_path / "pruned", "a" * 40, "--write", "3", "--out", tmp_path / "a.html", "--json")
+    result = json.loads(done.stdout)
+    assert result["kind"] == "ran" and result["tokens"] == [43] and result["multiply_adds"][0] < 1
+
+
+@pytest.mark.parametrize("causal", [True, False], ids=["decoder", "encoder"])
+def test_a_trained_model(causal, sentei, tmp_path):
+    save_model(Transformer(Config(width=32, layers=2, causal=causal)), tmp_path)
+    (tmp_path / "sentei-train.json").write_text("{}")
+    done = sentei("trace", tmp_path, "é!", "--out", tmp_path / "a.html", "--save", tmp_path / "a.trace", "--json")
+    assert json.loads(done.stdout)["kind"] == "ran"
+    run = load(tmp_path / "a.trace").runs[0]
+    assert [token.text for token in run.tokens] == ["<c3>", "<a9>", "!"] and run.causal is causal
+
+
+@pytest.mark.parametrize(("arguments", "code", "where", "got"), [
+    ((), 2, "sentei trace", "0 prompts"),
+    (("a", "b", "c"), 2, "sentei trace", "3 prompts"),
+    (("",), 2, "trace", "an empty one"),
+    (("a", "--mass", "0"), 2, "--mass", "'0'"),
+    (("a", "--mass", "nan"), 2, "--mass", "'nan'"),
+    (("a", "--write", "1.5"), 2, "--write", "'1.5'"),
+    (("a", "--write", "-1"), 2, "--write", "'-1'"),
+    (("a" * 1025,), 2, "sentei trace", "1,025"),
+    (("a" * 1000, "--write", "25"), 2, "sentei trace", "1,025"),
+    (("a", "--out", "/dev/null/a.html"), 4, "/dev/null/a.html", None),
+    (("a", "--save", "/dev/null/a.trace"), 4, "/dev/null/a.trace", None),
+], ids=str)
+def test_errors_have_four_parts(arguments, code, where, got, sentei, folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = sentei("trace", folder, *arguments)
+    parts = last_error(done.stderr)
+    assert (done.returncode, done.stdout, parts["error"]) == (code, "", where)
+    assert got is None or parts["got"] == got
+
+
+def test_models_and_traces_that_are_not_there(sentei, folder, tmp_path):
+    assert sentei("trace", tmp_path / "nothing", "a").returncode == 3
+    assert sentei("trace", tmp_path / "nothing.trace").returncode == 2
+    sentei("trace", folder, "a", "--out", tmp_path / "a.html", "--save", tmp_path / "a.trace")
+    done = sentei("trace", tmp_path / "a.trace", "a")
+    assert done.returncode == 2 and "a saved trace alone" in done.stderr
+    (tmp_path / "a.trace").write_bytes((tmp_path / "a.trace").read_bytes()[:-3])
+    assert sentei("trace", tmp_path / "a.trace").returncode == 3
