@@ -67,7 +67,7 @@ def test_a_peer_that_cannot_be_compiled_is_said_to_be_absent(small, monkeypatch)
 
 
 @pytest.mark.parametrize(("given", "error"), [
-    (("atention", [], 1), "bench: expected one of attention, decode, linear, memory, topk, got 'atention'"),
+    (("atention", [], 1), "bench: expected one of attention, decode, linear, memory, rooms, topk, got 'atention'"),
     (("attention", ["exact", "dense"], 1), "bench attention: expected cases of exact, .*, got dense"),
     (("attention", [], 0), "--runs: expected 1 or more, got 0"),
 ])
