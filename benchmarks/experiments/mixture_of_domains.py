@@ -6,12 +6,18 @@ specialisation are those of the held-out windows, by `sentei/measurement/special
 domain of a window tells of an expert that one of its bytes keeps, and chance is what shuffled domains tell.
 """
 
+import statistics
 
+import torch
 
-from benchmarks.experiments.harness import Experiment, Variant, arguments, trained
+from benchmarks.experiments.harness import Experiment, Place, Variant, arguments, difference, publish, trained
 from benchmarks.experiments.parts import balance, biases, mixture
+from benchmarks.publish import table
 from sentei.axes.experts.gates import Sigmoid
+from sentei.core.tracing import trace
+from sentei.measurement.specialisation import loads, specialisation
 from sentei.model import Config, Transformer
+from sentei.training.data import Windows
 from sentei.training.loop import Config as Training
 from sentei.training.loop import Optimizer
 
@@ -26,11 +32,69 @@ EXPERIMENT = Experiment(
     training=Training(batch=16, evaluate=100, save=50, optimizer=Optimizer(rate=3e-3, warmup=50)))
 
 
+
+def domains_of(place: Place, windows: Windows) -> torch.Tensor:
+    """Int64 [N]: the domain each held-out window begins in; texts stand one after another, each with its end."""
+    sizes = [(place.texts / f"{name}.txt").stat().st_size + 1 for name in DOMAINS]
+    return torch.bucketize(windows.held_places * windows.size, torch.tensor(sizes).cumsum(0), right=True)
+
+
+def work(model: Transformer, windows: torch.Tensor, domains: torch.Tensor) -> list[list[str]]:
+    """Load, dead experts and specialisation of each layer, a line a layer."""
+    with torch.no_grad(), trace(model) as records:
+        model(windows[:, :-1])
+    lines = []
+    routed = {path: load for path, load in loads(records).items() if path.endswith(".experts")}
+    for path, load in routed.items():
+        found = specialisation(records.at(path), [domains])
+        lift, names = found.lift(), [DOMAINS[label] for label in found.labels]
+        most = ", ".join(f"{name} {lift[row].max():.1f}" for row, name in enumerate(names))
+        least = min(load.counts) / statistics.fmean(load.counts)
+        lines.append([path.split(".")[1], f"{1 + load.violation:.2f}", f"{least:.2f}", f"{load.entropy:.4f}",
+                      f"{len(load.dead)} and {len(load.unknown)}", f"{max(load.bounds):.3f}",
+                      f"{found.information:.3f} ({float(found.by_chance.max()):.3f})", most])
+    return lines
+
+
+def curve(runs: dict[str, dict]) -> list[list[str]]:
+    """Held-out losses at equal training FLOPs, the twin's between its evaluations on a line."""
+    twin = [(point["flops"], point["loss"]) for point in runs["dense"]["curve"]]
+    lines = []
+    for point in runs["experts"]["curve"]:
+        behind = [(flops, loss) for flops, loss in twin if flops <= point["flops"]]
+        ahead = [(flops, loss) for flops, loss in twin if flops >= point["flops"]]
+        (start, before), (stop, after) = behind[-1], (ahead or behind[-1:])[0]
+        part = (point["flops"] - start) / (stop - start) if stop > start else 0.0
+        theirs = before + part * (after - before)
+        lines.append([f"{point['flops'] / 1e12:.1f}", f"{point['tokens'] / 1e6:.2f}", f"{point['loss']:.4f}",
+                      f"{theirs:.4f}", f"{point['loss'] - theirs:+.4f}"])
+    return lines
+
+
+def by_domain(runs: dict[str, dict], domains: torch.Tensor) -> list[list[str]]:
+    """The final losses of each domain's windows."""
+    losses = {name: torch.tensor(run["losses"], dtype=torch.float64) for name, run in runs.items()}
+    lines = []
+    for number, name in enumerate(DOMAINS):
+        ours, theirs = (losses[key][domains == number] for key in ("experts", "dense"))
+        lines.append([name, f"{len(ours)}", f"{ours.mean():.4f}", f"{theirs.mean():.4f}",
+                      str(difference([ours.tolist()], [theirs.tolist()]))])
+    return lines
+
+
 def main() -> None:
-    """Trains both."""
+    """Trains what is not trained, and writes the page."""
     place, _ = arguments(__doc__)
-    for name in ("experts", "dense"):
-        trained(EXPERIMENT, name, 0, place)
+    windows = place.windows(EXPERIMENT, 0)
+    trained_ones = {name: trained(EXPERIMENT, name, 0, place) for name in ("experts", "dense")}
+    runs = {name: run for name, (_, run) in trained_ones.items()}
+    domains = domains_of(place, windows)
+    lines = work(trained_ones["experts"][0], windows.held_out(), domains)
+    head = ["layer", "largest load ÷ mean", "smallest ÷ mean", "entropy", "dead and unknown experts",
+            "largest 95 % bound of a rate", "information, bits (most by chance)", "largest lift in a domain"]
+    publish(EXPERIMENT, __doc__, [runs[name] for name in EXPERIMENT.variants], [
+        table(["TFLOPs", "M bytes (experts)", "experts", "dense", "difference"], curve(runs)),
+        table(["domain", "windows", "experts", "dense", "difference"], by_domain(runs, domains)), table(head, lines)])
 
 
 if __name__ == "__main__":

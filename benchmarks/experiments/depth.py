@@ -1,0 +1,91 @@
+"""Dense against Mixture-of-Depths at equal training FLOPs: half and an eighth of the bytes pass a block.
+
+Blocks are all alike, or every other one is dense, as the paper recommends (2404.02258). What a byte saves is spent on
+more bytes. "Two layers" is the static choice: the same share of the blocks, for every byte the same. Held-out losses
+are those of the causal predictor, as in generation; the second table has those of the choice along the sequence, which
+training uses and which sees later bytes.
+"""
+
+import statistics
+
+import torch
+from torch import nn
+
+from benchmarks.experiments.harness import (
+    Experiment,
+    Place,
+    Variant,
+    arguments,
+    publish,
+    results,
+    trained,
+    window_losses,
+)
+from benchmarks.experiments.parts import predictors
+from benchmarks.publish import table
+from sentei.axes import depth
+from sentei.core.rules import Capacity
+from sentei.core.tracing import trace
+from sentei.model import Config, Transformer
+
+SHAPE = {"width": 128, "heads": (4, 4), "feed_forward": 256}
+
+
+def mixture_of_depths(share: float, alternate: bool) -> Transformer:
+    """Four blocks that a share of the bytes passes, or two and two that all do; the gates begin small and random."""
+    model = Transformer(Config(**SHAPE, layers=4, depth=depth.Config(rule=Capacity(share))))
+    for room in (module for module in model.modules() if isinstance(module, depth.Depth)):
+        nn.init.normal_(room.gate.weight, std=0.02)
+    if alternate:
+        model.blocks[::2] = Transformer(Config(**SHAPE, layers=4)).blocks[::2]
+    return model
+
+
+def routed(share: float, alternate: bool) -> Variant:
+    """Mixture-of-Depths in all blocks, or in every other one."""
+    return Variant(make=lambda: mixture_of_depths(share, alternate), terms=(predictors,),
+                   about=f"{share:.1%} pass {'every other block' if alternate else 'each block'}")
+
+
+def layers(number: int) -> Variant:
+    """The dense model."""
+    return Variant(make=lambda: Transformer(Config(**SHAPE, layers=number)), about="every byte passes every block")
+
+
+EXPERIMENT = Experiment(
+    name="depth", text=("code", "prose", "french"), flops=2.4e12, seeds=3,
+    variants={"dense": layers(4), "two layers": layers(2),
+              "half": routed(0.5, False), "an eighth": routed(0.125, False),
+              "half, alternate": routed(0.5, True), "an eighth, alternate": routed(0.125, True)})
+
+
+def along(place: Place) -> list[list[str]]:
+    """What the predictor keeps and what it costs, a line a variant: means over seeds."""
+    lines = []
+    for name in (name for name, given in EXPERIMENT.variants.items() if given.terms):
+        shares, causal, training = [], [], []
+        for seed in range(EXPERIMENT.seeds):
+            model, found = trained(EXPERIMENT, name, seed, place)
+            held = place.windows(EXPERIMENT, seed).held_out()
+            with torch.no_grad(), trace(model) as records:
+                model(held[:32, :-1])
+            choices = [record.selection for record in records if "block" not in record.path.split(".")]
+            shares.append(sum(int(choice.count().sum()) for choice in choices)
+                          / sum(int(choice.permitted.sum()) for choice in choices))
+            causal.append(statistics.fmean(found["losses"]))
+            training.append(window_losses(model.train(), held).mean().item())
+        lines.append([name, f"{statistics.fmean(shares):.1%}", f"{statistics.fmean(causal):.4f}",
+                      f"{statistics.fmean(training):.4f}"])
+    return lines
+
+
+def main() -> None:
+    """Trains what is not trained, and writes the page."""
+    place, _ = arguments(__doc__)
+    found = list(results(EXPERIMENT, place))
+    head = ["variant", "kept by the predictor", "loss, predictor", "loss, choice along the sequence"]
+    publish(EXPERIMENT, __doc__, found, [table(head, along(place))])
+
+
+if __name__ == "__main__":
+    main()
