@@ -21,23 +21,23 @@ from benchmarks.experiments.harness import (
     trained,
     window_losses,
 )
-from benchmarks.experiments.parts import predictors
+from benchmarks.experiments.parts import predictors, transformer
 from benchmarks.publish import table
 from sentei.axes import depth
 from sentei.core.rules import Capacity
 from sentei.core.tracing import trace
-from sentei.model import Config, Transformer
+from sentei.model import Transformer
 
 SHAPE = {"width": 128, "heads": (4, 4), "feed_forward": 256}
 
 
 def mixture_of_depths(share: float, alternate: bool) -> Transformer:
     """Four blocks that a share of the bytes passes, or two and two that all do; the gates begin small and random."""
-    model = Transformer(Config(**SHAPE, layers=4, depth=depth.Config(rule=Capacity(share))))
+    model = transformer(**SHAPE, layers=4, depth=depth.Config(rule=Capacity(share)))
     for room in (module for module in model.modules() if isinstance(module, depth.Depth)):
         nn.init.normal_(room.gate.weight, std=0.02)
     if alternate:
-        model.blocks[::2] = Transformer(Config(**SHAPE, layers=4)).blocks[::2]
+        model.blocks[::2] = transformer(**SHAPE, layers=4).blocks[::2]
     return model
 
 
@@ -49,7 +49,7 @@ def routed(share: float, alternate: bool) -> Variant:
 
 def layers(number: int) -> Variant:
     """The dense model."""
-    return Variant(make=lambda: Transformer(Config(**SHAPE, layers=number)), about="every byte passes every block")
+    return Variant(make=lambda: transformer(**SHAPE, layers=number), about="every byte passes every block")
 
 
 EXPERIMENT = Experiment(

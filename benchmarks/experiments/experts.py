@@ -5,9 +5,8 @@ Balance losses of 0.01 (Switch); Sigmoid gates move the bias of their choice bes
 """
 
 from benchmarks.experiments.harness import Experiment, Variant, arguments, publish, results
-from benchmarks.experiments.parts import balance, biases, mixture
+from benchmarks.experiments.parts import balance, biases, mixture, transformer
 from sentei.axes.experts.gates import Sigmoid, Softmax
-from sentei.model import Config, Transformer
 
 SHAPE = {"width": 128, "layers": 3, "heads": (4, 4)}
 TEXT = ("code", "prose", "french")
@@ -22,7 +21,7 @@ FEED_FORWARDS = {
 def variant(feed_forward: object, about: str) -> Variant:
     """The model with this feed-forward layer."""
     terms = () if isinstance(feed_forward, int) else (balance(switch=0.01), biases)
-    return Variant(make=lambda: Transformer(Config(**SHAPE, feed_forward=feed_forward)), about=about, terms=terms)
+    return Variant(make=lambda: transformer(**SHAPE, feed_forward=feed_forward), about=about, terms=terms)
 
 
 EXPERIMENT = Experiment(name="experts", text=TEXT, flops=2.6e12, seeds=3,

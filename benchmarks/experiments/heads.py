@@ -10,10 +10,11 @@ import statistics
 import torch
 
 from benchmarks.experiments.harness import Experiment, Place, Variant, arguments, publish, results, trained
+from benchmarks.experiments.parts import transformer
 from benchmarks.publish import table
 from sentei.axes.heads import cache_bytes
 from sentei.measurement.latency import interleave
-from sentei.model import Config, Transformer
+from sentei.model import Transformer
 
 SHAPE = {"width": 256, "layers": 2, "feed_forward": 512}
 HEADS, KEYS, RUNS = 8, 8192, 15
@@ -22,7 +23,7 @@ NAMES = {"MHA": 8, "GQA 4": 4, "GQA 2": 2, "MQA": 1}
 
 def variant(groups: int) -> Variant:
     """The model with so many key/value heads."""
-    return Variant(make=lambda: Transformer(Config(**SHAPE, heads=(HEADS, groups))), about=f"{HEADS}/{groups} heads")
+    return Variant(make=lambda: transformer(**SHAPE, heads=(HEADS, groups)), about=f"{HEADS}/{groups} heads")
 
 
 EXPERIMENT = Experiment(name="heads", text=("code", "prose", "french"), flops=3.6e12, seeds=3,

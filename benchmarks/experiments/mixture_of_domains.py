@@ -11,12 +11,12 @@ import statistics
 import torch
 
 from benchmarks.experiments.harness import Experiment, Place, Variant, arguments, difference, publish, trained
-from benchmarks.experiments.parts import balance, biases, mixture
+from benchmarks.experiments.parts import balance, biases, mixture, transformer
 from benchmarks.publish import table
 from sentei.axes.experts.gates import Sigmoid
 from sentei.core.tracing import trace
 from sentei.measurement.specialisation import loads, specialisation
-from sentei.model import Config, Transformer
+from sentei.model import Transformer
 from sentei.training.data import Windows
 from sentei.training.loop import Config as Training
 from sentei.training.loop import Optimizer
@@ -26,8 +26,8 @@ DOMAINS = ("code", "prose", "french")
 ROUTED = mixture(32, 2, 128, Sigmoid(speed=2e-3))
 EXPERIMENT = Experiment(
     name="mixture-of-domains", text=DOMAINS, flops=50e12, seeds=1, held_out=192,
-    variants={"dense": Variant(make=lambda: Transformer(Config(**SHAPE, feed_forward=256)), about="256 neurons"),
-              "experts": Variant(make=lambda: Transformer(Config(**SHAPE, feed_forward=ROUTED)),
+    variants={"dense": Variant(make=lambda: transformer(**SHAPE, feed_forward=256), about="256 neurons"),
+              "experts": Variant(make=lambda: transformer(**SHAPE, feed_forward=ROUTED),
                                  about="32 x 128, top 2", terms=(balance(switch=0.003), biases))},
     training=Training(batch=16, evaluate=100, save=50, optimizer=Optimizer(rate=3e-3, warmup=50)))
 

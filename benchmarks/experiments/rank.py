@@ -22,16 +22,16 @@ from benchmarks.experiments.harness import (
     trained,
     window_losses,
 )
+from benchmarks.experiments.parts import transformer
 from benchmarks.publish import table
 from sentei.axes.rank import Config as Rank
 from sentei.conversion.adapters import add
-from sentei.model import Config, Transformer
 from sentei.training.loop import Config as Training
 from sentei.training.loop import Optimizer
 
 TARGETS = ("query", "key", "value", "output", "gate", "up", "down")
 FIRST = Experiment(name="rank-first", text=("code", "prose"), flops=3e12, seeds=3, variants={"dense": Variant(
-    make=lambda: Transformer(Config(width=128, layers=3, heads=(4, 4), feed_forward=256)))})
+    make=lambda: transformer(width=128, layers=3, heads=(4, 4), feed_forward=256))})
 RANKS = {"LoRA 4": 4, "LoRA 32": 32}
 RATES = {"full": (1e-3, 3e-3), "LoRA 4": (3e-3, 1e-2), "LoRA 32": (3e-3, 1e-2)}
 TRAINING = Training(batch=8, optimizer=Optimizer(rate=1e-3, warmup=20, decay=0.0))

@@ -10,10 +10,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from benchmarks.experiments.harness import Experiment, Variant, arguments, publish, results
-from benchmarks.experiments.parts import balance, biases, mixture
+from benchmarks.experiments.parts import balance, biases, mixture, transformer
 from sentei.axes.experts.gates import Sigmoid, Soft, Softmax
 from sentei.core.rules import All, Capacity
-from sentei.model import Config, Transformer
+from sentei.model import Transformer
 
 SHAPE = {"vocabulary": 258, "width": 128, "layers": 3, "heads": (4, 4), "causal": False}
 HIDDEN, SHARE, SURE = 257, 0.25, 30.0
@@ -48,7 +48,7 @@ class FillsIn(nn.Module):
 def variant(feed_forward: object, about: str) -> Variant:
     """The encoder with this feed-forward layer."""
     terms = (balance(switch=0.01), biases) if about.endswith("sigmoid gate") else ()
-    return Variant(make=lambda: FillsIn(Transformer(Config(**SHAPE, feed_forward=feed_forward))), about=about,
+    return Variant(make=lambda: FillsIn(transformer(**SHAPE, feed_forward=feed_forward)), about=about,
                    terms=terms)
 
 
