@@ -15,13 +15,13 @@ from sentei.axes.experts.gates import Sigmoid, Soft, Softmax
 from sentei.core.rules import All, Capacity
 from sentei.model import Transformer
 
-SHAPE = {"vocabulary": 258, "width": 128, "layers": 3, "heads": (4, 4), "causal": False}
+SHAPE = {"vocabulary": 258, "width": 96, "layers": 2, "heads": (4, 4), "causal": False}
 HIDDEN, SHARE, SURE = 257, 0.25, 30.0
 FEED_FORWARDS = {
-    "dense": (256, "256 neurons"),
-    "top 2": (mixture(16, 2, 128, Sigmoid(speed=2e-3)), "16 x 128, sigmoid gate"),
-    "expert choice": (mixture(16, Capacity(0.125), 128, Softmax()), "16 x 128, each keeps an eighth of the bytes"),
-    "soft": (mixture(16, All(), 256, Soft(slots=16)), "16 x 256, 16 slots each"),
+    "dense": (192, "192 neurons"),
+    "top 2": (mixture(16, 2, 96, Sigmoid(scale=2.0, speed=2e-3)), "16 x 96, sigmoid gate"),
+    "expert choice": (mixture(16, Capacity(0.125), 96, Softmax()), "16 x 96, each keeps an eighth of the bytes"),
+    "soft": (mixture(16, All(), 192, Soft(slots=16)), "16 x 192, 16 slots each"),
 }
 
 
@@ -52,7 +52,7 @@ def variant(feed_forward: object, about: str) -> Variant:
                    terms=terms)
 
 
-EXPERIMENT = Experiment(name="soft", text=("code", "prose", "french"), flops=2.6e12, seeds=2,
+EXPERIMENT = Experiment(name="soft", text=("code", "prose", "french"), flops=1.5e12, seeds=2,
                         variants={name: variant(*given) for name, given in FEED_FORWARDS.items()})
 
 
