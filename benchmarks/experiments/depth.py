@@ -53,7 +53,7 @@ def layers(number: int) -> Variant:
 
 
 EXPERIMENT = Experiment(
-    name="depth", text=("code", "prose", "french"), flops=1.6e12, seeds=3,
+    name="depth", text=("code", "prose", "french"), flops=1.0e12, seeds=3,
     variants={"dense": layers(4), "two layers": layers(2),
               "half": routed(0.5, False), "half, alternate": routed(0.5, True),
               "an eighth, alternate": routed(0.125, True)})

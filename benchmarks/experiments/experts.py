@@ -15,7 +15,8 @@ FEED_FORWARDS = {
     "dense": (192, "192 neurons"),
     "top 1": (mixture(8, 1, 192, Softmax()), "8 x 192, softmax gate (Switch)"),
     "top 2": (mixture(16, 2, 96, Sigmoid(scale=2.0, speed=2e-3)), "16 x 96, sigmoid gate"),
-    "fine and shared": (mixture(31, 3, 48, Sigmoid(scale=3.0, speed=2e-3), shared=1), "31 x 48, top 3, and 1 x 48 shared"),
+    "fine and shared": (mixture(31, 3, 48, Sigmoid(scale=3.0, speed=2e-3), shared=1),
+                        "31 x 48, top 3, and 1 x 48 shared"),
 }
 
 

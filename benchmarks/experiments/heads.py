@@ -26,7 +26,7 @@ def variant(groups: int) -> Variant:
     return Variant(make=lambda: transformer(**SHAPE, heads=(HEADS, groups)), about=f"{HEADS}/{groups} heads")
 
 
-EXPERIMENT = Experiment(name="heads", text=("code", "prose", "french"), flops=1.6e12, seeds=3,
+EXPERIMENT = Experiment(name="heads", text=("code", "prose", "french"), flops=1.0e12, seeds=3,
                         variants={name: variant(groups) for name, groups in NAMES.items()})
 
 

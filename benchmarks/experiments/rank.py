@@ -30,7 +30,7 @@ from sentei.training.loop import Config as Training
 from sentei.training.loop import Optimizer
 
 TARGETS = ("query", "key", "value", "output", "gate", "up", "down")
-FIRST = Experiment(name="rank-first", text=("code", "prose"), flops=1.5e12, seeds=3, variants={"dense": Variant(
+FIRST = Experiment(name="rank-first", text=("code", "prose"), flops=1.0e12, seeds=3, variants={"dense": Variant(
     make=lambda: transformer(width=96, layers=2, heads=(4, 4), feed_forward=192))})
 RANKS = {"LoRA 4": 4, "LoRA 32": 32}
 RATES = {"full": (1e-3, 3e-3), "LoRA 4": (3e-3, 1e-2), "LoRA 32": (3e-3, 1e-2)}
@@ -54,7 +54,7 @@ def second(place: Place, seed: int) -> Experiment:
             variants[f"{method} at {rate:g}"] = Variant(
                 make=partial(start, place, seed, rank), rate=rate, passes=3.0 if rank is None else 2.0,
                 about="every weight" if rank is None else f"rank {rank} in every linear layer")
-    return Experiment(name="rank", text=("german",), flops=0.4e12, seeds=3, variants=variants, training=TRAINING)
+    return Experiment(name="rank", text=("german",), flops=0.3e12, seeds=3, variants=variants, training=TRAINING)
 
 
 def main() -> None:

@@ -52,7 +52,7 @@ def variant(feed_forward: object, about: str) -> Variant:
                    terms=terms)
 
 
-EXPERIMENT = Experiment(name="soft", text=("code", "prose", "french"), flops=1.5e12, seeds=2,
+EXPERIMENT = Experiment(name="soft", text=("code", "prose", "french"), flops=1.0e12, seeds=2,
                         variants={name: variant(*given) for name, given in FEED_FORWARDS.items()})
 
 
