@@ -15,7 +15,7 @@ from benchmarks.experiments.harness import (
     Experiment,
     Place,
     Variant,
-    arguments,
+    place_of,
     publish,
     results,
     trained,
@@ -81,7 +81,7 @@ def along(place: Place) -> list[list[str]]:
 
 def main() -> None:
     """Trains what is not trained, and writes the page."""
-    place, _ = arguments(__doc__)
+    place = place_of(__doc__)
     found = list(results(EXPERIMENT, place))
     head = ["variant", "kept by the predictor", "loss, predictor", "loss, choice along the sequence"]
     publish(EXPERIMENT, __doc__, found, [table(head, along(place))])

@@ -5,7 +5,7 @@ Balance losses of 0.01 (Switch); Sigmoid gates move the bias of their choice bes
 up to the number of experts kept, so that a layer begins about as large as the dense one.
 """
 
-from benchmarks.experiments.harness import Experiment, Variant, arguments, publish, results
+from benchmarks.experiments.harness import Experiment, Variant, place_of, publish, results
 from benchmarks.experiments.parts import balance, biases, mixture, transformer
 from sentei.axes.experts.gates import Sigmoid, Softmax
 
@@ -32,7 +32,7 @@ EXPERIMENT = Experiment(name="experts", text=TEXT, flops=1.25e12, seeds=3,
 
 def main() -> None:
     """Trains what is not trained, and writes the page."""
-    place, _ = arguments(__doc__)
+    place = place_of(__doc__)
     publish(EXPERIMENT, __doc__, list(results(EXPERIMENT, place)), [])
 
 

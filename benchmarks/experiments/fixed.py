@@ -21,7 +21,7 @@ import torch
 
 from benchmarks.experiments import depth as depths
 from benchmarks.experiments import experts as mixtures
-from benchmarks.experiments.harness import Experiment, Place, arguments, difference, trained, window_losses
+from benchmarks.experiments.harness import Experiment, Place, difference, place_of, trained, window_losses
 from benchmarks.experiments.mixture_of_domains import domains_of
 from benchmarks.publish import table, write_result
 from sentei.axes.connections import Config as Attended
@@ -196,7 +196,7 @@ PARTS: dict[str, tuple[Experiment, Callable[[Place, int], dict[str, list[float]]
 
 def main() -> None:
     """Measures all three and writes the page."""
-    place, _ = arguments(__doc__)
+    place = place_of(__doc__)
     lines, everything = [], {}
     for part, (experiment, measure) in PARTS.items():
         losses: Losses = {}

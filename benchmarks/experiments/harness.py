@@ -200,20 +200,20 @@ def comparison(experiment: Experiment, found: list[dict]) -> str:
         against = difference(losses[name], losses[experiment.baseline])
         told = ["the baseline", ""] if name == experiment.baseline else [str(against), against.verdict]
         lines.append([name, variant.about, f"{run['parameters'] / 1e6:.2f}", f"{run['flops_a_token'] / 1e6:.2f}",
-                      f"{run['steps'] * run['flops_a_token'] * run['tokens'] / run['steps'] / 1e12:.2f}",
+                      f"{run['flops_a_token'] * run['tokens'] / 1e12:.2f}",
                       f"{run['tokens'] / 1e6:.2f}",
                       f"{statistics.fmean(statistics.fmean(row) for row in losses[name]):.4f}", *told])
     return table(["variant", "what it is", "M parameters", "training MFLOPs a token", "TFLOPs in all", "M tokens",
                   "held-out loss", "difference, nats a byte", "loss"], lines)
 
 
-def arguments(about: str) -> tuple[Place, argparse.Namespace]:
+def place_of(about: str) -> Place:
     """What every experiment is told on the command line."""
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--texts", type=Path, required=True, help="folder that corpora.py wrote")
     parser.add_argument("--out", type=Path, required=True, help="folder of the runs; one that is there goes on")
     options = parser.parse_args()
-    return Place(texts=options.texts, out=options.out), options
+    return Place(texts=options.texts, out=options.out)
 
 
 def publish(experiment: Experiment, about: str, found: list[dict], parts: list[str]) -> Path:

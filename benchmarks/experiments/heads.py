@@ -9,7 +9,7 @@ import statistics
 
 import torch
 
-from benchmarks.experiments.harness import Experiment, Place, Variant, arguments, publish, results, trained
+from benchmarks.experiments.harness import Experiment, Place, Variant, place_of, publish, results, trained
 from benchmarks.experiments.parts import transformer
 from benchmarks.publish import table
 from sentei.axes.heads import cache_bytes
@@ -71,7 +71,7 @@ def decoding(place: Place) -> list[list[str]]:
 
 def main() -> None:
     """Trains what is not trained, and writes the page."""
-    place, _ = arguments(__doc__)
+    place = place_of(__doc__)
     found = list(results(EXPERIMENT, place))
     head = ["variant", "cache, bytes a token", "of MHA's", "ms a decoded token", "of MHA's"]
     publish(EXPERIMENT, __doc__, found, [table(head, decoding(place))])

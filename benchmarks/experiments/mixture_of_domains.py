@@ -15,8 +15,8 @@ from benchmarks.experiments.harness import (
     Experiment,
     Place,
     Variant,
-    arguments,
     difference,
+    place_of,
     publish,
     trained,
     window_losses,
@@ -108,7 +108,7 @@ def by_domain(runs: dict[str, dict], domains: torch.Tensor) -> list[list[str]]:
 
 def main() -> None:
     """Trains what is not trained, and writes the page."""
-    place, _ = arguments(__doc__)
+    place = place_of(__doc__)
     windows = place.windows(EXPERIMENT, 0)
     held, domains = windows.held_out(), domains_of(place, windows)
     models, runs = {}, {}

@@ -16,8 +16,8 @@ from benchmarks.experiments.harness import (
     Experiment,
     Place,
     Variant,
-    arguments,
     difference,
+    place_of,
     publish,
     trained,
     window_losses,
@@ -59,7 +59,7 @@ def second(place: Place, seed: int) -> Experiment:
 
 def main() -> None:
     """Trains what is not trained, and writes the page."""
-    place, _ = arguments(__doc__)
+    place = place_of(__doc__)
     found, first, learned = [], {}, {}
     chosen = []
     for seed in range(FIRST.seeds):

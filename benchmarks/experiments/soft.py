@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from benchmarks.experiments.harness import Experiment, Variant, arguments, publish, results
+from benchmarks.experiments.harness import Experiment, Variant, place_of, publish, results
 from benchmarks.experiments.parts import balance, biases, mixture, transformer
 from sentei.axes.experts.gates import Sigmoid, Soft, Softmax
 from sentei.core.rules import All, Capacity
@@ -58,7 +58,7 @@ EXPERIMENT = Experiment(name="soft", text=("code", "prose", "french"), flops=1.0
 
 def main() -> None:
     """Trains what is not trained, and writes the page."""
-    place, _ = arguments(__doc__)
+    place = place_of(__doc__)
     publish(EXPERIMENT, __doc__, list(results(EXPERIMENT, place)), [])
 
 
