@@ -152,17 +152,15 @@ def of_connections(place: Place, seed: int) -> dict[str, list[float]]:
     model, found = trained(mixtures.EXPERIMENT, "dense", seed, place)
     windows = place.windows(mixtures.EXPERIMENT, seed)
     held, heads = windows.held_out(), attention(model, windows.batch(0, SEARCHED))
-    losses = {"all": found["losses"]}
-    for block in rooms(model, Connections):
-        block.config = Attended(rule=TopK(1), tile=(1, 1), window=0)
-        block.unit = 1
-    layers = len(heads)
+    losses, layers = {"all": found["losses"]}, len(heads)
     for kept in KEPT:
         back = torch.arange(held.shape[1] - 1) < kept
         window = Places(back.expand(len(heads[0][0]), -1), torch.zeros(len(heads[0][0]), SINKS, dtype=torch.bool))
         for name, rules in ((f"dynamic, {kept}", [TopK(kept)] * layers), (f"fixed, {kept}", best_places(heads, kept)),
                             (f"window, {kept}", [window] * layers)):
-            losses[name] = with_rules(model, Connections, rules, held).tolist()
+            for block, rule in zip(model.blocks, rules, strict=True):
+                block.block.attention.connections = Connections(Attended(rule=rule, tile=(1, 1), window=0))
+            losses[name] = window_losses(model, held).tolist()
     return losses
 
 

@@ -34,7 +34,7 @@ from sentei.training.loop import Optimizer
 
 SHAPE = {"width": 192, "layers": 4, "heads": (6, 6)}
 DOMAINS = ("code", "prose", "french")
-SETTLED = 80
+SETTLED = 160
 ROUTED = mixture(32, 2, 128, Sigmoid(speed=2e-3))
 EXPERIMENT = Experiment(
     name="mixture-of-domains", text=DOMAINS, flops=50e12, seeds=1, held_out=192,
