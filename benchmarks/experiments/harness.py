@@ -15,6 +15,7 @@ import argparse
 import json
 import math
 import statistics
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -213,6 +214,7 @@ def place_of(about: str) -> Place:
     parser.add_argument("--texts", type=Path, required=True, help="folder that corpora.py wrote")
     parser.add_argument("--out", type=Path, required=True, help="folder of the runs; one that is there goes on")
     options = parser.parse_args()
+    sys.argv[1:] = ["--texts", "TEXTS", "--out", "RUNS"]  # what a page tells of the command: no folders of a machine
     return Place(texts=options.texts, out=options.out)
 
 
