@@ -85,8 +85,10 @@ def main() -> None:
         mean = [statistics.fmean(map(statistics.fmean, losses[name])) for losses in (learned, first)]
         told = ["", ""] if name == "before" else [str(difference(losses[name], losses["before"]))
                                                   for losses in (learned, first)]
-        lines.append([name, f"{mean[0]:.4f}", told[0], f"{mean[1]:.4f}", told[1]])
-    head = ["model", "German", "learned: less than before", "code and prose", "forgotten: more than before"]
+        against = difference(first[name], first[chosen[0]]) if name in chosen[1:] else ""
+        lines.append([name, f"{mean[0]:.4f}", told[0], f"{mean[1]:.4f}", told[1], str(against)])
+    head = ["model", "German", "learned: less than before", "code and prose", "forgotten: more than before",
+            "forgotten: more than by full fine-tuning"]
     publish(experiment, __doc__, found, [table(head, lines)])
 
 
