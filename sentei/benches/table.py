@@ -7,11 +7,12 @@ from collections.abc import Callable, Iterator
 from sentei.core.errors import SenteiError
 
 # Each is a module beside this one, which has CASES, a table by name, and rows(names, runs, absent).
-BENCHES = ("attention", "decode", "linear", "memory", "topk")
+BENCHES = ("attention", "decode", "linear", "memory", "rooms", "topk")
 WIDTHS = 60, 30
 # What a row may hold besides seconds, and how it is written.
 MORE = {"gflops": "{:,.0f} GFLOP/s", "gb_s": "{:,.1f} GB/s", "bandwidth": "{:.2f} of read bandwidth",
-        "ours_mib": "ours {:,.0f} MiB", "peer_mib": "peer {:,.0f} MiB"}
+        "ours_mib": "ours {:,.1f} MiB", "peer_mib": "peer {:,.1f} MiB",
+        "share": "{:.1%} of the peer's work or bytes", "over": "{:+.1%} time over that share"}
 
 
 def rows(bench: str, cases: list[str], runs: int, absent: Callable[[str], None]) -> Iterator[dict]:

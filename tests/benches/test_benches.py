@@ -94,7 +94,7 @@ def test_a_layer_that_chooses_is_timed_beside_the_peers_or_the_peer_is_said_to_b
 
 
 @pytest.mark.parametrize(("given", "error"), [
-    (("atention", [], 1), "bench: expected one of attention, decode, linear, memory, topk, got 'atention'"),
+    (("atention", [], 1), "bench: expected one of attention, decode, linear, memory, rooms, topk, got 'atention'"),
     (("attention", ["exact", "dense"], 1), "bench attention: expected cases of exact, .*, got dense"),
     (("attention", [], 0), "--runs: expected 1 or more, got 0"),
 ])

@@ -70,6 +70,14 @@ def test_the_dense_plan_is_torchs_own_attention_bit_for_bit(dtype, causal, group
 
 
 @every_impl
+@pytest.mark.parametrize("lengths", [None, ((3, 33), (0, 33), (33, 33))], ids=["whole", "padded"])
+@pytest.mark.parametrize("groups", [6, 3, 2, 1], ids=["multi-head", "pairs", "threes", "multi-query"])
+def test_one_query_row_reads_the_keys_of_its_own_group(impl, groups, lengths):
+    check_attend(partial(attend, impl=impl), Case(name="", queries=1, keys=33, tile=(1, 8), heads=6, groups=groups,
+                                                  kept=None, lengths=lengths))
+
+
+@every_impl
 @pytest.mark.parametrize("name", ["ragged tails", "one choice a group", "padding both, grouped", "dense padded"])
 def test_strides_do_not_matter(impl, name):
     case = case_named(name)

@@ -31,8 +31,15 @@ def attend(
 
 
 def _dense(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, grid: Grid, scale: float) -> torch.Tensor:
-    """Torch's own kernel on everything; a mask only where causality is not the plain square one."""
+    """Torch's own kernel on everything; a mask only where causality is not the plain square one.
+
+    The heads of a group that come with one query each are rows of one product: torch would read their shared keys and
+    values once a head, which at a token decoded takes MHA's time whatever the cache saves.
+    """
     query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
+    heads = query.shape[1]
+    if grid.num_queries == 1:
+        query = query.reshape(query.shape[0], key.shape[1], heads // key.shape[1], query.shape[-1])
     mask = None
     is_cut = grid.causal and (grid.window is not None or (grid.offset and grid.num_queries > 1))
     if grid.lengths is not None or is_cut:
@@ -45,7 +52,7 @@ def _dense(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, grid: Gr
     if mask is not None:
         # A query that may see nothing gives 0, whatever the kernel made of it.
         output = torch.where(mask.any(-1, keepdim=True), output, torch.zeros_like(output))
-    return output.transpose(1, 2)
+    return output.reshape(len(output), heads, grid.num_queries, value.shape[-1]).transpose(1, 2)
 
 
 def _gathered(query, key, value, tiles, softcap, return_lse):

@@ -1,35 +1,32 @@
-"""Mixtures of experts: `route` through a stack against transformers' experts backends and two small packages.
+"""Are mixtures of experts faster than transformers' experts backends?
 
-All peers of a row run in turn, in one process, on the same numbers; a row's ratio is the median over turns of the best
-peer's seconds ÷ ours, the best being the peer with the smallest median. Outputs, and where there is a backward the
-gradients, are compared before anything is timed. In the rows of few tokens the weights are cycled through many copies,
-so that none is in the cache, and a native loop that reads as many bytes as the chosen experts have goes in turn with
-the rest: the bandwidth is ours as a share of what it reaches. Python is in every figure.
+All contenders of a case run in turn, in one process, on the same numbers; a ratio is the median over turns of a peer's
+seconds ÷ ours. Outputs, and where there is a backward the gradients, are compared before anything is timed. In the
+cases of few tokens the weights are cycled through many copies, so that none is in the cache, and a native loop that
+reads as many bytes as the chosen experts have goes in turn with the rest: the bandwidth is ours as a share of what it
+reaches. Python is in every figure.
 
-st-moe-pytorch and soft-moe-pytorch, where they are installed, choose by themselves and drop tokens; they do another
-sum of the same size, forward and backward, with their own routers, so they are shown and never the best peer.
+st-moe-pytorch, where it is installed, chooses by itself and drops tokens: it does another sum of the same size, with
+its own router, and is no peer to be compared outputs with.
 """
 
-import argparse
 import ctypes
-import importlib.util
-import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import torch
 
-from benchmarks.publish import table, write_result
 from sentei.kernels import native
-from sentei.kernels.routing import Stack, choose_impl, route
-from sentei.measurement.outcome import environment
+from sentei.kernels.routing import Stack, route
+from sentei.measurement.latency import Comparison, measured
+from sentei.measurement.outcome import today
 
 PEERS = ("eager", "grouped_mm", "batched_mm")
 COLD = 256 << 20  # bytes of weights that are cycled through, many times the cache
-READ = torch.ones(COLD // 4)
-OTHERS = ("st_moe_pytorch", "soft_moe_pytorch")
+OTHER = "st-moe-pytorch, its own choice"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,14 +62,19 @@ class Case:
         return self.tokens * self.top * 6 * self.inner * self.width * (3 if self.backward else 1)
 
 
-def cases() -> list[Case]:
-    """Every row."""
+def cases() -> dict[str, list[Case]]:
+    """Every case, by a name that says whether its tokens are few or many, and its dtype."""
     shapes = {"large": (8, 2048, 2, 512), "small": (16, 96, 4, 576), "fine": (64, 512, 6, 1024)}
     kinds = [("large", 4096, True), ("small", 4096, False), ("small", 4096, True), ("fine", 4096, False)]
     kinds += [(name, tokens, False) for name in shapes for tokens in (1, 16)]
-    return [Case(**dict(zip(("experts", "inner", "top", "width"), shapes[name], strict=True)), tokens=tokens,
+    made = [Case(**dict(zip(("experts", "inner", "top", "width"), shapes[name], strict=True)), tokens=tokens,
                  backward=backward, dtype=dtype)
-            for name, tokens, backward in kinds for dtype in (torch.float32, torch.bfloat16)]
+            for dtype in (torch.float32, torch.bfloat16) for name, tokens, backward in kinds]
+    names = [f"experts-{case.kind}-{str(case.dtype).removeprefix('torch.')}" for case in made]
+    return {name: [case for case, own in zip(made, names, strict=True) if own == name] for name in sorted(set(names))}
+
+
+CASES = cases()
 
 
 class Subject:
@@ -102,13 +104,16 @@ class Subject:
 
     @staticmethod
     def stack(module) -> Stack:
+        """The module's weights as `route` reads them."""
         return Stack.from_joint(module.gate_up_proj, module.down_proj)
 
     def ours(self, number: int = 0) -> torch.Tensor:
+        """A call of sentei."""
         stack = self.stack(self.modules[number]) if self.case.backward else self.stacks[number]
         return self.finish(route(self.hidden, self.ids, self.weights, stack))
 
     def theirs(self, name: str, number: int = 0) -> torch.Tensor:
+        """A call of transformers' backend with that name."""
         module = self.modules[number]
         module.config._experts_implementation = name
         return self.finish(module(self.hidden, self.ids, self.weights))
@@ -129,7 +134,7 @@ class Subject:
                 continue  # it copies the weights of every token's experts: hundreds of gigabytes
             named[name] = lambda number, name=name: self.theirs(name, number)
         if self.case.backward and self.case.dtype == torch.float32 and self.case.experts == 8:
-            named |= {name: call for name in OTHERS if (call := other(name, self)) is not None}
+            named |= {} if find_spec("st_moe_pytorch") is None else {OTHER: st_moe(self)}
         return named
 
     def check(self) -> None:
@@ -143,35 +148,18 @@ class Subject:
             assert gap < (1e-5 if self.case.dtype == torch.float32 else 0.02), f"{self.case}: differs by {gap:.2g}"
 
 
-def other(name: str, subject: Subject) -> Callable[[int], object] | None:
-    """A package's own layer of the same size, if it is installed."""
-    if importlib.util.find_spec(name) is None:
-        return None
+def st_moe(subject: Subject) -> Callable[[int], None]:
+    """st-moe-pytorch's layer of the same size."""
+    from st_moe_pytorch import MoE
+
     case = subject.case
-    if name == "st_moe_pytorch":
-        from st_moe_pytorch import MoE
-
-        layer = MoE(dim=case.width, num_experts=case.experts, gating_top_n=case.top, expert_hidden_mult=4)
-    else:
-        from soft_moe_pytorch import SoftMoE
-
-        layer = SoftMoE(dim=case.width, seq_len=case.tokens, num_experts=case.experts)
+    layer = MoE(dim=case.width, num_experts=case.experts, gating_top_n=case.top, expert_hidden_mult=4)
 
     def call(_: int) -> None:
         layer.zero_grad()
-        output = layer(subject.hidden.detach()[None])
-        (output[0] if isinstance(output, tuple) else output).sum().backward()
+        layer(subject.hidden.detach()[None])[0].sum().backward()
 
     return call
-
-
-def read(at: int, count: int) -> None:
-    """Reads `count` floats of READ, from `at` on and then from its beginning, with torch's number of threads."""
-    while count > READ.numel() - at:
-        read(at, READ.numel() - at)
-        at, count = 0, count - (READ.numel() - at)
-    native.load().sentei_read(ctypes.c_void_p(READ.data_ptr() + 4 * at), ctypes.c_int64(count),
-                              ctypes.byref(ctypes.c_float()), ctypes.c_int64(torch.get_num_threads()))
 
 
 def turns(subject: Subject, runs: int) -> dict[str, list[float]]:
@@ -181,7 +169,8 @@ def turns(subject: Subject, runs: int) -> dict[str, list[float]]:
     floats = len(subject.ids.unique()) * case.bytes // 4 // 128 * 128
     if each > 1:
         seconds["read"] = []
-        named["read"] = lambda number: read(number * floats % READ.numel() // 128 * 128, floats)
+        memory = torch.ones(COLD // 4)
+        named["read"] = lambda number: read(memory, number * floats % memory.numel() // 128 * 128, floats)
     for turn in range(runs + 1):
         for name in seconds if turn % 2 else reversed(seconds):
             start = time.perf_counter()
@@ -191,46 +180,35 @@ def turns(subject: Subject, runs: int) -> dict[str, list[float]]:
     return seconds
 
 
-def row(case: Case, runs: int) -> dict:
-    """What was measured of a case."""
-    with torch.set_grad_enabled(case.backward):
-        subject = Subject(case)
-        subject.check()
-        chosen = choose_impl("auto", subject.hidden, subject.ids, subject.weights, subject.stacks[0])
-        seconds = turns(subject, runs)
-    medians = {name: statistics.median(spent) for name, spent in seconds.items()}
-    best = min((name for name in medians if name in PEERS), key=medians.get)
-    ratios = [peer / ours for peer, ours in zip(seconds[best], seconds["ours"], strict=True)]
-    shares = [bare / ours for bare, ours in zip(seconds.get("read", []), seconds["ours"], strict=False)]
-    return {"bench": "experts", "case": str(case), "impl": chosen[0], "peer": best, "medians": medians,
-            "ratio": statistics.median(ratios), "low": min(ratios), "high": max(ratios),
-            "gflops": case.operations / medians["ours"] / 1e9,
-            "bandwidth": statistics.median(shares) if shares else None, "machine": environment()["processor"]}
+def read(memory: torch.Tensor, at: int, count: int) -> None:
+    """Reads `count` floats of memory, from `at` on and then from its beginning, with torch's number of threads."""
+    while count > memory.numel() - at:
+        read(memory, at, memory.numel() - at)
+        at, count = 0, count - (memory.numel() - at)
+    native.load().sentei_read(ctypes.c_void_p(memory.data_ptr() + 4 * at), ctypes.c_int64(count),
+                              ctypes.byref(ctypes.c_float()), ctypes.c_int64(torch.get_num_threads()))
 
 
-def main() -> None:
-    """Measures every case and writes the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=int, default=7, help="timed turns a row")
-    parser.add_argument("--only", default="", help="rows with these words, as 'few' or 'many float32'")
-    options = parser.parse_args()
-    lines = []
-    for case in cases():
-        if not set(options.only.split()) <= set(str(case).replace(",", "").split()) | {case.kind}:
-            continue
-        found = row(case, options.runs)
-        print(json.dumps(found), flush=True)
-        medians = found["medians"]
-        others = ", ".join(f"{name} {1e3 * spent:,.2f}" for name, spent in medians.items()
-                           if name not in ("ours", "read", found["peer"]))
-        lines.append([found["case"], found["impl"], f"{1e3 * medians['ours']:,.2f}",
-                      f"{found['peer']} {1e3 * medians[found['peer']]:,.2f}",
-                      f"**{found['ratio']:.2f}** ({found['low']:.2f} to {found['high']:.2f})",
-                      f"{found['bandwidth']:.0%} of reading" if found["bandwidth"] else f"{found['gflops']:.0f}",
-                      others])
-    head = ["case", "ours", "ours ms", "best peer ms", "best peer ÷ ours", "GFLOP/s, or bandwidth", "the others, ms"]
-    write_result("-".join(["experts", *options.only.split()]), __doc__, [table(head, lines)])
+def rows(names: list[str], runs: int, absent: Callable[[str], None]) -> Iterator[dict]:
+    """One row for every case and peer: the keys of `sentei.benches.table`, gflops, and bandwidth where tokens are few.
 
-
-if __name__ == "__main__":
-    main()
+    Args:
+        names: of CASES.
+        runs: timed turns a row.
+        absent: told of st-moe-pytorch, if it is not installed.
+    Raises:
+        AssertionError: outputs or gradients differ; there is no ratio then.
+    """
+    if "experts-many-float32" in names and find_spec("st_moe_pytorch") is None:
+        absent("st-moe-pytorch is not installed")
+    for case in (case for name in names for case in CASES[name]):
+        with torch.set_grad_enabled(case.backward):
+            subject = Subject(case)
+            subject.check()
+            seconds = turns(subject, runs)
+        ours, bare = seconds.pop("ours"), seconds.pop("read", [])
+        shares = [spent / own for spent, own in zip(bare, ours, strict=False)]
+        besides = {"bandwidth": statistics.median(shares)} if shares else {}
+        for peer, theirs in seconds.items():
+            timed = Comparison(dense=theirs, pruned=ours, date=today())
+            yield measured("rooms", str(case), peer, timed, operations=case.operations) | besides

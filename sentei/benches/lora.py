@@ -1,28 +1,25 @@
-"""LoRA: a training step and a forward pass, against PEFT on the same model and factors.
+"""LoRA: is a training step, its memory and a forward pass not worse than PEFT's, on the same model and factors?
 
 Both adapt every linear layer of each block of a random Llama, at the same rank, and read the same file of factors; the
 losses are compared before anything is timed. Turns alternate. Memory is what a step keeps for its backward pass:
 distinct storages that are no parameters. Needs `pip install peft --no-deps`.
 """
 
-import argparse
-import json
-import statistics
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from benchmarks.publish import table, write_result
 from sentei.axes.rank import Config
 from sentei.conversion.adapter_files import load, write
 from sentei.conversion.adapters import adapters_of, add
-from sentei.measurement.outcome import environment
+from sentei.measurement.latency import interleave, measured
 
+MIB = 1 << 20
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 SIZES = {"vocab_size": 1024, "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4,
          "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -38,11 +35,11 @@ class Case:
     rank: int
 
     def __str__(self) -> str:
-        return f"{self.what}, {self.rows} × {self.tokens} tokens, rank {self.rank}"
+        return f"LoRA {self.what}, {self.rows} × {self.tokens} tokens, rank {self.rank}"
 
 
-CASES = [Case("step", 4, 128, 8), Case("step", 4, 128, 64), Case("step", 1, 32, 8), Case("forward", 4, 128, 8),
-         Case("forward", 1, 1, 8)]
+CASES = {"lora": [Case("step", 4, 128, 8), Case("step", 4, 128, 64), Case("step", 1, 32, 8),
+                  Case("forward", 4, 128, 8), Case("forward", 1, 1, 8)]}
 
 
 def model() -> nn.Module:
@@ -65,7 +62,7 @@ def both(rank: int) -> dict[str, nn.Module]:
         write(ours, Path(folder))
         theirs = peft.PeftModel.from_pretrained(model(), folder, is_trainable=True).train()
         load(again, folder)
-    return {"ours": again.train(), "peft": theirs}
+    return {"ours": again.train(), "peer": theirs}
 
 
 def loss_of(network: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
@@ -106,51 +103,34 @@ def work(network: nn.Module, case: Case, tokens: torch.Tensor) -> Callable[[], N
     return {"step": step, "forward": forward}[case.what]
 
 
-def rows(runs: int) -> Iterator[dict]:
-    """One row for every case.
+def rows(names: list[str], runs: int, absent: Callable[[str], None]) -> Iterator[dict]:
+    """One row for every case: the keys of `sentei.benches.table`, and of a step ours_mib and peer_mib.
 
+    Args:
+        names: of CASES.
+        runs: timed pairs a row.
+        absent: told why there are no rows.
     Raises:
-        AssertionError: the losses, or the trained numbers, differ.
+        AssertionError: the losses, or how many numbers are trained, differ; there is no ratio then.
     """
-    machine = environment()
-    for case in CASES:
+    if names and find_spec("peft") is None:
+        return absent("PEFT is not installed")
+    for case in (case for name in names for case in CASES[name]):
         networks = both(case.rank)
+        check(networks)
         tokens = torch.randint(SIZES["vocab_size"], (case.rows, case.tokens))
-        losses = [loss_of(network, torch.arange(32)[None]).item() for network in networks.values()]
-        trained = {sum(part.numel() for part in network.parameters() if part.requires_grad)
-                   for network in networks.values()}
-        assert len(trained) == 1 and abs(losses[0] - losses[1]) < 1e-4, (trained, losses)
-        held = {name: kept_bytes(network, tokens) for name, network in networks.items()} if case.what == "step" else {}
-        turns = {name: work(network.eval() if case.what == "forward" else network, case, tokens)
-                 for name, network in networks.items()}
-        seconds = {name: [] for name in turns}
-        for turn in range(runs + 2):
-            for name in turns if turn % 2 else reversed(turns):
-                start = time.perf_counter()
-                turns[name]()
-                seconds[name] += [time.perf_counter() - start] if turn > 1 else []
-        ratios = [theirs / ours for theirs, ours in zip(seconds["peft"], seconds["ours"], strict=True)]
-        yield {"bench": "lora", "case": str(case), "peer": "peft", "ours_s": statistics.median(seconds["ours"]),
-               "peer_s": statistics.median(seconds["peft"]), "ratio": statistics.median(ratios),
-               "low": sorted(ratios)[len(ratios) // 10], "high": sorted(ratios)[-1 - len(ratios) // 10],
-               "ours_bytes": held.get("ours"), "peer_bytes": held.get("peft"), "machine": machine["processor"]}
+        held = {}
+        if case.what == "step":
+            held = {f"{name}_mib": kept_bytes(network, tokens) / MIB for name, network in networks.items()}
+        ours, theirs = (work(network.eval() if case.what == "forward" else network, case, tokens)
+                        for network in networks.values())
+        yield measured("rooms", str(case), "PEFT", interleave(theirs, ours, runs=runs)) | held
 
 
-def main() -> None:
-    """Measures every case and writes the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=int, default=25, help="timed turns a row")
-    lines = []
-    for row in rows(parser.parse_args().runs):
-        print(json.dumps(row), flush=True)
-        memory = [f"{row[name] / 1e6:,.2f}" if row[name] else "" for name in ("ours_bytes", "peer_bytes")]
-        lines.append([row["case"], f"{1e3 * row['ours_s']:,.2f}", f"{1e3 * row['peer_s']:,.2f}",
-                      f"**{row['ratio']:.2f}** ({row['low']:.2f} to {row['high']:.2f})", *memory])
-    import peft
-
-    head = ["case", "ours ms", "PEFT ms", "PEFT ÷ ours (middle 80 %)", "ours kept MB", "PEFT kept MB"]
-    write_result("lora", __doc__, [f"PEFT {peft.__version__}.", table(head, lines)])
-
-
-if __name__ == "__main__":
-    main()
+def check(networks: dict[str, nn.Module]) -> None:
+    """Raises AssertionError where the two give other losses, or train other numbers."""
+    losses = [loss_of(network, torch.arange(32)[None]).item() for network in networks.values()]
+    trained = {sum(part.numel() for part in network.parameters() if part.requires_grad)
+               for network in networks.values()}
+    if len(trained) > 1 or abs(losses[0] - losses[1]) > 1e-4:
+        raise AssertionError(f"LoRA and PEFT differ: losses {losses}, trained {trained}")

@@ -1,0 +1,89 @@
+"""Dense against Mixture-of-Depths at equal training FLOPs: half and an eighth of the bytes pass a block.
+
+Every other of four blocks is dense, as the paper recommends (2404.02258). What a byte saves is spent on more bytes.
+"Two layers" is a static choice: two of the blocks for every byte. Held-out losses are those of the causal predictor, as
+in generation; the second table has those of the choice along the sequence, which training uses, and which sees later
+bytes.
+"""
+
+import statistics
+
+import torch
+from torch import nn
+
+from benchmarks.experiments.harness import (
+    Experiment,
+    Place,
+    Variant,
+    place_of,
+    publish,
+    results,
+    trained,
+    window_losses,
+)
+from benchmarks.experiments.parts import predictors, transformer
+from benchmarks.publish import table
+from sentei.axes import depth
+from sentei.core.rules import Capacity
+from sentei.core.tracing import trace
+from sentei.model import Transformer
+
+SHAPE = {"width": 96, "heads": (4, 4), "feed_forward": 192}
+
+
+def mixture_of_depths(share: float) -> Transformer:
+    """Two dense blocks and two that a share of the bytes passes, in turn; the gates begin small and random."""
+    model = transformer(**SHAPE, layers=4, depth=depth.Config(rule=Capacity(share)))
+    for room in (module for module in model.modules() if isinstance(module, depth.Depth)):
+        nn.init.normal_(room.gate.weight, std=0.02)
+    dense = transformer(**SHAPE, layers=4)
+    for number in (0, 2):
+        model.blocks[number] = dense.blocks[number]
+    return model
+
+
+def routed(share: float) -> Variant:
+    """Mixture-of-Depths in every other block."""
+    return Variant(make=lambda: mixture_of_depths(share), terms=(predictors,),
+                   about=f"{share:.1%} pass every other block")
+
+
+def layers(number: int) -> Variant:
+    """The dense model."""
+    return Variant(make=lambda: transformer(**SHAPE, layers=number), about="every byte passes every block")
+
+
+EXPERIMENT = Experiment(name="depth", text=("code", "prose", "french"), flops=1.0e12, seeds=3, variants={
+    "dense": layers(4), "two layers": layers(2), "half": routed(0.5), "an eighth": routed(0.125)})
+
+
+def along(place: Place) -> list[list[str]]:
+    """What the predictor keeps and what it costs, a line a variant: means over seeds."""
+    lines = []
+    for name in (name for name, given in EXPERIMENT.variants.items() if given.terms):
+        shares, causal, training = [], [], []
+        for seed in range(EXPERIMENT.seeds):
+            model, found = trained(EXPERIMENT, name, seed, place)
+            held = place.windows(EXPERIMENT, seed).held_out()
+            with torch.no_grad(), trace(model) as records:
+                model(held[:32, :-1])
+            choices = [record.selection for record in records if "block" not in record.path.split(".")]
+            shares.append(sum(int(choice.count().sum()) for choice in choices)
+                          / sum(int(choice.permitted.sum()) for choice in choices))
+            causal.append(statistics.fmean(found["losses"]))
+            training.append(window_losses(model.train(), held).mean().item())
+        lines.append([name, f"{statistics.fmean(shares):.1%}", f"{statistics.fmean(causal):.4f}",
+                      f"{statistics.fmean(training):.4f}"])
+    return lines
+
+
+def main() -> None:
+    """Trains what is not trained, and writes the page."""
+    place = place_of(__doc__)
+    found = list(results(EXPERIMENT, place))
+    head = ["variant", "kept by the predictor", "loss, predictor", "loss, choice along the sequence"]
+    publish(EXPERIMENT, __doc__, found, [table(head, along(place))])
+
+
+if __name__ == "__main__":
+    main()

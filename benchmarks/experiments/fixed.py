@@ -1,0 +1,216 @@
+"""The best fixed choice against the one made for each byte, at equal cost and on the same trained model.
+
+- experts: the top-2 models of `experts.py`. Fixed is one pair of experts a layer, found by a search over all pairs,
+  layer by layer, for the lowest loss on text that is not held out, from the pair with the most load on; then the pair
+  with the most load in a window's own domain, which is a choice by task. Weights stay those of each byte.
+- connections: the dense models of `experts.py`, each byte and head attending to K of the bytes before. Dynamic are the
+  K largest scores. Fixed are K places, relative ones or one of the first bytes, those of a head with the most attention
+  on text that is not held out. A sliding window is what is used where nothing is known. The K largest need every score,
+  so that "equal" is of the bytes attended to.
+- depth: the half models of `depth.py`. Dynamic is the causal predictor; fixed are every other byte, and a random half.
+
+All differences are to the dynamic choice, on held-out windows; nothing is trained for the fixed one. What a fixed
+choice gives that is trained from the start is the dense model of the same cost, in `experts.py` and `depth.py`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import combinations
+
+import torch
+
+from benchmarks.experiments import depth as depths
+from benchmarks.experiments import experts as mixtures
+from benchmarks.experiments.harness import Experiment, Place, difference, place_of, trained, window_losses
+from benchmarks.experiments.mixture_of_domains import domains_of
+from benchmarks.publish import table, write_result
+from sentei.axes.connections import Config as Attended
+from sentei.axes.connections import Connections
+from sentei.axes.depth import Depth
+from sentei.axes.experts import Experts
+from sentei.core.rules import Fixed, Rule, TopK
+from sentei.core.storage import write_json
+from sentei.core.tracing import trace
+from sentei.model import Transformer
+
+SEARCHED, KEPT, SINKS = 8, (8, 32), 4  # windows a search reads; bytes attended to; first bytes that may be among them
+Losses = dict[str, list[list[float]]]
+
+
+@dataclass(frozen=True)
+class Places(Rule):
+    """Keeps, in each head, the candidates that stand so far back, and some of the first, whatever the scores.
+
+    Args:
+        back: bool [H, C], how far back.
+        first: bool [H, SINKS], places from the beginning.
+    """
+
+    back: torch.Tensor
+    first: torch.Tensor
+
+    def keep(self, scores, permitted, forced):
+        """Bool like the scores."""
+        far = torch.arange(scores.shape[-2])[:, None] - torch.arange(scores.shape[-1])
+        kept = self.back[:, far.clamp(min=0)]
+        kept[..., :SINKS] |= self.first[:, None]
+        return kept & permitted | forced
+
+
+def rooms(model: torch.nn.Module, kind: type) -> list:
+    """The rooms of a model, in order."""
+    return [module for module in model.modules() if isinstance(module, kind)]
+
+
+def loads(model: Transformer, windows: torch.Tensor) -> list[torch.Tensor]:
+    """How many bytes keep each expert, [E] a layer."""
+    with torch.no_grad(), trace(model) as records:
+        model(windows[:, :-1])
+    return [record.selection.mask().flatten(0, -2).sum(0) for record in records if record.path.endswith(".experts")]
+
+
+def best_pairs(model: Transformer, windows: torch.Tensor) -> list[Fixed]:
+    """The pairs of the search."""
+    layers = rooms(model, Experts)
+    chosen = [Fixed(tuple(load.topk(2).indices.tolist())) for load in loads(model, windows)]
+    for layer, rule in zip(layers, chosen, strict=True):
+        layer.rule = rule
+    for number, layer in enumerate(layers):
+        losses = {}
+        for pair in combinations(range(layer.num_experts), 2):
+            layer.rule = Fixed(pair)
+            losses[pair] = window_losses(model, windows).mean().item()
+        chosen[number] = layer.rule = Fixed(min(losses, key=losses.get))
+    for layer in layers:
+        layer.rule = layer.config.rule
+    return chosen
+
+
+def with_rules(model: Transformer, kind: type, rules: list[Rule], windows: torch.Tensor) -> torch.Tensor:
+    """The windows' losses with other rules in the rooms, which have their own again afterwards."""
+    found = rooms(model, kind)
+    before = [room.rule for room in found]
+    for room, rule in zip(found, rules, strict=True):
+        room.rule = rule
+    losses = window_losses(model, windows)
+    for room, rule in zip(found, before, strict=True):
+        room.rule = rule
+    return losses
+
+
+def of_experts(place: Place, seed: int) -> dict[str, list[float]]:
+    """Losses of one model of two experts a byte."""
+    model, found = trained(mixtures.EXPERIMENT, "top 2", seed, place)
+    windows = place.windows(mixtures.EXPERIMENT, seed)
+    held, searched, domains = windows.held_out(), windows.batch(0, SEARCHED), domains_of(place, windows)
+    by_task = torch.zeros(len(held), dtype=torch.float64)
+    train = torch.stack([windows.tokens[start:start + windows.size].long() for start in range(
+        0, len(windows.tokens) - windows.size, len(windows.tokens) // 96) if start // windows.size not in
+        set(windows.held_places.tolist())])
+    starts = torch.linspace(0, 2.999, len(train)).long()
+    for number in domains.unique().tolist():
+        rules = [Fixed(tuple(load.topk(2).indices.tolist())) for load in loads(model, train[starts == number])]
+        by_task[domains == number] = with_rules(model, Experts, rules, held[domains == number])
+    return {"dynamic": found["losses"],
+            "fixed, by search": with_rules(model, Experts, best_pairs(model, searched), held).tolist(),
+            "fixed, by load in the domain": by_task.tolist()}
+
+
+def attention(model: Transformer, windows: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Mean attention of each head [H] to what stands so far back [H, T], and to each of the first bytes [H, SINKS]."""
+    seen: list[tuple] = []
+    handles = [room.register_forward_pre_hook(lambda _, given: seen.append(given))
+               for room in rooms(model, Connections)]
+    with torch.no_grad():
+        model(windows[:, :-1])
+    for handle in handles:
+        handle.remove()
+    found = []
+    for query, key, *_ in seen:
+        size = query.shape[1]
+        scores = torch.einsum("bqhd,bkhd->bhqk", query, key) * query.shape[-1] ** -0.5
+        shares = scores.masked_fill(torch.ones(size, size, dtype=torch.bool).triu(1), -torch.inf).softmax(-1).mean(0)
+        far = torch.arange(size)[:, None] - torch.arange(size)
+        back = torch.stack([shares[:, far == distance].sum(-1) / size for distance in range(size)], -1)
+        found.append((back, shares[..., :SINKS].mean(1)))
+    return found
+
+
+def best_places(heads: list[tuple[torch.Tensor, torch.Tensor]], kept: int) -> list[Places]:
+    """The K places of each head with the most attention, its own byte among them."""
+    rules = []
+    for back, first in heads:
+        worth = torch.cat([back, first], 1)
+        worth[:, 0] = torch.inf
+        chosen = torch.zeros_like(worth, dtype=torch.bool).scatter(1, worth.topk(kept, 1).indices, True)
+        rules.append(Places(chosen[:, :-SINKS], chosen[:, -SINKS:]))
+    return rules
+
+
+def of_connections(place: Place, seed: int) -> dict[str, list[float]]:
+    """Losses of one dense model."""
+    model, found = trained(mixtures.EXPERIMENT, "dense", seed, place)
+    windows = place.windows(mixtures.EXPERIMENT, seed)
+    held, heads = windows.held_out(), attention(model, windows.batch(0, SEARCHED))
+    losses, layers = {"all": found["losses"]}, len(heads)
+    for kept in KEPT:
+        back = torch.arange(held.shape[1] - 1) < kept
+        window = Places(back.expand(len(heads[0][0]), -1), torch.zeros(len(heads[0][0]), SINKS, dtype=torch.bool))
+        for name, rules in ((f"dynamic, {kept}", [TopK(kept)] * layers), (f"fixed, {kept}", best_places(heads, kept)),
+                            (f"window, {kept}", [window] * layers)):
+            for block, rule in zip(model.blocks, rules, strict=True):
+                block.block.attention.connections = Connections(Attended(rule=rule, tile=(1, 1), window=0))
+            losses[name] = window_losses(model, held).tolist()
+    return losses
+
+
+class Halves(Rule):
+    """Keeps half of the bytes, whatever the scores; every other one, or a random half that is always the same."""
+
+    def __init__(self, random: bool):
+        self.random = random
+
+    def keep(self, scores, permitted, forced):
+        """Bool like the scores, [B, T, 1]."""
+        drawn = torch.rand(scores.shape, generator=torch.Generator().manual_seed(0))
+        rank = drawn.argsort(1).argsort(1) if self.random else torch.arange(scores.shape[1])[:, None] % 2
+        return (rank < (scores.shape[1] + 1) // 2 if self.random else rank == 0) & permitted | forced
+
+
+def of_depth(place: Place, seed: int) -> dict[str, list[float]]:
+    """Losses of one Mixture-of-Depths."""
+    model, found = trained(depths.EXPERIMENT, "half", seed, place)
+    held = place.windows(depths.EXPERIMENT, seed).held_out()
+    number = len(rooms(model, Depth))
+    return {"dynamic": found["losses"],
+            "fixed, every other byte": with_rules(model, Depth, [Halves(False)] * number, held).tolist(),
+            "fixed, a random half": with_rules(model, Depth, [Halves(True)] * number, held).tolist()}
+
+
+PARTS: dict[str, tuple[Experiment, Callable[[Place, int], dict[str, list[float]]]]] = {
+    "experts, 2 of 16": (mixtures.EXPERIMENT, of_experts), "connections": (mixtures.EXPERIMENT, of_connections),
+    "depth, half of the bytes": (depths.EXPERIMENT, of_depth)}
+
+
+def main() -> None:
+    """Measures all three and writes the page."""
+    place = place_of(__doc__)
+    lines, everything = [], {}
+    for part, (experiment, measure) in PARTS.items():
+        losses: Losses = {}
+        for seed in range(experiment.seeds):
+            for name, row in measure(place, seed).items():
+                losses.setdefault(name, []).append(row)
+        everything[part] = losses
+        for name, rows in losses.items():
+            kept = name.partition(", ")[2]
+            dynamic = losses.get(f"dynamic, {kept}", losses.get("dynamic", rows))
+            told = "" if rows is dynamic else difference(rows, dynamic)
+            lines.append([part, name, f"{torch.tensor(rows).mean():.4f}", str(told), told and told.verdict])
+    path = write_result("experiment-fixed", __doc__, [table(
+        ["room", "choice", "held-out loss", "difference to dynamic, nats a byte", "loss"], lines)])
+    write_json(path.with_suffix(".json"), {"experiment": "fixed", "losses": everything})
+
+
+if __name__ == "__main__":
+    main()
