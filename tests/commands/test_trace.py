@@ -12,7 +12,7 @@ from sentei.conversion.export import export
 from sentei.conversion.plan import Plan, convert
 from sentei.core.rules import TopK
 from sentei.model import Config, Transformer
-from sentei.training.job import save_model
+from sentei.training.job import write_model
 
 
 @pytest.fixture
@@ -52,7 +52,8 @@ def test_a_pruned_model_writes(sentei, tmp_path):
 
 @pytest.mark.parametrize("causal", [True, False], ids=["decoder", "encoder"])
 def test_a_trained_model(causal, sentei, tmp_path):
-    save_model(Transformer(Config(width=32, layers=2, causal=causal)), tmp_path)
+    model = Transformer(Config(width=32, layers=2, causal=causal))
+    write_model(model.state_dict(), model.config, tmp_path)
     (tmp_path / "sentei-train.json").write_text("{}")
     done = sentei("trace", tmp_path, "é!", "--out", tmp_path / "a.html", "--save", tmp_path / "a.trace", "--json")
     assert json.loads(done.stdout)["kind"] == "ran"
