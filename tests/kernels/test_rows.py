@@ -55,7 +55,8 @@ def test_gated_is_as_near_to_fp64_as_torch(activation, dtype, width, hidden, out
         y, own = rows.gated(x, *layers, activation), eager(x, *layers, activation)
         assert y.dtype is dtype and y.shape == own.shape
         unit = torch.finfo(torch.float32 if dtype is torch.float32 else dtype).eps * exact.norm()
-        assert (y - exact).norm() <= max(2 * (own - exact).norm(), 2 * unit)
+        # The plainest instruction set rounds after the product too, and sums 401 of them in a few lanes.
+        assert (y - exact).norm() <= max(2 * (own - exact).norm(), 4 * unit)
 
 
 @pytest.mark.parametrize("shift", [0.0, 1.0])
