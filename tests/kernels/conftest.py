@@ -13,13 +13,18 @@ def named(number: int) -> str:
     return f"machine {number}"
 
 
-@pytest.fixture(params=range(SETS), ids=named)
+def sets(count: int) -> list:
+    """The first `count` instruction sets; those between the plainest and the last are slow: others end there."""
+    return [pytest.param(number, marks=[pytest.mark.slow] if 0 < number < SETS - 1 else []) for number in range(count)]
+
+
+@pytest.fixture(params=sets(SETS), ids=named)
 def machine(request, monkeypatch) -> None:
     """Each instruction set of this processor in turn."""
     monkeypatch.setattr(native, "MACHINE", request.param)
 
 
-@pytest.fixture(params=range(MACHINES), ids=named)
+@pytest.fixture(params=sets(MACHINES), ids=named)
 def machine_or_pairs(request, monkeypatch) -> None:
     """Each instruction set of this processor in turn, and products of pairs."""
     monkeypatch.setattr(native, "MACHINE", request.param)

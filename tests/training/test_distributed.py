@@ -137,11 +137,13 @@ def compare(out: Path, reference: Path, step: int = 2) -> None:
     torch.testing.assert_close(tensors(out), tensors(reference), rtol=SPREAD, atol=SPREAD)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("size", "kind", "layout"), NAMES)
 def test_several_processes_do_what_one_does(alone, together, size, kind, layout):
     compare(together[size] / f"{kind} {layout}", alone / kind)
 
 
+@pytest.mark.slow
 def test_what_one_or_two_saved_goes_on_in_four_and_in_one(alone, stopped, tmp_path):
     assert checkpoints.steps(stopped / "one") == checkpoints.steps(stopped / "two") == [1]
     cases = {"one": ("softmax", "both"), "two": ("softmax", "shard")}
@@ -155,12 +157,14 @@ def test_what_one_or_two_saved_goes_on_in_four_and_in_one(alone, stopped, tmp_pa
         compare(tmp_path / name, alone / "softmax")
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_several_is_safetensors_and_json_alone(stopped):
     names = sorted(path.name for path in (stopped / "two").rglob("*") if not path.name.startswith("tokens-"))
     assert names == ["checkpoint-00000001-1-of-2.safetensors", "checkpoint-00000001-2-of-2.safetensors",
                      "checkpoint-00000001.json", METRICS]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["flipped", "gone"])
 def test_a_damaged_part_is_refused_and_the_checkpoint_before_named(together, tmp_path, how):
     out = shutil.copytree(together[2] / "dense shard", tmp_path / "out")
@@ -170,6 +174,7 @@ def test_a_damaged_part_is_refused_and_the_checkpoint_before_named(together, tmp
         checkpoints.newest(out)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("keep", "match"), [(slice(0, 1), "tensors"), (slice(0, 0), "something else")])
 def test_a_manifest_that_leaves_out_a_part_is_refused(together, tmp_path, keep, match):
     out = shutil.copytree(together[4] / "softmax both", tmp_path / "softmax both")
@@ -181,6 +186,7 @@ def test_a_manifest_that_leaves_out_a_part_is_refused(together, tmp_path, keep, 
     assert len(manifest["files"]) == 0 or len(checkpoints.newest(out).files) == 1
 
 
+@pytest.mark.slow
 def test_parts_with_gaps_are_refused(together, tmp_path):
     out = shutil.copytree(together[4] / "softmax both", tmp_path / "out")
     manifest = read_json(out / "checkpoint-00000002.json")
