@@ -165,14 +165,20 @@ def test_a_sequence_s_loss_is_of_the_affinities_without_bias_or_groups():
     assert balance["experts"].counts[[0, 2, 3]].sum() == 0, "the bias chose"
 
 
-def test_a_batch_may_be_even_and_its_sequences_not():
-    """Two sequences that want one expert each: together the loads are even, and each of them is as uneven as can be."""
+def one_expert_each():
+    """A layer, and two sequences of which each wants an expert of its own and no other."""
     made = layer("switch", TopK(1))
     with torch.no_grad():
         made.router.weight.zero_()
         made.router.weight[0, 0], made.router.weight[1, 0], made.router.weight[2:, 1] = 1, -1, -1
     x = torch.zeros(2, 8, WIDTH, dtype=torch.float64)
     x[0, :, 0], x[1, :, 0], x[..., 1] = 9, -9, 9
+    return made, x
+
+
+def test_a_batch_may_be_even_and_its_sequences_not():
+    """Together the loads are even, and each of them is as uneven as can be."""
+    made, x = one_expert_each()
     with balancing(made) as balance:
         made(x)
     assert balance.loss(sequence=1).item() == pytest.approx(E, rel=1e-2)
@@ -181,12 +187,7 @@ def test_a_batch_may_be_even_and_its_sequences_not():
 
 def test_a_mean_of_the_parts_own_losses_is_another_loss():
     """What the sums are for: two parts that want one expert each are balanced together and not apart."""
-    made = layer("switch", TopK(1))
-    with torch.no_grad():
-        made.router.weight.zero_()
-        made.router.weight[0, 0], made.router.weight[1, 0], made.router.weight[2:, 1] = 1, -1, -1
-    x = torch.zeros(2, 8, WIDTH, dtype=torch.float64)
-    x[0, :, 0], x[1, :, 0], x[..., 1] = 9, -9, 9
+    made, x = one_expert_each()
     with balancing(made) as together:
         made(x)
     apart = []

@@ -172,10 +172,9 @@ int sentei_backward(const Backward* backward) {
     const size_t tile = std::max(p.query_block * s.columns, p.key_block * s.rows);
     const size_t block = std::max(p.query_block, p.key_block), width = round_up(p.width);
     const auto scratch = [&] {
-      return Scratch{Zeros(tile), Zeros(tile), Zeros(block * p.width),
-                     Zeros(block * p.value_width), Zeros(block * width),
-                     Zeros(block * s.value_width), Zeros(s.rows), Zeros(s.rows),
-                     Zeros(s.rows), Zeros(p.softcap != 0.0f ? tile : 0)};
+      return Scratch{Zeros(tile), Zeros(tile), Zeros(block * p.width), Zeros(block * p.value_width),
+                     Zeros(block * width), Zeros(block * s.value_width), Zeros(s.rows), Zeros(s.rows), Zeros(s.rows),
+                     Zeros(p.softcap != 0.0f ? tile : 0)};
     };
     const int64_t wide = width + s.value_width;  // of a token in one layout; keys have three, queries four
     by_rows(p, 8 * wide * (p.keys + s.per_group * p.queries), [&](int64_t begin, int64_t end) {
