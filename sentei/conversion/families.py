@@ -54,6 +54,12 @@ _LARGEST = {
 }
 _MAY_BE_ZERO = ("max_window_layers",)
 
+# What every family calls the two parts of a layer.
+PARTS = {"attention": "self_attn", "network": "mlp"}
+_NORMS = {"attention": ("input_layernorm",), "network": ("post_attention_layernorm",)}
+_NORMS_AROUND = {"attention": ("input_layernorm", "post_attention_layernorm"),
+                 "network": ("pre_feedforward_layernorm", "post_feedforward_layernorm")}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
@@ -63,7 +69,9 @@ class Family:
         model_type: the name in config.json.
         architecture: the causal language model class of transformers.
         config: its config class.
-        attention: the class of its attention modules.
+        attention, network: the classes of its attention and feed-forward modules.
+        norms: by part of a layer, the norms that stand before it and, in some families, behind it; `PARTS` has the
+            parts' own names.
         window: where sliding-window attention is said: "none", "layer_types", or "every" (one window for all layers).
         config_keys: every key that config.json may hold, passed on or not (`NOT_PASSED`).
     """
@@ -72,6 +80,8 @@ class Family:
     architecture: str
     config: str
     attention: str
+    network: str
+    norms: dict[str, tuple[str, ...]]
     window: str
     config_keys: frozenset[str]
 
@@ -123,8 +133,9 @@ class Family:
                             do="download the file again from where it was published") from error
 
 
-def _family(model_type: str, prefix: str, *, window: str, keys: tuple[str, ...]) -> Family:
+def _family(model_type: str, prefix: str, *, window: str, keys: tuple[str, ...], norms: dict = _NORMS) -> Family:
     return Family(model_type=model_type, architecture=f"{prefix}ForCausalLM", attention=f"{prefix}Attention",
+                  network=f"{prefix}MLP", norms=norms,
                   config=f"{prefix}{'Text' if prefix == 'Gemma3' else ''}Config", window=window,
                   config_keys=_DECODER_KEYS | NOT_PASSED | frozenset(keys))
 
@@ -137,7 +148,7 @@ FAMILIES: dict[str, Family] = {
     "qwen2": _family("qwen2", "Qwen2", window="layer_types", keys=_QWEN_WINDOW),
     "qwen3": _family("qwen3", "Qwen3", window="layer_types", keys=_QWEN_WINDOW),
     "mistral": _family("mistral", "Mistral", window="every", keys=("sliding_window",)),
-    "gemma3_text": _family("gemma3_text", "Gemma3", window="layer_types", keys=(
+    "gemma3_text": _family("gemma3_text", "Gemma3", window="layer_types", norms=_NORMS_AROUND, keys=(
         "sliding_window", "sliding_window_pattern", "layer_types", "hidden_activation", "rope_local_base_freq",
         "query_pre_attn_scalar", "final_logit_softcapping", "attn_logit_softcapping", "use_bidirectional_attention")),
 }

@@ -43,6 +43,14 @@ class Calibration:
         self.squares += (gradient.square().T @ x.square()).to(self.squares.device)
         self.rows_with_gradients += len(x)
 
+    def merge(self, other: "Calibration") -> None:
+        """Adds what another pass, over other data, has seen of the same layer."""
+        self.gram += other.gram
+        if other.rows_with_gradients:
+            self.squares += other.squares
+        self.rows += other.rows
+        self.rows_with_gradients += other.rows_with_gradients
+
     def inverse(self, damp: float) -> torch.Tensor:
         """Float64 [D, D]: (G + damp · mean diagonal)⁻¹; an input that was always 0 counts as independent."""
         return torch.cholesky_inverse(torch.linalg.cholesky(self.damped(damp)))
