@@ -88,8 +88,9 @@ def measure(judge: Judge, tokens: torch.Tensor, whole: Plan, rooms: tuple[str, .
         workload where it decodes, of one layer where it reads a prompt.
     """
     entries = candidates(judge.model, judge.workload.lever, rooms)
-    plan = Plan(tuple(dict.fromkeys(entry for entry, _ in entries if entry.room != "depth")))
-    seen, ruler = judge.statistics(plan), Ruler(judge.model, tokens[:TOKENS])
+    seen = next(filter(None, (judge.statistics(Plan((entry,))) for entry, _ in entries)), None)
+    convert(judge.model, Plan())
+    ruler = Ruler(judge.model, tokens[:TOKENS])
     nats = []
     for entry, _ in entries:
         convert(judge.model, Plan((entry,)), seen)
