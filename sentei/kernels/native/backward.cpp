@@ -61,12 +61,13 @@ using Added = std::vector<std::atomic<int32_t>>;
 struct Scratch {
   Scratch(const Problem& p, const Sizes& s)
       : keys(s.columns * p.width), key_rows(s.columns * s.even_width), values(s.columns * p.value_width),
-        room(s.columns * std::max(p.width, p.value_width)), queries(p.query_block * s.even_width), outputs(p.query_block * s.value_width),
-        scores(p.query_block * s.columns), gradients(p.query_block * s.columns),
+        room(s.columns * std::max(p.width, p.value_width)), queries(p.query_block * s.even_width),
+        outputs(p.query_block * s.value_width), scores(p.query_block * s.columns),
+        gradients(p.query_block * s.columns),
         slopes(p.softcap != 0.0f ? p.query_block * s.columns : 0), query(p.query_block * s.even_width),
         key(p.key_block * s.even_width), value(p.key_block * s.value_width) {}
   Zeros keys, key_rows, values;   // of the item's block: keys and values turned, and keys times the scale in rows
-  Zeros room;
+  Zeros room;                     // for turning
   Zeros queries, outputs;         // a query block's rows, scaled as in the forward, and the gradients of its outputs
   Zeros scores, gradients, slopes;
   Zeros query, key, value;        // the results
