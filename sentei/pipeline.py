@@ -24,6 +24,7 @@ from sentei.budget.workload import Workload, workload_of
 from sentei.conversion import export
 from sentei.conversion.checkpoints import DTYPES, load_model, load_tokenizer, locate
 from sentei.conversion.plan import Plan, convert, prunable_layers
+from sentei.conversion.tokenizers import require_known
 from sentei.core.errors import FileError, SenteiError, UnsupportedError
 from sentei.core.progress import Progress, Silent
 from sentei.core.storage import Stages, claimed, write_json
@@ -204,6 +205,7 @@ def prune(model: nn.Module | str | None = None, tokenizer=None, *, text: Path | 
 def verify(folder: Path) -> dict:
     """Loads a folder written by `run` in a fresh process and compares it with its receipt, see `export.check`."""
     export.read_policy(folder)
+    export.read_receipt(folder)
     return export.check_afresh(folder)
 
 
@@ -271,7 +273,9 @@ def _windows(subject: Subject, text: Text, workload: Workload) -> dict[str, torc
     if workload.tokens > context:
         raise SenteiError("--workload", expected=f"at most the model's context of {context:,} tokens",
                           got=f"{workload.tokens:,}", do="choose a shorter workload")
-    return windows_of(subject.tokenizer, text.text, length=workload.tokens, needed=WINDOWS)
+    windows = windows_of(subject.tokenizer, text.text, length=workload.tokens, needed=WINDOWS)
+    require_known(max(int(part.max()) for part in windows.values()), subject.model.config.vocab_size, subject.name)
+    return windows
 
 
 def _fingerprint(model: nn.Module) -> str:

@@ -23,6 +23,7 @@ from sentei.core.safetensors_header import Tensor, read_header
 from sentei.core.storage import cannot_write, read_json, write_json, write_whole
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+MAX_PATTERNS = 1024  # each is compared with each layer's path
 _PREFIX = "base_model.model."
 _NAME = re.compile(re.escape(_PREFIX) + r"(?P<path>.+)\.lora_(?P<factor>[AB])(\.default)?\.weight")
 _PATTERN = re.compile(r"\^?[\w.]+")
@@ -121,15 +122,19 @@ def load(model: nn.Module, folder: Path, *, rule: Rule | None = None) -> list[st
         raise UnsupportedError("adapter_files.load", expected="a model without adapters", got="one with adapters",
                                do="take them away with adapters.remove")
     layers = dict(model.named_modules())
-    configs = {path: settings.config_of(path, rule) for path in headers}
+    configs = {path: settings.config_of(path, rule) for path in headers if path in layers}
     for path, factors in headers.items():
-        _check_fits(layers.get(path), path, factors, configs[path], settings.targets, folder)
+        _check_fits(layers.get(path), path, factors, configs.get(path), settings.targets, folder)
     made = {path: from_dense(layers[path], config) for path, config in configs.items()}
     try:
         with safe_open(folder / WEIGHTS, framework="pt") as file, torch.no_grad():
             for path, factors in headers.items():
                 for letter, factor in (("A", made[path].a), ("B", made[path].b)):
-                    factor.copy_(file.get_tensor(factors[letter][0]))
+                    found = file.get_tensor(factors[letter][0])
+                    if not torch.isfinite(found).all():
+                        raise FileError(str(folder / WEIGHTS), expected="finite weights",
+                                        got=f"NaN or infinity in {shown(factors[letter][0])}", do="write it again")
+                    factor.copy_(found)
     except (OSError, SafetensorError) as error:
         raise FileError(str(folder / WEIGHTS), expected="tensors that can be read", got=str(error),
                         do="download the file again") from error
@@ -153,8 +158,8 @@ def read_settings(folder: Path) -> Settings:
     checks = {
         "peft_type LORA": value.get("peft_type") == "LORA",
         "use_rslora true or false": type(value.get("use_rslora", False)) is bool,
-        "patterns from module names to numbers": all(
-            isinstance(patterns, dict) and all(_PATTERN.fullmatch(key) for key in patterns)
+        f"at most {MAX_PATTERNS:,} patterns from module names to numbers": all(
+            isinstance(patterns, dict) and len(patterns) <= MAX_PATTERNS and all(_PATTERN.fullmatch(key) for key in patterns)
             for patterns in (ranks, alphas)),
         "target_modules a list of names, or one name": targets is None or isinstance(targets, str) or (
             isinstance(targets, list) and all(isinstance(target, str) for target in targets)),
@@ -165,9 +170,10 @@ def read_settings(folder: Path) -> Settings:
     settings = Settings(scaling="root" if value.get("use_rslora", False) else "rank", rank=rank, alpha=alpha,
                         dropout=dropout, ranks=ranks, alphas=alphas,
                         targets=targets if isinstance(targets, list) else None)
-    for pattern in ("", *ranks, *alphas):
+    said = [(rank, alpha), *((one, alpha) for one in ranks.values()), *((rank, one) for one in alphas.values())]
+    for rank, alpha in said:
         try:
-            settings.config_of(pattern.removeprefix("^"), All())
+            Config(rule=All(), rank=rank, scaling=settings.scaling, alpha=alpha, dropout=dropout)
         except RuleError as error:
             raise FileError(str(path), expected=error.expected, got=shown(value), do="write the adapter again"
                             ) from error
@@ -200,7 +206,7 @@ def _headers(folder: Path) -> dict[str, dict[str, tuple[str, Tensor]]]:
     return found
 
 
-def _check_fits(layer: nn.Module | None, path: str, factors: dict[str, tuple[str, Tensor]], config: Config,
+def _check_fits(layer: nn.Module | None, path: str, factors: dict[str, tuple[str, Tensor]], config: Config | None,
                 targets: list[str] | None, folder: Path) -> None:
     """Raises FileError unless the factors are those of this layer."""
     shapes = {letter: tensor.shape for letter, (_, tensor) in factors.items()}

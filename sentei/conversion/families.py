@@ -5,13 +5,12 @@ A config.json is data from a stranger. Only the keys listed here reach transform
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
-
-import torch
 
 from sentei.core.errors import FileError, UnsupportedError, shown
 
@@ -101,14 +100,24 @@ class Family:
     def shapes(self, config: PreTrainedConfig, where: str = "config.json") -> dict[str, tuple[int, ...]]:
         """The shapes of the model's tensors by name; no memory is taken for them.
 
+        The layers of a family are alike, so that one is built and stands for all: a thousand would take seconds.
+
         Raises:
             FileError: transformers cannot build a model of these settings.
         """
         import transformers
 
+        import torch
+
+        one = copy.deepcopy(config)
         with self._building(where), torch.device("meta"):
-            model = getattr(transformers, self.architecture)(config)
-        return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+            one.num_hidden_layers = 1
+            model = getattr(transformers, self.architecture)(one)
+        first = "model.layers.0."
+        shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        return {name: shape for name, shape in shapes.items() if not name.startswith(first)} | {
+            f"model.layers.{layer}.{name.removeprefix(first)}": shape for layer in range(config.num_hidden_layers)
+            for name, shape in shapes.items() if name.startswith(first)}
 
     @contextmanager
     def _building(self, where: str) -> Iterator[None]:
