@@ -159,7 +159,7 @@ def read_settings(folder: Path) -> Settings:
         "peft_type LORA": value.get("peft_type") == "LORA",
         "use_rslora true or false": type(value.get("use_rslora", False)) is bool,
         f"at most {MAX_PATTERNS:,} patterns from module names to numbers": all(
-            isinstance(patterns, dict) and len(patterns) <= MAX_PATTERNS and all(_PATTERN.fullmatch(key) for key in patterns)
+            isinstance(patterns, dict) and len(patterns) <= MAX_PATTERNS and all(map(_PATTERN.fullmatch, patterns))
             for patterns in (ranks, alphas)),
         "target_modules a list of names, or one name": targets is None or isinstance(targets, str) or (
             isinstance(targets, list) and all(isinstance(target, str) for target in targets)),

@@ -105,9 +105,8 @@ class Family:
         Raises:
             FileError: transformers cannot build a model of these settings.
         """
-        import transformers
-
         import torch
+        import transformers
 
         one = copy.deepcopy(config)
         with self._building(where), torch.device("meta"):

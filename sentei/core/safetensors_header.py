@@ -42,8 +42,8 @@ def read_header(path: Path) -> dict[str, Tensor]:
     Reads the header only; a file of 300 tensors costs well under a millisecond.
 
     Raises:
-        FileError: not a regular file; the header is too long, malformed or holds a name twice; offsets overlap, leave gaps or leave the
-            file; a shape does not match its bytes; the file goes on after the last tensor.
+        FileError: not a regular file; the header is too long, malformed or holds a name twice; offsets overlap, leave
+            gaps or leave the file; a shape does not match its bytes; the file goes on after the last tensor.
     """
     size = regular_size(path)
     try:

@@ -156,8 +156,8 @@ def parse_json(raw: bytes) -> dict:
     """The one JSON object in `raw`.
 
     Raises:
-        ValueError: too many values, not UTF-8, not JSON, nested too deep, a key that appears twice, NaN, infinity, or not
-            an object.
+        ValueError: too many values, not UTF-8, not JSON, nested too deep, a key that appears twice, NaN, infinity, or
+            not an object.
     """
     if _too_many_parts(raw):
         raise ValueError(f"more than {MAX_JSON_PARTS:,} values")

@@ -17,8 +17,8 @@ class Door:
         name: of the door.
         make: writes something harmless into a new folder and returns what is opened.
         open: opens it, as the verbs of the command line do.
-        attacks, twins: by name, what is done to the harmless file; a path that is returned is opened instead. An attack must
-            be refused, a twin, which is the same kind of thing without harm, must not.
+        attacks, twins: by name, what is done to the harmless file; a path that is returned is opened instead. An attack
+            must be refused, a twin, which is the same kind of thing without harm, must not.
     """
 
     name: str

@@ -1,12 +1,12 @@
-"""Every attack and every twin of it, each in a process of its own that is watched; prints what came of it, one JSON a line.
+"""Every attack and every twin of it, each in a process of its own that is watched; prints a JSON object for each.
 
     python tests/attacks/guarded.py FOLDER [--small] [DOOR …]
 
 With --small, cases of files above a megabyte are left out.
 
-A process that has loaded everything opens the harmless files once, and then forks for each case: what is measured is what
-the case costs beyond the start, and a crash ends one case. An audit hook of the interpreter notes what is run, reached and
-written; what native code writes is seen in the folder, which holds the case, the home and the working folder.
+A process that has loaded everything opens the harmless files once, and then forks for each case: what is measured is
+what the case costs beyond the start, and a crash ends one case. An audit hook of the interpreter notes what is run,
+reached and written; what native code writes is seen in the folder, which holds the case, the home and the working folder.
 """
 
 import contextlib
@@ -140,7 +140,8 @@ def main() -> None:
                 before = listing(folder)
                 told = forked(door.open, path, folder)
                 changed = sorted(item for item, _ in before.items() ^ listing(folder).items())
-                print(json.dumps({"door": door.name, "kind": kind, "name": name, "changed": changed} | told), flush=True)
+                about = {"door": door.name, "kind": kind, "name": name, "changed": changed}
+                print(json.dumps(about | told), flush=True)
                 shutil.rmtree(place)
 
 

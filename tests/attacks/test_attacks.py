@@ -1,5 +1,7 @@
-"""Every attack of the table is refused with exit code 3, quickly, in little memory, and nothing is run or written; its twins
-are let in, so that a door that refuses everything fails too."""
+"""Every attack of the table is refused with exit code 3, quickly, in little memory, and nothing is run or written.
+
+Its twins are let in, so that a door that refuses everything fails too.
+"""
 
 import json
 import re
@@ -19,7 +21,8 @@ RAW = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e
 
 def results(folder: Path, *flags: str) -> list[dict]:
     """What came of all cases, from a process of its own."""
-    ran = subprocess.run([sys.executable, str(GUARDED), str(folder), *flags], capture_output=True, text=True, check=False)
+    ran = subprocess.run([sys.executable, str(GUARDED), str(folder), *flags], capture_output=True, text=True,
+                         check=False)
     assert ran.returncode == 0, ran.stderr[-3000:]
     return [json.loads(line) for line in ran.stdout.splitlines()]
 
@@ -56,14 +59,15 @@ def test_all_attacks_are_refused_and_their_twins_are_not(tmp_path):
     check(results(tmp_path))
 
 
-GOOD = {"door": "text", "name": "x", "kind": "attack", "code": 3, "cpu": 0.1, "megabytes": 1, "seen": [], "changed": [], "words": ""}
+GOOD = {"door": "text", "name": "x", "kind": "attack", "code": 3, "cpu": 0.1, "megabytes": 1, "seen": [], "changed": [],
+        "words": ""}
 
 
 @pytest.mark.parametrize("changes, message", [
     ({"code": 0}, "ended with 0"), ({"code": 70}, "ended with 70"), ({"kind": "twin"}, "ended with 3"),
     ({"cpu": 2.1}, "took 2.1 s"), ({"megabytes": 301}, "took 301 MB"), ({"seen": ["runs os.system"]}, "ran"),
-    ({"seen": ["writes /tmp/x"]}, "wrote"), ({"changed": ["case/canary"]}, "wrote"), ({"words": "a\x1b[31m"}, "control"),
-    ({"words": "\u202e"}, "control"), ({"changed": ["home/cache"]}, "wrote"),
+    ({"seen": ["writes /tmp/x"]}, "wrote"), ({"changed": ["case/canary"]}, "wrote"),
+    ({"words": "a\x1b[31m"}, "control"), ({"words": "\u202e"}, "control"), ({"changed": ["home/cache"]}, "wrote"),
     ({"door": "GGUF", "changed": ["home/cache/x"]}, "wrote")], ids=str)
 def test_what_is_wrong_is_seen(changes, message):
     assert wrong_of(GOOD) == []
