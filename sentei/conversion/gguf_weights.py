@@ -4,14 +4,18 @@ llama.cpp names tensors in its own way, reorders the rows of Llama's queries and
 stores Gemma's norm weights with one added. Its settings are checked like any config.json.
 """
 
+from __future__ import annotations
+
 import re
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from sentei.conversion.families import FAMILIES
 from sentei.conversion.gguf_header import GgufHeader
 from sentei.core.errors import FileError, UnsupportedError, shown
+
+if TYPE_CHECKING:
+    import torch
 
 ARCHITECTURES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma3": "gemma3_text"}
 _TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
@@ -73,6 +77,7 @@ def weights(path: Path, header: GgufHeader, raw: dict, dtype: torch.dtype) -> di
         UnsupportedError: a tensor that transformers' model of this family does not have.
     """
     import numpy
+    import torch
     from gguf import GGMLQuantizationType
     from gguf.quants import dequantize
 

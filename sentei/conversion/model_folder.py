@@ -80,12 +80,27 @@ def read_config(folder: Path) -> tuple[dict, Family]:
 def weight_files(folder: Path) -> dict[str, dict[str, Tensor]]:
     """The tensors of each weight file of `folder`, from headers alone.
 
+    Raises:
+        FileError: see `weight_headers`.
+        UnsupportedError: weights in a quantised or integer type.
+    """
+    files = weight_headers(folder)
+    for file, tensors in files.items():
+        for name, tensor in tensors.items():
+            if tensor.dtype not in _LOADABLE:
+                raise UnsupportedError(str(folder / file), expected=f"weights in {', '.join(_LOADABLE)}",
+                                       got=f"{tensor.dtype} for {shown(name)}", do="use an unquantised version")
+    return files
+
+
+def weight_headers(folder: Path) -> dict[str, dict[str, Tensor]]:
+    """The tensors of each weight file of `folder`, whatever their dtype.
+
     `model.safetensors` wins over an index, as in transformers.
 
     Raises:
         FileError: no safetensors weights, a malformed header or index, a tensor in two files or not where the index
             says.
-        UnsupportedError: weights in a quantised or integer type.
     """
     if member(folder, WEIGHTS, required=False) is not None:
         files = {WEIGHTS: read_header(folder / WEIGHTS)}
@@ -95,13 +110,10 @@ def weight_files(folder: Path) -> dict[str, dict[str, Tensor]]:
         raise _no_weights(folder)
     seen: set[str] = set()
     for file, tensors in files.items():
-        for name, tensor in tensors.items():
+        for name in tensors:
             if name in seen:
                 raise FileError(str(folder / file), expected="every tensor once", got=f"{shown(name)} in two files",
                                 do="download the model again")
-            if tensor.dtype not in _LOADABLE:
-                raise UnsupportedError(str(folder / file), expected=f"weights in {', '.join(_LOADABLE)}",
-                                       got=f"{tensor.dtype} for {shown(name)}", do="use an unquantised version")
             seen.add(name)
     return files
 

@@ -37,7 +37,12 @@ class Tensor:
 
 
 def read_header(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file by name, in the order of their bytes.
+    """The tensors of a safetensors file by name, in the order of their bytes; see `read_whole_header`."""
+    return read_whole_header(path)[0]
+
+
+def read_whole_header(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a safetensors file by name, in the order of their bytes, and its metadata.
 
     Reads the header only; a file of 300 tensors costs well under a millisecond.
 
@@ -61,7 +66,7 @@ def read_header(path: Path) -> dict[str, Tensor]:
     metadata = entries.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise _malformed(path, "metadata that is not text")
-    return _check_layout(path, entries, size - 8 - length)
+    return _check_layout(path, entries, size - 8 - length), metadata
 
 
 def _check_layout(path: Path, entries: dict, data_bytes: int) -> dict[str, Tensor]:

@@ -1,14 +1,15 @@
 """Every attack and every twin of it, each in a process of its own that is watched; prints a JSON object for each.
 
-    python tests/attacks/guarded.py FOLDER [--small] [DOOR …]
+    python tests/attacks/guarded.py FOLDER [--small] [--inspect] [DOOR …]
 
-With --small, cases of files above a megabyte are left out.
+With --small, cases of files above a megabyte are left out; with --inspect, all are opened by `sentei inspect` instead.
 
 A process that has loaded everything opens the harmless files once, and then forks for each case: what is measured is
 what the case costs beyond the start, and a crash ends one case. An audit hook of the interpreter notes what is run,
-reached and written; what native code writes is seen in the folder, which holds the case, the home and the working folder.
+reached and written; what native code writes is seen in the folder, which holds the case, the home and all else.
 """
 
+import argparse
 import contextlib
 import io
 import json
@@ -105,6 +106,13 @@ def listing(folder: Path) -> dict[str, tuple]:
     return found
 
 
+def inspected(path: Path) -> None:
+    """What `sentei inspect` does."""
+    from sentei.commands.inspect import VERB
+
+    VERB.work(argparse.Namespace(path=str(path), json=False), lambda result, text: print(json.dumps(result), text))
+
+
 def largest(folder: Path) -> int:
     """The bytes of the largest file below a folder."""
     return max((size for mode, size, _ in listing(folder).values() if stat.S_ISREG(mode)), default=0)
@@ -123,7 +131,8 @@ def main() -> None:
     from attacks.table import DOORS
 
     torch.set_num_threads(1)
-    small, names = "--small" in sys.argv, [name for name in sys.argv[2:] if name != "--small"]
+    small, look = "--small" in sys.argv, "--inspect" in sys.argv
+    names = [name for name in sys.argv[2:] if not name.startswith("--")]
     for door in DOORS:
         if names and door.name not in names:
             continue
@@ -138,7 +147,7 @@ def main() -> None:
                     shutil.rmtree(place)
                     continue
                 before = listing(folder)
-                told = forked(door.open, path, folder)
+                told = forked(inspected if look else door.open, path, folder)
                 changed = sorted(item for item, _ in before.items() ^ listing(folder).items())
                 about = {"door": door.name, "kind": kind, "name": name, "changed": changed}
                 print(json.dumps(about | told), flush=True)

@@ -194,6 +194,7 @@ SHARDS = Door(
                 "a/b.safetensors",
                 "..\\a.safetensors",
                 "a\0.safetensors",
+            "a\x1b[31m\u202e.safetensors",
                 "none.safetensors",
                 "pytorch_model.bin",
                 ".",
