@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from sentei.conversion.card import CARD, licence_in
 from sentei.conversion.families import Family
 from sentei.conversion.gguf_cache import dequantise
 from sentei.conversion.memory import require_memory
@@ -34,7 +35,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _HUB_FILES = ("config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json",
               "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-              "chat_template.jinja")
+              "chat_template.jinja", CARD)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +48,7 @@ class Checkpoint:
         source: where the weights come from, in words.
         family: the row of `FAMILIES` it belongs to.
         fingerprint: 64 hexadecimal digits that change when the config, the weights or the tokenizer do.
+        licence: the word for it beside or in the weights, or None.
     """
 
     folder: Path
@@ -54,6 +56,7 @@ class Checkpoint:
     source: str
     family: Family
     fingerprint: str
+    licence: str | None = None
 
 
 def locate(model: str | None = None, *, online: bool = False, cache: Path | None = None) -> Checkpoint:
@@ -165,7 +168,8 @@ def _from_gguf(path: Path, cache: Path, origin: str) -> Checkpoint:
     weight_files(folder)
     kind = header.quantisation
     name = re.sub(rf"[.-]{kind}(_[A-Z]+)?$", "", path.stem, flags=re.IGNORECASE)
-    return Checkpoint(folder=folder, name=name, family=family,
+    licence = header.values.get("general.license")
+    return Checkpoint(folder=folder, name=name, family=family, licence=licence if isinstance(licence, str) else None,
                       source=f"{name} ({origin}GGUF {kind} de-quantised to {done['dtype']})",
                       fingerprint=hashlib.sha256(f"gguf {done['format']} {done['gguf']}".encode()).hexdigest())
 
@@ -179,7 +183,9 @@ def _from_folder(folder: Path, name: str, source: str) -> Checkpoint:
     digest = hashlib.sha256()
     for file in sorted(files):
         digest.update(f"{file}\0{sha256(folder / file)}\n".encode())
-    return Checkpoint(folder=folder, name=name, source=source, family=family, fingerprint=digest.hexdigest())
+    card = member(folder, CARD, required=False)
+    return Checkpoint(folder=folder, name=name, source=source, family=family, fingerprint=digest.hexdigest(),
+                      licence=card and licence_in(card))
 
 
 def _download(model: str) -> Path:

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from sentei.conversion import cache
+from sentei.conversion.card import CARD
 from sentei.conversion.checkpoints import DTYPES, load_model, locate
 from sentei.conversion.model_folder import member
 from sentei.conversion.plan import Plan, convert
@@ -61,7 +62,8 @@ def export(model: nn.Module, tokenizer, plan: Plan, folder: Path, *, tokens: tor
         for path in sorted(temporary.iterdir()):
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
-        (folder / POLICY).unlink(missing_ok=True)
+        for told in (POLICY, CARD):  # of the weights that are about to go
+            (folder / told).unlink(missing_ok=True)
         for path in sorted(temporary.iterdir()):
             os.replace(path, folder / path.name)
         sync_folder(folder)

@@ -117,11 +117,12 @@ def test_a_refusal_is_told_on_both_streams_with_its_exit_code(sentei, tmp_path):
     result = json.loads(done.stdout)
     assert (done.returncode, result["accepted"], result["kind"]) == (3, False, "model")
     parts = last_error(done.stderr)
-    assert "\x1b" not in done.stderr and result["refused"]["expected"] == parts["expected"] == "file names without folders"
+    assert "\x1b" not in done.stderr
+    assert result["refused"]["expected"] == parts["expected"] == "file names without folders"
 
 
 def run(*arguments) -> subprocess.CompletedProcess:
-    """`sentei inspect ARGUMENTS` in a process of its own, which then tells what it has loaded and how long it worked."""
+    """`sentei inspect ARGUMENTS` in a process of its own, which then tells how long it worked and what it loaded."""
     code = ("import sys, time; from sentei import cli; start = time.process_time(); code = cli.main(); "
             "print(time.process_time() - start, *{name.split('.')[0] for name in sys.modules}, file=sys.stderr); "
             "sys.exit(code)")
