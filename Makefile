@@ -43,6 +43,10 @@ test-sanitized: .venv/ready-test  ## the kernels' tests, with a native library t
 	@cd build/sanitized && $(SANITIZE_RUN) $(abspath .venv)/bin/python -m pytest tests/kernels -m "not slow and not gpu" \
 	  -p no:cacheprovider -k "not memory_that_cannot_be_had" $(ARGS)
 
+attacks: .venv/ready-test  ## every attack on a file that is read, and a minute of fuzzing (SECONDS=60)
+	@$(RUN) pytest -m "not gpu" tests/attacks $(ARGS)
+	@.venv/bin/python tests/attacks/fuzz.py $(or $(SECONDS),60)
+
 lint: .venv/ready-test  ## the style check
 	@$(RUN) ruff check .
 

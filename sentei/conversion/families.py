@@ -118,6 +118,23 @@ class Family:
             f"model.layers.{layer}.{name.removeprefix(first)}": shape for layer in range(config.num_hidden_layers)
             for name, shape in shapes.items() if name.startswith(first)}
 
+    def check_tensors(self, config: PreTrainedConfig, found: dict[str, tuple[int, ...]], where: str) -> None:
+        """Raises FileError unless `found`, shapes by name, are the tensors of a model of these settings."""
+        expected, do = self.shapes(config, where), "download the model again"
+        if config.tie_word_embeddings and "lm_head.weight" not in found:
+            del expected["lm_head.weight"]
+        # Checkpoints of 2023 carry the rotary frequencies, which are recomputed.
+        surplus = sorted(name for name in found.keys() - expected.keys() if not name.endswith("rotary_emb.inv_freq"))
+        missing = sorted(expected.keys() - found.keys())
+        wrong = sorted(name for name in expected.keys() & found.keys() if found[name] != expected[name])
+        for problem, names in (("missing", missing), ("not in the model", surplus)):
+            if names:
+                raise FileError(where, expected="exactly the tensors that its settings describe",
+                                got=f"{len(names)} {problem}, first {shown(names[0])}", do=do)
+        if wrong:
+            raise FileError(where, expected=f"{wrong[0]} of shape {expected[wrong[0]]}, as its settings say",
+                            got=f"{found[wrong[0]]}", do=do)
+
     @contextmanager
     def _building(self, where: str) -> Iterator[None]:
         """Turns what transformers raises for settings it does not accept into FileError."""

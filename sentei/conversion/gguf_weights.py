@@ -66,6 +66,12 @@ def settings(path: Path, header: GgufHeader) -> dict:
     return raw | {key: header.values[name] for key, name in names.items() if name in header.values}
 
 
+def shapes(path: Path, header: GgufHeader, raw: dict) -> dict[str, tuple[int, ...]]:
+    """The shapes of the tensors by transformers' names; arguments and errors as for `weights`."""
+    gemma = raw["model_type"] == "gemma3_text"
+    return {_renamed(path, name, gemma): tensor.shape for name, tensor in header.tensors.items()}
+
+
 def weights(path: Path, header: GgufHeader, raw: dict, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """The de-quantised tensors by transformers' names, on the CPU.
 

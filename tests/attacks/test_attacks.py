@@ -14,8 +14,8 @@ import pytest
 GUARDED = Path(__file__).parent / "guarded.py"
 REFUSED = 3
 SECONDS, MEGABYTES = 2.0, 300  # of one core; beyond a process that has loaded torch and transformers
-# A GGUF file that is sound until its vocabulary is built has a lock in the cache by then, which is empty.
-LOCKS = re.compile(r"(writes by os\.mkdir |writes )?(\S*/)?home/cache(/\.[0-9a-f]{32}\.lock)?")
+# A GGUF file is unpacked in the cache, where an empty lock is left when its vocabulary is refused.
+LOCKS = re.compile(r"home/cache(/\.[0-9a-f]{32}\.lock)?")
 RAW = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 
 
@@ -29,9 +29,9 @@ def results(folder: Path, *flags: str) -> list[dict]:
 
 def wrong_of(case: dict) -> list[str]:
     """What is wrong with how a case ended."""
-    allowed = case["door"] == "GGUF"
-    written = [item for item in case["changed"] + [seen for seen in case["seen"] if seen.startswith("writes")]
-               if not (allowed and LOCKS.fullmatch(item))]
+    written = case["changed"] + [seen for seen in case["seen"] if seen.startswith("writes")]
+    if case["door"] == "GGUF":
+        written = [item for item in case["changed"] if not LOCKS.fullmatch(item)]
     checks = {f"ended with {case['code']}": case["code"] != (REFUSED if case["kind"] == "attack" else 0),
               f"took {case['cpu']:.1f} s": case["cpu"] > SECONDS,
               f"took {case['megabytes']} MB": case["megabytes"] > MEGABYTES,
@@ -48,15 +48,17 @@ def check(cases: list[dict]) -> None:
         assert {case["kind"] for case in cases if case["door"] == door} == {"attack", "twin"}, door
 
 
-def test_small_attacks_are_refused_and_their_twins_are_not(tmp_path):
-    cases = results(tmp_path, "--small")
+def test_some_attacks_are_refused_and_their_twins_are_not(tmp_path):
+    cases = results(tmp_path, "--some")
     check(cases)
-    assert len(cases) > 400 and len({case["door"] for case in cases}) == 14
+    assert len(cases) > 100 and len({case["door"] for case in cases}) == 14
 
 
 @pytest.mark.slow
 def test_all_attacks_are_refused_and_their_twins_are_not(tmp_path):
-    check(results(tmp_path))
+    cases = results(tmp_path)
+    check(cases)
+    assert len(cases) > 480 and len({case["door"] for case in cases}) == 14
 
 
 @pytest.mark.slow
