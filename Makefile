@@ -18,7 +18,7 @@ FLOOR = torch==2.11.0 transformers==5.14.0
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help prune test test-slow test-floor test-sanitized lint clean
+.PHONY: help prune test test-slow test-floor test-sanitized attacks lint clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /make \1  \t/p' Makefile

@@ -4,6 +4,7 @@ import codecs
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -59,10 +60,10 @@ def _check_plain(path: Path) -> None:
     """Raises FileError unless a file is text in UTF-8; piece by piece, as what is none may be large."""
     decoder, position, blank, start = codecs.getincrementaldecoder("utf-8")(), 0, True, b""
     with open(path, "rb") as file:
-        while piece := file.read(PIECE):
+        for piece in chain(iter(lambda: file.read(PIECE), b""), [b""]):
             start, waiting = start or piece[:2], len(decoder.getstate()[0])
             try:
-                text = decoder.decode(piece, final=len(piece) < PIECE)
+                text = decoder.decode(piece, final=not piece)
             except UnicodeDecodeError as error:
                 wide = start in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
                 raise FileError(str(path), expected="text in UTF-8", got=f"byte {error.object[error.start]:#04x} "

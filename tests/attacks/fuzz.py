@@ -1,6 +1,6 @@
 """A fuzzer for every reader: harmless files are changed at random, and a reader may only read or refuse them.
 
-    python -m tests.attacks.fuzz [SECONDS [READER …]]
+    python tests/attacks/fuzz.py [SECONDS [READER …]]
 
 SECONDS (60) are shared among the readers, each in a process of its own. With atheris, which goes where the code has not
 been yet, else by chance alone. A header or a JSON file is changed as the object it holds, or as bytes. What breaks a

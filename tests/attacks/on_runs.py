@@ -135,6 +135,9 @@ TEXT = Door(
         "200 MB of blanks": lambda path: path.write_bytes(b" " * (200 << 20)) and None,
         "200 MB of zeros": sparse(200 << 20),
         "200 MB and then a zero": lambda path: path.write_bytes(b"a" * (200 << 20) + b"\0") and None,
+        "a megabyte and then half a character": lambda path: (
+            path.write_bytes(b"a" * ((1 << 20) - 1) + "é".encode()[:1]) and None
+        ),
         "200 MB and then half a character": lambda path: (
             path.write_bytes(b"a" * (200 << 20) + "é".encode()[:1]) and None
         ),
