@@ -4,6 +4,7 @@ Every kind is a list of steps. A step adds facts or refuses; what the others fin
 run, and no tensor is read.
 """
 
+import os
 import re
 from collections import Counter
 from collections.abc import Callable
@@ -23,14 +24,13 @@ from sentei.conversion.model_folder import (
 )
 from sentei.core.errors import FileError, SenteiError, shown
 from sentei.core.safetensors_header import Tensor, read_whole_header
-from sentei.core.storage import parse_json, read_json, regular_size
+from sentei.core.storage import parse_json, read_json, regular_size, unreadable
 
 # Those of `export`, `circuit.file` and `training`, which load torch.
 POLICY, MAX_POLICY_BYTES, POLICY_SCHEMA = "sentei.json", 4 << 20, "sentei.policy/1"
 TRACE_KEY, TRACE_SCHEMA = "sentei.trace", "sentei.trace/1"
 RUN, CHECKPOINT_SCHEMA, TRAIN_SCHEMA = "sentei-train.json", "sentei.checkpoint/2", "sentei.train/1"
 _MANIFEST = re.compile(r"checkpoint-\d{8}\.json")
-LONGEST = 120
 MOST = 100  # values, files or checkpoints that are told
 Step = Callable[[], dict]
 
@@ -46,7 +46,10 @@ def inspect(path: Path) -> tuple[dict, SenteiError | None]:
         FileError: nothing there, or a file that says nothing about itself.
     Cost: 0.1 s for a model of 300 tensors.
     """
-    steps = _of_folder(path) if path.is_dir() else _of_file(path)
+    try:
+        steps = _of_folder(path) if os.path.isdir(path) else _of_file(path)  # that of Path raises for a name too long
+    except OSError as error:
+        raise unreadable(path, error) from error
     facts: dict = {}
     refused = None
     for step in steps:
@@ -241,7 +244,7 @@ def _plain(values: object) -> dict[str, str]:
 
 def _safe(value: object) -> str:
     """A stranger's value as printable ASCII, shortened; text without quotes."""
-    return shown(value) if not isinstance(value, str) else shown(_Bare(value))
+    return shown(value) if not isinstance(value, str) else shown(_Bare(value[:2 * MOST]))
 
 
 class _Bare(str):

@@ -85,8 +85,9 @@ def test_files_that_are_never_opened_are_named(tmp_path):
         "chat_template.jinja": "never rendered", "modeling_llama.py": "never run", "pytorch_model.bin": "never opened"}
 
 
-@pytest.mark.parametrize("make", [lambda path: path / "none", lambda path: path, lambda path: path / "a.bin"],
-                         ids=["nothing", "a folder of nothing", "a pickle"])
+@pytest.mark.parametrize("make", [lambda path: path / "none", lambda path: path, lambda path: path / "a.bin",
+                                  lambda path: path / ("a" * 300)],
+                         ids=["nothing", "a folder of nothing", "a pickle", "a name too long"])
 def test_what_says_nothing_of_itself_is_refused(tmp_path, make):
     (tmp_path / "a.bin").write_bytes(b"cos\nsystem\n.")
     with pytest.raises(FileError):
