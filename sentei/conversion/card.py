@@ -109,7 +109,7 @@ def _method(result: dict, details: dict) -> str:
 def words(value: object) -> str:
     """Text as its letters: what is Markdown, HTML or a command to a terminal is escaped; one line, shortened."""
     text = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in str(value)[:LONGEST])
-    return _MARKUP.sub(r"\\\1", text).replace("\\&", "&amp;").replace("\\<", "&lt;").replace("\\>", "&gt;")
+    return _MARKUP.sub(r"\\\1", text)
 
 
 def fenced(text: str, *, lines: bool = False) -> str:
