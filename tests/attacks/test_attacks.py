@@ -19,10 +19,10 @@ LOCKS = re.compile(r"home/cache(/\.[0-9a-f]{32}\.lock)?")
 RAW = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 
 
-def results(folder: Path, *flags: str) -> list[dict]:
+def results(folder: Path, *flags: str, script: str = GUARDED.name) -> list[dict]:
     """What came of all cases, from a process of its own."""
-    ran = subprocess.run([sys.executable, str(GUARDED), str(folder), *flags], capture_output=True, text=True,
-                         check=False)
+    ran = subprocess.run([sys.executable, str(GUARDED.with_name(script)), str(folder), *flags], capture_output=True,
+                         text=True, check=False)
     assert ran.returncode == 0, ran.stderr[-3000:]
     return [json.loads(line) for line in ran.stdout.splitlines()]
 
@@ -59,6 +59,13 @@ def test_all_attacks_are_refused_and_their_twins_are_not(tmp_path):
     cases = results(tmp_path)
     check(cases)
     assert len(cases) > 480 and len({case["door"] for case in cases}) == 14
+
+
+@pytest.mark.slow
+def test_without_its_guard_each_attack_goes_through(tmp_path):
+    cases = results(tmp_path, script="unguarded.py")
+    assert len(cases) > 20
+    assert [f"{case['guard']}: {case['name']}" for case in cases if not wrong_of(case)] == []
 
 
 @pytest.mark.slow
