@@ -107,6 +107,7 @@ def run(job: str, given: Path, out: Path, at: int | None, fault: str) -> dict:
     from sentei import cli
 
     os.chdir(given)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the result
     seen, said = changing(out, at, fault), io.StringIO()
     sys.argv = ["sentei", *map(str, words(job, given, out))]
     with contextlib.redirect_stderr(said):
