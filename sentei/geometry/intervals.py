@@ -46,3 +46,15 @@ def median_interval(values: Sequence[float]) -> tuple[float, float, float]:
         below += 1
         missed += math.comb(number, below) * 0.5**number
     return statistics.median(ordered), ordered[below], ordered[number - 1 - below]
+
+
+def paired_interval(gaps: Sequence[Sequence[float]]) -> tuple[float, float, float]:
+    """The mean of paired differences [trainings][places] and its 95 % interval: mean, low, high.
+
+    The margin is the larger of two, each for a question of its own: over trainings (Student's t of their means), would
+    another training say the same, and over places (of their means), would another text.
+    """
+    means = mean_interval([statistics.fmean(row) for row in gaps])
+    places = mean_interval([statistics.fmean(column) for column in zip(*gaps, strict=True)])
+    margin = max(means[2] - means[0], places[2] - places[0])
+    return means[0], means[0] - margin, means[0] + margin

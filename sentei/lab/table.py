@@ -17,6 +17,15 @@ EVERY = "all"
 CLAIMS = {
     "orthogonality": "orthogonality",
     "snr": "snr",
+    "attention-mass": "attention_mass",
+    "one-structure": "one_structure",
+    "routing-neighbours": "routing_neighbours",
+    "expert-cost": "expert_cost",
+    "expert-subspaces": "expert_subspaces",
+    "savings": "savings",
+    "topk-timing": "topk_timing",
+    "contexts": "contexts",
+    "dynamic-vs-static": "dynamic_vs_static",
 }
 
 
@@ -70,9 +79,10 @@ def kept(out: Path) -> dict[str, tuple[dict, Finding]]:
 
 
 def lines(finding: Finding) -> list[str]:
-    """The table of a finding: a line for its head and one for each row."""
+    """The table of a finding: a line for its head and one for each row; texts stand left and numbers right."""
     head = list(finding.rows[0])
+    left = [any(isinstance(row[key], str) for row in finding.rows) for key in head]
     cells = [head, *([number(row[key]) for key in head] for row in finding.rows)]
     widths = [max(len(line[place]) for line in cells) for place in range(len(head))]
-    return ["  ".join(cell.ljust(width) if place == 0 else cell.rjust(width)
-                      for place, (cell, width) in enumerate(zip(line, widths, strict=True))).rstrip() for line in cells]
+    return ["  ".join(cell.ljust(width) if is_left else cell.rjust(width)
+                      for cell, width, is_left in zip(line, widths, left, strict=True)).rstrip() for line in cells]
