@@ -85,7 +85,7 @@ def _section(name: str, record: dict, finding: Finding) -> str:
                                                 for check in finding.checks], kind="compact")
     return pages.section(
         f'<span id="{escape(name)}">{pages.words(name)}</span>', pages.words(finding.claim, None),
-        f'<p class="verdict">{pages.words(finding.sentence, None)}</p>',
+        f'<p class="verdict{" held" if finding.verdict == HOLDS else ""}">{pages.words(finding.sentence, None)}</p>',
         f'<div class="pair even">{figures}</div>', notes,
         f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(name)}">{body}</div>',
         f"<details><summary>Checks, and where it was measured</summary>{checks}{where}</details>")
