@@ -6,8 +6,7 @@ import sys
 from pathlib import Path
 
 from sentei.commands.verb import Progress, Say, Verb, draws, json_argument
-from sentei.lab.finding import Finding
-from sentei.lab.table import CLAIMS, EVERY, chosen, keep, lines, measure
+from sentei.lab.table import CLAIMS, EVERY, chosen
 
 OUT = "sentei-lab"
 
@@ -24,12 +23,11 @@ def work(options: argparse.Namespace, say: Say) -> bool:
     """Measures claims; says each one's rows and its verdict as soon as it is measured, and writes the page."""
     names, out = chosen(options.names), Path(options.out)
     progress = Progress(sys.stderr, bars=draws(sys.stderr))
-    page = importlib.import_module("sentei.lab.page")
-    for name, record in measure(names, progress):
-        finding = Finding.from_json(record["finding"])
-        keep(record, out)
+    page, records = importlib.import_module("sentei.lab.page"), importlib.import_module("sentei.lab.records")
+    for name, record, finding in records.measure(names, progress):
+        records.keep(record, out)
         page.write(out)
-        head, *told = lines(finding)
+        head, *told = records.lines(finding)
         head = f"{name}: {finding.claim}\n\n{head}\n"
         for row, line in zip(finding.rows, told, strict=True):
             say({"claim": name, **row}, head + line)

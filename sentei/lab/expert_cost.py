@@ -102,8 +102,8 @@ def judge(rows: list[Row]) -> Finding:
             Series(name="experts touched ÷ 8", x=x, y=tuple(row["experts touched"] / EXPERTS for row in rows))))
     notes = tuple(
         f"{row['tokens']:,} tokens: time is {row['time ÷ dense']:.3f} of dense, {row['time ÷ dense'] - share:+.3f} "
-        f"over 2/8: {row['slower products']:+.3f} because the experts' products run at {row['experts GFLOP/s']:.0f} "
-        f"GFLOP/s and the dense layer's at {row['dense GFLOP/s']:.0f}, {row['choosing']:+.3f} for router, choice and "
+        f"over 2/8: {row['slower products']:+.3f} because the experts' products run at {row['experts GFLOP/s']:.3g} "
+        f"GFLOP/s and the dense layer's at {row['dense GFLOP/s']:.3g}, {row['choosing']:+.3f} for router, choice and "
         f"sorting; {row['experts touched']} of {EXPERTS} experts' weights are read." for row in rows)
     return Finding(claim=CLAIM, rows=tuple(rows), checks=checks, charts=(chart,), notes=notes,
                    within=f"{100 * WITHIN_FLOPS:g} % in FLOPs and {100 * WITHIN_TIME:g} % in time")

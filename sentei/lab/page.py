@@ -7,7 +7,7 @@ from html import escape
 from pathlib import Path
 
 from sentei.core.storage import write_text
-from sentei.lab import table
+from sentei.lab import records
 from sentei.lab.finding import HOLDS, Finding, number
 from sentei.measurement import pages
 from sentei.measurement.charts import draw
@@ -28,7 +28,7 @@ def write(out: Path) -> None:
         FileError: a file there that is no record of a claim.
         ResourceError: it cannot be written.
     """
-    found = table.kept(out)
+    found = records.kept(out)
     for name, (_, finding) in found.items():
         for place, picture in enumerate(pictures(finding)):
             write_text(out / f"{name}-{place + 1}.svg", alone(picture))
@@ -56,15 +56,15 @@ def render(found: dict[str, tuple[dict, Finding]]) -> str:
     sections = [pages.section("Verdicts", "What decides is each claim's numbers and their 95 % intervals.",
                               pages.table(("claim", "verdict", "number"), rows, kind="verdicts"))]
     sections += [_section(name, record, finding) for name, (record, finding) in found.items()]
-    records = [record for record, _ in found.values()]
-    seconds = sum(float(record["seconds"]) for record in records)
+    told = [record for record, _ in found.values()]
+    seconds = sum(float(record["seconds"]) for record in told)
     return pages.fill(
         title=escape(visible(TITLE)), state="met" if held == len(found) else "unmet",
-        kicker=f"<b>sentei lab</b> · {', '.join(sorted({pages.words(record['date']) for record in records}))} · "
+        kicker=f"<b>sentei lab</b> · {', '.join(sorted({pages.words(record['date']) for record in told}))} · "
                f"{seconds:,.0f} s",
         sentence=pages.words(TITLE), verdict=f"<b>{held} of {len(found)}</b> claims measured here hold.",
         sections="\n".join(sections),
-        footer=f"{table.SCHEMA}. This page loads nothing and runs no script. Its pictures also lie beside it as SVG, "
+        footer=f"{records.SCHEMA}. This page loads nothing and runs no script. Its pictures also lie beside it as SVG, "
                "its numbers as JSON.")
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from sentei.core.errors import FileError, SenteiError
 from sentei.lab.finding import FAILS, HOLDS, OPEN, Check, Finding, counted, measured, number
-from sentei.lab.table import lines
+from sentei.lab.records import lines
 from sentei.measurement.charts import Chart, Series
 
 

@@ -14,7 +14,8 @@ from terminal import last_error
 
 from sentei.lab import page
 from sentei.lab.finding import counted, measured
-from sentei.lab.table import CLAIMS, keep, kept, to_record
+from sentei.lab.records import keep, kept, to_record
+from sentei.lab.table import CLAIMS
 from sentei.measurement.charts import Chart, Series
 
 NAMES = list(CLAIMS)
