@@ -13,7 +13,7 @@ to nothing.
 Source: the lecture's thesis, "from the static map to the dynamic circuit".
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -51,11 +51,12 @@ def measure(seeds: tuple[int, ...] = SEEDS, parts: dict[str, Part] | None = None
         for seed in seeds:
             for how, losses in part(seed).items():
                 found.setdefault(what, {}).setdefault(how, []).append(losses)
-    return judge(found)
+    kept = [kept_by_predictor(mixture_of_depths(seed)) for seed in seeds] if parts is None else []
+    return judge(found, kept)
 
 
-def judge(found: Losses) -> Finding:
-    """The finding of losses as `measure` collects them."""
+def judge(found: Losses, kept: Sequence[float] = ()) -> Finding:
+    """The finding of losses as `measure` collects them, and of the shares of bytes that the predictors kept."""
     rows, checks, gaps = [], [], {}
     for what, ways in found.items():
         for how, losses in ways.items():
@@ -73,7 +74,8 @@ def judge(found: Losses) -> Finding:
                       Series(name="no difference", x=places, y=(0.0,) * len(places), expected=True),
                       Series(name="best fixed - its own", x=places, **ends)))
     return Finding(claim=CLAIM, rows=tuple(rows), checks=tuple(checks), charts=(chart,), notes=(
-        "Small models, bytes, one text: no other follows. The best fixed choice is the best that was found.",))
+        "Small models, bytes, one text: no other follows. The best fixed choice is the best that was found.",
+        *(f"The predictors keep {100 * share:.1f} % of the bytes, the fixed halves 50 %." for share in kept)))
 
 
 def edges(seed: int) -> dict[str, list[float]]:
