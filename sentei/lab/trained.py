@@ -28,7 +28,7 @@ from sentei.training.losses import Balanced, Term, Weights, predictors
 
 EXPERTS, KEPT, UNIT = 8, 2, 48
 SHAPE = {"width": 96, "layers": 2, "heads": (4, 4)}
-CONTEXT, HELD_OUT, STEPS, BATCH = 128, 64, 400, 8
+CONTEXT, HELD_OUT, STEPS, BATCH = 128, 64, 300, 8
 SEEDS = (0, 1, 2)
 
 
