@@ -9,13 +9,14 @@ import torch
 
 from benchmarks.experiments import harness
 from benchmarks.experiments.harness import Experiment, Place, Variant, difference, forward_flops, trained
-from benchmarks.experiments.parts import balance, biases, mixture, predictors, transformer
+from benchmarks.experiments.parts import balance, biases, mixture, transformer
 from benchmarks.experiments.soft import FillsIn
 from sentei.axes import depth
 from sentei.axes.experts import MixtureOfExperts
 from sentei.axes.experts.gates import Sigmoid
 from sentei.core.rules import Capacity
 from sentei.training.loop import Config as Training
+from sentei.training.losses import predictors
 
 SHAPE = {"width": 16, "layers": 2, "heads": (2, 2)}
 ROUTED = mixture(4, 2, 8, Sigmoid(speed=0.1))

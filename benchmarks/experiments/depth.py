@@ -19,14 +19,14 @@ from benchmarks.experiments.harness import (
     publish,
     results,
     trained,
-    window_losses,
 )
-from benchmarks.experiments.parts import predictors, transformer
+from benchmarks.experiments.parts import transformer
 from benchmarks.publish import table
 from sentei.axes import depth
 from sentei.core.rules import Capacity
 from sentei.core.tracing import trace
 from sentei.model import Transformer
+from sentei.training.losses import predictors, window_losses
 
 SHAPE = {"width": 96, "heads": (4, 4), "feed_forward": 192}
 

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from sentei.axes import depth, experts
+from sentei.axes import experts
 from sentei.axes.experts.balance import balancing
 from sentei.axes.experts.gates import Gate
 from sentei.core.rules import Rule, TopK
@@ -50,16 +50,3 @@ def biases(model: nn.Module) -> Iterator[Callable[[], None]]:
         if isinstance(module, experts.Experts) and module.bias is not None and model.training:
             module.update_bias()
     yield lambda: None
-
-
-@contextmanager
-def predictors(model: nn.Module) -> Iterator[Callable[[], torch.Tensor]]:
-    """The losses of the predictors of Mixture-of-Depths, which train nothing else."""
-    seen: list[tuple[depth.Depth, torch.Tensor]] = []
-    handles = [room.register_forward_pre_hook(lambda room, given: seen.append((room, given[0].detach())))
-               for room in model.modules() if isinstance(room, depth.Depth)]
-    try:
-        yield lambda: sum(room.predictor_loss(x) for room, x in seen)
-    finally:
-        for handle in handles:
-            handle.remove()

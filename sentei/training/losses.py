@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
+from sentei.axes.depth import Depth
 from sentei.axes.experts.balance import ADDITIVE, Balance, Sums, balancing
 from sentei.core.errors import require
 from sentei.core.tracing import trace
@@ -43,6 +44,29 @@ def of_rooms(model: nn.Module) -> Iterator[Callable[[], torch.Tensor | None]]:
         return
     with trace(model) as records:
         yield lambda: sum(room.auxiliary(records.at(path)) for path, room in rooms)
+
+
+@torch.no_grad()
+def window_losses(model: nn.Module, windows: torch.Tensor) -> torch.Tensor:
+    """The mean loss of each window [N, context + 1], float64 [N], nats a byte."""
+    found = []
+    for part in windows.split(8):
+        logits, targets = model(part[:, :-1]).float(), part[:, 1:]
+        found.append(cross_entropy(logits.mT, targets, reduction="none").double().mean(1))
+    return torch.cat(found)
+
+
+@contextmanager
+def predictors(model: nn.Module) -> Iterator[Callable[[], torch.Tensor]]:
+    """The losses of the predictors of Mixture-of-Depths, which train nothing else."""
+    seen: list[tuple[Depth, torch.Tensor]] = []
+    handles = [room.register_forward_pre_hook(lambda room, given: seen.append((room, given[0].detach())))
+               for room in model.modules() if isinstance(room, Depth)]
+    try:
+        yield lambda: sum(room.predictor_loss(x) for room, x in seen)
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @dataclass(frozen=True, kw_only=True)
