@@ -20,7 +20,7 @@ HALF = torch.bfloat16
 CASES = {
     "gated": {}, "plain": {"gated": False, "activation": "gelu"},
     "bfloat16": {"dtype": HALF, "activation": "gelu_tanh"}, "float16": {"dtype": torch.float16, "activation": "relu"},
-    "several tiles an expert": {"tokens": 150, "slots": 1, "experts": 2},
+    "several tiles an expert": {"tokens": 400, "slots": 1, "experts": 2},
     "more depths and columns than a step": {"inner": 70, "width": 37, "outputs": 131},
     "one neuron": {"inner": 1, "width": 1, "outputs": 1}, "many experts": {"experts": 40, "tokens": 7},
     "one expert": {"experts": 1, "slots": 1, "tokens": 64},
