@@ -104,7 +104,8 @@ def test_rows_are_printed_and_published_and_what_was_not_done_is_listed(capsys):
 def test_every_kind_of_job_is_there():
     names = [name for name, _, _ in gpu_check.jobs(1)]
     assert len(set(names)) == len(names)
-    for start in ("correctness of 64 x 512, top 6", "experts against grouped_mm", "correctness of decode", "correctness of FlexAttention", "sparse against FlexAttention", "decode: ",
+    for start in ("correctness of 64 x 512, top 6", "experts against grouped_mm", "correctness of decode",
+                  "correctness of FlexAttention", "sparse against FlexAttention", "decode: ",
                   "sparse against sdpa", "exact against sdpa", "backward against FlexAttention",
                   "window against FlexAttention", "correctness of exact, a window of 300, 32/8",
                   "correctness of 30 % of the blocks of 64, a window of 500, soft cap 30"):

@@ -142,8 +142,8 @@ def test_auto_says_what_it_chose_and_why():
 
 
 def test_an_unknown_implementation_is_refused():
-    with pytest.raises(ImplError, match="route: expected impl 'auto', 'reference', 'eager', 'fused_cpp', 'fused_triton', "
-                       "got 'fast'"):
+    with pytest.raises(ImplError, match="route: expected impl 'auto', 'reference', 'eager', 'fused_cpp', "
+                       "'fused_triton', got 'fast'"):
         route(HIDDEN, IDS, WEIGHTS, [torch.neg], impl="fast")
 
 

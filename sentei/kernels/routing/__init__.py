@@ -63,8 +63,9 @@ def choose_impl(
     weights: torch.Tensor,
     experts: Sequence[Callable[[torch.Tensor], torch.Tensor]],
 ) -> tuple[str, str]:
-    """The implementation that will run for these arguments of `route`, and why. `fused_triton` only by its name: on which
-    GPU it is the faster one, nobody has measured.
+    """The implementation that will run for these arguments of `route`, and why.
+
+    `fused_triton` runs by its name alone: on which GPU it is the fastest, nobody has measured.
 
     Raises:
         ImplError: an unknown name.

@@ -1,10 +1,10 @@
 """Routing through a `Stack` on a GPU, in Triton: one launch a product for all experts, forward and backward.
 
 Rows are sorted by expert on the device and gathered as they are read; nothing is scattered, no expert waits for
-another, and no count is read by the host. bfloat16 and float16 on tensor cores with sums in fp32; fp32 by three products
-of TensorFloat32. Activations are torch's own. A call is an op of torch (`sentei::route_triton`, with
-`sentei::route_triton_backward`). Triton is imported by the first call. Never run on a GPU so far: tested in Triton's
-interpreter, and compiled.
+another, and only the check of the ids waits for the device. bfloat16 and float16 on tensor cores with sums in fp32;
+fp32 by three products of TensorFloat32. Activations are torch's own. A call is an op of torch (`sentei::route_triton`,
+with `sentei::route_triton_backward`). Triton is imported by the first call. Never run on a GPU so far: tested in
+Triton's interpreter, and compiled.
 """
 
 import importlib.util
@@ -101,7 +101,7 @@ def _forward_shapes(hidden, ids, weights, up, down, gate, kind):
 
 def _backward(gradient: torch.Tensor, given: list[torch.Tensor], gate: torch.Tensor | None, products: torch.Tensor,
               kind: int, wanted: list[bool]) -> list[torch.Tensor]:
-    """The op `sentei::route_triton_backward`: gradients of hidden, weights, gate-and-up [E, 2 F, D] and down; else empty.
+    """The op `sentei::route_triton_backward`: gradients of hidden, weights, gate-and-up [E, 2 F, D] and down, or empty.
 
     Args:
         gradient: [T, O]; of the output.

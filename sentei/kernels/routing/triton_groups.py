@@ -165,7 +165,7 @@ def rows_product(left: Factor, weights: torch.Tensor, output: torch.Tensor, plan
 
 
 def weights_product(left: Factor, right: Factor, output: torch.Tensor, plan: Schedule) -> None:
-    """Writes output [E, lines, columns], contiguous: the sums over each expert's rows of left [N, lines] times right."""
+    """Writes output [E, lines, columns], contiguous: sums over each expert's rows of left [N, lines] times right."""
     start = launch(left.data)
     experts, lines, columns = output.shape
     sizes = Sizes(min(start.rows, power(lines)), min(start.columns, power(columns)), DEPTH, False,
