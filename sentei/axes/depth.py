@@ -12,8 +12,8 @@ cost nothing. Attention inside the block sees kept tokens alone, at their own po
 In training `Capacity` looks along the sequence: whether a token is kept depends on later ones. In evaluation a causal
 predictor, a logistic regression on x ÷ its root mean square without a gradient into x, says whether the token would
 have been kept. It is linear because the score it imitates is linear. It sees no size because the first block reads
-embeddings a hundredth of what the last one reads, and one rate could teach only one of them. Skipped tokens have no keys
-and values in the block's cache, as in the paper; the cache knows which positions it holds.
+embeddings a hundredth of what the last one reads, and one rate could teach only one of them. Skipped tokens have no
+keys and values in the block's cache, as in the paper; the cache knows which positions it holds.
 Reference: Raposo et al. 2024, arXiv 2404.02258.
 """
 
