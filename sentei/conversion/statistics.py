@@ -4,6 +4,7 @@
 |---|---|---|
 | attention_input | Calibration | what the query, key and value projections are given, [D, D] |
 | attention_hidden | Calibration | the heads side by side, what the output projection is given, [H · D, H · D] |
+| attention_heads | Attended | what the heads score and attend to in their neighbours' keys and values |
 | attention_influence | Influence | the residual stream before and after the attention |
 | network_input | Calibration | what the first projections of the network are given, [D, D] |
 | network_hidden | Calibration | the neurons, what the last projection of the network is given, [F, F] |
@@ -21,6 +22,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import nn
 
+from sentei.conversion.attended import Attended, Watch
 from sentei.conversion.layers import Layer
 from sentei.kernels.linear.calibration import Calibration
 
@@ -109,6 +111,7 @@ def _listen_network(layer: Layer, state: Influence) -> list:
 KINDS = {
     "attention_input": _moment("attention", "q_proj"),
     "attention_hidden": _moment("attention", "o_proj"),
+    "attention_heads": Kind(lambda layer: Attended(*layer.heads), lambda layer, state: [Watch(layer.attention, state)]),
     "attention_influence": Kind(lambda layer: Influence(), _listen_attention),
     "network_input": _moment("network", "up_proj"),
     "network_hidden": _moment("network", "down_proj"),
