@@ -2,13 +2,17 @@
 
 | name | state | of what |
 |---|---|---|
-| attention_input | Calibration | what the query, key and value projections are given, [D, D] |
-| attention_hidden | Calibration | the heads side by side, what the output projection is given, [H · D, H · D] |
+| attention_input | Moment | what the query, key and value projections are given, [D, D] |
+| attention_hidden | Moment | the heads side by side, what the output projection is given, [H · D, H · D] |
 | attention_heads | Attended | what the heads score and attend to in their neighbours' keys and values |
 | attention_influence | Influence | the residual stream before and after the attention |
-| network_input | Calibration | what the first projections of the network are given, [D, D] |
-| network_hidden | Calibration | the neurons, what the last projection of the network is given, [F, F] |
+| network_input | Moment | what the first projections of the network are given, [D, D] |
+| network_hidden | Moment | the neurons, what the last projection of the network is given, [F, F] |
 | network_influence | Influence | the residual stream before and after the network |
+
+A row of a hidden moment counts as much as it is small beside the stream that the part's output is added to, 1 / ‖y‖²:
+what follows is normed, so that is what an error in it is worth, and a few tokens of a thousand times the usual size do
+not drown the others.
 
 A state is a sum over rows (tokens): `see` adds rows, `merge` adds the state of other rows. Sums are fp64, so that
 neither the order of the batches nor the number of processes that share them matters beyond the last digits. The
@@ -77,13 +81,52 @@ class Kind(NamedTuple):
     listen: Callable[[Layer, State], list]
 
 
-def _moment(part: str, linear: str) -> Kind:
-    """The second moment of what a linear layer of a part is given."""
-    def of(layer: Layer) -> nn.Linear:
-        return getattr(getattr(layer, part), linear)
+class Moment(Calibration):
+    """Σ wₜ xₜ xₜᵀ, for what a linear layer is given; the products of PIECE rows are in fp32, their sums in fp64."""
 
-    return Kind(lambda layer: Calibration(of(layer).in_features, of(layer).out_features),
-                lambda layer, state: [of(layer).register_forward_pre_hook(lambda _, inputs: state.see(inputs[0]))])
+    PIECE = 1024
+
+    def weigh(self, x: torch.Tensor, stream: torch.Tensor) -> None:
+        """Adds rows [..., D], each divided by the root mean square of its row of the stream [..., D']."""
+        size = stream.detach().flatten(0, -2).float().square().mean(-1, keepdim=True).clamp(min=1e-30)
+        self.see(x.detach().flatten(0, -2).float() / size.sqrt())
+
+    def see(self, x: torch.Tensor) -> None:
+        """Adds rows [..., D]. Cost: D² multiply-adds a row."""
+        for piece in x.detach().flatten(0, -2).float().split(self.PIECE):
+            self.gram += (piece.T @ piece).to(self.gram)
+            self.rows += len(piece)
+
+
+def _linear(layer: Layer, part: str, name: str) -> nn.Linear:
+    return getattr(getattr(layer, part), name)
+
+
+def _input(part: str, name: str) -> Kind:
+    """The second moment of what a linear layer of a part is given."""
+    return Kind(lambda layer: _empty(_linear(layer, part, name)), lambda layer, state: [
+        _linear(layer, part, name).register_forward_pre_hook(lambda _, inputs: state.see(inputs[0]))])
+
+
+def _hidden(part: str, name: str) -> Kind:
+    """The same for the last linear layer of a part, each row divided by the size of the stream it is added to."""
+    def listen(layer: Layer, state: Moment) -> list:
+        stream = []
+
+        def before(_, inputs: tuple) -> None:
+            stream[:] = [inputs[0]]
+
+        def after(_, inputs: tuple, output: torch.Tensor) -> None:
+            state.weigh(inputs[0], stream.pop() + output)
+
+        return [layer.norms[part][0].register_forward_pre_hook(before),
+                _linear(layer, part, name).register_forward_hook(after)]
+
+    return Kind(lambda layer: _empty(_linear(layer, part, name)), listen)
+
+
+def _empty(linear: nn.Linear) -> Moment:
+    return Moment(linear.in_features, linear.out_features)
 
 
 def _listen_attention(layer: Layer, state: Influence) -> list:
@@ -109,12 +152,12 @@ def _listen_network(layer: Layer, state: Influence) -> list:
 
 
 KINDS = {
-    "attention_input": _moment("attention", "q_proj"),
-    "attention_hidden": _moment("attention", "o_proj"),
+    "attention_input": _input("attention", "q_proj"),
+    "attention_hidden": _hidden("attention", "o_proj"),
     "attention_heads": Kind(lambda layer: Attended(*layer.heads), lambda layer, state: [Watch(layer.attention, state)]),
     "attention_influence": Kind(lambda layer: Influence(), _listen_attention),
-    "network_input": _moment("network", "up_proj"),
-    "network_hidden": _moment("network", "down_proj"),
+    "network_input": _input("network", "up_proj"),
+    "network_hidden": _hidden("network", "down_proj"),
     "network_influence": Kind(lambda layer: Influence(), _listen_network),
 }
 

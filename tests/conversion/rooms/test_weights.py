@@ -23,19 +23,25 @@ def built(**settings):
 
 @pytest.fixture(scope="module")
 def rows():
-    """What the network of layer 1 is given on the calibration text."""
-    found = []
-    handle = MODEL.model.layers[1].mlp.register_forward_pre_hook(lambda _, inputs: found.append(inputs[0][0]))
+    """What the network of layer 1 is given on the calibration text, and what an error counts in each row."""
+    found, layer = [], MODEL.model.layers[1]
+    handles = [layer.mlp.register_forward_hook(lambda _, inputs, output: found.append((inputs[0][0], output[0]))),
+               layer.post_attention_layernorm.register_forward_pre_hook(lambda _, inputs: streams.append(inputs[0][0]))]
+    streams = []
     with torch.no_grad():
         for row in TEXT:
             MODEL(input_ids=row[None])
-    handle.remove()
-    return torch.cat(found).double()
+    for handle in handles:
+        handle.remove()
+    given, added = map(torch.cat, zip(*found, strict=True))
+    return given.double(), 1 / (torch.cat(streams) + added).double().square().mean(-1, keepdim=True)
 
 
 def loss(network, rows) -> float:
+    given, counts = rows
     with torch.no_grad():
-        return float((network.double()(rows) - MODEL.model.layers[1].mlp.double()(rows)).square().sum())
+        error = (network.double()(given) - MODEL.model.layers[1].mlp.double()(given)).square()
+    return float((counts * error).sum())
 
 
 def test_the_kept_neurons_are_refitted_to_the_least_squares_on_the_text(rows):
