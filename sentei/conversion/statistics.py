@@ -6,6 +6,7 @@
 | attention_hidden | Moment | the heads side by side, what the output projection is given, [H · D, H · D] |
 | attention_heads | Attended | what the heads score and attend to in their neighbours' keys and values |
 | attention_influence | Influence | the residual stream before and after the attention |
+| network_neurons | Activity | how large what the gates of the neurons multiply is, [F] |
 | network_input | Moment | what the first projections of the network are given, [D, D] |
 | network_hidden | Moment | the neurons, what the last projection of the network is given, [F, F] |
 | network_influence | Influence | the residual stream before and after the network |
@@ -72,6 +73,30 @@ class Influence:
     def move(self) -> float:
         """The mean of ‖y − x‖² / ‖x‖²."""
         return self.moves / max(self.rows, 1)
+
+
+class Activity:
+    """Σ u² of the neurons of a gated network, what its gates multiply, u = up x, in fp64 [F]."""
+
+    def __init__(self, neurons: int):
+        self.squares = torch.zeros(neurons, dtype=torch.float64)
+        self.rows = 0
+
+    def see(self, ups: torch.Tensor) -> None:
+        """Adds u [..., F]."""
+        ups = ups.detach().flatten(0, -2).double()
+        self.squares += ups.square().sum(0).to(self.squares.device)
+        self.rows += len(ups)
+
+    def merge(self, other: "Activity") -> None:
+        """Adds the state of other rows."""
+        self.squares += other.squares
+        self.rows += other.rows
+
+    @property
+    def size(self) -> torch.Tensor:
+        """√ of the mean of u²."""
+        return (self.squares / max(self.rows, 1)).sqrt()
 
 
 class Kind(NamedTuple):
@@ -151,12 +176,17 @@ def _listen_network(layer: Layer, state: Influence) -> list:
             layer.block.register_forward_hook(after)]
 
 
+def _listen_neurons(layer: Layer, state: Activity) -> list:
+    return [layer.network.up_proj.register_forward_hook(lambda _, inputs, output: state.see(output))]
+
+
 KINDS = {
     "attention_input": _input("attention", "q_proj"),
     "attention_hidden": _hidden("attention", "o_proj"),
     "attention_heads": Kind(lambda layer: Attended(*layer.heads), lambda layer, state: [Watch(layer.attention, state)]),
     "attention_influence": Kind(lambda layer: Influence(), _listen_attention),
     "network_input": _input("network", "up_proj"),
+    "network_neurons": Kind(lambda layer: Activity(layer.network.down_proj.in_features), _listen_neurons),
     "network_hidden": _hidden("network", "down_proj"),
     "network_influence": Kind(lambda layer: Influence(), _listen_network),
 }

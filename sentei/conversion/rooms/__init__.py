@@ -18,7 +18,7 @@ from typing import NamedTuple
 from torch import nn
 
 from sentei.conversion.layers import Layer
-from sentei.conversion.rooms import connections, depth, heads, weights
+from sentei.conversion.rooms import connections, depth, experts, heads, weights
 
 
 class Way(NamedTuple):
@@ -38,6 +38,7 @@ class Way(NamedTuple):
 WAYS = {
     "connections": Way(connections.parts, connections.wants, connections.options, connections.build, "under"),
     "weights": Way(weights.parts, weights.wants, weights.options, weights.build),
+    "experts": Way(experts.parts, experts.wants, experts.options, experts.build),
     "heads": Way(heads.parts, heads.wants, heads.options, heads.build),
     "depth": Way(depth.parts, depth.wants, depth.options, depth.build),
 }

@@ -47,7 +47,7 @@ def alike(model):
         attention, size = layer.self_attn, layer.self_attn.head_dim
         numbers = torch.Generator().manual_seed(3)
         for linear, map_of in ((attention.k_proj, turn), (attention.v_proj, mix)):
-            for name, weight in linear.named_parameters():
+            for _, weight in linear.named_parameters():
                 rows = weight.reshape(-1, size, weight.numel() // linear.out_features)
                 if linear is attention.k_proj and hasattr(attention, "k_norm"):
                     rows[1:] = rows[0]
