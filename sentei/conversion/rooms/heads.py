@@ -20,6 +20,10 @@ from sentei.conversion.merging import chosen_key, merge_keys, merge_values
 from sentei.conversion.statistics import State
 from sentei.core.errors import UnsupportedError
 
+# The attribute of an attention whose heads were merged that says which share of the scores' and of the outputs' squares
+# was lost on the calibration text, the mean over what is left; NaN for keys that could only be chosen.
+LOST = "lost_by_merging"
+
 
 def parts(config: Config) -> tuple[str, ...]:
     """The attention."""
@@ -64,17 +68,17 @@ def build(layer: Layer, part: str, config: Config, seen: dict[str, State]) -> tu
         made.k_proj, made.v_proj = (_linear(linear, _rows(linear, size).unflatten(0, (kept, -1)).mean(1))
                                     for linear in (own.k_proj, own.v_proj))
     else:
-        _join(made, own, attended, kept)
+        setattr(made, LOST, _join(made, own, attended, kept))
     return (made,)
 
 
 @torch.no_grad()
-def _join(made: nn.Module, own: nn.Module, attended: State, kept: int) -> None:
-    """Gives `made` the merged projections of `own`."""
+def _join(made: nn.Module, own: nn.Module, attended: State, kept: int) -> tuple[float, float]:
+    """Gives `made` the merged projections of `own`; returns what scores and outputs lose, see LOST."""
     size, group = own.head_dim, attended.kv_heads // kept
     query, key, value = (_rows(linear, size) for linear in (own.q_proj, own.k_proj, own.v_proj))
     output = own.o_proj.weight.double().unflatten(1, (-1, size)).transpose(0, 1).clone()
-    keys, values = [], []
+    keys, values, lost = [], [], []
     for index in range(kept):
         scores, moment, heads = attended.of(index, group)
         among = slice(index * group, (index + 1) * group)
@@ -82,18 +86,22 @@ def _join(made: nn.Module, own: nn.Module, attended: State, kept: int) -> None:
         served = [head // each for head in range(heads.stop - heads.start)]
         if hasattr(own, "k_norm"):
             keys.append(key[among][chosen_key(scores, served)])
+            lost.append([float("nan")])
         else:
             found = merge_keys(scores, served)
             keys.append(_real((found.shared.T[..., None] * _complex(key[among])).sum(0)))
             query[heads] = _real(found.factors.conj()[..., None] * _complex(query[heads]))
+            lost.append([found.error])
         merged = merge_values(moment, output[heads], served)
         values.append(merged.shared @ value[among].flatten(0, 1))
         output[heads] = merged.outputs
+        lost[-1].append(merged.error)
     made.q_proj = _linear(own.q_proj, query)
     made.k_proj, made.v_proj = _linear(own.k_proj, torch.stack(keys)), _linear(own.v_proj, torch.stack(values))
     made.o_proj = copy.copy(own.o_proj)
     made.o_proj._parameters = {**own.o_proj._parameters, "weight": nn.Parameter(
         output.transpose(0, 1).flatten(1).to(own.o_proj.weight), requires_grad=False)}
+    return tuple(sum(column) / kept for column in zip(*lost, strict=True))
 
 
 def _rows(linear: nn.Linear, size: int) -> torch.Tensor:
