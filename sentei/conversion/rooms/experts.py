@@ -33,10 +33,9 @@ def wants(config: Config) -> tuple[str, ...]:
 
 
 def options(layer: Layer, lever: str) -> list[Config]:
-    """All neurons, then fewer and fewer; of a prompt, which keeps nearly every neuron together, only all."""
+    """All neurons, then fewer and fewer."""
     width = layer.network.down_proj.in_features
-    kept = [round(share * width) for share in SHARES] if lever == "decode" else []
-    return [Config(unit=1), *(Config(rule=TopK(k), unit=1) for k in kept)]
+    return [Config(unit=1), *(Config(rule=TopK(round(share * width)), unit=1) for share in SHARES)]
 
 
 def build(layer: Layer, part: str, config: Config, seen: dict[str, State]) -> tuple[nn.Module, ...]:
