@@ -7,6 +7,7 @@
 | attention_heads | Attended | what the heads score and attend to in their neighbours' keys and values |
 | attention_influence | Influence | the residual stream before and after the attention |
 | network_neurons | Activity | how large what the gates of the neurons multiply is, [F] |
+| network_amplitudes | Amplitudes | how large the neurons are where their input points, [D + 1, F] |
 | network_input | Moment | what the first projections of the network are given, [D, D] |
 | network_hidden | Moment | the neurons, what the last projection of the network is given, [F, F] |
 | network_influence | Influence | the residual stream before and after the network |
@@ -99,6 +100,33 @@ class Activity:
         return (self.squares / max(self.rows, 1)).sqrt()
 
 
+class Amplitudes:
+    """How large the neurons of a gated network are where its input points: sums in fp64 over the rows x [D].
+
+    `inputs` [D + 1, D + 1], Σ x₁ x₁ᵀ with x₁ = (x, 1), and `neurons` [D + 1, F], Σ x₁ |h|ᵀ of the neurons h; the last
+    row and column are sums. Regression on x takes no more.
+    """
+
+    def __init__(self, width: int, neurons: int):
+        self.inputs = torch.zeros(width + 1, width + 1, dtype=torch.float64)
+        self.neurons = torch.zeros(width + 1, neurons, dtype=torch.float64)
+        self.rows = 0
+
+    def see(self, x: torch.Tensor, neurons: torch.Tensor) -> None:
+        """Adds rows x [..., D] and their neurons [..., F]."""
+        x, neurons = x.detach().flatten(0, -2), neurons.detach().flatten(0, -2).abs()
+        x = torch.cat([x, x.new_ones(len(x), 1)], 1)
+        self.inputs += (x.T.double() @ x.double()).to(self.inputs.device)
+        self.neurons += (x.T.double() @ neurons.double()).to(self.neurons.device)
+        self.rows += len(x)
+
+    def merge(self, other: "Amplitudes") -> None:
+        """Adds the state of other rows."""
+        self.inputs += other.inputs
+        self.neurons += other.neurons
+        self.rows += other.rows
+
+
 class Kind(NamedTuple):
     """One kind of statistic: an empty state for a layer, and the hooks that add to it, which are returned."""
 
@@ -180,6 +208,12 @@ def _listen_neurons(layer: Layer, state: Activity) -> list:
     return [layer.network.up_proj.register_forward_hook(lambda _, inputs, output: state.see(output))]
 
 
+def _listen_amplitudes(layer: Layer, state: Amplitudes) -> list:
+    network, inputs = layer.network, []
+    return [network.up_proj.register_forward_pre_hook(lambda _, given: inputs.append(given[0])),
+            network.down_proj.register_forward_pre_hook(lambda _, given: state.see(inputs.pop(), given[0]))]
+
+
 KINDS = {
     "attention_input": _input("attention", "q_proj"),
     "attention_hidden": _hidden("attention", "o_proj"),
@@ -187,6 +221,8 @@ KINDS = {
     "attention_influence": Kind(lambda layer: Influence(), _listen_attention),
     "network_input": _input("network", "up_proj"),
     "network_neurons": Kind(lambda layer: Activity(layer.network.down_proj.in_features), _listen_neurons),
+    "network_amplitudes": Kind(lambda layer: Amplitudes(layer.network.up_proj.in_features,
+                                                        layer.network.down_proj.in_features), _listen_amplitudes),
     "network_hidden": _hidden("network", "down_proj"),
     "network_influence": Kind(lambda layer: Influence(), _listen_network),
 }

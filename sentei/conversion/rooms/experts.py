@@ -1,25 +1,34 @@
-"""experts in a pretrained layer: a token keeps some neurons of its feed-forward network, by what their gates say.
+"""experts in a pretrained layer: a token keeps some of its feed-forward network's neurons. Nothing is trained.
 
-    y = Σ over the neurons f kept of  act(gate_f x) · (up_f x) · down_f
+One neuron an expert (`unit` 1) is chosen by what its own gate says: its score is |act(gate_f x)| times the size of what
+that is usually multiplied with, √E (up_f x)² · ‖down_f‖. All gates are read, and of the other weights what is kept.
+Larger experts are made and chosen by `sentei.conversion.grouping`: neurons whose sizes go together in one, the largest
+shared by all tokens, a router from ridge regression that foretells an expert's size.
 
-Nothing is trained and no weight is changed: a neuron's score is |act(gate_f x)| times the size of what it is usually
-multiplied with, √E (up_f x)² · ‖down_f‖. Few tokens read the rows they keep and no others, for which the last
-projection is held a second time, a row a neuron; of more tokens every neuron is computed, which saves nothing.
-References: CATS 2404.08763; WINA 2505.19427 (the norm of what follows in the score).
+    y = Σ over the kept  act(gate_f x) · (up_f x) · down_f
+
+Few tokens read the rows they keep and no others; of many tokens at once single neurons are all computed, which saves
+nothing, and experts by those that keep them. The rows lie as they are read, beside the original's.
+References: CATS 2404.08763, WINA 2505.19427 (the norm of what follows in the score), CMoE 2502.04416.
 """
 
 import torch
 from torch import nn
 
-from sentei.axes.experts import Config
+from sentei.axes.experts import Config, Experts
 from sentei.axes.experts.gates import Unit
 from sentei.axes.experts.neurons import Neurons
+from sentei.axes.weights import Network
+from sentei.conversion.grouping import Groups, group
 from sentei.conversion.layers import Layer
+from sentei.conversion.rooms.weights import narrowed
 from sentei.conversion.statistics import State
-from sentei.core.errors import UnsupportedError
+from sentei.core.errors import ShapeError, UnsupportedError
 from sentei.core.rules import All, TopK
+from sentei.kernels.routing.stack import ACTIVATIONS
 
 SHARES = (0.75, 0.625, 0.5, 0.375, 0.25)
+UNIT, SHARED = 64, 0.25  # neurons of an expert; the share of the neurons that all tokens keep
 
 
 def parts(config: Config) -> tuple[str, ...]:
@@ -28,31 +37,69 @@ def parts(config: Config) -> tuple[str, ...]:
 
 
 def wants(config: Config) -> tuple[str, ...]:
-    """How large what the gates multiply is."""
-    return () if isinstance(config.rule, All) else ("network_neurons",)
+    """How large what the gates multiply is, or how large neurons are where their input points."""
+    if isinstance(config.rule, All):
+        return ()
+    return ("network_neurons",) if config.unit == 1 else ("network_amplitudes",)
 
 
 def options(layer: Layer, lever: str) -> list[Config]:
-    """All neurons, then fewer and fewer."""
+    """All neurons, then fewer and fewer; for a prompt in experts, because its tokens keep nearly every neuron together.
+
+    A network of too few neurons to make experts of UNIT from is offered single ones.
+    """
     width = layer.network.down_proj.in_features
-    return [Config(unit=1), *(Config(rule=TopK(round(share * width)), unit=1) for share in SHARES)]
+    shared = round(SHARED * width / UNIT)
+    if lever == "decode" or width % UNIT or not shared:
+        return [Config(unit=1), *(Config(rule=TopK(round(share * width)), unit=1) for share in SHARES)]
+    kept = sorted({round(share * width / UNIT) - shared for share in SHARES} - {0}, reverse=True)
+    return [Config(unit=1), *(Config(rule=TopK(k), unit=UNIT, shared=shared) for k in kept)]
 
 
 def build(layer: Layer, part: str, config: Config, seen: dict[str, State]) -> tuple[nn.Module, ...]:
     """The network whose tokens choose.
 
     Raises:
-        UnsupportedError: experts of more than a neuron, a gate that weighs, or a network of other layers.
+        UnsupportedError: a gate that weighs, shared single neurons, or a network of other layers.
+        ShapeError: neurons that do not make whole experts.
+        RuleError: a rule that looks at later tokens.
     """
     original = layer.network
     layers = [getattr(original, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
     plain = all(isinstance(linear, nn.Linear) and linear.bias is None for linear in layers)
-    if config.unit != 1 or config.shared or not isinstance(config.gate, Unit) or not plain:
-        raise UnsupportedError("experts", expected="unit 1, the gate Unit, and a gated network without biases",
-                               got=f"{config} for {original}"[:300], do="keep this network as it is")
+    if config.unit == 1 and config.shared or not isinstance(config.gate, Unit) or config.metric != "dot" or not plain:
+        raise UnsupportedError("experts", expected="the gate Unit, the metric 'dot', no shared experts of one neuron, "
+                               "and a gated network without biases", got=f"{config} for {original}"[:300],
+                               do="keep this network as it is")
     if isinstance(config.rule, All):
         return (original,)
-    return (ChoosingNetwork(original, config, seen["network_neurons"]),)
+    if config.unit == 1:
+        return (ChoosingNetwork(original, config, seen["network_neurons"]),)
+    neurons = original.down_proj.in_features
+    if neurons % config.unit or config.shared * config.unit >= neurons:
+        raise ShapeError("experts", expected=f"a unit that divides {neurons}, and fewer shared than all",
+                         got=f"unit {config.unit}, shared {config.shared}", do="choose another unit")
+    return (RoutedNetwork(original, config, _groups(original, config, seen["network_amplitudes"])),)
+
+
+def _groups(original: nn.Module, config: Config, amplitudes: State) -> Groups:
+    """The experts, by the sizes that neurons have in the output."""
+    norms = original.down_proj.weight.detach().double().norm(dim=0).to(amplitudes.neurons.device)
+    return group(amplitudes.inputs, amplitudes.neurons * norms, unit=config.unit, shared=config.shared)
+
+
+def _activation(original: nn.Module) -> str:
+    """The name of what its activation computes.
+
+    Raises:
+        UnsupportedError: none that the kernels know.
+    """
+    x = torch.linspace(-12, 12, 4001)
+    for name, known in ACTIVATIONS.items():
+        if (original.act_fn(x) - known(x)).abs().max() <= 1e-5:
+            return name
+    raise UnsupportedError("experts", expected=f"an activation of {', '.join(ACTIVATIONS)}", got=str(original.act_fn),
+                           do="keep this network as it is")
 
 
 class ChoosingNetwork(nn.Module):
@@ -67,11 +114,46 @@ class ChoosingNetwork(nn.Module):
         self.neurons = Neurons(config.rule)
         down = original.down_proj.weight.detach()
         size = (activity.size.to(down.device) * down.double().norm(dim=0)).float()
-        tiny = torch.finfo(torch.float32).tiny
         self.register_buffer("rows", down.T.contiguous(), persistent=False)
-        self.register_buffer("scale", size.clamp(min=tiny), persistent=False)
+        self.register_buffer("scale", size.clamp(min=torch.finfo(torch.float32).tiny), persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """y [..., T, D] of x [..., T, D]."""
         acts = self.act_fn(self.gate_proj(x))
         return self.neurons(x, acts, self.scale, self.up_proj.weight, self.rows)
+
+
+class RoutedNetwork(nn.Module):
+    """A gated network of experts; each token computes those it keeps, and `shared`, a narrower network like the dense.
+
+    `experts` is the room. The experts' weights are copies, those of gate and up together.
+    """
+
+    def __init__(self, original: nn.Module, config: Config, groups: Groups):
+        super().__init__()
+        gate, up, down = (linear.weight.detach() for linear in (original.gate_proj, original.up_proj,
+                                                                original.down_proj))
+        kept = groups.experts.to(up.device)
+        self.experts = Experts(config, len(kept), activation=_activation(original))
+        self.up = nn.Parameter(torch.cat([gate[kept], up[kept]], 1), requires_grad=False)
+        self.down = nn.Parameter(down.T[kept].mT.contiguous(), requires_grad=False)
+        self.register_buffer("router", groups.weight.to(up.device).float(), persistent=False)
+        self.register_buffer("offset", groups.bias.to(up.device).float(), persistent=False)
+        self.shared = _only(original, groups.shared.to(up.device)) if len(groups.shared) else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """y [..., T, D] of x [..., T, D]."""
+        logits = nn.functional.linear(x.float(), self.router.float(), self.offset.float())
+        output = self.experts(x, logits, self.up, self.down)
+        return output if self.shared is None else output + self.shared(x)
+
+
+def _only(original: nn.Module, neurons: torch.Tensor) -> nn.Module:
+    """A network like the original with these neurons."""
+    def of(weight: torch.Tensor) -> nn.Linear:
+        made = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+        made.weight = nn.Parameter(weight.detach().contiguous(), requires_grad=False)
+        return made
+
+    return narrowed(original, Network(of(original.up_proj.weight[neurons]), of(original.down_proj.weight[:, neurons]),
+                                      of(original.gate_proj.weight[neurons]), original.act_fn))
