@@ -10,10 +10,12 @@ import torch
 from torch import nn
 
 from sentei.conversion.layers import layers_of
-from sentei.conversion.plan import Plan, convert
+from sentei.conversion.plan import Plan, convert, wanted
 from sentei.conversion.rooms import WAYS
 from sentei.conversion.statistics import Statistics
 
+# Tokens that are read: a few for each dimension of what is widest in a small model.
+TOKENS = 4096
 # Tokens of a forward pass: of a longer window the attention would cost more than the rest.
 AT_ONCE = 2048
 
@@ -30,14 +32,14 @@ def wanted_by_rooms(model: nn.Module, rooms: list[str], lever: str) -> dict[int,
 
 
 @torch.no_grad()
-def calibrate(model: nn.Module, tokens: torch.Tensor, wanted: dict[int, set[str]], *, share: tuple[int, int] = (0, 1),
+def calibrate(model: nn.Module, tokens: torch.Tensor, names: dict[int, set[str]], *, share: tuple[int, int] = (0, 1),
               step: Callable[[], object] = lambda: None) -> Statistics:
     """The wanted statistics of the dense model over windows of text.
 
     Args:
         model: a transformers model; it is dense afterwards.
         tokens: int64 [N, T].
-        wanted: names by layer, see `wanted_by_rooms`.
+        names: those that are wanted, by layer, see `wanted_by_rooms`.
         share: this process's number and how many share the windows; `Statistics.merge` adds their results up.
         step: called after every piece of AT_ONCE tokens that is read.
     Returns:
@@ -46,7 +48,7 @@ def calibrate(model: nn.Module, tokens: torch.Tensor, wanted: dict[int, set[str]
     """
     convert(model, Plan())
     layers = layers_of(model)
-    statistics = Statistics.empty(layers, wanted)
+    statistics = Statistics.empty(layers, names)
     handles = statistics.listen(layers)
     number, processes = share
     try:
@@ -58,3 +60,26 @@ def calibrate(model: nn.Module, tokens: torch.Tensor, wanted: dict[int, set[str]
         for handle in handles:
             handle.remove()
     return statistics
+
+
+class Library:
+    """The statistics of a model, collected by the first plan that wants any.
+
+    Args:
+        model: a transformers model; dense after the pass.
+        windows: int64 [N, T]; the first TOKENS tokens of them are read.
+        lever: of the workload, see `sentei.conversion.rooms`.
+    """
+
+    def __init__(self, model: nn.Module, windows: torch.Tensor, lever: str):
+        self.model, self.lever = model, lever
+        self.windows = windows[:-(-TOKENS // windows.shape[1]), :TOKENS]
+        self.statistics: Statistics | None = None
+
+    def __call__(self, plan: Plan) -> Statistics | None:
+        """The statistics, or None for a plan that wants none."""
+        if not wanted(plan):
+            return None
+        if self.statistics is None:
+            self.statistics = calibrate(self.model, self.windows, wanted_by_rooms(self.model, list(WAYS), self.lever))
+        return self.statistics

@@ -133,18 +133,26 @@ class Decode(Workload):
 
     def losses(self, model, row, prefix):
         """Of the last tokens of the row."""
-        return losses_after(model, row, copy.deepcopy(prefix), rows=self.AT_ONCE)
+        return losses_after(model, row, self._own(model, row, prefix), rows=self.AT_ONCE)
+
+    def _own(self, model, row, prefix) -> object:
+        """A copy of the prefix; made anew by the model itself, where it has other key/value heads than the dense one."""
+        layers = zip(model.get_decoder().layers, prefix.layers, strict=False)
+        same = all(attention is None or attention.out_features == held.keys.shape[1] * held.keys.shape[3]
+                   for attention, held in ((getattr(layer.self_attn, "k_proj", None), held) for layer, held in layers)
+                   if getattr(held, "keys", None) is not None)
+        return copy.deepcopy(prefix) if same else self.prefix(model, row)
 
     def sample(self, model, row, prefix):
         """The first tokens after the prefix, as many as a call of ours decodes at once."""
         first = len(row) - self._read
-        model.get_decoder()(input_ids=row[None, first:first + self.ROWS], past_key_values=copy.deepcopy(prefix),
+        model.get_decoder()(input_ids=row[None, first:first + self.ROWS], past_key_values=self._own(model, row, prefix),
                             use_cache=True)
 
     @torch.no_grad()
     def begin(self, model, row, prefix):
         """The cache is filled up to the last steps, and one step is made, in which a cache may take its final form."""
-        cache, first = copy.deepcopy(prefix), len(row) - self._read
+        cache, first = self._own(model, row, prefix), len(row) - self._read
         stop = len(row) - self.timed_tokens - 1
         for start in range(first, stop, self.ROWS):
             part = row[None, start:min(start + self.ROWS, stop)]

@@ -6,7 +6,7 @@ A config.json is data from a stranger. Only the keys listed here reach transform
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -108,9 +108,12 @@ class Family:
         with self._building(where):
             return getattr(transformers, self.config)(**settings)
 
-    def shapes(self, config: PreTrainedConfig, where: str = "config.json") -> dict[str, tuple[int, ...]]:
+    def shapes(self, config: PreTrainedConfig, where: str = "config.json", reshape: Callable | None = None
+               ) -> dict[str, tuple[int, ...]]:
         """The shapes of the model's tensors by name; no memory is taken for them.
 
+        Args:
+            reshape: changes the model in place first.
         Raises:
             FileError: transformers cannot build a model of these settings.
         """
@@ -118,6 +121,8 @@ class Family:
 
         with self._building(where), torch.device("meta"):
             model = getattr(transformers, self.architecture)(config)
+            if reshape is not None:
+                reshape(model)
         return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
     @contextmanager

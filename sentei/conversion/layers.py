@@ -41,9 +41,11 @@ class Layer(NamedTuple):
                 attention.k_proj.out_features // attention.head_dim, attention.head_dim)
 
 
-def layer_of(model: nn.Module, index: int) -> Layer:
+def layer_of(model: nn.Module, index: int, needed: tuple[str, ...] = tuple(PARTS)) -> Layer:
     """Layer `index` of a model of a known family.
 
+    Args:
+        needed: the parts that must be the family's own; a model that was written without some has no others.
     Raises:
         UnsupportedError: the model's modules are not where its family keeps them.
     """
@@ -52,7 +54,7 @@ def layer_of(model: nn.Module, index: int) -> Layer:
              ((part, paths_of(model, index, part)) for part in PARTS)}
     for part, expected in (("attention", family.attention), ("network", family.network)):
         found = type(parts[part]).__name__ if parts[part] is not None else "nothing"
-        if found != expected:
+        if found != expected and part in needed:
             raise UnsupportedError("convert", expected=f"{expected} at {paths_of(model, index, part)[0]}", got=found,
                                    do="convert models of transformers itself, before wrapping them")
     norms = {part: tuple(original_at(model, path) for path in paths_of(model, index, part)[1:]) for part in PARTS}

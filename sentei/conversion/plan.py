@@ -69,6 +69,10 @@ class Plan:
             raise RuleError("plan", expected="at most one entry a layer and room", got=str(places)[:200],
                             do="merge the entries")
 
+    def standing(self, where: str) -> "Plan":
+        """The entries of rooms that stand "in" the place of a part, or "under" one."""
+        return Plan(tuple(entry for entry in self.entries if WAYS[entry.room].stands == where))
+
     @classmethod
     def everywhere(cls, layers: Iterable[int], room: str, config: object) -> "Plan":
         """The same room with the same configuration in each of `layers`."""
@@ -196,7 +200,8 @@ def _attach(model: nn.Module, plan: Plan) -> None:
         if standing != family.attention:
             raise RuleError("convert", expected=f"an attention for the room {entry.room} at {path}", got=standing,
                             do="leave one of the entries out")
-        new[path], = WAYS[entry.room].build(placing.layer_of(model, entry.layer), "attention", entry.config, {})
+        layer = placing.layer_of(model, entry.layer, ("attention",))
+        new[path], = WAYS[entry.room].build(layer, "attention", entry.config, {})
     wrapper.install(model, new)
 
 
@@ -221,5 +226,5 @@ def attention_path(model: nn.Module, layer: int) -> str:
     Raises:
         UnsupportedError: the model's modules are not where its family keeps them.
     """
-    placing.layer_of(model, layer)
+    placing.layer_of(model, layer, ("attention",))
     return placing.paths_of(model, layer, "attention")[0]

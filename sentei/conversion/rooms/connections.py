@@ -39,6 +39,12 @@ def options(layer: Layer, lever: str) -> list[Config]:
     return [replace(Config(), **{lever: rule}) for rule in rules(lever)]
 
 
+def words(config: Config) -> str:
+    """The rule of what is pruned."""
+    rule = config.rule if isinstance(config.decode, All) else config.decode
+    return " ".join([type(rule).__name__.lower(), *map(str, vars(rule).values())])
+
+
 def build(layer: Layer, part: str, config: Config, seen: dict[str, State]) -> tuple[nn.Module, ...]:
     """The room."""
     return (Connections(config),)

@@ -33,6 +33,11 @@ def options(layer: Layer, lever: str) -> list[Config]:
                         if part == "network" or not layer.leads)]
 
 
+def words(config: Config) -> str:
+    """What is left out."""
+    return "all" if isinstance(config.rule, All) else f"no {config.part}"
+
+
 def build(layer: Layer, part: str, config: Config, seen: dict[str, State]) -> tuple[nn.Module, ...]:
     """What adds nothing to the stream, and norms that do nothing around it.
 
@@ -48,6 +53,11 @@ def build(layer: Layer, part: str, config: Config, seen: dict[str, State]) -> tu
         raise UnsupportedError("depth", expected="a layer whose keys are not needed for the length of the cache",
                                got=f"layer {layer.index}", do="leave out the attention of later layers")
     return (NoAttention() if part == "attention" else NoNetwork(), *(nn.Identity() for _ in layer.norms[part]))
+
+
+def blank(layer: Layer, part: str, config: Config) -> tuple[nn.Module, ...]:
+    """The same: there are no weights."""
+    return build(layer, part, config, {})
 
 
 class NoNetwork(nn.Module):

@@ -22,7 +22,7 @@ from sentei.axes.weights import Network
 from sentei.conversion.grouping import Groups, group
 from sentei.conversion.layers import Layer
 from sentei.conversion.rooms.weights import narrowed
-from sentei.conversion.statistics import State
+from sentei.conversion.statistics import Activity, Amplitudes, State
 from sentei.core.errors import ShapeError, UnsupportedError
 from sentei.core.rules import All, TopK
 from sentei.kernels.routing.stack import ACTIVATIONS
@@ -56,6 +56,14 @@ def options(layer: Layer, lever: str) -> list[Config]:
     return [Config(unit=1), *(Config(rule=TopK(k), unit=UNIT, shared=shared) for k in kept)]
 
 
+def words(config: Config) -> str:
+    """What a token keeps."""
+    if isinstance(config.rule, All):
+        return "all"
+    kept = f"{getattr(config.rule, 'k', config.rule)}"
+    return f"{kept} neurons" if config.unit == 1 else f"{kept} + {config.shared} experts of {config.unit} neurons"
+
+
 def build(layer: Layer, part: str, config: Config, seen: dict[str, State]) -> tuple[nn.Module, ...]:
     """The network whose tokens choose.
 
@@ -82,6 +90,14 @@ def build(layer: Layer, part: str, config: Config, seen: dict[str, State]) -> tu
     return (RoutedNetwork(original, config, _groups(original, config, seen["network_amplitudes"])),)
 
 
+def blank(layer: Layer, part: str, config: Config) -> tuple[nn.Module, ...]:
+    """The network whose tokens choose, with neither its weights nor what it chooses by."""
+    width, neurons = layer.network.up_proj.in_features, layer.network.up_proj.out_features
+    nothing = {"network_neurons": Activity(neurons), "network_amplitudes": Amplitudes(width, neurons)}
+    nothing["network_amplitudes"].inputs += torch.eye(width + 1, dtype=torch.float64)
+    return build(layer, part, config, nothing)
+
+
 def _groups(original: nn.Module, config: Config, amplitudes: State) -> Groups:
     """The experts, by the sizes that neurons have in the output."""
     norms = original.down_proj.weight.detach().double().norm(dim=0).to(amplitudes.neurons.device)
@@ -105,7 +121,7 @@ def _activation(original: nn.Module) -> str:
 class ChoosingNetwork(nn.Module):
     """A gated network that shares the weights of `original`; each token computes the neurons it keeps.
 
-    `neurons` is the room. Beside the weights it holds the last projection once more, with a row a neuron.
+    `neurons` is the room. The last projection is held with a row a neuron.
     """
 
     def __init__(self, original: nn.Module, config: Config, activity: State):
@@ -114,8 +130,8 @@ class ChoosingNetwork(nn.Module):
         self.neurons = Neurons(config.rule)
         down = original.down_proj.weight.detach()
         size = (activity.size.to(down.device) * down.double().norm(dim=0)).float()
-        self.register_buffer("rows", down.T.contiguous(), persistent=False)
-        self.register_buffer("scale", size.clamp(min=torch.finfo(torch.float32).tiny), persistent=False)
+        self.register_buffer("rows", down.T.contiguous())
+        self.register_buffer("scale", size.clamp(min=torch.finfo(torch.float32).tiny))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """y [..., T, D] of x [..., T, D]."""
@@ -137,8 +153,8 @@ class RoutedNetwork(nn.Module):
         self.experts = Experts(config, len(kept), activation=_activation(original))
         self.up = nn.Parameter(torch.cat([gate[kept], up[kept]], 1), requires_grad=False)
         self.down = nn.Parameter(down.T[kept].mT.contiguous(), requires_grad=False)
-        self.register_buffer("router", groups.weight.to(up.device).float(), persistent=False)
-        self.register_buffer("offset", groups.bias.to(up.device).float(), persistent=False)
+        self.register_buffer("router", groups.weight.to(up.device).float())
+        self.register_buffer("offset", groups.bias.to(up.device).float())
         self.shared = _only(original, groups.shared.to(up.device)) if len(groups.shared) else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -9,6 +9,7 @@ References: Ainslie et al. 2023, arXiv 2305.13245 (the mean).
 """
 
 import copy
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -43,6 +44,11 @@ def options(layer: Layer, lever: str) -> list[Config]:
     return [Config(merge="joint"), *(Config(num_kv_heads=kv_heads // m, merge="joint") for m in groups)]
 
 
+def words(config: Config) -> str:
+    """How many key/value heads there are."""
+    return "all" if config.num_kv_heads is None else f"{config.num_kv_heads} key/value heads ({config.merge})"
+
+
 def build(layer: Layer, part: str, config: Config, seen: dict[str, State]) -> tuple[nn.Module, ...]:
     """The attention with fewer key/value heads.
 
@@ -70,6 +76,11 @@ def build(layer: Layer, part: str, config: Config, seen: dict[str, State]) -> tu
     else:
         setattr(made, LOST, _join(made, own, attended, kept))
     return (made,)
+
+
+def blank(layer: Layer, part: str, config: Config) -> tuple[nn.Module, ...]:
+    """An attention of the same shapes."""
+    return build(layer, part, replace(config, merge="mean"), {})
 
 
 @torch.no_grad()

@@ -9,9 +9,10 @@ ordinary, narrower module of the model's own class, so that whatever is fast for
 import copy
 import math
 
+import torch
 from torch import nn
 
-from sentei.axes.weights import Config, Network, from_dense
+from sentei.axes.weights import Config, Network, from_dense, linear_like
 from sentei.conversion.layers import Layer
 from sentei.conversion.statistics import State
 from sentei.core.errors import UnsupportedError
@@ -19,7 +20,7 @@ from sentei.core.rules import All, TopK
 
 # A width is a multiple of so many neurons: two registers of fp32, or one of bf16, are then always full.
 STEP = 32
-SHARES = (0.9375, 0.875, 0.75, 0.625, 0.5)
+SHARES = (0.875, 0.75, 0.5)
 
 
 def parts(config: Config) -> tuple[str, ...]:
@@ -37,6 +38,11 @@ def options(layer: Layer, lever: str) -> list[Config]:
     width = layer.network.down_proj.in_features
     widths = sorted({STEP * math.floor(share * width / STEP) for share in SHARES} - {0, width}, reverse=True)
     return [Config(saliency="obs"), *(Config(rule=TopK(kept), saliency="obs") for kept in widths)]
+
+
+def words(config: Config) -> str:
+    """How many neurons are kept."""
+    return "all" if isinstance(config.rule, All) else f"{getattr(config.rule, 'k', config.rule)} neurons"
 
 
 def build(layer: Layer, part: str, config: Config, seen: dict[str, State]) -> tuple[nn.Module, ...]:
@@ -58,6 +64,23 @@ def build(layer: Layer, part: str, config: Config, seen: dict[str, State]) -> tu
     calibration = seen.get("network_hidden") if wants(config) else None
     found = from_dense(network, config, calibration).fix(calibration).layer
     return (narrowed(original, found),)
+
+
+@torch.no_grad()
+def blank(layer: Layer, part: str, config: Config) -> tuple[nn.Module, ...]:
+    """A network as narrow, of weights that are not set.
+
+    Raises:
+        UnsupportedError: a rule that does not say how many neurons are kept.
+    """
+    own = layer.network
+    if config.among != "columns" or not isinstance(config.rule, TopK) or config.rule.k < 1:
+        raise UnsupportedError("weights", expected="whole neurons and the rule TopK", got=str(config)[:200],
+                               do="name the number of neurons that are kept")
+    kept = torch.arange(min(config.rule.k, own.down_proj.in_features))
+    up, gate = (linear_like(part, part.weight[kept], part.bias, kept) for part in (own.up_proj, own.gate_proj))
+    down = linear_like(own.down_proj, own.down_proj.weight[:, kept], own.down_proj.bias)
+    return (narrowed(own, Network(up, down, gate, own.act_fn)),)
 
 
 def narrowed(original: nn.Module, network: Network) -> nn.Module:
