@@ -136,12 +136,12 @@ class Decode(Workload):
         return losses_after(model, row, self._own(model, row, prefix), rows=self.AT_ONCE)
 
     def _own(self, model, row, prefix) -> object:
-        """A copy of the prefix; made anew by the model itself, where it has other key/value heads than the dense one."""
-        layers = zip(model.get_decoder().layers, prefix.layers, strict=False)
-        same = all(attention is None or attention.out_features == held.keys.shape[1] * held.keys.shape[3]
-                   for attention, held in ((getattr(layer.self_attn, "k_proj", None), held) for layer, held in layers)
-                   if getattr(held, "keys", None) is not None)
-        return copy.deepcopy(prefix) if same else self.prefix(model, row)
+        """A copy of the dense model's prefix; a model of other key/value heads reads the tokens itself."""
+        for layer, held in zip(model.get_decoder().layers, prefix.layers, strict=False):
+            project = getattr(layer.self_attn, "k_proj", None)
+            if project is not None and project.out_features != held.keys.shape[1] * held.keys.shape[3]:
+                return self.prefix(model, row)
+        return copy.deepcopy(prefix)
 
     def sample(self, model, row, prefix):
         """The first tokens after the prefix, as many as a call of ours decodes at once."""

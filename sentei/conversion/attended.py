@@ -20,7 +20,7 @@ STATE = "attended_of_sentei"
 
 
 class Attended:
-    """Sums over tokens, in fp64; m key/value heads are neighbours, side by side.
+    """Sums over calls, in fp64, of products in fp32; m key/value heads are neighbours, side by side.
 
     Args:
         heads, kv_heads: of the layer.
@@ -53,9 +53,9 @@ class Attended:
                 own = head * key.shape[1] // query.shape[1]
                 logits = (query[b, head] @ key[b, own].mT * scaling).float()
                 weights = logits.masked_fill(~permitted, -torch.inf).softmax(-1)
-                seen = (weights.to(value.dtype) @ value[b, kept].transpose(0, 1).flatten(1)).double()
-                self.values[head] += seen.T @ seen
-                self.scores[head] += _score_moment(query[b, head], key[b, kept], weights, permitted)
+                seen = (weights.to(value.dtype) @ value[b, kept].transpose(0, 1).flatten(1)).float()
+                self.values[head] += (seen.T @ seen).to(self.values)
+                self.scores[head] += _score_moment(query[b, head], key[b, kept], weights, permitted).to(self.scores)
             self.rows += query.shape[2]
 
     def merge(self, other: "Attended") -> None:
@@ -94,8 +94,8 @@ def _score_moment(query: torch.Tensor, key: torch.Tensor, weights: torch.Tensor,
     steps = (torch.arange(KEYS, device=query.device) + 0.5) / KEYS
     heard = torch.searchsorted(weights.cumsum(1), steps.expand(len(asked), -1).contiguous()).clamp(max=tokens - 1)
     half = query.shape[1] // 2
-    queries = torch.complex(query[asked, :half].double(), query[asked, half:].double())
-    keys = torch.complex(key[..., :half].double(), key[..., half:].double())[:, heard]  # [m, queries, keys, F]
+    queries = torch.complex(query[asked, :half].float(), query[asked, half:].float())
+    keys = torch.complex(key[..., :half].float(), key[..., half:].float())[:, heard]  # [m, queries, keys, F]
     products = torch.view_as_real(queries[:, None] * keys.conj()).permute(1, 2, 3, 0, 4).flatten(2)
     products = products - products.mean(1, keepdim=True)
     products = products.flatten(0, 1)

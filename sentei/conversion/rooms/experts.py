@@ -22,7 +22,7 @@ from sentei.axes.weights import Network
 from sentei.conversion.grouping import Groups, group
 from sentei.conversion.layers import Layer
 from sentei.conversion.rooms.weights import narrowed
-from sentei.conversion.statistics import Activity, Amplitudes, State
+from sentei.conversion.statistics import Activity, State
 from sentei.core.errors import ShapeError, UnsupportedError
 from sentei.core.rules import All, TopK
 from sentei.kernels.routing.stack import ACTIVATIONS
@@ -85,17 +85,26 @@ def build(layer: Layer, part: str, config: Config, seen: dict[str, State]) -> tu
         return (ChoosingNetwork(original, config, seen["network_neurons"]),)
     neurons = original.down_proj.in_features
     if neurons % config.unit or config.shared * config.unit >= neurons:
-        raise ShapeError("experts", expected=f"a unit that divides {neurons}, and fewer shared than all",
-                         got=f"unit {config.unit}, shared {config.shared}", do="choose another unit")
+        raise _not_whole(neurons, config)
     return (RoutedNetwork(original, config, _groups(original, config, seen["network_amplitudes"])),)
 
 
 def blank(layer: Layer, part: str, config: Config) -> tuple[nn.Module, ...]:
     """The network whose tokens choose, with neither its weights nor what it chooses by."""
-    width, neurons = layer.network.up_proj.in_features, layer.network.up_proj.out_features
-    nothing = {"network_neurons": Activity(neurons), "network_amplitudes": Amplitudes(width, neurons)}
-    nothing["network_amplitudes"].inputs += torch.eye(width + 1, dtype=torch.float64)
-    return build(layer, part, config, nothing)
+    neurons, width = layer.network.up_proj.weight.shape
+    if config.unit == 1:
+        return build(layer, part, config, {"network_neurons": Activity(neurons)})
+    number, shared = neurons // config.unit - config.shared, config.shared * config.unit
+    if neurons % config.unit or number < 1:
+        raise _not_whole(neurons, config)
+    groups = Groups(torch.arange(shared), torch.arange(shared, neurons).unflatten(0, (number, config.unit)),
+                    torch.zeros(number, width), torch.zeros(number))
+    return (RoutedNetwork(layer.network, config, groups),)
+
+
+def _not_whole(neurons: int, config: Config) -> ShapeError:
+    return ShapeError("experts", expected=f"a unit that divides {neurons}, and fewer shared than all",
+                      got=f"unit {config.unit}, shared {config.shared}", do="choose another unit")
 
 
 def _groups(original: nn.Module, config: Config, amplitudes: State) -> Groups:
@@ -110,7 +119,7 @@ def _activation(original: nn.Module) -> str:
     Raises:
         UnsupportedError: none that the kernels know.
     """
-    x = torch.linspace(-12, 12, 4001)
+    x = torch.linspace(-12, 12, 4001, device="cpu")
     for name, known in ACTIVATIONS.items():
         if (original.act_fn(x) - known(x)).abs().max() <= 1e-5:
             return name
