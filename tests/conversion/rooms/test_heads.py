@@ -85,7 +85,7 @@ def test_heads_that_hold_the_same_in_other_words_merge_without_loss(family):
 def test_of_multi_head_attention_fewer_heads_lose_less_than_their_mean(config):
     model = tiny_model("llama", num_key_value_heads=4)
     joint, mean = error(model, config), error(model, Config(num_kv_heads=config.num_kv_heads))
-    assert 0 < joint < 0.6 * mean
+    assert 0 < joint < 0.75 * mean
     assert error(model, config, layers=[1]) < joint
     assert [layer.self_attn.num_key_value_groups for layer in model.model.layers] == [1, 4 // config.num_kv_heads, 1]
 
