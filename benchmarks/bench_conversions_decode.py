@@ -56,8 +56,9 @@ def cache_of(model: nn.Module, tokens: int) -> object:
     cache = DynamicCache(config=model.config)
     for index, layer in enumerate(model.model.layers):
         heads = layer.self_attn.k_proj.out_features // layer.self_attn.head_dim
-        shape = 1, heads, tokens, layer.self_attn.head_dim
-        cache.update(torch.randn(shape).to(model.dtype), torch.randn(shape).to(model.dtype), index)
+        numbers = torch.randn(1, heads, 1, layer.self_attn.head_dim).to(model.dtype)
+        numbers = numbers * torch.randn(1, 1, tokens, 1).to(model.dtype)
+        cache.update(numbers, numbers.clone(), index)
     return cache
 
 
