@@ -30,6 +30,7 @@ class Attended:
             which no softmax sees, weighed by the attention; see `merging.merge_keys`.
         values: [H, m D, m D], the second moment of what a query head attends to; see `merging.merge_values`.
         rows: tokens.
+    Memory: 16 · H · (m D)² bytes.
     """
 
     def __init__(self, heads: int, kv_heads: int, size: int):

@@ -27,7 +27,7 @@ from sentei.core.errors import ShapeError, UnsupportedError
 from sentei.core.rules import All, TopK
 from sentei.kernels.routing.stack import ACTIVATIONS
 
-SHARES = (0.75, 0.625, 0.5, 0.375, 0.25)
+SHARES = (0.75, 0.5, 0.25)
 UNIT, SHARED = 64, 0.25  # neurons of an expert; the share of the neurons that all tokens keep
 
 
