@@ -81,7 +81,8 @@ def test_keys_lose_what_the_moment_says_and_no_optimiser_finds_less(pairs):
     starts = [(complex_random(FREQUENCIES, GROUP, seed=i), complex_random(HEADS, FREQUENCIES, seed=i + 9))
               for i in range(4)]
     assert found.error <= 1.02 * least(loss, starts)
-    mean = torch.full((FREQUENCIES, GROUP), 0.5, dtype=torch.complex128), torch.ones(HEADS, FREQUENCIES, dtype=torch.complex128)
+    mean = (torch.full((FREQUENCIES, GROUP), 0.5, dtype=torch.complex128),
+            torch.ones(HEADS, FREQUENCIES, dtype=torch.complex128))
     assert found.error < 0.7 * float(loss(*mean))
 
 
