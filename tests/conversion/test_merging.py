@@ -61,7 +61,7 @@ def least(loss, starts) -> float:
             return value
 
         optimiser.step(closure)
-        best = min(best, float(loss(*leaves)))
+        best = min(best, float(loss(*leaves).detach()))
     return best
 
 
@@ -79,7 +79,7 @@ def test_keys_lose_what_the_moment_says_and_no_optimiser_finds_less(pairs):
     loss = partial(key_loss, *pairs)
     assert float(loss(found.shared, found.factors)) == pytest.approx(found.error, rel=1e-3)
     starts = [(complex_random(FREQUENCIES, GROUP, seed=i), complex_random(HEADS, FREQUENCIES, seed=i + 9))
-              for i in range(4)]
+              for i in range(2)]
     assert found.error <= 1.02 * least(loss, starts)
     mean = (torch.full((FREQUENCIES, GROUP), 0.5, dtype=torch.complex128),
             torch.ones(HEADS, FREQUENCIES, dtype=torch.complex128))
@@ -118,7 +118,7 @@ def test_values_lose_what_the_moment_says_and_no_optimiser_finds_less():
     found = merge_values(seen.mT @ seen, outputs, OWN)
     loss = partial(value_loss, seen, outputs)
     assert float(loss(found.shared, found.outputs)) == pytest.approx(found.error, rel=1e-3)
-    starts = [(random(size, GROUP * size, seed=i), random(HEADS, OUTPUTS, size, seed=i + 9)) for i in range(4)]
+    starts = [(random(size, GROUP * size, seed=i), random(HEADS, OUTPUTS, size, seed=i + 9)) for i in range(2)]
     assert found.error <= 1.02 * least(loss, starts)
     mean = torch.eye(size, dtype=torch.float64).repeat(1, GROUP) / GROUP, outputs
     assert found.error < 0.7 * float(loss(*mean))
