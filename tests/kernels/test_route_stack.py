@@ -19,7 +19,8 @@ HALF = torch.bfloat16
 sizes = {"tokens": st.integers(0, 40), "slots": st.integers(0, 4), "experts": st.integers(1, 6),
          "inner": st.sampled_from([1, 2, 7, 16, 49, 130]), "width": st.sampled_from([1, 3, 16, 37, 260]),
          "outputs": st.sampled_from([1, 5, 16, 33, 100]), "gated": st.booleans(),
-         "activation": st.sampled_from(["silu", "gelu_tanh", "relu"]), "dtype": st.sampled_from([torch.float32, HALF]),
+         "activation": st.sampled_from(["silu", "gelu_tanh", "relu", "identity"]),
+         "dtype": st.sampled_from([torch.float32, HALF]),
          "seed": st.integers(0, 99)}
 
 

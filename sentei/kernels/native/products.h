@@ -8,7 +8,7 @@
 
 namespace {
 
-enum Activation { kSilu = 0, kGeluTanh = 1, kRelu = 2 };
+enum Activation { kSilu = 0, kGeluTanh = 1, kRelu = 2, kIdentity = 3 };
 
 constexpr int kLines = 96, kDepth = 256, kTokens = 256;    // of a block: what the caches hold
 constexpr int kLine = kDepth + 16, kToken = kTokens + 16;  // from one line to the next: no power of two
@@ -153,9 +153,14 @@ struct Activate {
     const Vec t = kind == kSilu ? z * -kLog2E : z * (-1.5957691216057308f * kLog2E) * (1.0f + 0.044715f * z * z);
     return 1.0f / (1.0f + (t > 127.0f ? Vec{} - kNone : Simd<L>::exp2(t)));
   }
-  INLINE Vec value(Vec z) const { return kind == kRelu ? (z <= 0.0f ? Vec{} : z) : z * share(z); }
+  INLINE Vec value(Vec z) const {
+    return kind == kIdentity ? z : kind == kRelu ? (z <= 0.0f ? Vec{} : z) : z * share(z);
+  }
   INLINE void both(Vec z, Vec& value, Vec& slope) const {
-    if (kind == kRelu) {
+    if (kind == kIdentity) {
+      value = z;
+      slope = Vec{} + 1.0f;
+    } else if (kind == kRelu) {
       value = z <= 0.0f ? Vec{} : z;
       slope = z <= 0.0f ? Vec{} : Vec{} + 1.0f;
     } else {
