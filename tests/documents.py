@@ -13,7 +13,9 @@ PAGES = ["README.md", *sorted(path.relative_to(ROOT).as_posix() for path in (ROO
 COMMAND = re.compile(r"sentei [a-z]+ \S")
 # What is made small, in every piece: a tiny model in place of a large one, a short text, a bound it can keep.
 SMALL = [
-    (r"\b(prefill|decode):[\d,]+", r"\1:256"),
+    (r"^(sentei prune)(?!.*--workload)", r"\1 --workload prefill:4096"),
+    (r"\bprefill:[\d,]+", "prefill:512"),
+    (r"\bdecode:[\d,]+", "decode:128"),
     (r"sentei\.prune\(workload", 'sentei.prune("my-model", workload'),
     (r"quality=0\.99\b", "quality=0.5"),
     (r"--(quality|speed) [\d.]+", "--quality 0.5"),
