@@ -33,6 +33,13 @@ class Layer(NamedTuple):
     norms: dict[str, tuple[nn.Module, ...]]
     leads: bool
 
+    @property
+    def heads(self) -> tuple[int, int, int]:
+        """Query heads, key/value heads, and the size of a head."""
+        attention = self.attention
+        return (attention.q_proj.out_features // attention.head_dim,
+                attention.k_proj.out_features // attention.head_dim, attention.head_dim)
+
 
 def layer_of(model: nn.Module, index: int, needed: tuple[str, ...] = tuple(PARTS)) -> Layer:
     """Layer `index` of a model of a known family.

@@ -90,8 +90,9 @@ class Plan:
     @classmethod
     def from_json(cls, value: list) -> "Plan":
         """The plan written by `to_json`; anything else is refused with a FileError."""
-        if not isinstance(value, list):
-            raise FileError("plan", expected="a JSON array of entries", got=repr(value)[:200],
+        if not isinstance(value, list) or len(value) > MAX_LAYERS * len(AXES):
+            raise FileError("plan", expected=f"a JSON array of at most {MAX_LAYERS * len(AXES):,} entries",
+                            got=f"{len(value):,}" if isinstance(value, list) else repr(value)[:200],
                             do="write plans with sentei")
         try:
             return cls(tuple(Entry.from_json(item) for item in value))

@@ -1,6 +1,7 @@
 """How a model whose layers have changed shape is written and read back: the rungs of a ladder.
 
-    A   every layer alike: fewer layers, or networks of one width. An ordinary checkpoint of a smaller model.
+    A   every layer alike: fewer layers, networks of one width, attentions of as many key/value heads. An ordinary
+        checkpoint of a smaller model.
     B   layers that differ: the weights as they are, and `sentei.json`, which says what stands where.
     C   weights as they were and rooms that choose for each input: an ordinary checkpoint of the dense model, and
         `sentei.json`.
@@ -34,20 +35,26 @@ def rung_of(model: nn.Module, plan: Plan) -> str:
     return "B" if _shape(model, plan) is None else "A"
 
 
-def _shape(model: nn.Module, plan: Plan) -> tuple[set[int], int | None] | None:
-    """The layers that are gone and the width of the networks that are left (None: as before); None where uneven."""
-    gone, widths = set(), {}
+def _shape(model: nn.Module, plan: Plan) -> tuple[set[int], int | None, int | None] | None:
+    """The layers that are gone, and of those left the networks' width and the key/value heads (None: as before).
+
+    None where they are uneven.
+    """
+    gone, widths, heads = set(), {}, {}
     for entry in plan.standing("in").entries:
         if entry.room == "depth" and entry.config.rule == Fixed(()) and entry.config.part == "block":
             gone.add(entry.layer)
         elif entry.room == "weights" and isinstance(entry.config, Weights):
             widths[entry.layer] = model.get_submodule(paths_of(model, entry.layer, "network")[0]).down_proj.in_features
+        elif entry.room == "heads":
+            attention = model.get_submodule(paths_of(model, entry.layer, "attention")[0])
+            heads[entry.layer] = attention.k_proj.out_features // attention.head_dim
         else:
             return None
     left = set(range(model.config.num_hidden_layers)) - gone
-    if not left or (widths and (set(widths) != left or len(set(widths.values())) > 1)):
+    if not left or any(sizes and (set(sizes) != left or len(set(sizes.values())) > 1) for sizes in (widths, heads)):
         return None
-    return gone, next(iter(widths.values()), None)
+    return gone, next(iter(widths.values()), None), next(iter(heads.values()), None)
 
 
 def plain(model: PreTrainedModel, plan: Plan) -> tuple[PreTrainedModel, Plan]:
@@ -56,10 +63,11 @@ def plain(model: PreTrainedModel, plan: Plan) -> tuple[PreTrainedModel, Plan]:
     Args:
         model: converted with `plan`, for which `rung_of` says "A".
     """
-    gone, width = _shape(model, plan)
+    gone, width, heads = _shape(model, plan)
     left = [index for index in range(model.config.num_hidden_layers) if index not in gone]
     config = copy.deepcopy(model.config)
     config.num_hidden_layers, config.intermediate_size = len(left), width or config.intermediate_size
+    config.num_key_value_heads = heads or config.num_key_value_heads
     for name in ("layer_types", "no_rope_layers"):
         kinds = getattr(config, name, None)
         if kinds is not None:

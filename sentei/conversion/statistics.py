@@ -4,7 +4,10 @@
 |---|---|---|
 | attention_input | Moment | what the query, key and value projections are given, [D, D] |
 | attention_hidden | Moment | the heads side by side, what the output projection is given, [H · D, H · D] |
+| attention_heads | Attended | what the heads score and attend to in their neighbours' keys and values |
 | attention_influence | Influence | the residual stream before and after the attention |
+| network_neurons | Activity | how large what the gates of the neurons multiply is, [F] |
+| network_amplitudes | Amplitudes | how large the neurons are where their input points, [D + 1, F] |
 | network_input | Moment | what the first projections of the network are given, [D, D] |
 | network_hidden | Moment | the neurons, what the last projection of the network is given, [F, F] |
 | network_influence | Influence | the residual stream before and after the network |
@@ -25,6 +28,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import nn
 
+from sentei.conversion.attended import Attended, Watch
 from sentei.conversion.layers import Layer
 from sentei.kernels.linear.calibration import Calibration
 
@@ -70,6 +74,57 @@ class Influence:
     def move(self) -> float:
         """The mean of ‖y − x‖² / ‖x‖²."""
         return self.moves / max(self.rows, 1)
+
+
+class Activity:
+    """Σ u² of the neurons of a gated network, what its gates multiply, u = up x, in fp64 [F]."""
+
+    def __init__(self, neurons: int):
+        self.squares = torch.zeros(neurons, dtype=torch.float64)
+        self.rows = 0
+
+    def see(self, ups: torch.Tensor) -> None:
+        """Adds u [..., F]."""
+        ups = ups.detach().flatten(0, -2).double()
+        self.squares += ups.square().sum(0).to(self.squares.device)
+        self.rows += len(ups)
+
+    def merge(self, other: "Activity") -> None:
+        """Adds the state of other rows."""
+        self.squares += other.squares
+        self.rows += other.rows
+
+    @property
+    def size(self) -> torch.Tensor:
+        """√ of the mean of u²."""
+        return (self.squares / max(self.rows, 1)).sqrt()
+
+
+class Amplitudes:
+    """How large the neurons of a gated network are where its input points: sums in fp64 over the rows x [D].
+
+    `inputs` [D + 1, D + 1], Σ x₁ x₁ᵀ with x₁ = (x, 1), and `neurons` [D + 1, F], Σ x₁ |h|ᵀ of the neurons h; the last
+    row and column are sums. Regression on x takes no more.
+    """
+
+    def __init__(self, width: int, neurons: int):
+        self.inputs = torch.zeros(width + 1, width + 1, dtype=torch.float64)
+        self.neurons = torch.zeros(width + 1, neurons, dtype=torch.float64)
+        self.rows = 0
+
+    def see(self, x: torch.Tensor, neurons: torch.Tensor) -> None:
+        """Adds rows x [..., D] and their neurons [..., F]."""
+        x, neurons = x.detach().flatten(0, -2), neurons.detach().flatten(0, -2).abs()
+        x = torch.cat([x, x.new_ones(len(x), 1)], 1)
+        self.inputs += (x.T.double() @ x.double()).to(self.inputs.device)
+        self.neurons += (x.T.double() @ neurons.double()).to(self.neurons.device)
+        self.rows += len(x)
+
+    def merge(self, other: "Amplitudes") -> None:
+        """Adds the state of other rows."""
+        self.inputs += other.inputs
+        self.neurons += other.neurons
+        self.rows += other.rows
 
 
 class Kind(NamedTuple):
@@ -149,11 +204,25 @@ def _listen_network(layer: Layer, state: Influence) -> list:
             layer.block.register_forward_hook(after)]
 
 
+def _listen_neurons(layer: Layer, state: Activity) -> list:
+    return [layer.network.up_proj.register_forward_hook(lambda _, inputs, output: state.see(output))]
+
+
+def _listen_amplitudes(layer: Layer, state: Amplitudes) -> list:
+    network, inputs = layer.network, []
+    return [network.up_proj.register_forward_pre_hook(lambda _, given: inputs.append(given[0])),
+            network.down_proj.register_forward_pre_hook(lambda _, given: state.see(inputs.pop(), given[0]))]
+
+
 KINDS = {
     "attention_input": _input("attention", "q_proj"),
     "attention_hidden": _hidden("attention", "o_proj"),
+    "attention_heads": Kind(lambda layer: Attended(*layer.heads), lambda layer, state: [Watch(layer.attention, state)]),
     "attention_influence": Kind(lambda layer: Influence(), _listen_attention),
     "network_input": _input("network", "up_proj"),
+    "network_neurons": Kind(lambda layer: Activity(layer.network.down_proj.in_features), _listen_neurons),
+    "network_amplitudes": Kind(lambda layer: Amplitudes(layer.network.up_proj.in_features,
+                                                        layer.network.down_proj.in_features), _listen_amplitudes),
     "network_hidden": _hidden("network", "down_proj"),
     "network_influence": Kind(lambda layer: Influence(), _listen_network),
 }

@@ -15,9 +15,8 @@ EVERYTHING = {layer: set(KINDS) for layer in range(3)}
 
 def numbers(seen: Statistics) -> dict[tuple, torch.Tensor]:
     """Every state as one vector of its sums."""
-    return {place: torch.cat([state.gram.flatten(), torch.tensor([float(state.rows)])]) if hasattr(state, "gram")
-            else torch.tensor([state.cosines, state.moves, float(state.rows)]).double()
-            for place, state in seen.items()}
+    return {place: torch.cat([torch.as_tensor(value, dtype=torch.float64).flatten() for value in vars(state).values()
+                              if isinstance(value, torch.Tensor | float | int)]) for place, state in seen.items()}
 
 
 def assert_same(one: Statistics, two: Statistics) -> None:

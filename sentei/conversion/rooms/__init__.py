@@ -20,7 +20,7 @@ from typing import NamedTuple
 from torch import nn
 
 from sentei.conversion.layers import Layer
-from sentei.conversion.rooms import connections, depth, weights
+from sentei.conversion.rooms import connections, depth, experts, heads, weights
 
 
 class Way(NamedTuple):
@@ -44,5 +44,7 @@ WAYS = {
     "connections": Way(connections.parts, connections.wants, connections.options, connections.words, connections.build,
                        "under"),
     "weights": Way(weights.parts, weights.wants, weights.options, weights.words, weights.build, blank=weights.blank),
+    "experts": Way(experts.parts, experts.wants, experts.options, experts.words, experts.build, blank=experts.blank),
+    "heads": Way(heads.parts, heads.wants, heads.options, heads.words, heads.build, blank=heads.blank),
     "depth": Way(depth.parts, depth.wants, depth.options, depth.words, depth.build, blank=depth.blank),
 }
