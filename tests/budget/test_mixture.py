@@ -132,3 +132,23 @@ def test_plans_that_are_bad_on_the_real_model_are_not_chosen():
     alone = solve(Goal(quality=0.9), PREFILL, SLACK, Config(), judge, FORECAST)
     found = solve_all(Goal(quality=0.9), market(OFFERS), alone, judge, FORECAST)
     assert found.ladder == alone.ladder and not found.rival
+
+
+def test_plans_that_are_foreseen_to_cost_several_times_too_much_are_not_judged():
+    """Layer 1 costs 2e-3 nats at its first step: worth its time at these prices, and within three times 1e-3 alone."""
+    def pruned(nats: float) -> set:
+        return {entry.layer for plan in market([]).plans(nats, {"connections"}) for entry in plan.plan.entries}
+
+    assert pruned(1e-3) == {0, 1} and pruned(5e-4) == {0}
+
+
+def test_never_worse_than_connections_alone():
+    """All rooms are good only where connections keep nearly all; alone they may drop most, and are faster so."""
+    def judge(candidate) -> Judgement:
+        return judgement(1.0 if candidate.density >= (0.99 if candidate.saved else 0.0) else 0.5)
+
+    offers = [thin(0, 64, 1e-6, 0.01)]
+    alone = solve(Goal(quality=0.9), PREFILL, SLACK, Config(), judge, FORECAST)
+    found = solve_all(Goal(quality=0.9), market(offers, rate=1e9), alone, judge, FORECAST)
+    assert found.ladder == alone.ladder and not found.rival
+    assert len(found.judged) > len(alone.judged)

@@ -68,7 +68,7 @@ def test_savings_are_of_one_layer_by_the_clock(monkeypatch):
         def begin(self, plan):
             rooms = {entry.room for entry in plan.entries} - {"connections"}
             late[plan] = 0.0 if plan in late else 5.0
-            self.seconds = TIMES[min(rooms, default="")] + late[plan]
+            self.seconds = TIMES[min(rooms, default="")] + (late[plan] if rooms else 0.0)
 
         def __call__(self):
             now[0] += self.seconds

@@ -185,15 +185,14 @@ def test_what_was_built_once_is_used_again():
 
 
 @every_room
-def test_what_is_built_beside_a_room_that_decodes_is_made_of_plain_modules(room):
+@pytest.mark.parametrize("before", [Plan(), Plan.everywhere((0, 1, 2), "connections", Connections(decode=Mass(0.9)))],
+                         ids=["native rows", "rooms that decode"])
+def test_what_is_built_is_made_of_plain_modules(room, before):
     """Modules that are switched to native rows, or hold a room, are plain again before others are made of them."""
-    model, ids = tiny_model("llama"), tokens(40)
-    paged = Plan.everywhere((0, 1, 2), "connections", Connections(decode=Mass(0.9)))
-    convert(model, paged)
+    model, ids = convert(tiny_model("llama"), before), tokens(40)
     rows.install(model, most_rows=8)
     lean, fresh = plan_of(model, room, -1), tiny_model("llama")
-    seen = calibrate(tiny_model("llama"), TEXT, wanted_by_rooms(model, INSIDE, "rule"))
-    convert(model, lean, seen)
+    convert(model, lean, calibrate(tiny_model("llama"), TEXT, wanted_by_rooms(model, INSIDE, "rule")))
     convert(fresh, lean, statistics("llama"))
     assert torch.equal(logits(model, ids), logits(fresh, ids))
     assert not wrapper.rooms(model) and not any(hasattr(module, "few_rows") for module in model.modules())
