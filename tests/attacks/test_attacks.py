@@ -105,7 +105,7 @@ HARM = {
     "a connection": ("socket.create_connection(('127.0.0.1', 9))", "seen", "runs socket"),
     "code of the folder": ("exec(compile('1', str(path), 'exec'))", "seen", "runs compile"),
     "a template": ("compile('1', '<template>', 'exec')", "seen", "runs compile <template>"),
-    "memory": ("bytes(400 << 20)", "megabytes", None),
+    "memory": ("b'x' * (400 << 20)", "megabytes", None),
     "time": ("[n for n in range(60_000_000)]", "cpu", None),
     "a crash": ("os.abort()", "code", None),
     "an error of ours": ("1 / 0", "code", None),
