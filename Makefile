@@ -18,7 +18,7 @@ FLOOR = torch==2.11.0 transformers==5.14.0
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help prune test test-slow test-floor test-sanitized attacks lint clean
+.PHONY: help prune test test-slow test-floor test-sanitized attacks docs lint clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /make \1  \t/p' Makefile
@@ -46,6 +46,9 @@ test-sanitized: .venv/ready-test  ## the kernels' tests, with a native library t
 attacks: .venv/ready-test  ## every attack on a file that is read, and a minute of fuzzing (SECONDS=60)
 	@$(RUN) pytest -m "not gpu" tests/attacks $(ARGS)
 	@.venv/bin/python tests/attacks/fuzz.py $(or $(SECONDS),60)
+
+docs: .venv/ready-test  ## the documentation as a site, in build/docs
+	@$(RUN) docs.builder.build $(ARGS)
 
 lint: .venv/ready-test  ## the style check
 	@$(RUN) ruff check .

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
@@ -97,7 +98,7 @@ def locate(model: str | None = None, *, online: bool = False, cache: Path | None
     return _from_folder(folder, model.rpartition("/")[2], f"{model} (Hugging Face hub, revision {folder.name})")
 
 
-def load_model(checkpoint: Checkpoint, dtype: str = "float32") -> PreTrainedModel:
+def load_model(checkpoint: Checkpoint, dtype: str = "float32", reshape: Callable | None = None) -> PreTrainedModel:
     """The model on the CPU, in eval mode, with transformers' own "sdpa" attention.
 
     Costs 0.4 s for 135 million weights once the file is in the page cache; memory is one copy of the weights in
@@ -105,6 +106,8 @@ def load_model(checkpoint: Checkpoint, dtype: str = "float32") -> PreTrainedMode
 
     Args:
         dtype: "float32" or "bfloat16".
+        reshape: gives the model that config.json describes the shapes that its weights have, in place; it then takes
+            the time of setting weights at random too.
     Raises:
         FileError: tensors missing, surplus or of another shape than config.json says; NaN or infinite weights.
         ResourceError: less memory available than the weights take.
@@ -121,9 +124,14 @@ def load_model(checkpoint: Checkpoint, dtype: str = "float32") -> PreTrainedMode
     model_class = getattr(transformers, family.architecture)
     check_side_files(folder)
     family.check_tensors(config, {name: tensor.shape for name, tensor in tensors.items()},
-                         str(folder / "config.json"))
+                         str(folder / "config.json"), reshape)
     needed = sum(tensor.elements for tensor in tensors.values()) * DTYPES[dtype].itemsize
     require_memory(folder, needed + max(tensor.bytes for tensor in tensors.values()))
+    if reshape is not None:
+        model = _reshaped(folder, model_class._from_config(config, dtype=DTYPES[dtype], attn_implementation="sdpa"),
+                          reshape)
+        _check_finite(folder, model)
+        return model.eval()
     try:
         model, info = model_class.from_pretrained(
             str(folder), config=config, dtype=DTYPES[dtype], attn_implementation="sdpa", local_files_only=True,
@@ -138,6 +146,27 @@ def load_model(checkpoint: Checkpoint, dtype: str = "float32") -> PreTrainedMode
                             do="download the model again")
     _check_finite(folder, model)
     return model.eval()
+
+
+def _reshaped(folder: Path, model: PreTrainedModel, reshape: Callable) -> PreTrainedModel:
+    """The model with other shapes and the folder's weights, whose names and shapes have been checked."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    reshape(model)
+    try:
+        state = {name: tensor.to(model.dtype) for file in weight_files(folder)
+                 for name, tensor in load_file(folder / file).items()}
+        missing, surplus = model.load_state_dict(state, strict=False, assign=True)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise FileError(str(folder), expected="weights of the shapes that sentei.json says", got=shown(error),
+                        do="write the folder again with sentei prune") from error
+    tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
+    if set(missing) - tied or surplus:
+        raise FileError(str(folder), expected="exactly the tensors of the model",
+                        got=shown(sorted([*missing, *surplus])), do="write the folder again with sentei prune")
+    model.tie_weights()
+    return model
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerFast:

@@ -1,7 +1,8 @@
 """A pruned model on disk: plain weights that load anywhere, and beside them `sentei.json`, the policy.
 
-Without sentei the folder is the dense model. With it, `load` gives the pruned one, and `receipt.safetensors` holds
-logits to compare with: the proof is made in a fresh process.
+Without sentei the folder is the dense model, or a smaller one (`rungs`). With it, `load` gives the pruned one, and
+`receipt.safetensors` holds logits to compare with: the proof is made in a fresh process. A folder of rung B, whose
+layers differ in shape, loads with sentei alone.
 """
 
 import json
@@ -9,6 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,6 +21,7 @@ from sentei.conversion.card import CARD
 from sentei.conversion.checkpoints import DTYPES, load_model, locate
 from sentei.conversion.model_folder import member
 from sentei.conversion.plan import Plan, convert
+from sentei.conversion.rungs import plain, reshape, rung_of
 from sentei.core.errors import FileError, RuleError, SenteiError, UnsupportedError, shown
 from sentei.core.safetensors_header import read_header
 from sentei.core.storage import cannot_write, read_json, sync_folder, write_json
@@ -54,7 +57,8 @@ def export(model: nn.Module, tokenizer, plan: Plan, folder: Path, *, tokens: tor
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
-        model.save_pretrained(temporary)
+        written, left = plain(model, plan) if rung_of(model, plan) == "A" else (model, plan)
+        written.save_pretrained(temporary)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
         save_file({"tokens": tokens, "logits": _logits(model, tokens)}, temporary / RECEIPT)
@@ -72,7 +76,7 @@ def export(model: nn.Module, tokenizer, plan: Plan, folder: Path, *, tokens: tor
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     write_json(folder / POLICY, {"schema": SCHEMA, "dtype": dtype, "threads": torch.get_num_threads(),
-                                 "facts": facts, "plan": plan.to_json()})
+                                 "facts": facts, "rung": rung_of(model, plan), "plan": left.to_json()})
 
 
 def load(folder: str | Path) -> nn.Module:
@@ -84,9 +88,10 @@ def load(folder: str | Path) -> nn.Module:
     """
     policy = read_policy(Path(folder))
     plan = Plan.from_json(policy["plan"])
-    model = load_model(locate(str(folder)), policy["dtype"])
+    uneven = partial(reshape, plan=plan) if plan.standing("in").entries else None
+    model = load_model(locate(str(folder)), policy["dtype"], uneven)
     try:
-        return convert(model, plan)
+        return convert(model, plan.standing("under"))
     except (RuleError, UnsupportedError) as error:  # it does not fit the model: a layer or a head that is not there
         raise FileError(str(Path(folder) / POLICY), expected=error.expected, got=error.got,
                         do="write the folder again with sentei prune") from error

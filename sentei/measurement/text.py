@@ -90,7 +90,8 @@ def _text(name: str, text: str) -> Text:
     return Text(name=name, sha256=hashlib.sha256(text.encode("utf-8")).hexdigest(), text=text)
 
 
-def windows_of(tokenizer, text: str, *, length: int, needed: dict[str, int]) -> dict[str, torch.LongTensor]:
+def windows_of(tokenizer, text: str, *, length: int, needed: dict[str, int], wished: dict[str, int] | None = None
+               ) -> dict[str, torch.LongTensor]:
     """The text as tokens, cut for each use by `cut`.
 
     A window begins with the model's own first token (<bos>) where the tokenizer puts one before a text: models trained
@@ -99,8 +100,12 @@ def windows_of(tokenizer, text: str, *, length: int, needed: dict[str, int]) -> 
     Args:
         tokenizer: a transformers tokenizer.
         length: tokens of a window, the first token included.
+        wished: more windows of a use, as many as the text has beside those needed.
     """
     tokens = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    for use, count in (wished or {}).items():
+        spare = max(0, len(tokens) // max(length, 1) - sum(needed.values()))
+        needed = {**needed, use: needed[use] + min(count, spare)}
     first = tokenizer("")["input_ids"][:1]
     if not first or first[0] != tokenizer.bos_token_id:
         return cut(tokens, length=length, needed=needed)

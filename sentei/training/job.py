@@ -28,7 +28,7 @@ from sentei.model import Routed, Transformer
 from sentei.model.slots import DEPTHS, FEED_FORWARDS, Slot
 from sentei.training import data
 from sentei.training.loop import METRICS, Config, Optimizer, read_metrics, train
-from sentei.training.losses import Balanced, Weights, of_rooms
+from sentei.training.losses import Balanced, Weights, of_predictors, of_rooms
 from sentei.training.parallel import Config as Parallel
 from sentei.training.parallel import World, world
 
@@ -79,7 +79,7 @@ def _run(path: Path, out: Path | None, progress: Progress, processes: World) -> 
         job |= {"tokens": windows.sha256, "environment": environment()}
         with progress.stage("train", config.steps) as step:
             told = train(model, windows, config, out, job=job, step=step, world=processes,
-                         terms=(of_rooms, Balanced(weights, processes)))
+                         terms=(of_rooms, of_predictors, Balanced(weights, processes)))
         with progress.stage("write", 1) as step:
             tensors, result = processes.whole(model.state_dict()), _result(model, windows, config, told)
             if not processes.first:
