@@ -72,5 +72,5 @@ def test_savings_are_of_one_layer_by_the_clock(monkeypatch):
     monkeypatch.setattr(judge, "run", lambda use: Run())
     monkeypatch.setattr(module.time, "perf_counter", lambda: now[0])
     for offer in measure(judge, TOKENS[0], whole):
-        layers = 2 if offer.part == "attention" else 3
+        layers = 2 if (offer.entry.room, offer.part) == ("depth", "attention") else 3
         assert offer.seconds == pytest.approx((0.3 if offer.entry.room == "weights" else 0.6) / layers)
