@@ -58,7 +58,8 @@ class Drawing:
         marks = "\n".join(f"  {mark}" for mark in self.marks)
         return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {self.height}" role="img"\n'
                 f'     aria-labelledby="title description" font-family="system-ui, sans-serif">\n'
-                f'  <title id="title">{escape(self.title)}</title>\n  <desc id="description">{escape(self.told)}</desc>\n'
+                f'  <title id="title">{escape(self.title)}</title>\n'
+                f'  <desc id="description">{escape(self.told)}</desc>\n'
                 f"  <style>{STYLE}  </style>\n"
                 f'  <rect class="paper" x="0.5" y="0.5" width="{WIDTH - 1}" height="{self.height - 1}" rx="10"/>\n'
                 f"{marks}\n</svg>\n")
@@ -99,8 +100,8 @@ def connections() -> Drawing:
 
 def experts() -> Drawing:
     """Tokens by groups of neurons, and where the choice and the weight come from."""
-    draw = Drawing(300, "experts", "Left: six tokens by eight experts; each row keeps two, as bars as high as their "
-                   "weights. Right: the same feed-forward layer cut in two wide experts, in eight, and in single "
+    draw = Drawing(300, "experts", "Left: six tokens by eight experts; each row keeps two, as bars as high as "
+                   "their weights. Right: the same feed-forward layer cut in two wide experts, in eight, and in single "
                    "neurons.")
     chance = random.Random(5)
     draw.head(24, "each token keeps two experts of eight", "a bar is as high as the expert's weight")
@@ -130,8 +131,9 @@ def heads() -> Drawing:
     """Query heads over the key/value heads they share."""
     draw = Drawing(250, "heads", "Eight query heads over eight, two and one key/value heads. The cache is as large as "
                    "the key/value heads are many: 0, 75 and 87.5 per cent are saved.")
-    for panel, (groups, name, saved) in enumerate(((8, "multi-head", "nothing saved"), (2, "grouped", "75 % of the "
-                                                   "cache saved"), (1, "multi-query", "87.5 % saved"))):
+    for panel, (groups, name, saved) in enumerate(((8, "multi-head", "nothing saved"),
+                                                   (2, "grouped", "75 % of the cache saved"),
+                                                   (1, "multi-query", "87.5 % saved"))):
         x = 24 + panel * 274
         draw.head(x, f"{name}: {groups} of 8", saved)
         for head in range(8):
@@ -187,21 +189,22 @@ def depth() -> Drawing:
                 draw.path(f"M{x + 17} {y}v-16", "road" if token in kept[block + 1] else "gone")
     draw.words(92, 274, "tokens →", size=12)
     draw.head(500, "who decides", "the choice of training sees later tokens")
-    for row, text in enumerate(("training: the Capacity highest scores along", "the sequence; the score also weighs what "
-                                "a", "block adds, and so is learned", "", "generation: a logistic regression on x, "
-                                "trained", "beside it, asks: would this token be kept?", "A skipped token has no key "
-                                "or value here.")):
+    for row, text in enumerate((
+            "training: the Capacity highest scores along", "the sequence; the score also weighs what a",
+            "block adds, and so is learned", "", "generation: a logistic regression on x, trained",
+            "beside it, asks: would this token be kept?", "A skipped token has no key or value here.")):
         draw.words(500, 96 + row * 22, text)
     return draw
 
 
 def weights() -> Drawing:
     """Zeros anywhere, two of four, and whole columns."""
-    draw = Drawing(270, "weights", "Three matrices of which half is kept: single weights anywhere, two of every four in "
-                   "a row, and whole columns, which leaves a smaller matrix.")
+    draw = Drawing(270, "weights", "Three matrices of which half is kept: single weights anywhere, two of every "
+                   "four in a row, and whole columns, which leaves a smaller matrix.")
     chance = random.Random(6)
-    for panel, (name, told) in enumerate((("weights anywhere", "half are zeros: no faster"), ("two of four", "as "
-                                          "regular: no faster here"), ("columns", "half as wide: faster"))):
+    for panel, (name, told) in enumerate((("weights anywhere", "half are zeros: no faster"),
+                                          ("two of four", "regular, and no faster here"),
+                                          ("columns", "half as wide: faster"))):
         x = 24 + panel * 274
         draw.head(x, name, told)
         columns = set(chance.sample(range(12), 6))
