@@ -24,6 +24,8 @@ FLAGS = {
     "bench": {"NAME", "CASE", "--runs", "--json"},
     "train": {"CONFIG", "--out", "--json"},
     "trace": {"MODEL", "PROMPT", "--out", "--save", "--mass", "--write", "--online", "--json"},
+    "inspect": {"FILE", "--json"},
+    "lab": {"NAME", "--out", "--json"},
 }
 
 # Python runs a file of this name at its start: here it puts the stand-in where the pipeline would be.

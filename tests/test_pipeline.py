@@ -21,7 +21,7 @@ from sentei.measurement.quality import Quality
 
 DENSE = Candidate(name="dense", plan=Plan(), seconds=1.0, density=1.0)
 KEYS = {"schema", "model", "workload", "dtype", "threads", "dense", "pruned", "speedup", "quality", "density", "plan",
-        "out"}
+        "rooms", "out"}
 
 
 @pytest.fixture(scope="module")

@@ -133,18 +133,26 @@ class Decode(Workload):
 
     def losses(self, model, row, prefix):
         """Of the last tokens of the row."""
-        return losses_after(model, row, copy.deepcopy(prefix), rows=self.AT_ONCE)
+        return losses_after(model, row, self._own(model, row, prefix), rows=self.AT_ONCE)
+
+    def _own(self, model, row, prefix) -> object:
+        """A copy of the dense model's prefix; a model of other key/value heads reads the tokens itself."""
+        for layer, held in zip(model.get_decoder().layers, prefix.layers, strict=False):
+            project = getattr(layer.self_attn, "k_proj", None)
+            if project is not None and project.out_features != held.keys.shape[1] * held.keys.shape[3]:
+                return self.prefix(model, row)
+        return copy.deepcopy(prefix)
 
     def sample(self, model, row, prefix):
         """The first tokens after the prefix, as many as a call of ours decodes at once."""
         first = len(row) - self._read
-        model.get_decoder()(input_ids=row[None, first:first + self.ROWS], past_key_values=copy.deepcopy(prefix),
+        model.get_decoder()(input_ids=row[None, first:first + self.ROWS], past_key_values=self._own(model, row, prefix),
                             use_cache=True)
 
     @torch.no_grad()
     def begin(self, model, row, prefix):
         """The cache is filled up to the last steps, and one step is made, in which a cache may take its final form."""
-        cache, first = copy.deepcopy(prefix), len(row) - self._read
+        cache, first = self._own(model, row, prefix), len(row) - self._read
         stop = len(row) - self.timed_tokens - 1
         for start in range(first, stop, self.ROWS):
             part = row[None, start:min(start + self.ROWS, stop)]

@@ -9,6 +9,7 @@ from tiny import tiny_model
 from torch.testing import assert_close
 
 from sentei.axes.connections import Config
+from sentei.axes.heads import Config as Heads
 from sentei.budget import slack
 from sentei.budget.judge import Judge
 from sentei.budget.workload import Decode, Prefill, Workload, workload_of
@@ -54,6 +55,19 @@ def test_losses_after_a_cache_are_those_of_one_pass(family, overrides, rows):
     assert found.dtype == torch.float64 and not found.requires_grad
     assert_close(found, token_losses(model, row[None])[0, 75:], rtol=1e-4, atol=1e-5)
     assert prefix.get_seq_length() == 149, "the last token is foretold and not read"
+
+
+@pytest.mark.parametrize("more", [[], [Config(window=0, decode=Threshold(0.0))]], ids=["theirs", "ours"])
+def test_a_model_of_fewer_heads_reads_the_prefix_itself(more):
+    model, row, workload = tiny_model("llama"), row_of(80), Decode(80)
+    prefix = workload.prefix(model, row)
+    merged = Plan((*Plan.everywhere([0, 2], "heads", Heads(num_kv_heads=1)).entries,
+                   *(entry for config in more for entry in Plan.everywhere([1], "connections", config).entries)))
+    convert(model, merged)
+    assert_close(workload.losses(model, row, prefix), token_losses(model, row[None])[0, 40:], rtol=1e-4, atol=1e-5)
+    workload.begin(model, row, prefix)()
+    workload.sample(model, row, prefix)
+    assert [layer.keys.shape[1] for layer in prefix.layers] == [2, 2, 2] and prefix.get_seq_length() == 40
 
 
 @pytest.mark.parametrize("tokens", [8, 9, 64, 150])
