@@ -22,6 +22,8 @@ SMALL = [
     (r"^sentei prune (?=-)", "sentei prune my-model "),
     (r"^sentei trace default", "sentei trace my-model"),
     (r"\bDIR\b", "faster"),
+    (r"\bFILE\b", "my-model"),
+    (r"^sentei lab .*$", "sentei lab one-structure"),
     (r"(?<=^sentei bench )(\w+)(.*)$", r"\1\2 --runs 1"),
 ]
 
