@@ -15,9 +15,9 @@ MAX_WRITTEN = 4096
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `sentei trace`."""
-    parser.add_argument("model", metavar="MODEL", help="a folder of a model (BERT-like encoders too), one written by "
-                        "sentei prune or sentei train, a .gguf file, with --online a name on the hub, 'default' for the "
-                        "embedded SmolLM2-135M-Instruct, or a trace that was saved")
+    parser.add_argument("model", metavar="MODEL", help="a folder of a model, BERT-like encoders too, one written by "
+                        "sentei prune or sentei train, a .gguf file, with --online a name on the hub, 'default' for "
+                        "the embedded SmolLM2-135M-Instruct, or a trace that was saved")
     parser.add_argument("prompts", nargs="*", metavar="PROMPT", help="a text; a second one is compared with it")
     parser.add_argument("--out", metavar="FILE", help="the page (default: circuit.html)")
     parser.add_argument("--save", metavar="FILE", help="keep the trace too, to open it again")

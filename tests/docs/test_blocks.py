@@ -20,6 +20,7 @@ from sentei import pipeline
 from sentei.benches import attention, experts, heads, layers, linear, lora, rooms
 from sentei.budget import slack
 from sentei.conversion import export
+from sentei.lab.table import chosen
 from sentei.measurement.latency import Comparison
 from sentei.measurement.text import read_text
 from sentei.training import data
@@ -118,6 +119,11 @@ def test_there_is_code_to_run():
         path for path in PAGES if sum(piece.kind == "python" for piece in read(path)) >= 2}
     assert sum(piece.kind == "python" for piece in found) >= 20
     assert sum(piece.kind == "command" for piece in found) >= 20
+
+
+def test_claims_that_are_named_are_there():
+    lines = [piece.text for path in PAGES for piece in read(path) if piece.text.startswith("sentei lab ")]
+    assert lines and all(chosen([word for word in shlex.split(line)[2:] if word[0] != "-"][:1]) for line in lines)
 
 
 def test_what_is_made_small_is_said():
