@@ -113,10 +113,10 @@ def experts() -> Drawing:
             if expert in chosen:
                 draw.box(80 + expert * 38, 84 + token * 32 + 26 * (1 - chosen[expert]), 34, 26 * chosen[expert], "kept")
     draw.words(80, 286, "experts →", size=12)
-    draw.head(470, "an expert is `unit` neurons", "the same layer, cut three ways; shared ones are always kept")
+    draw.head(470, "an expert is some neurons", "the same layer, cut three ways")
     for row, (unit, kept, text) in enumerate((
-            (96, {1}, "a whole feed-forward layer each (Switch, Mixtral)"),
-            (24, {0, 5, 9}, "small ones, the first shared (DeepSeekMoE)"),
+            (84, {1}, "a whole feed-forward layer each (Switch, Mixtral)"),
+            (24, {0, 5, 9}, "small ones, one of them kept by all (DeepSeekMoE)"),
             (4, set(random.Random(1).sample(range(84), 20)), "single neurons (contextual sparsity)"))):
         y = 84 + row * 68
         for place in range(336 // unit):
@@ -214,7 +214,7 @@ def weights() -> Drawing:
                 kept = (chance.random() < 0.5, column in fours, column in columns)[panel]
                 draw.box(x + column * 19, 84 + row * 19, 16, 16, "kept" if kept else "none")
         if panel == 2:
-            draw.words(x, 256, "6 of 12 columns: the others are not computed", size=12)
+            draw.words(x, 256, "6 of 12 columns are computed", size=12)
     return draw
 
 
@@ -233,8 +233,8 @@ def channels() -> Drawing:
         draw.box(x, y, 33, 33, "kept" if gate in sorted(gates)[-3:] else "none")
     draw.words(24, 102, "maps", size=12)
     draw.words(24, 234, "gates", size=12)
-    draw.words(500, 176, "Saved only where all images of a call keep the same")
-    draw.words(500, 196, "maps: one image, or a fixed choice.")
+    draw.words(500, 176, "Saved only where all images of a call keep")
+    draw.words(500, 196, "the same maps: one image, or a fixed choice.")
     return draw
 
 
