@@ -74,7 +74,7 @@ YAML = Door(
         "objects nested deep": said("model: " + "{a: " * 20_000),
         "indented deep": said("".join(f"{' ' * n}a{n}:\n" for n in range(600))),
         "as long as may be": said("model: {" + ",".join(f"a{n}: 1" for n in range(24_000)) + "}\n"),
-        "lists as long as may be": said("model: [" + "[]," * 80_000 + "]\n"),
+        "lists as long as may be": said("model: [" + "[]," * 400_000 + "]\n"),
         "a text as long as may be": said("model: '" + "x" * 260_000 + "'\n"),
         "1 MB": sparse(1 << 20, b"model: "),
         "not UTF-8": bytes_of(b"model: \xff\n"),
