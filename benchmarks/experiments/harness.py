@@ -22,16 +22,15 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torch.nn.functional import cross_entropy
 
 from benchmarks.publish import table, write_result
 from sentei.core.storage import read_json, write_json
 from sentei.core.tracing import trace
+from sentei.geometry.intervals import student
 from sentei.training import data
 from sentei.training.loop import METRICS, Config, Optimizer, read_metrics, train
-from sentei.training.losses import Term
+from sentei.training.losses import Balanced, Weights, of_predictors, window_losses
 
-STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776}  # 97.5 % quantiles, by degrees of freedom
 SEEN = 8  # sequences whose forward pass is counted
 
 
@@ -42,14 +41,14 @@ class Variant:
     Args:
         make: a model with fresh weights, drawn by torch's own generator; a Transformer, or a wrapper whose `inner` is.
         about: what is particular about it.
-        terms: added to the loss.
+        balance: what the losses of its experts' balance count.
         passes: FLOPs of a training step ÷ those of its forward pass.
         rate: the highest learning rate; None for the experiment's.
     """
 
     make: Callable[[], nn.Module]
     about: str = ""
-    terms: tuple[Term, ...] = ()
+    balance: Weights = Weights()
     passes: float = 3.0
     rate: float | None = None
 
@@ -133,7 +132,7 @@ def trained(experiment: Experiment, name: str, seed: int, place: Place) -> tuple
     job = {"experiment": experiment.name, "variant": name, "text": windows.sha256,
            "training": json.loads(json.dumps(asdict(config)))}
     print(f"{name}, seed {seed}: {config.steps} steps", flush=True)
-    train(model, windows, config, folder, job=job, terms=variant.terms)
+    train(model, windows, config, folder, job=job, terms=(of_predictors, Balanced(variant.balance)))
     model.eval()
     path = folder / "result.json"
     if not path.exists():
@@ -144,16 +143,6 @@ def trained(experiment: Experiment, name: str, seed: int, place: Place) -> tuple
                           "tokens": config.steps * tokens, "parameters": sum(map(torch.numel, model.parameters())),
                           "losses": window_losses(model, windows.held_out()).tolist(), "curve": curve})
     return model, read_json(path)
-
-
-@torch.no_grad()
-def window_losses(model: nn.Module, windows: torch.Tensor) -> torch.Tensor:
-    """The mean loss of each window [N, context + 1], float64 [N], nats a byte."""
-    found = []
-    for part in windows.split(8):
-        logits, targets = model(part[:, :-1]).float(), part[:, 1:]
-        found.append(cross_entropy(logits.mT, targets, reduction="none").double().mean(1))
-    return torch.cat(found)
 
 
 def results(experiment: Experiment, place: Place) -> Iterator[dict]:
@@ -188,7 +177,7 @@ def difference(theirs: Sequence[Sequence[float]], baseline: Sequence[Sequence[fl
     gaps = torch.tensor(theirs, dtype=torch.float64) - torch.tensor(baseline, dtype=torch.float64)
     seeds, windows = gaps.shape
     means, places = gaps.mean(1).tolist(), gaps.mean(0)
-    over_seeds = STUDENT[seeds - 1] * statistics.stdev(means) / math.sqrt(seeds) if seeds > 1 else math.inf
+    over_seeds = student(seeds - 1) * statistics.stdev(means) / math.sqrt(seeds) if seeds > 1 else math.inf
     return Difference(mean=float(gaps.mean()), seeds=over_seeds, text=1.96 * float(places.std()) / math.sqrt(windows))
 
 
@@ -226,3 +215,10 @@ def publish(experiment: Experiment, about: str, found: list[dict], parts: list[s
     path = write_result(f"experiment-{experiment.name}", about, [setting, comparison(experiment, found), *parts])
     write_json(path.with_suffix(".json"), {"experiment": experiment.name, "runs": found})
     return path
+
+
+def carry_out(experiment: Experiment, about: str, *parts: Callable[[Place], str]) -> None:
+    """Trains what is not trained, and writes the page: the comparison, and what the parts tell of the runs."""
+    place = place_of(about)
+    found = list(results(experiment, place))
+    publish(experiment, about, found, [part(place) for part in parts])

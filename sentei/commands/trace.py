@@ -64,6 +64,9 @@ def _capture(options: argparse.Namespace, mass: float, write: int, progress: Pro
         name, model, tokenizer, encode = _model(options)
         step()
     prompts = [list(map(int, encode(prompt))) for prompt in options.prompts]
+    require_known = importlib.import_module("sentei.conversion.tokenizers").require_known
+    vocabulary = getattr(model.config, "vocab_size", None) or model.config.vocabulary
+    require_known(max(max(prompt, default=0) for prompt in prompts), vocabulary, name)
     longest = max(map(len, prompts)) + write
     most = getattr(model.config, "max_position_embeddings", None)
     if most is not None and longest > most:

@@ -5,13 +5,12 @@ A config.json is data from a stranger. Only the keys listed here reach transform
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
-
-import torch
 
 from sentei.core.errors import FileError, UnsupportedError, shown
 
@@ -112,18 +111,48 @@ class Family:
                ) -> dict[str, tuple[int, ...]]:
         """The shapes of the model's tensors by name; no memory is taken for them.
 
+        The layers of a family are alike, so that one is built and stands for all, a thousand would take seconds; unless
+        the model is then changed.
+
         Args:
             reshape: changes the model in place first.
         Raises:
             FileError: transformers cannot build a model of these settings.
         """
+        import torch
         import transformers
 
+        one = copy.deepcopy(config)
         with self._building(where), torch.device("meta"):
-            model = getattr(transformers, self.architecture)(config)
             if reshape is not None:
+                model = getattr(transformers, self.architecture)(config)
                 reshape(model)
-        return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+                return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+            one.num_hidden_layers = 1
+            model = getattr(transformers, self.architecture)(one)
+        first = "model.layers.0."
+        shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        return {name: shape for name, shape in shapes.items() if not name.startswith(first)} | {
+            f"model.layers.{layer}.{name.removeprefix(first)}": shape for layer in range(config.num_hidden_layers)
+            for name, shape in shapes.items() if name.startswith(first)}
+
+    def check_tensors(self, config: PreTrainedConfig, found: dict[str, tuple[int, ...]], where: str,
+                      reshape: Callable | None = None) -> None:
+        """Raises FileError unless `found`, shapes by name, are the tensors of such a model; see `shapes`."""
+        expected, do = self.shapes(config, where, reshape), "download the model again"
+        if config.tie_word_embeddings and "lm_head.weight" not in found:
+            del expected["lm_head.weight"]
+        # Checkpoints of 2023 carry the rotary frequencies, which are recomputed.
+        surplus = sorted(name for name in found.keys() - expected.keys() if not name.endswith("rotary_emb.inv_freq"))
+        missing = sorted(expected.keys() - found.keys())
+        wrong = sorted(name for name in expected.keys() & found.keys() if found[name] != expected[name])
+        for problem, names in (("missing", missing), ("not in the model", surplus)):
+            if names:
+                raise FileError(where, expected="exactly the tensors that its settings describe",
+                                got=f"{len(names)} {problem}, first {shown(names[0])}", do=do)
+        if wrong:
+            raise FileError(where, expected=f"{wrong[0]} of shape {expected[wrong[0]]}, as its settings say",
+                            got=f"{found[wrong[0]]}", do=do)
 
     @contextmanager
     def _building(self, where: str) -> Iterator[None]:

@@ -90,8 +90,9 @@ class Plan:
     @classmethod
     def from_json(cls, value: list) -> "Plan":
         """The plan written by `to_json`; anything else is refused with a FileError."""
-        if not isinstance(value, list):
-            raise FileError("plan", expected="a JSON array of entries", got=repr(value)[:200],
+        if not isinstance(value, list) or len(value) > MAX_LAYERS * len(AXES):
+            raise FileError("plan", expected=f"a JSON array of at most {MAX_LAYERS * len(AXES):,} entries",
+                            got=f"{len(value):,}" if isinstance(value, list) else repr(value)[:200],
                             do="write plans with sentei")
         try:
             return cls(tuple(Entry.from_json(item) for item in value))
@@ -120,14 +121,13 @@ def convert(model: nn.Module, plan: Plan, statistics: Statistics | None = None) 
     """
     _check_layers(model, plan)
     earlier, implementation = (placing.swapped(model), wrapper.rooms(model)), model.config._attn_implementation
-    inside = _inside(model, plan, statistics or Statistics())
-    if not earlier[0] and not inside:
+    if not earlier[0] and not plan.standing("in").entries:
         _attach(model, plan)
         return model
     try:
-        wrapper.remove(model)
+        wrapper.remove(model)  # before anything is built: what is built is made of the plain modules
         rows.remove(model)
-        placing.swap(model, inside)
+        placing.swap(model, _inside(model, plan, statistics or Statistics()))
         _attach(model, plan)
     except BaseException:
         wrapper.remove(model)

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
+from sentei.axes.depth import Depth
 from sentei.axes.experts.balance import ADDITIVE, Balance, Sums, balancing
 from sentei.core.errors import require
 from sentei.core.tracing import trace
@@ -43,6 +44,38 @@ def of_rooms(model: nn.Module) -> Iterator[Callable[[], torch.Tensor | None]]:
         return
     with trace(model) as records:
         yield lambda: sum(room.auxiliary(records.at(path)) for path, room in rooms)
+
+
+@torch.no_grad()
+def window_losses(model: nn.Module, windows: torch.Tensor) -> torch.Tensor:
+    """The mean loss of each window [N, context + 1], float64 [N], nats a byte."""
+    found = []
+    for part in windows.split(8):
+        logits, targets = model(part[:, :-1]).float(), part[:, 1:]
+        found.append(cross_entropy(logits.mT, targets, reduction="none").double().mean(1))
+    return torch.cat(found)
+
+
+@contextmanager
+def of_predictors(model: nn.Module) -> Iterator[Callable[[], torch.Tensor | None]]:
+    """The term that teaches the predictors of Mixture-of-Depths what the choice along the sequence keeps.
+
+    Its gradient reaches the predictors alone; the rest of the model feels it only where the norm of all gradients is
+    clipped. It is computed inside the pass, where the weights of several processes are together. Adds the losses of
+    all rooms that need a predictor; None without such a room. See Raposo et al. 2024, arXiv 2404.02258.
+    """
+    losses: list[torch.Tensor] = []
+
+    def learn(room: Depth, given: tuple) -> None:
+        if room.training and room.looks_along and torch.is_grad_enabled():
+            losses.append(room.predictor_loss(*given[:2]))
+
+    handles = [room.register_forward_pre_hook(learn) for room in model.modules() if isinstance(room, Depth)]
+    try:
+        yield lambda: sum(losses) if losses else None
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -137,7 +137,8 @@ AVX512 void multiply_floats(float* room) {
   Simd<kPairLanes>::product(room, 64, room + 4096, 64, room + 8192, 64, 60, 64, 64, false);
 }
 AVX512_BF16 void multiply_pairs(float* room) {
-  Simd<kPairLanes>::product<kPairs ? kPaired : kRowMajor>(room, 32, room + 4096, 64, room + 8192, 64, 60, 64, 32, false);
+  Simd<kPairLanes>::product<kPairs ? kPaired : kRowMajor>(room, 32, room + 4096, 64, room + 8192, 64, 60, 64, 32,
+                                                          false);
 }
 
 // Whether pairs are the faster here: there are processors that take twice as long for them.

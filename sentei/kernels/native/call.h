@@ -51,8 +51,8 @@ struct Free {
 };
 using Floats = std::unique_ptr<float[], Free>;
 
-// Room for floats that begins with a cache line, so that no vector lies across two; much of it in huge pages where the system has them, because the first touch of a page costs as much
-// as some of the products.
+// Room for floats that begins with a cache line, so that no vector lies across two; much of it in huge pages where the
+// system has them, because the first touch of a page costs as much as some of the products.
 Floats floats(int64_t count) {
   constexpr size_t huge = 2 << 20;
   const size_t bytes = std::max<size_t>(size_t(count) * sizeof(float), 64);
