@@ -1,4 +1,4 @@
-"""The code in the documentation as pieces that run: Python, files of settings, and `sentei` lines, small where need be."""
+"""The code of the documentation as pieces that run: Python, files of settings, `sentei` lines; small where need be."""
 
 import re
 from dataclasses import dataclass, field
@@ -22,6 +22,8 @@ SMALL = [
     (r"^sentei prune (?=-)", "sentei prune my-model "),
     (r"^sentei trace default", "sentei trace my-model"),
     (r"\bDIR\b", "faster"),
+    (r"\bFILE\b", "my-model"),
+    (r"^sentei lab .*$", "sentei lab one-structure"),
     (r"(?<=^sentei bench )(\w+)(.*)$", r"\1\2 --runs 1"),
 ]
 
@@ -45,8 +47,10 @@ class Piece:
     @property
     def how(self) -> str:
         """How it is run, in words."""
-        if self.kind in ("yaml", "text"):
-            return {"yaml": "written to the file that it names", "text": "not code: formulas, trees, other programs"}[self.kind]
+        if self.kind == "yaml":
+            return "written to the file that it names"
+        if self.kind == "text":
+            return "not code of ours: formulas, trees, make"
         return "; ".join(f"{old.strip()} → {new.strip()}" for old, new in self.changes) or "as it stands"
 
     def small(self) -> str:
@@ -66,7 +70,8 @@ def pieces(page: Page, text: str) -> list[Piece]:
         if info:
             found.append(_piece(line, info, block))
             continue
-        assert not re.search(r"^\s*(import|from \S+ import)\b", block, re.MULTILINE), f"{page.path}:{line}: is it python?"
+        hidden = re.search(r"^\s*(import|from \S+ import)\b", block, re.MULTILINE)
+        assert not hidden, f"{page.path}:{line}: is it python?"
         commands = [each for each in block.splitlines() if COMMAND.match(each)]
         found += [_piece(line, "command", each) for each in commands] or [_piece(line, "text", block)]
     said = [token for outer in page.tokens for token in outer.children or [] if token.type == "code_inline"]

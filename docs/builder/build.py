@@ -75,7 +75,8 @@ def _text(root: Path, path: str) -> str:
     try:
         return (root / path).read_text(encoding="utf-8")
     except OSError as error:
-        raise FileError(path, expected="a page of the site", got=str(error), do="write it, or change SECTIONS") from error
+        raise FileError(path, expected="a page of the site", got=str(error),
+                        do="write it, or change SECTIONS") from error
 
 
 def address(path: str) -> str:
@@ -183,7 +184,8 @@ def main(arguments: Iterable[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("build/docs"), metavar="DIR")
     options = parser.parse_args(arguments)
     files = build(options.out)
-    print(f"{len(files)} pages, {sum(file.stat().st_size for file in files) / 1e6:.1f} MB: {options.out / 'index.html'}")
+    size = sum(file.stat().st_size for file in files)
+    print(f"{len(files)} pages, {size / 1e6:.1f} MB: {options.out / 'index.html'}")
 
 
 if __name__ == "__main__":

@@ -58,7 +58,8 @@ class Drawing:
         marks = "\n".join(f"  {mark}" for mark in self.marks)
         return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {self.height}" role="img"\n'
                 f'     aria-labelledby="title description" font-family="system-ui, sans-serif">\n'
-                f'  <title id="title">{escape(self.title)}</title>\n  <desc id="description">{escape(self.told)}</desc>\n'
+                f'  <title id="title">{escape(self.title)}</title>\n'
+                f'  <desc id="description">{escape(self.told)}</desc>\n'
                 f"  <style>{STYLE}  </style>\n"
                 f'  <rect class="paper" x="0.5" y="0.5" width="{WIDTH - 1}" height="{self.height - 1}" rx="10"/>\n'
                 f"{marks}\n</svg>\n")
@@ -99,8 +100,8 @@ def connections() -> Drawing:
 
 def experts() -> Drawing:
     """Tokens by groups of neurons, and where the choice and the weight come from."""
-    draw = Drawing(300, "experts", "Left: six tokens by eight experts; each row keeps two, as bars as high as their "
-                   "weights. Right: the same feed-forward layer cut in two wide experts, in eight, and in single "
+    draw = Drawing(300, "experts", "Left: six tokens by eight experts; each row keeps two, as bars as high as "
+                   "their weights. Right: the same feed-forward layer cut in two wide experts, in eight, and in single "
                    "neurons.")
     chance = random.Random(5)
     draw.head(24, "each token keeps two experts of eight", "a bar is as high as the expert's weight")
@@ -112,10 +113,10 @@ def experts() -> Drawing:
             if expert in chosen:
                 draw.box(80 + expert * 38, 84 + token * 32 + 26 * (1 - chosen[expert]), 34, 26 * chosen[expert], "kept")
     draw.words(80, 286, "experts →", size=12)
-    draw.head(470, "an expert is `unit` neurons", "the same layer, cut three ways; shared ones are always kept")
+    draw.head(470, "an expert is some neurons", "the same layer, cut three ways")
     for row, (unit, kept, text) in enumerate((
-            (96, {1}, "a whole feed-forward layer each (Switch, Mixtral)"),
-            (24, {0, 5, 9}, "small ones, the first shared (DeepSeekMoE)"),
+            (84, {1}, "a whole feed-forward layer each (Switch, Mixtral)"),
+            (24, {0, 5, 9}, "small ones, one of them kept by all (DeepSeekMoE)"),
             (4, set(random.Random(1).sample(range(84), 20)), "single neurons (contextual sparsity)"))):
         y = 84 + row * 68
         for place in range(336 // unit):
@@ -130,8 +131,9 @@ def heads() -> Drawing:
     """Query heads over the key/value heads they share."""
     draw = Drawing(250, "heads", "Eight query heads over eight, two and one key/value heads. The cache is as large as "
                    "the key/value heads are many: 0, 75 and 87.5 per cent are saved.")
-    for panel, (groups, name, saved) in enumerate(((8, "multi-head", "nothing saved"), (2, "grouped", "75 % of the "
-                                                   "cache saved"), (1, "multi-query", "87.5 % saved"))):
+    for panel, (groups, name, saved) in enumerate(((8, "multi-head", "nothing saved"),
+                                                   (2, "grouped", "75 % of the cache saved"),
+                                                   (1, "multi-query", "87.5 % saved"))):
         x = 24 + panel * 274
         draw.head(x, f"{name}: {groups} of 8", saved)
         for head in range(8):
@@ -187,21 +189,22 @@ def depth() -> Drawing:
                 draw.path(f"M{x + 17} {y}v-16", "road" if token in kept[block + 1] else "gone")
     draw.words(92, 274, "tokens →", size=12)
     draw.head(500, "who decides", "the choice of training sees later tokens")
-    for row, text in enumerate(("training: the Capacity highest scores along", "the sequence; the score also weighs what "
-                                "a", "block adds, and so is learned", "", "generation: a logistic regression on x, "
-                                "trained", "beside it, asks: would this token be kept?", "A skipped token has no key "
-                                "or value here.")):
+    for row, text in enumerate((
+            "training: the Capacity highest scores along", "the sequence; the score also weighs what a",
+            "block adds, and so is learned", "", "generation: a logistic regression on x, trained",
+            "beside it, asks: would this token be kept?", "A skipped token has no key or value here.")):
         draw.words(500, 96 + row * 22, text)
     return draw
 
 
 def weights() -> Drawing:
     """Zeros anywhere, two of four, and whole columns."""
-    draw = Drawing(270, "weights", "Three matrices of which half is kept: single weights anywhere, two of every four in "
-                   "a row, and whole columns, which leaves a smaller matrix.")
+    draw = Drawing(270, "weights", "Three matrices of which half is kept: single weights anywhere, two of every "
+                   "four in a row, and whole columns, which leaves a smaller matrix.")
     chance = random.Random(6)
-    for panel, (name, told) in enumerate((("weights anywhere", "half are zeros: no faster"), ("two of four", "as "
-                                          "regular: no faster here"), ("columns", "half as wide: faster"))):
+    for panel, (name, told) in enumerate((("weights anywhere", "half are zeros: no faster"),
+                                          ("two of four", "regular, and no faster here"),
+                                          ("columns", "half as wide: faster"))):
         x = 24 + panel * 274
         draw.head(x, name, told)
         columns = set(chance.sample(range(12), 6))
@@ -211,7 +214,7 @@ def weights() -> Drawing:
                 kept = (chance.random() < 0.5, column in fours, column in columns)[panel]
                 draw.box(x + column * 19, 84 + row * 19, 16, 16, "kept" if kept else "none")
         if panel == 2:
-            draw.words(x, 256, "6 of 12 columns: the others are not computed", size=12)
+            draw.words(x, 256, "6 of 12 columns are computed", size=12)
     return draw
 
 
@@ -230,8 +233,8 @@ def channels() -> Drawing:
         draw.box(x, y, 33, 33, "kept" if gate in sorted(gates)[-3:] else "none")
     draw.words(24, 102, "maps", size=12)
     draw.words(24, 234, "gates", size=12)
-    draw.words(500, 176, "Saved only where all images of a call keep the same")
-    draw.words(500, 196, "maps: one image, or a fixed choice.")
+    draw.words(500, 176, "Saved only where all images of a call keep")
+    draw.words(500, 196, "the same maps: one image, or a fixed choice.")
     return draw
 
 

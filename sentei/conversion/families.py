@@ -188,12 +188,13 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-def family_of(raw: dict, where: str = "config.json") -> Family:
+def family_of(raw: dict, where: str = "config.json", families: dict[str, Family] = FAMILIES) -> Family:
     """The family of a config.json, after its keys and sizes have been checked; no memory is taken and nothing is run.
 
     Args:
         raw: the parsed file.
         where: what to call the file in an error.
+        families: the table it is looked up in.
     Raises:
         FileError: a key that names code, a private or unknown key, a size missing or out of bounds.
         UnsupportedError: another family, another head, quantised weights, or a setting sentei has no kernel for.
@@ -204,7 +205,7 @@ def family_of(raw: dict, where: str = "config.json") -> Family:
                             do="use a model whose architecture is part of transformers; "
                                "sentei never runs code from a model")
     _check_values_of(_ONLY, raw, where)
-    family = FAMILIES.get(raw["model_type"]) if isinstance(raw.get("model_type"), str) else None
+    family = families.get(raw["model_type"]) if isinstance(raw.get("model_type"), str) else None
     if family is None:
         raise _unsupported(where, f"model_type {shown(raw.get('model_type'))}")
     architectures = raw.get("architectures")

@@ -1,7 +1,7 @@
 """Every block of Python and every `sentei` line in the documentation runs; `pytest -s` lists how each one does.
 
 The pieces of a page run in order, in one folder and with one set of names, as a reader would run them. What takes
-minutes runs small: `documents.SMALL` says what is changed, and the list says where. The slow tests run lines as they stand.
+minutes runs small: `documents.SMALL` says what is changed, and the list where. Slow tests run lines as they stand.
 """
 
 import re
@@ -13,21 +13,37 @@ import torch
 from benches.test_benches import SMALL as SMALL_BENCHES
 from benches.test_rooms import SMALL as SMALL_ROOMS
 from documents import PAGES, ROOT, Piece, pieces, read
-from tiny import save_tiny
+from tiny import tiny_model, tiny_tokenizer
 
 from docs.builder.markdown import parse
+from sentei import pipeline
 from sentei.benches import attention, experts, heads, layers, linear, lora, rooms
 from sentei.budget import slack
 from sentei.conversion import export
+from sentei.lab.table import chosen
 from sentei.measurement.latency import Comparison
+from sentei.measurement.text import read_text
+from sentei.training import data
 
 KINDS = ("python", "command")
 
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
-    """A tiny Llama in a folder that pages call my-model."""
-    return save_tiny(tmp_path_factory.mktemp("pages") / "my-model", "llama")
+    """A tiny Llama in a folder that pages call my-model; it looks at few places, so that there is something to drop."""
+    folder, model = tmp_path_factory.mktemp("pages") / "my-model", tiny_model("llama")
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.q_proj.weight *= 30
+    model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def text():
+    """The beginning of the default text."""
+    return replace(read_text(None), text=read_text(None).text[:16_000])
 
 
 @pytest.fixture
@@ -44,8 +60,9 @@ def folder(tiny, tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def small_cases(monkeypatch):
-    """Every case of every bench of milliseconds, under the name it has; and clocks of prune that count what is kept."""
+def small_cases(monkeypatch, text):
+    """Every case of every bench of milliseconds, under the name it has; a short default text; and clocks of prune that
+    count what is kept."""
     def shrink(module, cases):
         monkeypatch.setattr(module, "CASES", {name: cases for name in module.CASES})
 
@@ -64,6 +81,8 @@ def small_cases(monkeypatch):
     monkeypatch.setattr(export, "check_afresh", export.check)
     monkeypatch.setattr("sentei.measurement.report.write_plots", lambda *_: [])
     monkeypatch.setattr(Comparison, "ratios", lambda _: [2.0])
+    for module in (pipeline, data):
+        monkeypatch.setattr(module, "read_text", lambda path: text if path is None else read_text(path))
     average = slack._average
     monkeypatch.setattr(slack, "_average", lambda *given: [
         replace(option, seconds=sum(option.density) / len(option.density)) for option in average(*given)])
@@ -102,6 +121,11 @@ def test_there_is_code_to_run():
     assert sum(piece.kind == "command" for piece in found) >= 20
 
 
+def test_claims_that_are_named_are_there():
+    lines = [piece.text for path in PAGES for piece in read(path) if piece.text.startswith("sentei lab ")]
+    assert lines and all(chosen([word for word in shlex.split(line)[2:] if word[0] != "-"][:1]) for line in lines)
+
+
 def test_what_is_made_small_is_said():
     piece, = pieces(parse("a.md", "# T\n\n    sentei prune --workload prefill:8000\n"), "")
     assert piece.small() == "sentei prune my-model --workload prefill:512"
@@ -109,7 +133,8 @@ def test_what_is_made_small_is_said():
     assert pieces(parse("a.md", "# T\n\n    sentei trace my-model a b\n"), "")[0].how == "as it stands"
 
 
-@pytest.mark.parametrize("text", ["```py\n1\n```", "    import torch\n", "```\nfrom a import b\n```", "```bash\nls\n```"])
+@pytest.mark.parametrize("text", [
+    "```py\n1\n```", "    import torch\n", "```\nfrom a import b\n```", "```bash\nls\n```"])
 def test_code_cannot_hide(text):
     with pytest.raises(AssertionError, match=r"a\.md"):
         pieces(parse("a.md", f"# T\n\n{text}\n"), "")

@@ -135,7 +135,8 @@ def test_a_named_page_that_is_missing_ends_the_build(small):
 
 
 def test_markup_in_text_is_text():
-    page = markdown.parse("a.md", "# <b>T</b>\n\n<script>x</script>\n\n`<i>`\n\n```python\n'<u>' # <s>\n```\n\n    <q>\n")
+    code = "`<i>`\n\n```python\n'<u>' # <s>\n```\n\n    <q>\n"
+    page = markdown.parse("a.md", f"# <b>T</b>\n\n<script>x</script>\n\n{code}")
     made = Found(page.html(str, str))
     assert set(made.tags) == {"h1", "p", "code", "pre", "span"} and made.tags["span"] == 2
 
