@@ -23,6 +23,7 @@ from functools import cached_property
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from benchmarks import gpu_routing
 from benchmarks.publish import table, write_result
 from sentei.core.errors import ResourceError, SenteiError
 from sentei.kernels.attention import Grid, Tiles, attend
@@ -153,10 +154,13 @@ def derived(output: torch.Tensor, lse: torch.Tensor, leaves: list[torch.Tensor])
     return [output.detach(), lse.detach(), *torch.autograd.grad(loss, leaves)]
 
 
-def errors(got, plain, exact) -> dict[str, list[float]]:
+RESULTS = "output", "lse", "dq", "dk", "dv"
+
+
+def errors(got, plain, exact, names=RESULTS) -> dict[str, list[float]]:
     """For every result: its error against fp64, and what it may be: twice that of the same dtype, and 4 roundings."""
     found = {}
-    for name, one, other, true in zip(("output", "lse", "dq", "dk", "dv"), got, plain, exact, strict=False):
+    for name, one, other, true in zip(names, got, plain, exact, strict=False):
         error, allowed = ((x.double() - true).abs().max().item() for x in (one, other))
         step = 4 * torch.finfo(one.dtype).eps * max(1.0, true.abs().max().item())
         found[name] = [error if one.isfinite().all() else float("inf"), 2 * allowed + step]
@@ -169,6 +173,14 @@ def correctness(case: Case, impl: str) -> dict:
     got = derived(*attend(*leaves, case.tiles, softcap=case.softcap, impl=impl, return_lse=True), leaves)
     found = errors(got, masked(case, case.dtype), masked(case, torch.float64))
     return {"check": "correctness", "case": str(case), "impl": impl, "errors": found,
+            "right": all(error <= allowed for error, allowed in found.values())}
+
+
+def mixture_correctness(case: gpu_routing.Mixture) -> dict:
+    """One row: whether the experts' kernel computes the case."""
+    found = errors(case.results("fused_triton", case.dtype), case.results("eager", case.dtype),
+                   case.results("eager", torch.float64), gpu_routing.NAMES)
+    return {"check": "correctness", "case": str(case), "impl": "route in Triton", "errors": found,
             "right": all(error <= allowed for error, allowed in found.values())}
 
 
@@ -250,10 +262,12 @@ def milliseconds(ours: Callable[[], object], theirs: Callable[[], object], runs:
     return pairs
 
 
-def speed(case: Case, kind: str, peer: str, runs: int) -> dict:
+def speed(case: Case | gpu_routing.Mixture, kind: str, peer: str, runs: int) -> dict:
     """One row: how long we and the peer take."""
     if kind == "decode":
         ours, theirs = decode(case)
+    elif kind == "experts":
+        ours, theirs = case.run("fused_triton"), case.theirs(peer)
     else:
         ours, theirs = case.run("fused_triton"), flex(case) if peer == "FlexAttention" else case.sdpa()
     pairs = milliseconds(ours, theirs, runs)
@@ -262,7 +276,7 @@ def speed(case: Case, kind: str, peer: str, runs: int) -> dict:
     return {"check": "speed", "kind": kind, "case": str(case), "peer": peer, "ours_ms": own,
             "peer_ms": statistics.median(peer_ms for _, peer_ms in pairs), "ratio": statistics.median(ratios),
             "low": min(ratios), "high": max(ratios),
-            "tflops": case.operations() / own / 1e9 if kind in ("sparse", "exact") else None}
+            "tflops": case.operations() / own / 1e9 if kind in ("sparse", "exact", "experts") else None}
 
 
 def tuned(case: Case, runs: int) -> Iterator[dict]:
@@ -290,6 +304,8 @@ def jobs(runs: int) -> Iterator[tuple[str, str, Callable[[], dict]]]:
         yield f"correctness of {case}", "fused_triton", lambda case=case: correctness(replace(case), "fused_triton")
     for case in DECODED:
         yield f"correctness of decode, {case}", "decode", lambda case=case: decode_correctness(replace(case))
+    for case in gpu_routing.RIGHT:
+        yield f"correctness of {case}", "experts", lambda case=case: mixture_correctness(replace(case))
     for kind, cases in TIMED.items():
         for case in cases:
             for peer in PEERS[kind]:
@@ -298,6 +314,10 @@ def jobs(runs: int) -> Iterator[tuple[str, str, Callable[[], dict]]]:
                            lambda case=case, kind=kind, peer=peer: speed(replace(case), kind, peer, runs))
     for case in DECODED:
         yield f"decode: {case}", "decode", lambda case=case: speed(replace(case), "decode", "sdpa, whole cache", runs)
+    for case in gpu_routing.TIMED:
+        for peer in gpu_routing.PEERS:
+            yield (f"experts against {peer}: {case}", "experts",
+                   lambda case=case, peer=peer: speed(replace(case), "experts", peer, runs))
     for case in (*RIGHT[:2], LIMITED[3]):
         yield f"correctness of FlexAttention, {case}", "flex", lambda case=case: correctness(replace(case), "flex")
     for case in ALSO_RIGHT:
@@ -338,7 +358,7 @@ def page(rows: list[dict], skipped: list[str]) -> list[str]:
         f"{name} {error:.2g} of {allowed:.2g}" for name, (error, allowed) in row["errors"].items())]
         for row in rows if row["check"] == "correctness"]
     parts = [table(["case", "kernel", "", "error of what it may be"], checks)]
-    for kind in (*PEERS, "decode"):
+    for kind in (*PEERS, "decode", "experts"):
         times = [[row["case"], row["peer"], f"{row['ours_ms']:.3f}", f"{row['peer_ms']:.3f}",
                   f"**{row['ratio']:.2f}** ({row['low']:.2f} to {row['high']:.2f})",
                   "" if row["tflops"] is None else f"{row['tflops']:.0f}"]

@@ -15,7 +15,8 @@ from triton.backends.compiler import GPUTarget
 
 from sentei.kernels.attention import Grid, triton_pages, triton_tiles
 from sentei.kernels.attention.tiles import Tiles
-from sentei.kernels.attention.triton_parts import Launch
+from sentei.kernels.routing import order, triton_groups
+from sentei.kernels.triton_parts import Launch
 
 TOOL = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
@@ -64,6 +65,20 @@ def attention(dtype: torch.dtype, width: int, listed: bool, starts: list[Launch]
     triton_tiles.backward((query, key, key, output, softmax, output, lse), plan, grid, 0.3, softcap, tuple(starts[1:]))
 
 
+def routing(dtype: torch.dtype, width: int) -> None:
+    """A product of gathered rows, one that is added to, and one of the weights' gradients, for 8 experts."""
+    def empty(*shape: int, kind: torch.dtype = dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=kind, device="cpu")
+
+    token = torch.arange(128, device="cpu")
+    plan = triton_groups.schedule(order.Order(token[:9], token, token[:, None]))
+    rows, weights = triton_groups.factor(empty(128, width), token), empty(8, 4 * width, width)
+    triton_groups.rows_product(rows, weights, empty(128, 4 * width), plan)
+    triton_groups.rows_product(triton_groups.factor(empty(128, 4 * width)), weights,
+                               empty(128, width, kind=torch.float32), plan, turned=True, add=True)
+    triton_groups.weights_product(triton_groups.factor(empty(128, 4 * width)), rows, weights, plan)
+
+
 def main() -> None:
     """Compiles the small or the usual starts of every kernel."""
     triton.runtime.driver.set_active(Absent(int(sys.argv[1])))
@@ -72,6 +87,7 @@ def main() -> None:
     if sys.argv[2] == "small":
         attention(torch.bfloat16, 16, True, [Launch(16, 16, 1, 1)] * 3, limited=False)
         attention(torch.float32, 24, False, [Launch(16, 16, 1, 1)] * 3, limited=True)
+        routing(torch.bfloat16, 24)
     else:
         for width in (64, 128, 256):
             for dtype in (torch.bfloat16, torch.float32):
@@ -80,6 +96,8 @@ def main() -> None:
             attention(torch.bfloat16, 128, False, None, limited=limited)
         for dtype in (torch.bfloat16, torch.float32):
             attention(dtype, 256, True, None, limited=True)
+        for dtype in (torch.bfloat16, torch.float32):
+            routing(dtype, 512)
     query, key = (torch.empty(2, tokens, 4, 64, dtype=torch.bfloat16, device="cpu") for tokens in (1, 900))
     triton_pages.attend_pages(query, key[:, :, :2], key[:, :, :2], torch.empty(2, 2, 1, 9, dtype=torch.int32,
                               device="cpu"), page=16, scale=0.3)

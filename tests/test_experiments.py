@@ -9,14 +9,15 @@ import torch
 
 from benchmarks.experiments import harness
 from benchmarks.experiments.harness import Experiment, Place, Variant, difference, forward_flops, trained
-from benchmarks.experiments.parts import balance, biases, mixture, transformer
+from benchmarks.experiments.parts import mixture, transformer
 from benchmarks.experiments.soft import FillsIn
 from sentei.axes import depth
 from sentei.axes.experts import MixtureOfExperts
 from sentei.axes.experts.gates import Sigmoid
 from sentei.core.rules import Capacity
+from sentei.training.loop import METRICS
 from sentei.training.loop import Config as Training
-from sentei.training.losses import predictors
+from sentei.training.losses import Weights
 
 SHAPE = {"width": 16, "layers": 2, "heads": (2, 2)}
 ROUTED = mixture(4, 2, 8, Sigmoid(speed=0.1))
@@ -72,14 +73,15 @@ def test_a_difference_is_paired_and_has_both_margins():
     assert "one seed" in str(one) and one.verdict == "higher"
 
 
-def test_terms_move_biases_and_train_predictors(place):
+def test_what_a_variant_needs_is_trained_too(place):
     experiment = small(
-        experts=Variant(make=lambda: transformer(**SHAPE, feed_forward=ROUTED), terms=(balance(switch=0.01), biases)),
-        depth=Variant(make=lambda: transformer(**SHAPE, feed_forward=16, depth=depth.Config(rule=Capacity(0.5))),
-                      terms=(predictors,)))
+        experts=Variant(make=lambda: transformer(**SHAPE, feed_forward=ROUTED), balance=Weights(switch=0.01)),
+        depth=Variant(make=lambda: transformer(**SHAPE, feed_forward=16, depth=depth.Config(rule=Capacity(0.5)))))
     routed, _ = trained(experiment, "experts", 0, place)
     layers = [module for module in routed.modules() if isinstance(module, MixtureOfExperts)]
     assert all(layer.experts.bias.abs().max() >= 0.1 for layer in layers)
+    rows = [json.loads(line) for line in (place.out / "small" / "experts-0" / METRICS).read_text().splitlines()]
+    assert all(row["added"] > 0.009 for row in rows[1:])
     deep, _ = trained(experiment, "depth", 0, place)
     assert all(room.predictor.weight.abs().max() > 0 for room in deep.blocks)
 

@@ -10,8 +10,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu_check
-from benchmarks.gpu_check import Case, correctness, decode_correctness, errors, milliseconds, page, perform, speed
+from benchmarks import gpu_check, gpu_routing
+from benchmarks.gpu_check import (
+    Case,
+    correctness,
+    decode_correctness,
+    errors,
+    milliseconds,
+    mixture_correctness,
+    page,
+    perform,
+    speed,
+)
 
 TINY = Case(heads=2, groups=1, width=16, tokens=40, dtype=torch.float32, kept=0.5, block=16, backward=True,
             device="cpu")
@@ -44,6 +54,19 @@ def test_decoding_is_checked(monkeypatch):
     monkeypatch.setattr(triton_pages, "attend_pages", lambda *tensors, scale, page: right(
         *tensors, scale=1.1 * scale, page=page))
     assert not decode_correctness(replace(DECODED))["right"]
+
+
+def test_experts_are_checked_and_timed(monkeypatch):
+    tiny = gpu_routing.Mixture(experts=3, inner=5, top=2, width=8, tokens=9, dtype=torch.float32, device="cpu")
+    row = mixture_correctness(replace(tiny))
+    assert row["right"] and list(row["errors"]) == list(gpu_routing.NAMES)
+    torch.testing.assert_close(tiny.theirs("eager")(), tiny.run("fused_triton")())
+    row = speed(replace(tiny, backward=False), "experts", "eager", 2)
+    assert row["tflops"] > 0 and "## experts" in "".join(page([row], []))
+    right = gpu_routing.Mixture.output
+    monkeypatch.setattr(gpu_routing.Mixture, "output", lambda case, impl, leaves: right(case, impl, leaves) * (
+        1.001 if impl == "fused_triton" else 1))
+    assert not mixture_correctness(replace(tiny))["right"]
 
 
 def test_the_plan_keeps_its_share_and_the_diagonal():
@@ -81,7 +104,8 @@ def test_rows_are_printed_and_published_and_what_was_not_done_is_listed(capsys):
 def test_every_kind_of_job_is_there():
     names = [name for name, _, _ in gpu_check.jobs(1)]
     assert len(set(names)) == len(names)
-    for start in ("correctness of decode", "correctness of FlexAttention", "sparse against FlexAttention", "decode: ",
+    for start in ("correctness of 64 x 512, top 6", "experts against grouped_mm", "correctness of decode",
+                  "correctness of FlexAttention", "sparse against FlexAttention", "decode: ",
                   "sparse against sdpa", "exact against sdpa", "backward against FlexAttention",
                   "window against FlexAttention", "correctness of exact, a window of 300, 32/8",
                   "correctness of 30 % of the blocks of 64, a window of 500, soft cap 30"):

@@ -11,22 +11,14 @@ import statistics
 import torch
 from torch import nn
 
-from benchmarks.experiments.harness import (
-    Experiment,
-    Place,
-    Variant,
-    place_of,
-    publish,
-    results,
-    trained,
-)
+from benchmarks.experiments.harness import Experiment, Place, Variant, carry_out, trained
 from benchmarks.experiments.parts import transformer
 from benchmarks.publish import table
 from sentei.axes import depth
 from sentei.core.rules import Capacity
 from sentei.core.tracing import trace
 from sentei.model import Transformer
-from sentei.training.losses import predictors, window_losses
+from sentei.training.losses import window_losses
 
 SHAPE = {"width": 96, "heads": (4, 4), "feed_forward": 192}
 
@@ -44,8 +36,7 @@ def mixture_of_depths(share: float) -> Transformer:
 
 def routed(share: float) -> Variant:
     """Mixture-of-Depths in every other block."""
-    return Variant(make=lambda: mixture_of_depths(share), terms=(predictors,),
-                   about=f"{share:.1%} pass every other block")
+    return Variant(make=lambda: mixture_of_depths(share), about=f"{share:.1%} pass every other block")
 
 
 def layers(number: int) -> Variant:
@@ -53,14 +44,15 @@ def layers(number: int) -> Variant:
     return Variant(make=lambda: transformer(**SHAPE, layers=number), about="every byte passes every block")
 
 
-EXPERIMENT = Experiment(name="depth", text=("code", "prose", "french"), flops=1.0e12, seeds=3, variants={
-    "dense": layers(4), "two layers": layers(2), "half": routed(0.5), "an eighth": routed(0.125)})
+ROUTED = {"half": routed(0.5), "an eighth": routed(0.125)}
+EXPERIMENT = Experiment(name="depth", text=("code", "prose", "french"), flops=1.0e12, seeds=3,
+                        variants={"dense": layers(4), "two layers": layers(2), **ROUTED})
 
 
-def along(place: Place) -> list[list[str]]:
+def along(place: Place) -> str:
     """What the predictor keeps and what it costs, a line a variant: means over seeds."""
     lines = []
-    for name in (name for name, given in EXPERIMENT.variants.items() if given.terms):
+    for name in ROUTED:
         shares, causal, training = [], [], []
         for seed in range(EXPERIMENT.seeds):
             model, found = trained(EXPERIMENT, name, seed, place)
@@ -74,16 +66,8 @@ def along(place: Place) -> list[list[str]]:
             training.append(window_losses(model.train(), held).mean().item())
         lines.append([name, f"{statistics.fmean(shares):.1%}", f"{statistics.fmean(causal):.4f}",
                       f"{statistics.fmean(training):.4f}"])
-    return lines
-
-
-def main() -> None:
-    """Trains what is not trained, and writes the page."""
-    place = place_of(__doc__)
-    found = list(results(EXPERIMENT, place))
-    head = ["variant", "kept by the predictor", "loss, predictor", "loss, choice along the sequence"]
-    publish(EXPERIMENT, __doc__, found, [table(head, along(place))])
+    return table(["variant", "kept by the predictor", "loss, predictor", "loss, choice along the sequence"], lines)
 
 
 if __name__ == "__main__":
-    main()
+    carry_out(EXPERIMENT, __doc__, along)

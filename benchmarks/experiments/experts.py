@@ -5,9 +5,10 @@ Balance losses of 0.01 (Switch); Sigmoid gates move the bias of their choice bes
 up to the number of experts kept, so that a layer begins about as large as the dense one.
 """
 
-from benchmarks.experiments.harness import Experiment, Variant, place_of, publish, results
-from benchmarks.experiments.parts import balance, biases, mixture, transformer
+from benchmarks.experiments.harness import Experiment, Variant, carry_out
+from benchmarks.experiments.parts import mixture, transformer
 from sentei.axes.experts.gates import Sigmoid, Softmax
+from sentei.training.losses import Weights
 
 SHAPE = {"width": 96, "layers": 2, "heads": (4, 4)}
 TEXT = ("code", "prose", "french")
@@ -22,19 +23,13 @@ FEED_FORWARDS = {
 
 def variant(feed_forward: object, about: str) -> Variant:
     """The model with this feed-forward layer."""
-    terms = () if isinstance(feed_forward, int) else (balance(switch=0.01), biases)
-    return Variant(make=lambda: transformer(**SHAPE, feed_forward=feed_forward), about=about, terms=terms)
+    balance = Weights() if isinstance(feed_forward, int) else Weights(switch=0.01)
+    return Variant(make=lambda: transformer(**SHAPE, feed_forward=feed_forward), about=about, balance=balance)
 
 
 EXPERIMENT = Experiment(name="experts", text=TEXT, flops=1.25e12, seeds=3,
                         variants={name: variant(*given) for name, given in FEED_FORWARDS.items()})
 
 
-def main() -> None:
-    """Trains what is not trained, and writes the page."""
-    place = place_of(__doc__)
-    publish(EXPERIMENT, __doc__, list(results(EXPERIMENT, place)), [])
-
-
 if __name__ == "__main__":
-    main()
+    carry_out(EXPERIMENT, __doc__)

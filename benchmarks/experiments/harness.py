@@ -29,7 +29,7 @@ from sentei.core.tracing import trace
 from sentei.geometry.intervals import student
 from sentei.training import data
 from sentei.training.loop import METRICS, Config, Optimizer, read_metrics, train
-from sentei.training.losses import Term, window_losses
+from sentei.training.losses import Balanced, Weights, of_predictors, window_losses
 
 SEEN = 8  # sequences whose forward pass is counted
 
@@ -41,14 +41,14 @@ class Variant:
     Args:
         make: a model with fresh weights, drawn by torch's own generator; a Transformer, or a wrapper whose `inner` is.
         about: what is particular about it.
-        terms: added to the loss.
+        balance: what the losses of its experts' balance count.
         passes: FLOPs of a training step ÷ those of its forward pass.
         rate: the highest learning rate; None for the experiment's.
     """
 
     make: Callable[[], nn.Module]
     about: str = ""
-    terms: tuple[Term, ...] = ()
+    balance: Weights = Weights()
     passes: float = 3.0
     rate: float | None = None
 
@@ -132,7 +132,7 @@ def trained(experiment: Experiment, name: str, seed: int, place: Place) -> tuple
     job = {"experiment": experiment.name, "variant": name, "text": windows.sha256,
            "training": json.loads(json.dumps(asdict(config)))}
     print(f"{name}, seed {seed}: {config.steps} steps", flush=True)
-    train(model, windows, config, folder, job=job, terms=variant.terms)
+    train(model, windows, config, folder, job=job, terms=(of_predictors, Balanced(variant.balance)))
     model.eval()
     path = folder / "result.json"
     if not path.exists():
@@ -215,3 +215,10 @@ def publish(experiment: Experiment, about: str, found: list[dict], parts: list[s
     path = write_result(f"experiment-{experiment.name}", about, [setting, comparison(experiment, found), *parts])
     write_json(path.with_suffix(".json"), {"experiment": experiment.name, "runs": found})
     return path
+
+
+def carry_out(experiment: Experiment, about: str, *parts: Callable[[Place], str]) -> None:
+    """Trains what is not trained, and writes the page: the comparison, and what the parts tell of the runs."""
+    place = place_of(about)
+    found = list(results(experiment, place))
+    publish(experiment, about, found, [part(place) for part in parts])

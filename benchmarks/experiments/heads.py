@@ -9,7 +9,7 @@ import statistics
 
 import torch
 
-from benchmarks.experiments.harness import Experiment, Place, Variant, place_of, publish, results, trained
+from benchmarks.experiments.harness import Experiment, Place, Variant, carry_out, trained
 from benchmarks.experiments.parts import transformer
 from benchmarks.publish import table
 from sentei.axes.heads import cache_bytes
@@ -55,7 +55,7 @@ class Decoder:
         self.model(self.token, cache=self.cache)
 
 
-def decoding(place: Place) -> list[list[str]]:
+def decoding(place: Place) -> str:
     """Bytes of the cache and time of a token, a line a variant."""
     made = {name: Decoder(trained(EXPERIMENT, name, 0, place)[0]) for name in NAMES}
     whole, lines = made[EXPERIMENT.baseline], []
@@ -66,16 +66,8 @@ def decoding(place: Place) -> list[list[str]]:
         size = cache_bytes(groups, SHAPE["width"] // HEADS, torch.float32) * SHAPE["layers"]
         lines.append([name, f"{size:,}", f"{share:.1%}", f"{1e3 * timed.seconds()[1]:.2f}",
                       f"{statistics.median(times):.1%} ({min(times):.1%} to {max(times):.1%})"])
-    return lines
-
-
-def main() -> None:
-    """Trains what is not trained, and writes the page."""
-    place = place_of(__doc__)
-    found = list(results(EXPERIMENT, place))
-    head = ["variant", "cache, bytes a token", "of MHA's", "ms a decoded token", "of MHA's"]
-    publish(EXPERIMENT, __doc__, found, [table(head, decoding(place))])
+    return table(["variant", "cache, bytes a token", "of MHA's", "ms a decoded token", "of MHA's"], lines)
 
 
 if __name__ == "__main__":
-    main()
+    carry_out(EXPERIMENT, __doc__, decoding)

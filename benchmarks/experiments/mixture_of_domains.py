@@ -19,9 +19,8 @@ from benchmarks.experiments.harness import (
     place_of,
     publish,
     trained,
-    window_losses,
 )
-from benchmarks.experiments.parts import balance, biases, mixture, transformer
+from benchmarks.experiments.parts import mixture, transformer
 from benchmarks.publish import table
 from sentei.axes.experts import MixtureOfExperts
 from sentei.axes.experts.gates import Sigmoid
@@ -31,6 +30,7 @@ from sentei.model import Transformer
 from sentei.training.data import Windows
 from sentei.training.loop import Config as Training
 from sentei.training.loop import Optimizer
+from sentei.training.losses import Weights, window_losses
 
 SHAPE = {"width": 192, "layers": 4, "heads": (6, 6)}
 DOMAINS = ("code", "prose", "french")
@@ -40,9 +40,8 @@ EXPERIMENT = Experiment(
     name="mixture-of-domains", text=DOMAINS, flops=50e12, seeds=1, held_out=192,
     variants={"dense": Variant(make=lambda: transformer(**SHAPE, feed_forward=256), about="256 neurons"),
               "experts": Variant(make=lambda: transformer(**SHAPE, feed_forward=ROUTED),
-                                 about="32 x 128, top 2", terms=(balance(switch=0.003), biases))},
+                                 about="32 x 128, top 2", balance=Weights(switch=0.003))},
     training=Training(batch=16, evaluate=100, save=50, optimizer=Optimizer(rate=3e-3, warmup=50)))
-
 
 
 @torch.no_grad()

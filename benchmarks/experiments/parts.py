@@ -1,18 +1,12 @@
-"""What several experiments build their models of, and the terms their rooms add to the loss."""
+"""What several experiments build their models of."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-
-import torch
 from torch import nn
 
 from sentei.axes import experts
-from sentei.axes.experts.balance import balancing
 from sentei.axes.experts.gates import Gate
 from sentei.core.rules import Rule, TopK
 from sentei.model import Config, Routed, Transformer
 from sentei.model.slots import GatedFeedForward
-from sentei.training.losses import Term
 
 
 def mixture(number: int, rule: Rule | int, unit: int, gate: Gate, shared: int = 0) -> Routed:
@@ -32,21 +26,3 @@ def transformer(**shape: object) -> Transformer:
         for part in (layer.gate, layer.up, layer.down):
             nn.init.uniform_(part.weight, -(part.in_features ** -0.5), part.in_features ** -0.5)
     return model
-
-
-def balance(**weights: float) -> Term:
-    """The balance losses of every mixture of experts, weighed; see `axes/experts/balance.py`."""
-    @contextmanager
-    def term(model: nn.Module) -> Iterator[Callable[[], torch.Tensor]]:
-        with balancing(model) as sums:
-            yield lambda: sums.loss(**weights)
-    return term
-
-
-@contextmanager
-def biases(model: nn.Module) -> Iterator[Callable[[], None]]:
-    """Adds nothing to the loss; moves the biases of Sigmoid gates by the loads of the step before."""
-    for module in model.modules():
-        if isinstance(module, experts.Experts) and module.bias is not None and model.training:
-            module.update_bias()
-    yield lambda: None

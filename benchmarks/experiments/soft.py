@@ -9,11 +9,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from benchmarks.experiments.harness import Experiment, Variant, place_of, publish, results
-from benchmarks.experiments.parts import balance, biases, mixture, transformer
+from benchmarks.experiments.harness import Experiment, Variant, carry_out
+from benchmarks.experiments.parts import mixture, transformer
 from sentei.axes.experts.gates import Sigmoid, Soft, Softmax
 from sentei.core.rules import All, Capacity
 from sentei.model import Transformer
+from sentei.training.losses import Weights
 
 SHAPE = {"vocabulary": 258, "width": 96, "layers": 2, "heads": (4, 4), "causal": False}
 HIDDEN, SHARE, SURE = 257, 0.25, 30.0
@@ -47,20 +48,13 @@ class FillsIn(nn.Module):
 
 def variant(feed_forward: object, about: str) -> Variant:
     """The encoder with this feed-forward layer."""
-    terms = (balance(switch=0.01), biases) if about.endswith("sigmoid gate") else ()
-    return Variant(make=lambda: FillsIn(transformer(**SHAPE, feed_forward=feed_forward)), about=about,
-                   terms=terms)
+    balance = Weights(switch=0.01) if about.endswith("sigmoid gate") else Weights()
+    return Variant(make=lambda: FillsIn(transformer(**SHAPE, feed_forward=feed_forward)), about=about, balance=balance)
 
 
 EXPERIMENT = Experiment(name="soft", text=("code", "prose", "french"), flops=1.0e12, seeds=2,
                         variants={name: variant(*given) for name, given in FEED_FORWARDS.items()})
 
 
-def main() -> None:
-    """Trains what is not trained, and writes the page."""
-    place = place_of(__doc__)
-    publish(EXPERIMENT, __doc__, list(results(EXPERIMENT, place)), [])
-
-
 if __name__ == "__main__":
-    main()
+    carry_out(EXPERIMENT, __doc__)

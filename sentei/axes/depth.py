@@ -10,9 +10,10 @@ converted starts with gate 0 and bias 1, and so as it was. Kept rows are gathere
 cost nothing. Attention inside the block sees kept tokens alone, at their own positions.
 
 In training `Capacity` looks along the sequence: whether a token is kept depends on later ones. In evaluation a causal
-predictor, a logistic regression on x without a gradient into x, says whether the token would have been kept. It is
-linear because the score it imitates is linear. Skipped tokens have no keys and values in the block's cache, as in the
-paper; the cache knows which positions it holds.
+predictor, a logistic regression on x ÷ its root mean square without a gradient into x, says whether the token would
+have been kept. It is linear because the score it imitates is linear. It sees no size because the first block reads
+embeddings a hundredth of what the last one reads, and one rate could teach only one of them. Skipped tokens have no
+keys and values in the block's cache, as in the paper; the cache knows which positions it holds.
 Reference: Raposo et al. 2024, arXiv 2404.02258.
 """
 
@@ -33,6 +34,8 @@ from sentei.kernels.attention import Grid, Tiles, attend
 
 TILE = 64  # the block size for which `attend` measures its dense plan
 ROWS_AT_ONCE = 256  # of the predictor: their products stay in the cache
+TINY = 1e-6  # added to the mean square of what the predictor reads
+PARTS = ("attention", "network", "block")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,17 +47,20 @@ class Config:
             evaluation. All is the dense block and Fixed(()) no block at all. A token has one candidate, which every
             rule that looks at a token alone keeps, unless it keeps nothing.
         threshold: the probability from which the predictor keeps a token; 0 keeps every one.
+        part: what the block is in a pretrained layer: its "attention", its "network", or the whole "block" of both.
     """
 
     rule: Rule = field(default_factory=All)
     threshold: float = 0.5
+    part: str = "block"
 
     def __post_init__(self):
         plain = isinstance(self.rule, Rule) and not (
             isinstance(self.rule, Capacity) and isinstance(self.rule.capacity, tuple))
         number = isinstance(self.threshold, int | float) and not isinstance(self.threshold, bool)
         checks = {"rule a Rule, of one number if Capacity": plain,
-                  "threshold from 0 to 1": number and 0 <= self.threshold <= 1}
+                  "threshold from 0 to 1": number and 0 <= self.threshold <= 1,
+                  f"part one of {', '.join(PARTS)}": self.part in PARTS}
         for expected, holds in checks.items():
             if not holds:
                 raise RuleError("depth.Config", expected=expected, got=repr(self), do="change that field")
@@ -245,7 +251,8 @@ class Depth(Axis):
         so that prompt and generation choose the same tokens.
         """
         parts = x.detach().flatten(0, -2).split(ROWS_AT_ONCE)
-        sums = torch.cat([(part * self.predictor.weight[0]).sum(-1) for part in parts])
+        sums = torch.cat([(part * self.predictor.weight[0]).sum(-1) * (part.square().mean(-1) + TINY).rsqrt()
+                          for part in parts])
         return sums.view(*x.shape[:-1], 1) + self.predictor.bias
 
     def predictor_loss(self, x: torch.Tensor, lengths: torch.Tensor | None = None) -> torch.Tensor:

@@ -153,7 +153,10 @@ def st_moe(subject: Subject) -> Callable[[int], None]:
     from st_moe_pytorch import MoE
 
     case = subject.case
-    layer = MoE(dim=case.width, num_experts=case.experts, gating_top_n=case.top, expert_hidden_mult=4)
+    # Its gated experts have two thirds of so many times the width, which here are the neurons of ours.
+    layer = MoE(dim=case.width, num_experts=case.experts, gating_top_n=case.top,
+                expert_hidden_mult=1.5 * case.inner / case.width)
+    assert layer.experts.experts[0].net[-1].in_features == case.inner
 
     def call(_: int) -> None:
         layer.zero_grad()

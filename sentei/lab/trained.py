@@ -24,7 +24,7 @@ from sentei.model import Config as Shape
 from sentei.model import Routed, Transformer
 from sentei.training import data
 from sentei.training.loop import Config, Optimizer, train
-from sentei.training.losses import Balanced, Term, Weights, predictors
+from sentei.training.losses import Balanced, Term, Weights, of_predictors
 
 EXPERTS, KEPT, UNIT = 8, 2, 48
 SHAPE = {"width": 96, "layers": 2, "heads": (4, 4)}
@@ -74,7 +74,7 @@ def mixture_of_depths(seed: int, steps: int = STEPS) -> Trained:
             model.blocks[number] = dense.blocks[number]
         return model
 
-    return _train(make, seed, steps, lambda: [predictors])
+    return _train(make, seed, steps, lambda: [of_predictors])
 
 
 def neurons(model: Transformer) -> list[torch.Tensor]:

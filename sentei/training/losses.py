@@ -57,13 +57,22 @@ def window_losses(model: nn.Module, windows: torch.Tensor) -> torch.Tensor:
 
 
 @contextmanager
-def predictors(model: nn.Module) -> Iterator[Callable[[], torch.Tensor]]:
-    """The losses of the predictors of Mixture-of-Depths, which train nothing else."""
-    seen: list[tuple[Depth, torch.Tensor]] = []
-    handles = [room.register_forward_pre_hook(lambda room, given: seen.append((room, given[0].detach())))
-               for room in model.modules() if isinstance(room, Depth)]
+def of_predictors(model: nn.Module) -> Iterator[Callable[[], torch.Tensor | None]]:
+    """The term that teaches the predictors of Mixture-of-Depths what the choice along the sequence keeps.
+
+    Its gradient reaches the predictors alone; the rest of the model feels it only where the norm of all gradients is
+    clipped. It is computed inside the pass, where the weights of several processes are together. Adds the losses of
+    all rooms that need a predictor; None without such a room. See Raposo et al. 2024, arXiv 2404.02258.
+    """
+    losses: list[torch.Tensor] = []
+
+    def learn(room: Depth, given: tuple) -> None:
+        if room.training and room.looks_along and torch.is_grad_enabled():
+            losses.append(room.predictor_loss(*given[:2]))
+
+    handles = [room.register_forward_pre_hook(learn) for room in model.modules() if isinstance(room, Depth)]
     try:
-        yield lambda: sum(room.predictor_loss(x) for room, x in seen)
+        yield lambda: sum(losses) if losses else None
     finally:
         for handle in handles:
             handle.remove()

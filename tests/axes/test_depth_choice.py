@@ -207,7 +207,8 @@ def test_the_predictors_loss_is_the_cross_entropy_of_having_been_kept():
         kept = selection_of(depth, x, lengths).mask()[..., 0]
         terms = []
         for slot, place in (torch.ones(B, T) if lengths is None else real(lengths)).nonzero().tolist():
-            logit = (x[slot, place] @ depth.predictor.weight[0] + depth.predictor.bias).item()
+            row = x[slot, place]
+            logit = (row / row.square().mean().sqrt() @ depth.predictor.weight[0] + depth.predictor.bias).item()
             terms.append(log(1 + torch.tensor(-logit if kept[slot, place] else logit).exp()))
         assert depth.predictor_loss(x, lengths).item() == pytest.approx(sum(terms) / len(terms), rel=1e-6)
 

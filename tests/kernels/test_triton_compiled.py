@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-KERNELS = {"forward_kernel", "query_gradient_kernel", "key_gradient_kernel", "part_kernel", "merge_kernel"}
+KERNELS = {"forward_kernel", "query_gradient_kernel", "key_gradient_kernel", "part_kernel", "merge_kernel",
+           "rows_kernel", "weights_kernel"}
 SHARED = {80: 163 * 1024, 90: 227 * 1024}  # bytes a program may have, CUDA C++ Programming Guide, table 21
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 

@@ -31,7 +31,7 @@ from sentei.training import job as home
 from sentei.training.data import Bytes, Windows, prepare
 from sentei.training.job import load_model
 from sentei.training.loop import METRICS, Config, Optimizer, read_metrics, train
-from sentei.training.losses import Balanced, Weights, of_rooms
+from sentei.training.losses import Balanced, Weights, of_predictors, of_rooms
 from sentei.training.parallel import Config as Parallel
 from sentei.training.parallel import world
 
@@ -79,7 +79,7 @@ def trained(kind: str, layout: str, out: Path, last: int = 2) -> dict:
         torch.manual_seed(0)
         model = Transformer(SHAPES[kind]).double()
         processes.place(model, LAYOUTS[layout])
-        terms = (of_rooms, Balanced(WEIGHTS.get(kind, Weights()), processes))
+        terms = (of_rooms, of_predictors, Balanced(WEIGHTS.get(kind, Weights()), processes))
         try:
             config = replace(SETTINGS, accumulate=1) if kind == "one pass" else SETTINGS
             return train(model, windows, config, out, job={"kind": kind}, terms=terms, world=processes, step=step)

@@ -23,7 +23,7 @@ from sentei.axes.experts import Experts
 from sentei.axes.experts.gates import Sigmoid
 from sentei.core.errors import FileError, ResourceError, SenteiError, UnsupportedError
 from sentei.core.progress import Silent
-from sentei.core.rules import Mass, TopK
+from sentei.core.rules import Capacity, Mass, TopK
 from sentei.core.storage import LOCK, claimed
 from sentei.training import job as home
 from sentei.training.job import load_model, read_job, read_yaml, run
@@ -49,6 +49,8 @@ def test_the_examples_are_jobs():
     room = shape(257).feed_forward.room
     assert (room.rule, room.gate, room.shared) == (TopK(2), Sigmoid(speed=1e-2), 1)
     assert weights.used() == {"sequence": 1e-4}
+    shape, _, _, weights, _ = read_job(ROOT / "examples" / "train_depth.yaml")
+    assert shape(257).depth.rule == Capacity(0.5) and not weights.used()
 
 
 def test_experts_are_trained_balanced_written_and_loaded(mixture, tmp_path):

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from sentei.core.errors import ImplError, ShapeError
-from sentei.kernels.attention.triton_parts import (
+from sentei.kernels.triton_parts import (
     LN2,
     LOG2E,
     Launch,

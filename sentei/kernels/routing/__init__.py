@@ -7,12 +7,13 @@ import torch
 
 from sentei.core.errors import ImplError, ShapeError
 from sentei.core.shapes import check_shape
-from sentei.kernels.routing import auto, eager, exchange, fused_cpp, reference
+from sentei.kernels.routing import auto, eager, exchange, fused_cpp, fused_triton, reference
 from sentei.kernels.routing.stack import Stack
 
 __all__ = ["IMPLS", "Stack", "choose_impl", "route"]
 
-IMPLS = {"reference": reference.route, "eager": eager.route, "fused_cpp": fused_cpp.route}
+IMPLS = {"reference": reference.route, "eager": eager.route, "fused_cpp": fused_cpp.route,
+         "fused_triton": fused_triton.route}
 
 
 def route(
@@ -63,6 +64,8 @@ def choose_impl(
     experts: Sequence[Callable[[torch.Tensor], torch.Tensor]],
 ) -> tuple[str, str]:
     """The implementation that will run for these arguments of `route`, and why.
+
+    `fused_triton` runs by its name alone: on which GPU it is the fastest, nobody has measured.
 
     Raises:
         ImplError: an unknown name.

@@ -10,7 +10,8 @@ import torch
 from torch.autograd import forward_ad
 
 from sentei.core.shapes import check_shape
-from sentei.kernels.routing.stack import ACTIVATIONS, Stack
+from sentei.kernels.routing.order import combine, gather, sort
+from sentei.kernels.routing.stack import Stack, activate, firsts_of
 
 
 def route(
@@ -23,21 +24,17 @@ def route(
 
     A `Stack` outside autocast and transforms has first gradients only, and keeps the products of gate and up for them.
     """
-    flat = ids.reshape(-1)
-    counts = torch.bincount(flat + 1, minlength=len(experts) + 1).tolist()
-    order, sizes = flat.argsort(stable=True)[counts[0]:], counts[1:]
-    place = torch.zeros_like(flat).index_copy(0, order, torch.arange(len(order), device=flat.device)).view_as(ids)
-    if isinstance(experts, Stack) and len(order) and _is_plain(hidden, *experts.weights()):
+    counts, token, place = sort(ids, len(experts))
+    empty, *sizes = counts.tolist()
+    token, place = token[empty:], (place - empty).clamp(min=0)
+    if isinstance(experts, Stack) and len(token) and _is_plain(hidden, *experts.weights()):
         answers = _Grouped.apply(hidden, experts.up, experts.gate, experts.down,
-                                 (ids, place, order // ids.shape[1], sizes, experts.activation))
+                                 (ids, place, token, sizes, experts.activation))
     else:
-        answers = _each(hidden[order // max(ids.shape[1], 1)], sizes, experts)
-    wide = torch.promote_types(answers.dtype, torch.float32)
-    if not len(order):
-        return answers.new_zeros(len(ids), answers.shape[1]).index_add(0, order, answers)
-    gathered = _gather(answers, ids, place).to(wide)
-    kept = weights.masked_fill(ids < 0, 0).to(wide)
-    return torch.bmm(kept.unsqueeze(1), gathered).squeeze(1).to(answers.dtype)
+        answers = _each(hidden[token], sizes, experts)
+    if not len(token):
+        return answers.new_zeros(len(ids), answers.shape[1]).index_add(0, token, answers)
+    return combine(answers, ids, place, weights)
 
 
 def _each(x: torch.Tensor, sizes: list[int], experts: Sequence) -> torch.Tensor:
@@ -53,11 +50,6 @@ def _each(x: torch.Tensor, sizes: list[int], experts: Sequence) -> torch.Tensor:
     return torch.cat([value.to(answers[0].dtype) for value in answers])
 
 
-def _gather(rows: torch.Tensor, ids: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
-    """Rows [N, D] by token and slot, [T, K, D]; zeros where a slot is empty."""
-    return rows.index_select(0, place.flatten()).view(*place.shape, -1).masked_fill((ids < 0).unsqueeze(-1), 0)
-
-
 def _is_plain(*tensors: torch.Tensor) -> bool:
     """Whether autograd alone looks on, and each product's dtype is the tensors' own."""
     return not (torch.compiler.is_compiling() or torch.is_autocast_enabled(tensors[0].device.type)
@@ -70,12 +62,12 @@ class _Grouped(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, up, gate, down, kept):
         ids, place, token, sizes, activation = kept
-        x, firsts = hidden[token], _firsts(up, gate)
+        x, firsts = hidden[token], firsts_of(up, gate)
         products = x.new_empty(len(x), sum(first.shape[1] for first in firsts))
         answers = x.new_empty(len(x), down.shape[1])
         for e, rows in _slices(sizes):
             _into([first[e].t() for first in firsts], x[rows], products[rows])
-            torch.mm(_activate(products[rows], gate is not None, activation), down[e].t(), out=answers[rows])
+            torch.mm(activate(products[rows], gate is not None, activation), down[e].t(), out=answers[rows])
         ctx.save_for_backward(hidden, up, gate, down, ids, place, token, products)
         ctx.sizes, ctx.activation = sizes, activation
         return answers
@@ -84,7 +76,7 @@ class _Grouped(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, gradient):
         hidden, up, gate, down, ids, place, token, products = ctx.saved_tensors
-        x, firsts = hidden[token], _firsts(up, gate)
+        x, firsts = hidden[token], firsts_of(up, gate)
         wants_x, *wants_first, wants_down, _ = ctx.needs_input_grad
         wants_first = any(wants_first)
         of_x = torch.empty_like(x)
@@ -93,7 +85,7 @@ class _Grouped(torch.autograd.Function):
         for e, rows in _slices(ctx.sizes, everyone=True):
             with torch.enable_grad():
                 own = products[rows].detach().requires_grad_()
-                acts = _activate(own, gate is not None, ctx.activation)
+                acts = activate(own, gate is not None, ctx.activation)
             slopes, = torch.autograd.grad(acts, own, gradient[rows] @ down[e])
             if wants_down:
                 torch.mm(gradient[rows].t(), acts.detach(), out=of_down[e])
@@ -103,22 +95,11 @@ class _Grouped(torch.autograd.Function):
                 torch.mm(slopes[:, :firsts[0].shape[1]], firsts[0][e], out=of_x[rows])
                 for first in firsts[1:]:
                     of_x[rows].addmm_(slopes[:, firsts[0].shape[1]:], first[e])
-        of_hidden = _gather(of_x, ids, place).sum(1) if wants_x else None
+        of_hidden = gather(of_x, ids, place).sum(1) if wants_x else None
         width = up.shape[1]
         of_gate = of_first[:, :width] if wants_first and gate is not None else None
         of_up = of_first[:, -width:] if wants_first else None
         return of_hidden, of_up, of_gate, of_down, None
-
-
-def _firsts(up: torch.Tensor, gate: torch.Tensor | None) -> list[torch.Tensor]:
-    """The weights of the first products: gate and then up, as one where they are halves of one."""
-    if gate is None:
-        return [up]
-    experts, width, inputs = up.shape
-    if (gate.stride() == up.stride() and gate.untyped_storage().data_ptr() == up.untyped_storage().data_ptr()
-            and up.storage_offset() == gate.storage_offset() + width * up.stride(1)):
-        return [gate.as_strided((experts, 2 * width, inputs), gate.stride())]
-    return [gate, up]
 
 
 def _slices(sizes: list[int], everyone: bool = False):
@@ -136,11 +117,3 @@ def _into(factors: list[torch.Tensor], x: torch.Tensor, output: torch.Tensor) ->
     for factor in factors:
         torch.mm(x, factor, out=output[:, start:start + factor.shape[1]])
         start += factor.shape[1]
-
-
-def _activate(products: torch.Tensor, gated: bool, activation: str) -> torch.Tensor:
-    act = ACTIVATIONS[activation]
-    if not gated:
-        return act(products)
-    gate, up = products.chunk(2, dim=-1)
-    return act(gate) * up

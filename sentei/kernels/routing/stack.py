@@ -9,7 +9,8 @@ from torch.nn import functional as F
 from sentei.core.errors import ShapeError
 from sentei.core.shapes import check_shape
 
-ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"), "relu": F.relu}
+ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"), "relu": F.relu,
+               "identity": lambda x: x}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -81,6 +82,26 @@ class Stack(Sequence[Callable[[torch.Tensor], torch.Tensor]]):
     def weights(self) -> tuple[torch.Tensor, ...]:
         """Up, down and, if there is one, gate."""
         return (self.up, self.down) if self.gate is None else (self.up, self.down, self.gate)
+
+
+def firsts_of(up: torch.Tensor, gate: torch.Tensor | None) -> list[torch.Tensor]:
+    """The weights of the first products: gate and then up, as one where they are halves of one."""
+    if gate is None:
+        return [up]
+    experts, width, inputs = up.shape
+    if (gate.stride() == up.stride() and gate.untyped_storage().data_ptr() == up.untyped_storage().data_ptr()
+            and up.storage_offset() == gate.storage_offset() + width * up.stride(1)):
+        return [gate.as_strided((experts, 2 * width, inputs), gate.stride())]
+    return [gate, up]
+
+
+def activate(products: torch.Tensor, gated: bool, activation: str) -> torch.Tensor:
+    """The activations [N, F] of the first products: gate's and up's [N, 2 F], or up's alone."""
+    act = ACTIVATIONS[activation]
+    if not gated:
+        return act(products)
+    gate, up = products.chunk(2, dim=-1)
+    return act(gate) * up
 
 
 class _Halves(torch.autograd.Function):

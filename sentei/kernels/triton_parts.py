@@ -1,4 +1,4 @@
-"""What the Triton kernels of attention share: how a tensor is passed, how a tile is read, multiplied and stored.
+"""What the Triton kernels share: how a tensor is passed, how a tile is read, multiplied and stored.
 
 Triton reads the variable TRITON_INTERPRET when it is first imported: with it every kernel runs on the CPU, slowly, for
 the tests. Only modules called triton_… import triton, and they are imported when they are called.
