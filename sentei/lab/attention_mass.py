@@ -23,7 +23,7 @@ CLAIM = ("After the softmax only a part of the connections matters: less than ha
          "and a smaller share the longer the context.")
 CONTEXTS = (128, 256, 512, 1024)
 MASSES = (0.9, 0.95, 0.99)
-WINDOWS, ROWS = 6, 32
+WINDOWS, ROWS = 4, 16
 # From a length of context to the attention of its last rows, [layers, H, ROWS, keys], of one window.
 Shares = Iterator[tuple[int, torch.Tensor]]
 
@@ -42,9 +42,9 @@ def measure(contexts: tuple[int, ...] = CONTEXTS, number: int = WINDOWS,
     found: dict[tuple[int, float], list[torch.Tensor]] = {}
     for text in texts:
         for size, part in (of_default if shares is None else shares)(text, contexts):
-            for mass in MASSES:
-                seen = torch.arange(size - part.shape[-2] + 1, size + 1)
-                found.setdefault((size, mass), []).append((fewest(part, mass) / seen).mean(-1))
+            seen = torch.arange(size - part.shape[-2] + 1, size + 1)
+            for mass, keys in zip(MASSES, fewest(part, MASSES), strict=True):
+                found.setdefault((size, mass), []).append((keys / seen).mean(-1))
     return judge({key: torch.stack(parts) for key, parts in found.items()})
 
 
