@@ -20,6 +20,7 @@ HEAVY = {"torch", "transformers", "numpy", "safetensors", "matplotlib", "tqdm", 
 FLAGS = {
     "prune": {"MODEL", "--text", "--workload", "--quality", "--speed", "--no-lookahead", "--dtype", "--out",
               "--online", "--json"},
+    "slack": {"MODEL", "--text", "--workload", "--dtype", "--online", "--json"},
     "verify": {"DIR", "--json"},
     "bench": {"NAME", "CASE", "--runs", "--json"},
     "train": {"CONFIG", "--out", "--json"},

@@ -6,6 +6,7 @@ workload. Connections are not here: `sentei.budget.slack` tries their rules head
 """
 
 import statistics as averages
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -14,7 +15,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from sentei.budget.judge import Judge
+from sentei.budget.judge import Judge, takes_attention
 from sentei.budget.workload import Decode
 from sentei.conversion.layers import Layer, layers_of
 from sentei.conversion.plan import Entry, Plan, convert
@@ -22,8 +23,9 @@ from sentei.conversion.rooms import WAYS
 from sentei.conversion.statistics import Statistics
 from sentei.measurement.latency import interleave
 
-# Tokens on which the cost is read: the divergence needs fewer than a difference of perplexities.
-TOKENS = 256
+# Tokens that are read for the cost, and those of them, the last, on which the divergence is taken: it needs fewer than
+# a difference of perplexities.
+TOKENS, COMPARED = 256, 128
 RUNS = 2
 # Those whose work can be written to a file and read back.
 ROOMS = tuple(room for room, way in WAYS.items() if way.stands == "in" and way.blank)
@@ -84,7 +86,7 @@ def measure(judge: Judge, tokens: torch.Tensor, whole: Plan, rooms: tuple[str, .
         step: called for every option.
     Returns:
         the offers, layer by layer.
-    Cost: half a pass over TOKENS tokens an option, and for each distinct configuration 2 · RUNS runs: of the whole
+    Cost: half a pass over TOKENS tokens an option, and for each distinct configuration a few runs: of the whole
         workload where it decodes, of one layer where it reads a prompt.
     """
     entries = candidates(judge.model, judge.workload.lever, rooms)
@@ -118,7 +120,7 @@ class Ruler:
         layers = [layer.block for layer in layers_of(model)]
         handles = [block.register_forward_pre_hook(self._note, with_kwargs=True) for block in layers]
         try:
-            logits = model(input_ids=tokens[None], use_cache=False).logits[0]
+            logits = model(input_ids=tokens[None], use_cache=False, logits_to_keep=COMPARED).logits[0]
         finally:
             for handle in handles:
                 handle.remove()
@@ -131,7 +133,8 @@ class Ruler:
     def nats(self, layer: int = 0) -> float:
         """Mean KL(dense ‖ now), in nats a token, of a model that is dense before `layer`. Never below zero."""
         with _beginning_at(self.model, layer):
-            logits = self.model(inputs_embeds=self.streams[layer], use_cache=False).logits[0]
+            logits = self.model(inputs_embeds=self.streams[layer], use_cache=False,
+                                logits_to_keep=COMPARED).logits[0]
         pruned = logits.float().log_softmax(-1)
         return max(0.0, float(nn.functional.kl_div(pruned, self.dense, reduction="batchmean", log_target=True)))
 
@@ -157,17 +160,21 @@ def _decoding_seconds(judge: Judge, entries: list[Entry], seen: Statistics | Non
 
     A layer on its own would be read from the processor's cache, which a whole model does not fit.
     """
-    found = {}
-    run, runs = judge.run("calibrate"), RUNS
+    plans, numbers = {None: whole}, {}
     for key in dict.fromkeys((entry.room, entry.config) for entry in entries):
         alike = [entry for entry in entries if (entry.room, entry.config) == key]
-        gone = {entry.layer for entry in alike if WAYS[key[0]].parts(key[1]) == ("attention",) and key[0] == "depth"}
-        plan = Plan((*(entry for entry in whole.entries if entry.layer not in gone), *alike))
-        timed = interleave(run, run, runs=runs, before=(partial(run.begin, whole), partial(run.begin, plan)))
-        convert(judge.model, Plan())
-        found[key] = averages.median(
-            dense - pruned for dense, pruned in zip(timed.dense, timed.pruned, strict=True)) / len(alike)
-    return found
+        gone = {entry.layer for entry in alike if takes_attention(entry)}
+        plans[key] = Plan((*(entry for entry in whole.entries if entry.layer not in gone), *alike))
+        numbers[key] = len(alike)
+    run, seconds = judge.run("calibrate"), {key: [] for key in plans}
+    for key in [None, *RUNS * list(plans)]:
+        run.begin(plans[key])
+        start = time.perf_counter()
+        run()
+        seconds[key].append(time.perf_counter() - start)
+    convert(judge.model, Plan())
+    least = {key: min(found) for key, found in seconds.items()}  # what else runs here only ever adds
+    return {key: (least[None] - least[key]) / number for key, number in numbers.items()}
 
 
 @torch.no_grad()

@@ -53,6 +53,7 @@ class Timed:
     whole_seconds: float
 
     def seconds(self, density: float) -> float:
+        """Seconds of the layer's attention at a density."""
         return self.fixed + self.per_density * density
 
 

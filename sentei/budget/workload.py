@@ -14,6 +14,7 @@ from typing import ClassVar
 import torch
 from torch import nn
 
+from sentei.conversion.rooms.heads import FOLD
 from sentei.core.errors import SenteiError
 from sentei.measurement.quality import losses_after, token_losses
 
@@ -136,12 +137,19 @@ class Decode(Workload):
         return losses_after(model, row, self._own(model, row, prefix), rows=self.AT_ONCE)
 
     def _own(self, model, row, prefix) -> object:
-        """A copy of the dense model's prefix; a model of other key/value heads reads the tokens itself."""
-        for layer, held in zip(model.get_decoder().layers, prefix.layers, strict=False):
-            project = getattr(layer.self_attn, "k_proj", None)
-            if project is not None and project.out_features != held.keys.shape[1] * held.keys.shape[3]:
+        """A copy of the dense model's prefix, folded where the model has merged key/value heads.
+
+        Where that cannot be, the model reads the tokens itself.
+        """
+        cache = copy.deepcopy(prefix)
+        for layer, held in zip(model.get_decoder().layers, cache.layers, strict=False):
+            project, fold = getattr(layer.self_attn, "k_proj", None), getattr(layer.self_attn, FOLD, None)
+            if project is None or project.out_features == held.keys.shape[1] * held.keys.shape[3]:
+                continue
+            if fold is None:
                 return self.prefix(model, row)
-        return copy.deepcopy(prefix)
+            held.keys, held.values = fold(held.keys, held.values)
+        return cache
 
     def sample(self, model, row, prefix):
         """The first tokens after the prefix, as many as a call of ours decodes at once."""

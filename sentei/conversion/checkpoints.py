@@ -123,7 +123,8 @@ def load_model(checkpoint: Checkpoint, dtype: str = "float32", reshape: Callable
     tensors = {name: tensor for file in weight_files(folder).values() for name, tensor in file.items()}
     model_class = getattr(transformers, family.architecture)
     check_side_files(folder)
-    family.check_tensors(config, {name: tensor.shape for name, tensor in tensors.items()}, str(folder), reshape)
+    family.check_tensors(config, {name: tensor.shape for name, tensor in tensors.items()},
+                         str(folder / "config.json"), reshape)
     needed = sum(tensor.elements for tensor in tensors.values()) * DTYPES[dtype].itemsize
     require_memory(folder, needed + max(tensor.bytes for tensor in tensors.values()))
     if reshape is not None:

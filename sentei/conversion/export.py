@@ -123,12 +123,14 @@ def read_receipt(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
     from safetensors.torch import load_file
 
     path = member(folder, RECEIPT)
-    header, size = read_header(path), path.stat().st_size
-    shapes = {name: (tensor.dtype, len(tensor.shape)) for name, tensor in header.items()}
-    tensors = load_file(path) if size <= MAX_RECEIPT_BYTES and shapes == RECEIPT_SHAPES else None
+    if path.stat().st_size > MAX_RECEIPT_BYTES:
+        raise FileError(str(path), expected=f"at most {MAX_RECEIPT_BYTES:,} bytes", got=f"{path.stat().st_size:,}",
+                        do="write the folder again with sentei prune")
+    shapes = {name: (tensor.dtype, len(tensor.shape)) for name, tensor in read_header(path).items()}
+    tensors = load_file(path) if shapes == RECEIPT_SHAPES else None
     if tensors is None or not _is_receipt(**tensors):
-        raise FileError(str(path), expected=f"tokens and logits of a vocabulary, at most {MAX_RECEIPT_BYTES:,} bytes",
-                        got=shown(shapes), do="write the folder again with sentei prune")
+        raise FileError(str(path), expected="tokens, and logits of a vocabulary that has them", got=shown(shapes),
+                        do="write the folder again with sentei prune")
     return tensors["tokens"], tensors["logits"]
 
 

@@ -99,20 +99,26 @@ def _model(folder: Path, names: set[str]) -> list[Step]:
 
     def accepted() -> dict:
         raw, _ = read_config(folder)
-        _check_layers(folder, raw["num_hidden_layers"], weight_files(folder))
+        files = weight_files(folder)
+        if not pruned or written().get("rung") != "B":  # whose layers may be fewer than config.json says
+            _check_layers(folder, raw["num_hidden_layers"], files)
         check_side_files(folder)
         return {"checked": "settings, headers and the files of the tokenizer; not names and shapes against the "
                            "architecture, nor values"}
 
+    def written() -> dict:
+        return read_json(member(folder, POLICY), MAX_POLICY_BYTES)
+
     def policy() -> dict:
-        said = read_json(member(folder, POLICY), MAX_POLICY_BYTES)
+        said = written()
         plan = said.get("plan")
         if said.get("schema") != POLICY_SCHEMA or not isinstance(plan, list):
             raise FileError(str(folder / POLICY), expected=f"a policy of schema {POLICY_SCHEMA}",
                             got=_safe(said.get("schema")), do="write the folder again with sentei prune")
         rooms = Counter(_safe(entry.get("room")) if isinstance(entry, dict) else "none" for entry in plan)
         return {"policy": {"entries": len(plan), "rooms": dict(rooms.most_common(MOST)),
-                           "dtype": _safe(said.get("dtype")), "facts": _plain(said.get("facts"))}}
+                           "dtype": _safe(said.get("dtype")), "rung": _safe(said.get("rung")),
+                           "facts": _plain(said.get("facts"))}}
 
     pruned = POLICY in names
     return [lambda: {"kind": "pruned model" if pruned else "model"}, configured, weights, lambda: _beside(folder),

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from sentei.core.errors import FileError, ResourceError, SenteiError, shown
+from sentei.core.errors import FileError, ResourceError, SenteiError
 
 # One character beyond the sixteenth plane makes Python keep four bytes for each of the file, and again for its values.
 MAX_JSON_BYTES = 16 << 20
@@ -106,7 +106,7 @@ def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES) -> dict:
     try:
         return parse_json(raw)
     except ValueError as error:
-        raise FileError(str(path), expected="one well-formed JSON object", got=shown(error),
+        raise FileError(str(path), expected="one well-formed JSON object", got=str(error),
                         do="download or write the file again") from error
 
 

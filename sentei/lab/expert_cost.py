@@ -27,8 +27,8 @@ from sentei.measurement.latency import turns
 CLAIM = ("Two of eight experts for each token cost about 2/8 of the dense feed-forward layer with the same parameters, "
          "in FLOPs and, with many tokens, in time.")
 EXPERTS, KEPT, WIDTH, NEURONS = 8, 2, 512, 8192
-TOKENS = (1, 16, 256, 2048)
-RUNS = 11
+TOKENS = (1, 16, 256, 1024)
+RUNS = 15
 WITHIN_FLOPS, WITHIN_TIME = 0.02, 0.2
 DENSE, MIXED, ALONE = "dense", "mixture", "experts alone"
 Timed = dict[str, list[float]]

@@ -22,7 +22,7 @@ from sentei.measurement.latency import turns
 CLAIM = ("Top-k attention as first written (scores, top-k, scatter into a dense matrix) is not faster than standard "
          "attention; a real kernel is.")
 LENGTHS, DOCUMENT = (128, 256, 512, 1024, 2048), 512
-RUNS = 11
+RUNS, SHORT = 9, 41  # turns, and at lengths up to DOCUMENT, where a turn takes little
 STANDARD, WRITTEN, OURS, FUSED = "standard", "top-k as written", "top-k kernel", "torch sdpa, all keys"
 Timed = dict[str, list[float]]
 
@@ -34,18 +34,21 @@ def standard(case: Case) -> torch.Tensor:
 
 
 @torch.no_grad()
-def time_all(length: int, runs: int = RUNS) -> Timed:
+def time_all(length: int, runs: int | None = None) -> Timed:
     """Seconds of every way at one length, in turn.
 
+    Args:
+        length: tokens.
+        runs: timed turns; RUNS or SHORT by default.
     Raises:
         AssertionError: our output is not that of the lecture's top-k; then nothing is timed.
     """
-    case = Case(length, False)
+    case, usual = Case(length, False), SHORT if length <= DOCUMENT else RUNS
     differ = (case.ours() - scatter(case, True)).abs().gt(TOLERANCE).float().mean().item()
     if differ > MAY_DIFFER:
         raise AssertionError(f"{case}: {100 * differ:.3g} % of the outputs differ")
     return turns({STANDARD: partial(standard, case), WRITTEN: partial(scatter, case, True), OURS: case.ours,
-                  FUSED: partial(sdpa, case)}, runs=runs)
+                  FUSED: partial(sdpa, case)}, runs=runs or usual)
 
 
 def measure(lengths: tuple[int, ...] = LENGTHS, timed: Callable[[int], Timed] = time_all) -> Finding:

@@ -106,7 +106,7 @@ def test_hostile_text_is_escaped(sentei, tmp_path, flags):
     path = changed(model(tmp_path), "config.json", _name_or_path="\x1b]0;evil\x07\u202eetc")
     done = sentei("inspect", path, *flags)
     assert done.returncode == 0 and "evil" in done.stdout
-    assert done.stdout.isascii() and not {"\x1b", "\x07"} & set(done.stdout)
+    assert done.stdout.replace("×", "").isascii() and not {"\x1b", "\x07"} & set(done.stdout)
 
 
 def test_a_refusal_is_told_on_both_streams_with_its_exit_code(sentei, tmp_path):

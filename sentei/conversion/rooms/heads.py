@@ -10,6 +10,7 @@ References: Ainslie et al. 2023, arXiv 2305.13245 (the mean).
 
 import copy
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -24,6 +25,28 @@ from sentei.core.errors import UnsupportedError
 # The attribute of an attention whose heads were merged that says which share of the scores' and of the outputs' squares
 # was lost on the calibration text, the mean over what is left; NaN for keys that could only be chosen.
 LOST = "lost_by_merging"
+# And the one that holds a Fold.
+FOLD = "fold_of_merging"
+
+
+class Fold(NamedTuple):
+    """How merged heads are made of those that were: of a cache as of the weights, because no phase stands between.
+
+    Args:
+        keys: complex128 [heads, F, m], what a merged key takes of each key of its group.
+        values: float64 [heads, D, m · D].
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+
+    def __call__(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values [B, heads, T, D] of a cache of the dense layer, [B, heads · m, T, D]."""
+        group, of = self.keys.shape[2], _complex(keys.double().mT).unflatten(1, (len(self.keys), -1))
+        merged = _real(torch.einsum("hfm,bhmft->bhft", self.keys.to(of.device), of)).mT
+        side_by_side = values.double().unflatten(1, (-1, group)).transpose(2, 3).flatten(3)
+        mapped = side_by_side @ self.values.to(side_by_side).mT
+        return merged.to(keys).contiguous(), mapped.to(values).contiguous()
 
 
 def parts(config: Config) -> tuple[str, ...]:
@@ -73,6 +96,11 @@ def build(layer: Layer, part: str, config: Config, seen: dict[str, State]) -> tu
     if attended is None:
         made.k_proj, made.v_proj = (_linear(linear, _rows(linear, size).unflatten(0, (kept, -1)).mean(1))
                                     for linear in (own.k_proj, own.v_proj))
+        if not hasattr(own, "k_norm"):
+            group = kv_heads // kept
+            ones = torch.ones(kept, size // 2, group, dtype=torch.complex128)
+            each = torch.eye(size, dtype=torch.float64).repeat(kept, 1, group)
+            setattr(made, FOLD, Fold(ones / group, each / group))
     else:
         setattr(made, LOST, _join(made, own, attended, kept))
     return (made,)
@@ -80,7 +108,9 @@ def build(layer: Layer, part: str, config: Config, seen: dict[str, State]) -> tu
 
 def blank(layer: Layer, part: str, config: Config) -> tuple[nn.Module, ...]:
     """An attention of the same shapes."""
-    return build(layer, part, replace(config, merge="mean"), {})
+    made, = build(layer, part, replace(config, merge="mean"), {})
+    made.__dict__.pop(FOLD, None)  # it is not known how its weights were made
+    return (made,)
 
 
 @torch.no_grad()
@@ -89,22 +119,26 @@ def _join(made: nn.Module, own: nn.Module, attended: State, kept: int) -> tuple[
     size, group = own.head_dim, attended.kv_heads // kept
     query, key, value = (_rows(linear, size) for linear in (own.q_proj, own.k_proj, own.v_proj))
     output = own.o_proj.weight.double().unflatten(1, (-1, size)).transpose(0, 1).clone()
-    keys, values, lost = [], [], []
+    keys, values, lost, folds = [], [], [], ([], [])
     for index in range(kept):
         scores, moment, heads = attended.of(index, group)
         among = slice(index * group, (index + 1) * group)
         each = (heads.stop - heads.start) // group
         served = [head // each for head in range(heads.stop - heads.start)]
         if hasattr(own, "k_norm"):
-            keys.append(key[among][chosen_key(scores, served)])
+            chosen = chosen_key(scores, served)
+            keys.append(key[among][chosen])
+            folds[0].append(torch.eye(group, dtype=torch.complex128)[chosen].expand(size // 2, -1))
             lost.append([float("nan")])
         else:
             found = merge_keys(scores, served)
             keys.append(_real((found.shared.T[..., None] * _complex(key[among])).sum(0)))
+            folds[0].append(found.shared)
             query[heads] = _real(found.factors.conj()[..., None] * _complex(query[heads]))
             lost.append([found.error])
         merged = merge_values(moment, output[heads], served)
         values.append(merged.shared @ value[among].flatten(0, 1))
+        folds[1].append(merged.shared)
         output[heads] = merged.outputs
         lost[-1].append(merged.error)
     made.q_proj = _linear(own.q_proj, query)
@@ -112,6 +146,7 @@ def _join(made: nn.Module, own: nn.Module, attended: State, kept: int) -> tuple[
     made.o_proj = copy.copy(own.o_proj)
     made.o_proj._parameters = {**own.o_proj._parameters, "weight": nn.Parameter(
         output.transpose(0, 1).flatten(1).to(own.o_proj.weight), requires_grad=False)}
+    setattr(made, FOLD, Fold(*map(torch.stack, folds)))
     return tuple(sum(column) / kept for column in zip(*lost, strict=True))
 
 

@@ -20,7 +20,7 @@ from sentei.core.rules import All, TopK
 
 # A width is a multiple of so many neurons: two registers of fp32, or one of bf16, are then always full.
 STEP = 32
-SHARES = (0.875, 0.75, 0.5)
+SHARES = (0.875, 0.75)
 
 
 def parts(config: Config) -> tuple[str, ...]:
