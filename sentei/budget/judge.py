@@ -186,7 +186,7 @@ class _Counts(Trace):
         self.permitted: dict[str, torch.Tensor] = {}
 
     def append(self, record: Record) -> None:
-        """Adds the candidates of a choice of connections, kept and permitted, to those of its room."""
+        """Adds the candidates of connections, kept and permitted, to those of their room."""
         if record.room != "connections":
             return
         selection = record.selection
