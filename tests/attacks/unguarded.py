@@ -64,7 +64,7 @@ GUARDS: tuple[tuple[str, str, object, str, str], ...] = (
     ("torch", "isfinite", finite, "trained model", "NaN"),
     (CONVERSION + "export", "_is_receipt", lambda **_: True, "sentei.json", "tokens beyond the model"),
     ("sentei.measurement.text", "_check_plain", nothing, "text", "200 MB and then a zero"),
-    ("sentei.training.job", "MAX_YAML_BYTES", ENDLESS, "YAML of sentei train", "lists as long as may be"),
+    ("sentei.training.job", "MAX_YAML_BYTES", ENDLESS, "YAML of sentei train", "400,000 lists"),
     ("sentei.training.checkpoints", "member", joined, "checkpoint", "tensors that are a link elsewhere"),
     ("sentei.circuit.file", "_check_connections", nothing, "trace", "1,000 layers of rows without choosers"),
 )
