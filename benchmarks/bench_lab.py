@@ -4,7 +4,8 @@
 
 Every claim is one file of `sentei/lab/`, which says what is measured and how. A verdict is made of the checks alone: a
 number, its 95 % interval, and the range that the claim says it lies in. Claims that were measured in FOLDER before, by
-`sentei lab NAME --out FOLDER`, are not measured again; those about time were measured with nothing else running.
+`sentei lab NAME --out FOLDER`, are not measured again: so those about time can be measured by themselves, with nothing
+else running.
 """
 
 import argparse
