@@ -76,7 +76,7 @@ def test_on_a_small_disk_a_run_says_so_and_goes_on_when_there_is_room(prune, sma
     assert done.returncode in (0, 4)
     if done.returncode:
         assert "got      a full disk" in done.stderr
-        assert cut_off.wrong_with("prune", disk / "out", {}) == []
+        assert cut_off.wrong_with(disk / "out") == []
     assert size(1 << 16)
     assert prune(out=disk / "out").returncode == 0
     assert cut_off.RESULT["prune"] <= set(os.listdir(disk / "out"))
