@@ -248,8 +248,9 @@ def _prune(subject: Subject, text: Text, windows: dict[str, torch.Tensor], reque
               "rules": [rule.to_json() for rule in rules],
               "windows": {use: len(rows) for use, rows in windows.items()}}
     stages, clock = Stages(out and out / "stages"), Clock()
-    judge = Judge(subject.model, workload, windows, stages, inputs,
-                  Library(subject.model, windows["calibrate"], workload.lever))
+    library = Library(subject.model, windows["calibrate"], workload.lever)
+    windows = {**windows, "calibrate": windows["calibrate"][:WINDOWS["calibrate"]]}
+    judge = Judge(subject.model, workload, windows, stages, inputs, library)
     whole = slack_of.whole_plan(workload, layers, config)
     steps = len(windows["choose"]) + len(windows["verify"]) + len({Plan(), whole})
     with clock("calibrate"), progress.stage("calibrate", steps) as step:
@@ -259,7 +260,7 @@ def _prune(subject: Subject, text: Text, windows: dict[str, torch.Tensor], reque
     options = offers_of.candidates(subject.model, workload.lever)
     with clock("slack"), progress.stage("slack", len(layers) * WINDOWS["calibrate"] + len(options)) as step:
         slack = slack_of.from_json(stages.run("slack", inputs, lambda: {"layers": slack_of.to_json(slack_of.measure(
-            subject.model, workload, windows["calibrate"][:WINDOWS["calibrate"]], layers, config, rules=rules,
+            subject.model, workload, windows["calibrate"], layers, config, rules=rules,
             step=step))})["layers"])
         offers = offers_of.from_json(stages.run("offers", {**inputs, "options": [
             entry.to_json() for entry, _ in options]}, lambda: {"offers": offers_of.to_json(offers_of.measure(

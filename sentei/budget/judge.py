@@ -186,7 +186,9 @@ class _Counts(Trace):
         self.permitted: dict[str, torch.Tensor] = {}
 
     def append(self, record: Record) -> None:
-        """Adds the record's candidates, kept and permitted, to those of its room."""
+        """Adds the candidates of connections, kept and permitted, to those of their room."""
+        if record.room != "connections":
+            return
         selection = record.selection
         for counts, number in ((self.kept, selection.count()), (self.permitted, selection.permitted)):
             counts[record.path] = counts.get(record.path, 0) + number.sum((0, 2)).double()

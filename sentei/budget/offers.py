@@ -25,7 +25,7 @@ from sentei.measurement.latency import interleave
 
 # Tokens that are read for the cost, and those of them, the last, on which the divergence is taken: it needs fewer than
 # a difference of perplexities.
-TOKENS, COMPARED = 256, 128
+TOKENS, COMPARED = 192, 96
 RUNS = 2
 # Those whose work can be written to a file and read back.
 ROOMS = tuple(room for room, way in WAYS.items() if way.stands == "in" and way.blank)
@@ -38,19 +38,19 @@ class Offer:
     Args:
         entry: what a plan would say.
         part: "attention" or "network".
-        nats: what it costs alone.
+        nats: what it costs alone; None, not measured, where it saves no time on this machine.
         seconds: what it saves of one run of the workload; below zero where it is slower.
     """
 
     entry: Entry
     part: str
-    nats: float
+    nats: float | None
     seconds: float
 
     @property
     def pays(self) -> bool:
         """Whether it saves any time at all on this machine."""
-        return self.seconds > 0
+        return self.nats is not None
 
 
 def to_json(offers: list[Offer]) -> list[dict]:
@@ -91,18 +91,18 @@ def measure(judge: Judge, tokens: torch.Tensor, whole: Plan, rooms: tuple[str, .
     """
     entries = candidates(judge.model, judge.workload.lever, rooms)
     seen = next(filter(None, (judge.statistics(Plan((entry,))) for entry, _ in entries)), None)
-    convert(judge.model, Plan())
-    ruler = Ruler(judge.model, tokens[:TOKENS])
-    nats = []
-    for entry, _ in entries:
-        convert(judge.model, Plan((entry,)), seen)
-        nats.append(ruler.nats(entry.layer))
-        step()
-    convert(judge.model, Plan())
     clock = _decoding_seconds if isinstance(judge.workload, Decode) else _prompt_seconds
     seconds = clock(judge, [entry for entry, _ in entries], seen, whole)
-    return [Offer(entry=entry, part=part, nats=cost, seconds=seconds[entry.room, entry.config])
-            for (entry, part), cost in zip(entries, nats, strict=True)]
+    ruler, offers = Ruler(judge.model, tokens[:TOKENS]), []
+    for entry, part in entries:
+        saved, nats = seconds[entry.room, entry.config], None
+        if saved > 0:
+            convert(judge.model, Plan((entry,)), seen)
+            nats = ruler.nats(entry.layer)
+        offers.append(Offer(entry=entry, part=part, nats=nats, seconds=saved))
+        step()
+    convert(judge.model, Plan())
+    return offers
 
 
 class Ruler:

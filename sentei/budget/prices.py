@@ -33,17 +33,18 @@ def measure(model: nn.Module, workload: Workload, windows: dict[str, torch.Tenso
     Returns:
         threads; dense: seconds of one run of the workload and perplexity; options, each with layer, room, option (in
         words), nats, perplexity (what it adds), milliseconds (what it saves of a run) and perplexity_per_millisecond,
-        None where it saves no time.
+        None where it saves no time; then nats and perplexity may be None too.
     """
-    windows = {**windows, "choose": windows["choose"][:1]}
-    judge = Judge(model, workload, windows, Stages(None), {}, Library(model, windows["calibrate"], workload.lever))
+    library = Library(model, windows["calibrate"], workload.lever)
+    windows = {use: rows[:1] for use, rows in windows.items()}
+    judge = Judge(model, workload, windows, Stages(None), {}, library)
     layers, config = prunable_layers(model), Config()
     whole = slack_of.whole_plan(workload, layers, config)
     with progress.stage("dense", 2) as step:
         seconds = judge.seconds(Plan(), "calibrate", step)
         judge.prepare("choose", step)
     with progress.stage("connections", len(layers) + 1) as step:
-        slack = slack_of.measure(model, workload, windows["calibrate"][:1], layers, config,
+        slack = slack_of.measure(model, workload, windows["calibrate"], layers, config,
                                  rules=slack_of.options(workload), step=step)
         tried = uniform(slack, config, workload)
         middle = tried[len(tried) // 2]
@@ -56,8 +57,8 @@ def measure(model: nn.Module, workload: Workload, windows: dict[str, torch.Tenso
     options += [{"layer": offer.entry.layer, "room": offer.entry.room, "option": WAYS[offer.entry.room].words(
         offer.entry.config), "nats": offer.nats, "milliseconds": offer.seconds * 1e3} for offer in offers]
     for option in options:
-        option["perplexity"] = perplexity * math.expm1(min(option["nats"], 50.0))
-        saves = option["milliseconds"] > 0
+        saves, nats = option["milliseconds"] > 0, option["nats"]
+        option["perplexity"] = None if nats is None else perplexity * math.expm1(min(nats, 50.0))
         option["perplexity_per_millisecond"] = option["perplexity"] / option["milliseconds"] if saves else None
     return {"threads": torch.get_num_threads(), "dense": {"seconds": seconds, "perplexity": perplexity},
             "options": options}

@@ -11,12 +11,16 @@ from sentei.conversion.rooms import WAYS
 def rooms_of(proof: Proof) -> dict[str, dict]:
     """The layers, seconds and share of every room of a proven plan; of the dense plan, nothing.
 
-    The seconds of other rooms than connections are those foreseen; connections have the rest of what was measured.
+    What was measured is shared out as was foreseen: connections have what is left by the other rooms' seconds; where
+    they have no part, the others have all.
     """
     dense, pruned = proof.comparison.seconds()
     saved, entries = dict(proof.candidate.saved), proof.candidate.plan.entries
     if any(entry.room == "connections" for entry in entries):
         saved["connections"] = dense - pruned - sum(saved.values())
+    elif saved:
+        scale = (dense - pruned) / max(sum(saved.values()), 1e-12)
+        saved = {room: scale * seconds for room, seconds in saved.items()}
     return {room: {"layers": len({entry.layer for entry in entries if entry.room == room}), "seconds": seconds,
                    "share": seconds / (dense - pruned) if dense != pruned else 0.0}
             for room, seconds in sorted(saved.items())}

@@ -73,8 +73,12 @@ def load(folder: Path) -> PreTrainedModel:
     config = _config(folder)
     check_side_files(folder)
     tensors = read_header(member(folder, WEIGHTS))
-    with torch.device("meta"):
-        model = transformers.BertModel(config, add_pooling_layer=False)
+    try:
+        with torch.device("meta"):
+            model = transformers.BertModel(config, add_pooling_layer=False)
+    except (ValueError, TypeError, LookupError, ArithmeticError, RuntimeError) as error:
+        raise FileError(str(folder / "config.json"), expected="the settings of a bert model", got=shown(error),
+                        do="download the file again from where it was published") from error
     _check_tensors(folder, {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}, tensors)
     require_memory(folder, 4 * sum(tensor.elements for tensor in tensors.values()))
     try:

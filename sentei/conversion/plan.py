@@ -121,14 +121,13 @@ def convert(model: nn.Module, plan: Plan, statistics: Statistics | None = None) 
     """
     _check_layers(model, plan)
     earlier, implementation = (placing.swapped(model), wrapper.rooms(model)), model.config._attn_implementation
-    inside = _inside(model, plan, statistics or Statistics())
-    if not earlier[0] and not inside:
+    if not earlier[0] and not plan.standing("in").entries:
         _attach(model, plan)
         return model
     try:
-        wrapper.remove(model)
+        wrapper.remove(model)  # before anything is built: what is built is made of the plain modules
         rows.remove(model)
-        placing.swap(model, inside)
+        placing.swap(model, _inside(model, plan, statistics or Statistics()))
         _attach(model, plan)
     except BaseException:
         wrapper.remove(model)

@@ -38,19 +38,32 @@ class Selection:
     def from_mask(cls, keep: torch.Tensor, permitted: torch.Tensor, *, unit: int = 1) -> "Selection":
         """A selection of weight 1 from two bool masks [..., Q, C]; what is not permitted is never kept.
 
-        Cost: one stable sort of Q·C booleans.
+        Cost: one stable sort of Q·C booleans, where not everything is kept.
         """
         keep = keep & permitted
         count = keep.sum(-1)
-        width = int(count.max()) if count.numel() else 0
+        least, width = (int(number) for number in count.aminmax()) if count.numel() else (0, 0)
+        if least == keep.shape[-1]:
+            ids = torch.arange(width, device=keep.device).expand(keep.shape)
+            return cls(ids=ids, weights=torch.ones(keep.shape, device=keep.device), permitted=permitted.sum(-1),
+                       num_candidates=width, unit=unit)
         ids = torch.sort(~keep, dim=-1, stable=True).indices[..., :width]
         filled = torch.arange(width, device=keep.device) < count.unsqueeze(-1)
         ids = torch.where(filled, ids, -1)
         return cls(ids=ids, weights=filled.to(torch.get_default_dtype()), permitted=permitted.sum(-1),
                    num_candidates=keep.shape[-1], unit=unit)
 
+    @property
+    def is_everything(self) -> bool:
+        """Whether every query keeps every candidate. Cost: a look at the ids, if there are as many slots."""
+        if self.ids.shape[-1] != self.num_candidates:
+            return False
+        return bool((self.ids == torch.arange(self.num_candidates, device=self.ids.device)).all())
+
     def mask(self) -> torch.Tensor:
         """Bool [..., Q, C]: true where the candidate is kept."""
+        if self.is_everything:
+            return torch.ones(self.ids.shape, dtype=torch.bool, device=self.ids.device)
         mask = torch.zeros(*self.ids.shape[:-1], self.num_candidates + 1, dtype=torch.bool, device=self.ids.device)
         slots = torch.where(self.ids < 0, self.num_candidates, self.ids)
         return mask.scatter(-1, slots, True)[..., :-1]
@@ -79,17 +92,23 @@ class Selection:
 
     def dense_weights(self) -> torch.Tensor:
         """Float [..., Q, C]: the weights, 0 where a candidate is not kept."""
+        if self.is_everything:
+            return self.weights
         dense = self.weights.new_zeros(*self.ids.shape[:-1], self.num_candidates + 1)
         slots = torch.where(self.ids < 0, self.num_candidates, self.ids)
         return dense.scatter(-1, slots, self.weights)[..., :-1]
 
     def weigh(self, weights: torch.Tensor) -> "Selection":
         """The same choice, weighed by `weights` [..., Q, C]: the number that chose need not be the one that weighs."""
+        if self.is_everything:
+            return replace(self, weights=weights)
         taken = weights.gather(-1, self.ids.clamp(min=0))
         return replace(self, weights=torch.where(self.ids < 0, torch.zeros_like(taken), taken))
 
     def weigh_softmax(self, scores: torch.Tensor) -> "Selection":
         """The same choice, weighed by the softmax of `scores` [..., Q, C] over what is kept; an empty query gets 0."""
+        if self.is_everything:
+            return replace(self, weights=scores.softmax(-1))
         empty = self.ids < 0
         taken = scores.gather(-1, self.ids.clamp(min=0)).masked_fill(empty, -torch.inf)
         weights = taken.softmax(-1)

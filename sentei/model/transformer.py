@@ -119,8 +119,10 @@ class Attention(nn.Module):
         query, key = rotate(query, rows.positions), rotate(key, rows.positions)
         positions = rows.positions
         if rows.cache is not None:
-            key, value = rows.cache.extend(key, value, positions)
-            positions = rows.cache.positions
+            held = rows.cache.key is not None
+            keys, values = rows.cache.extend(key, value, positions)
+            if held:  # else these rows are all there is, and stand where their queries do, padding behind included
+                key, value, positions = keys, values, rows.cache.positions
         return self.output(self.connections(query, key, value, real_span(positions)).flatten(-2))
 
 

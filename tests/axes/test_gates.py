@@ -10,6 +10,7 @@ from sentei.axes.experts import Config, MixtureOfExperts
 from sentei.axes.experts.gates import GATES, Choice, Renormalised, Sigmoid, Soft, Softmax, Task, gate_from_json
 from sentei.core.errors import FileError, RuleError
 from sentei.core.rules import Capacity, TopK
+from sentei.core.selection import Selection
 from sentei.core.tracing import trace
 
 WIDTH, UNIT, E = 16, 8, 8
@@ -133,3 +134,16 @@ def test_groups_that_do_not_divide_the_experts_are_refused():
 def test_a_group_of_one_expert_is_worth_that_expert():
     scores = torch.tensor([[3.0, 1.0, 2.0, 0.0]])
     assert Sigmoid(groups=4, kept_groups=2).shortlist(scores).tolist() == [[3.0, -torch.inf, 2.0, -torch.inf]]
+
+
+def test_soft_weights_are_softmax_and_never_too_small_to_be_fast():
+    """What softmax makes smaller than 1e-20 is 0: no sum can tell, and denormal numbers are slow."""
+    logits = 40 * torch.randn(1, 50, 30, generator=torch.Generator().manual_seed(0))
+    everything = torch.ones(1, 50, 30, dtype=torch.bool)
+    gate = Soft(slots=3)
+    combined = gate.weigh(Selection.from_mask(everything, everything), logits).dense_weights()
+    for found, dim in ((gate.dispatch(logits, everything), -2), (combined, -1)):
+        expected = logits.double().softmax(dim)
+        assert 0 < expected[expected > 0].min() < 1e-38
+        torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-19)
+        assert (found == 0).any() and found[found > 0].min() > 1e-25

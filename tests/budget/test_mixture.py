@@ -47,7 +47,7 @@ def drop(layer: int, part: str, nats: float, seconds: float) -> Offer:
 
 def thin(layer: int, kept: int, nats: float, seconds: float) -> Offer:
     return Offer(entry=Entry(layer=layer, room="weights", config=Weights(rule=TopK(kept), saliency="obs")),
-                 part="network", nats=nats, seconds=seconds)
+                 part="network", nats=nats if seconds > 0 else None, seconds=seconds)
 
 
 OFFERS = [thin(0, 64, 0.001, 0.5), thin(0, 32, 0.01, 1.0), thin(1, 64, 0.1, 0.5), drop(0, "network", 0.5, 2.0),

@@ -107,6 +107,28 @@ def test_gradients_reach_the_weights_of_what_is_kept_and_nothing_else():
     assert numbers.grad.tolist() == [[1.0, 0.0, 1.0]]
 
 
+def test_keeping_everything_is_keeping_all_but_one_for_the_rest():
+    """The short way for everything gives what the long one gives, weights and gradients too."""
+    numbers = torch.randn(2, 4, 5, dtype=torch.float64, requires_grad=True)
+    some = torch.ones(2, 4, 5, dtype=torch.bool)
+    some[0, 0, 4] = False
+    whole, nearly = (Selection.from_mask(keep, torch.ones_like(keep)) for keep in (torch.ones_like(some), some))
+    assert whole.is_everything and not nearly.is_everything
+    assert torch.equal(whole.ids[1], nearly.ids[1]) and torch.equal(whole.mask()[1], nearly.mask()[1])
+    for weigh in (Selection.weigh, Selection.weigh_softmax):
+        rows = [weigh(selection, numbers) for selection in (whole, nearly)]
+        assert torch.equal(rows[0].weights[1], rows[1].weights[1])
+        assert torch.equal(rows[0].dense_weights()[1], rows[1].dense_weights()[1])
+        gradients = [torch.autograd.grad(row.dense_weights()[1].square().sum(), numbers)[0] for row in rows]
+        torch.testing.assert_close(*gradients, rtol=1e-14, atol=1e-15)
+
+
+def test_as_many_slots_as_candidates_in_another_order_are_put_in_order():
+    selection = Selection(ids=torch.tensor([[1, 0]]), weights=torch.tensor([[0.25, 0.75]]), permitted=torch.tensor([2]),
+                          num_candidates=2)
+    assert selection.dense_weights().tolist() == [[0.75, 0.25]]
+
+
 @pytest.mark.parametrize("ids, weights, permitted", [
     ((2, 3), (2, 2), (2,)), ((2, 3), (2, 3), (3,)), ((2, 3), (2, 3), (2, 3)),
 ], ids=["weights", "permitted", "permitted has slots"])

@@ -235,12 +235,14 @@ def test_experts_with_subspaces_of_their_own():
 
 def losses(gap: float) -> dict:
     return {"experts": lambda seed: {"its own": [2.0 + 0.1 * n + 0.01 * seed for n in range(5)],
-                                     "best fixed": [2.0 + 0.1 * n + gap for n in range(5)]}}
+                                     "all bytes": [1.0] * 5, "worse": [9.0] * 5,
+                                     "fixed": [2.0 + 0.1 * n + gap for n in range(5)]}}
 
 
 @pytest.mark.parametrize(("gap", "verdict"), [(0.1, HOLDS), (-0.1, FAILS), (0.01, OPEN)])
 def test_dynamic_against_static(gap, verdict):
-    assert dynamic_vs_static.measure((0, 1, 2), losses(gap)).verdict == verdict
+    found = dynamic_vs_static.measure((0, 1, 2), losses(gap))
+    assert found.verdict == verdict and "(fixed)" in found.sentence
 
 
 def test_fixed_choices_are_found_and_undone():

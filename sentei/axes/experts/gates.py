@@ -28,6 +28,8 @@ from sentei.core.errors import FileError, RuleError
 from sentei.core.rules import All, Capacity, Fixed, Rule, TopK
 from sentei.core.selection import Selection
 
+FAINT = 1e-20
+
 
 class Gate(ABC):
     """What the logits of a router mean.
@@ -265,12 +267,22 @@ class Soft(Gate):
         return isinstance(rule, All)
 
     def weigh(self, selection, logits):
-        return selection.weigh_softmax(logits)
+        return selection.weigh_softmax(near(logits, -1))
 
     def dispatch(self, logits: torch.Tensor, permitted: torch.Tensor) -> torch.Tensor:
         """[..., T, S], 1 in sum over the permitted tokens: what a slot is made of; 0 where no token is permitted."""
         some = permitted.any(-2, keepdim=True)
-        return logits.masked_fill(~permitted, -torch.inf).masked_fill(~some, 0).softmax(-2) * some
+        return near(logits.masked_fill(~permitted, -torch.inf), -2).masked_fill(~some, 0).softmax(-2) * some
+
+
+def near(logits: torch.Tensor, dim: int) -> torch.Tensor:
+    """The logits, -inf where their softmax along `dim` is below FAINT of the largest: it cannot be seen in a sum.
+
+    Numbers as small as 1e-40, which softmax makes of such logits, take processors a hundred times as long as others.
+    """
+    with torch.no_grad():
+        faint = logits < logits.amax(dim, keepdim=True) + math.log(FAINT)
+    return logits.masked_fill(faint, -torch.inf)
 
 
 GATES = {"unit": Unit, "softmax": Softmax, "renormalised": Renormalised, "noisy": Noisy, "task": Task,

@@ -17,7 +17,7 @@ from sentei.core.modes import is_watched
 from sentei.kernels import native, ops
 from sentei.kernels.routing.stack import Stack
 
-_KINDS = ("silu", "gelu_tanh", "relu", "identity")  # of native/products.h, in order
+_KINDS = ("silu", "gelu_tanh", "relu", "identity", "gelu")  # of native/products.h, in order
 _LONGS = ("hidden_stride", "up_stride", "up_row", "gate_stride", "gate_row", "down_stride", "down_row", "tokens",
           "slots", "experts", "width", "inner", "outputs", "activation", "bfloat16", "threads", "machine")
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
@@ -74,8 +74,6 @@ def refusal(hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, expe
         return native.missing()
     if not isinstance(experts, Stack):
         return "experts that are functions"
-    if experts.activation not in _KINDS:
-        return f"the activation {experts.activation!r}"
     dtype = hidden.dtype
     if dtype is not torch.float32 and dtype is not torch.bfloat16 or not hidden.is_cpu:
         return f"{dtype} on {hidden.device}"

@@ -13,7 +13,7 @@ from sentei.axes.connections import Config as Connections
 from sentei.axes.depth import Config as Depth
 from sentei.axes.weights import Config as Weights
 from sentei.budget.calibration import calibrate, wanted_by_rooms
-from sentei.conversion import wrapper
+from sentei.conversion import rows, wrapper
 from sentei.conversion.families import FAMILIES
 from sentei.conversion.layers import layer_of, layers_of, originals
 from sentei.conversion.plan import Entry, Plan, convert, prunable_layers, wanted
@@ -182,3 +182,20 @@ def test_what_was_built_once_is_used_again():
     convert(model, Plan())
     convert(model, Plan((THIN, drop(2, "network"))), seen)
     assert model.get_submodule("model.layers.1.mlp") is first
+
+
+@every_room
+def test_what_is_built_beside_a_room_that_decodes_is_made_of_plain_modules(room):
+    """Modules that are switched to native rows, or hold a room, are plain again before others are made of them."""
+    model, ids = tiny_model("llama"), tokens(40)
+    paged = Plan.everywhere((0, 1, 2), "connections", Connections(decode=Mass(0.9)))
+    convert(model, paged)
+    rows.install(model, most_rows=8)
+    lean, fresh = plan_of(model, room, -1), tiny_model("llama")
+    seen = calibrate(tiny_model("llama"), TEXT, wanted_by_rooms(model, INSIDE, "rule"))
+    convert(model, lean, seen)
+    convert(fresh, lean, statistics("llama"))
+    assert torch.equal(logits(model, ids), logits(fresh, ids))
+    assert not wrapper.rooms(model) and not any(hasattr(module, "few_rows") for module in model.modules())
+    convert(model, Plan())
+    assert not wrapper.rooms(model)
