@@ -15,7 +15,7 @@ COMMAND = re.compile(r"sentei [a-z]+ \S")
 SMALL = [
     (r"^(sentei prune)(?!.*--workload)", r"\1 --workload prefill:4096"),
     (r"\bprefill:[\d,]+", "prefill:512"),
-    (r"\bdecode:[\d,]+", "decode:128"),
+    (r"\bdecode:[\d,]+", "decode:24"),
     (r"sentei\.prune\(workload", 'sentei.prune("my-model", workload'),
     (r"quality=0\.99\b", "quality=0.5"),
     (r"--(quality|speed) [\d.]+", "--quality 0.5"),
@@ -58,7 +58,7 @@ class Piece:
         return _small(self.text)[0]
 
 
-def pieces(page: Page, text: str) -> list[Piece]:
+def pieces(page: Page) -> list[Piece]:
     """All code of a page in its order, and the `sentei` lines among its words after it.
 
     Raises:
@@ -74,17 +74,16 @@ def pieces(page: Page, text: str) -> list[Piece]:
         assert not hidden, f"{page.path}:{line}: is it python?"
         commands = [each for each in block.splitlines() if COMMAND.match(each)]
         found += [_piece(line, "command", each) for each in commands] or [_piece(line, "text", block)]
-    said = [token for outer in page.tokens for token in outer.children or [] if token.type == "code_inline"]
-    for words in dict.fromkeys(token.content for token in said if COMMAND.match(token.content)):
-        place = text.find(words.split(" -")[0].split()[-1])
-        found.append(_piece(text[:max(place, 0)].count("\n") + 1, "command", words))
+    said = {child.content: outer.map[0] + 1 for outer in reversed(page.tokens) for child in outer.children or []
+            if child.type == "code_inline" and COMMAND.match(child.content)}
+    found += [_piece(line, "command", words) for words, line in reversed(said.items())]
     return found
 
 
 def read(path: str) -> list[Piece]:
     """The pieces of a page of this repository."""
     text = (ROOT / path).read_text(encoding="utf-8")
-    return pieces(parse(path, text), text)
+    return pieces(parse(path, text))
 
 
 def _piece(line: int, kind: str, text: str) -> Piece:

@@ -43,7 +43,8 @@ def targets(found: Page) -> Counter:
 
 def compare(one: Page, other: Page) -> None:
     """Raises where two pages differ in what a translation leaves alone."""
-    assert [block[:2] for block in one.blocks()] == [block[:2] for block in other.blocks()]
+    same = [block[:2] for block in one.blocks()] == [block[:2] for block in other.blocks()]
+    assert same, f"copy the code blocks of {one.path} into {other.path}"
     assert [token.tag for token in one.tokens if token.type == "heading_open"] == [
         token.tag for token in other.tokens if token.type == "heading_open"]
     assert rows(one) == rows(other)
