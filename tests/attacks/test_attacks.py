@@ -51,7 +51,7 @@ def check(cases: list[dict]) -> None:
 def test_some_attacks_are_refused_and_their_twins_are_not(tmp_path):
     cases = results(tmp_path, "--some")
     check(cases)
-    assert len(cases) > 100 and len({case["door"] for case in cases}) == 14
+    assert len(cases) > 80 and len({case["door"] for case in cases}) == 14
 
 
 @pytest.mark.slow
