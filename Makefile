@@ -18,7 +18,7 @@ FLOOR = torch==2.11.0 transformers==5.14.0
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help prune test test-slow test-floor test-sanitized lint clean
+.PHONY: help prune test test-slow test-floor test-sanitized attacks docs lint clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /make \1  \t/p' Makefile
@@ -42,6 +42,13 @@ test-sanitized: .venv/ready-test  ## the kernels' tests, with a native library t
 	  -pthread -Wno-psabi -o build/sanitized/$(NATIVE)/_native.so build/sanitized/$(NATIVE)/*.cpp -ldl
 	@cd build/sanitized && $(SANITIZE_RUN) $(abspath .venv)/bin/python -m pytest tests/kernels -m "not slow and not gpu" \
 	  -p no:cacheprovider -k "not memory_that_cannot_be_had" $(ARGS)
+
+attacks: .venv/ready-test  ## every attack on a file that is read, and a minute of fuzzing (SECONDS=60)
+	@$(RUN) pytest -m "not gpu" tests/attacks $(ARGS)
+	@.venv/bin/python tests/attacks/fuzz.py $(or $(SECONDS),60)
+
+docs: .venv/ready-test  ## the documentation as a site, in build/docs
+	@$(RUN) docs.builder.build $(ARGS)
 
 lint: .venv/ready-test  ## the style check
 	@$(RUN) ruff check .

@@ -16,7 +16,7 @@ import traceback
 from pathlib import Path
 from typing import TextIO
 
-from sentei.commands import bench, prune, trace, train, verify
+from sentei.commands import bench, inspect, lab, prune, slack, trace, train, verify
 from sentei.commands.verb import table
 from sentei.core.errors import ResourceError, SenteiError
 from sentei.core.storage import disk_is_full
@@ -36,7 +36,8 @@ EXIT_CODES = {
 }
 
 
-VERBS = {"prune": prune.VERB, "verify": verify.VERB, "bench": bench.VERB, "train": train.VERB, "trace": trace.VERB}
+VERBS = {"prune": prune.VERB, "slack": slack.VERB, "verify": verify.VERB, "bench": bench.VERB, "train": train.VERB,
+         "trace": trace.VERB, "inspect": inspect.VERB, "lab": lab.VERB}
 
 
 class Parser(argparse.ArgumentParser):

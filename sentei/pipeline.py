@@ -15,15 +15,20 @@ import torch
 from torch import nn
 
 from sentei.axes.connections import Config
+from sentei.budget import offers as offers_of
 from sentei.budget import slack as slack_of
+from sentei.budget.calibration import TOKENS, Library
 from sentei.budget.goal import Goal
-from sentei.budget.judge import Judge
-from sentei.budget.proof import RUNS, Proof, first_proven
-from sentei.budget.solver import Forecast, Solution, solve
+from sentei.budget.judge import Judge, Judgement
+from sentei.budget.mixture import Market, rate_of, solve_all
+from sentei.budget.proof import RUNS, Proof, best_proven
+from sentei.budget.share import kept_of, rooms_of
+from sentei.budget.solver import Candidate, Forecast, Solution, solve
 from sentei.budget.workload import Workload, workload_of
-from sentei.conversion import export
+from sentei.conversion import card, export
 from sentei.conversion.checkpoints import DTYPES, load_model, load_tokenizer, locate
 from sentei.conversion.plan import Plan, convert, prunable_layers
+from sentei.conversion.tokenizers import require_known
 from sentei.core.errors import FileError, SenteiError, UnsupportedError
 from sentei.core.progress import Progress, Silent
 from sentei.core.storage import Stages, claimed, write_json
@@ -110,6 +115,7 @@ class Subject:
         name, source: for reports.
         fingerprint: differs for different weights.
         command: what to type to do the job again.
+        licence: of the weights, a word, or None where it is not known.
     """
 
     model: nn.Module
@@ -118,6 +124,7 @@ class Subject:
     source: str
     fingerprint: str
     command: str
+    licence: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,11 +150,11 @@ class Outcome:
     plan: Plan
 
 
-def run(request: Request, progress: Progress) -> Outcome:
-    """Does the main job for files: loads the model, finds and proves a plan, and writes the result and its report.
+def opened(request: Request, progress: Progress) -> tuple[Subject, Text, dict[str, torch.Tensor]]:
+    """The model, the text and its windows that a request names, checked.
 
     Raises:
-        SenteiError: bad input, with its exit code; nothing is written before model, text and folder are accepted.
+        SenteiError: bad input, with its exit code.
     """
     with progress.stage("load", 2) as step:
         checkpoint = locate(request.model, online=request.online)
@@ -155,9 +162,20 @@ def run(request: Request, progress: Progress) -> Outcome:
         step("checked")
         tokenizer = load_tokenizer(checkpoint)
         subject = Subject(model=load_model(checkpoint, request.dtype), tokenizer=tokenizer, name=checkpoint.name,
-                          source=checkpoint.source, fingerprint=checkpoint.fingerprint, command=request.command())
+                          source=checkpoint.source, fingerprint=checkpoint.fingerprint, command=request.command(),
+                          licence=checkpoint.licence)
         windows = _windows(subject, text, request.work())
         step("loaded")
+    return subject, text, windows
+
+
+def run(request: Request, progress: Progress) -> Outcome:
+    """Does the main job for files: loads the model, finds and proves a plan, and writes the result and its report.
+
+    Raises:
+        SenteiError: bad input, with its exit code; nothing is written before model, text and folder are accepted.
+    """
+    subject, text, windows = opened(request, progress)
     job = f"{subject.name}-{request.workload.replace(':', '-')}-{request.dtype}-{subject.fingerprint[:6]}"
     out = request.out or Path("sentei-out") / job
     with claimed(out, MARKER, "sentei prune"):
@@ -204,6 +222,7 @@ def prune(model: nn.Module | str | None = None, tokenizer=None, *, text: Path | 
 def verify(folder: Path) -> dict:
     """Loads a folder written by `run` in a fresh process and compares it with its receipt, see `export.check`."""
     export.read_policy(folder)
+    export.read_receipt(folder)
     return export.check_afresh(folder)
 
 
@@ -226,36 +245,51 @@ def _prune(subject: Subject, text: Text, windows: dict[str, torch.Tensor], reque
     rules = slack_of.options(workload)
     inputs = {"model": subject.fingerprint, "text": text.sha256, "workload": request.workload, "dtype": request.dtype,
               "environment": environment(), "kernel": native.identity(), "config": config.to_json(),
-              "rules": [rule.to_json() for rule in rules], "windows": WINDOWS}
+              "rules": [rule.to_json() for rule in rules],
+              "windows": {use: len(rows) for use, rows in windows.items()}}
     stages, clock = Stages(out and out / "stages"), Clock()
-    judge = Judge(subject.model, workload, windows, stages, inputs)
+    library = Library(subject.model, windows["calibrate"], workload.lever)
+    windows = {**windows, "calibrate": windows["calibrate"][:WINDOWS["calibrate"]]}
+    judge = Judge(subject.model, workload, windows, stages, inputs, library)
     whole = slack_of.whole_plan(workload, layers, config)
     steps = len(windows["choose"]) + len(windows["verify"]) + len({Plan(), whole})
     with clock("calibrate"), progress.stage("calibrate", steps) as step:
         dense_seconds, whole_seconds = (judge.seconds(plan, "calibrate", step) for plan in (Plan(), whole))
         judge.prepare("verify", step)
         judge.prepare("choose", step)
-    with clock("slack"), progress.stage("slack", len(layers) * len(windows["calibrate"])) as step:
+    options = offers_of.candidates(subject.model, workload.lever)
+    with clock("slack"), progress.stage("slack", len(layers) * WINDOWS["calibrate"] + len(options)) as step:
         slack = slack_of.from_json(stages.run("slack", inputs, lambda: {"layers": slack_of.to_json(slack_of.measure(
-            subject.model, workload, windows["calibrate"], layers, config, rules=rules, step=step))})["layers"])
+            subject.model, workload, windows["calibrate"], layers, config, rules=rules,
+            step=step))})["layers"])
+        offers = offers_of.from_json(stages.run("offers", {**inputs, "options": [
+            entry.to_json() for entry, _ in options]}, lambda: {"offers": offers_of.to_json(offers_of.measure(
+                judge, windows["calibrate"][0], whole, step=step))})["offers"])
     forecast = Forecast.made(slack, workload, dense=dense_seconds, whole=whole_seconds)
     with clock("solve"), progress.stage("solve", JUDGEMENTS * len(windows["choose"])) as step:
-        solution = solve(goal, workload, slack, config, lambda candidate: judge.judge(
-            candidate.plan if goal.lookahead else candidate.plan.without_lookahead(), "choose", step), forecast)
+        def judged(candidate: Candidate) -> Judgement:
+            plan = candidate.plan
+            return judge.judge(plan if goal.lookahead else plan.without_lookahead(), "choose", step)
+
+        alone = solve(goal, workload, slack, config, judged, forecast)
+        solution = solve_all(goal, Market(slack=slack, offers=offers, config=config, workload=workload,
+                                          rate=rate_of(alone.judged, slack), dense=dense_seconds),
+                             alone, judged, forecast)
     readings = 1 if goal.lookahead else 2
     with clock("measure"), progress.stage("measure", 2 * RUNS + 2 + readings * len(windows["verify"])) as step:
-        proof = first_proven(goal, solution, judge, step)
-    convert(subject.model, proof.candidate.plan)
+        proof = best_proven(goal, solution, judge, step)
+    convert(subject.model, proof.candidate.plan, judge.statistics(proof.candidate.plan))
     result = _result(request, subject, proof, layers, out)
     report = None
     if out is not None:
         with clock("export"), progress.stage("export", 2) as step:
-            _export(subject, proof, windows["verify"][0], out, result, step)
+            receipt = _export(subject, proof, windows["verify"][0], out, result, step)
         with progress.stage("report", 1) as step:
             details = _details(subject, text, request, proof, layers)
             details |= {"slack": slack_of.to_json(slack), "points": _points(solution, proof, layers, forecast),
                         "seconds": dict(clock)}
             report = write_report(out, result, details)
+            card.write(out, result, details, receipt)
             step()
     quality = proof.judgement.quality
     return Outcome(result=result, met=not proof.reason, reason=proof.reason, report=report, model=subject.model,
@@ -271,7 +305,10 @@ def _windows(subject: Subject, text: Text, workload: Workload) -> dict[str, torc
     if workload.tokens > context:
         raise SenteiError("--workload", expected=f"at most the model's context of {context:,} tokens",
                           got=f"{workload.tokens:,}", do="choose a shorter workload")
-    return windows_of(subject.tokenizer, text.text, length=workload.tokens, needed=WINDOWS)
+    windows = windows_of(subject.tokenizer, text.text, length=workload.tokens, needed=WINDOWS,
+                         wished={"calibrate": -(-TOKENS // workload.tokens) - WINDOWS["calibrate"]})
+    require_known(max(int(part.max()) for part in windows.values()), subject.model.config.vocab_size, subject.name)
+    return windows
 
 
 def _fingerprint(model: nn.Module) -> str:
@@ -290,15 +327,21 @@ def _result(request: Request, subject: Subject, proof: Proof, layers: tuple[int,
     result = public(model=subject.name, workload=request.workload, dtype=request.dtype, tokens=work.timed_tokens,
                     perplexity=(quality.dense, quality.pruned), seconds=proof.comparison.seconds(),
                     speedup=proof.comparison.speedup())
-    plan = [{"layer": entry.layer, "room": entry.room, "rule": getattr(entry.config, work.lever).to_json(),
-             "density": sum(density[entry.layer]) / len(density[entry.layer])}
+    plan = [{"layer": entry.layer, "room": entry.room,
+             "rule": getattr(entry.config, work.lever if entry.room == "connections" else "rule").to_json(),
+             "density": _mean(density[entry.layer]) if entry.room == "connections" else kept_of(subject.model, entry)}
             for entry in proof.candidate.plan.entries]
     strict = {} if proof.strict is None else {"quality_without_lookahead": proof.strict.quality.value}
-    return {**result, **strict, "density": proof.judgement.mean_density(layers), "plan": plan, "out": out and str(out)}
+    return {**result, **strict, "density": proof.judgement.mean_density(layers), "plan": plan, "rooms": rooms_of(proof),
+            "out": out and str(out)}
 
 
-def _export(subject: Subject, proof: Proof, tokens: torch.Tensor, out: Path, result: dict, step: Callable) -> None:
-    """Writes the model and proves in a fresh process that it gives the same logits."""
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _export(subject: Subject, proof: Proof, tokens: torch.Tensor, out: Path, result: dict, step: Callable) -> dict:
+    """Writes the model and proves in a fresh process that it gives the same logits; the receipt."""
     names = "workload", "speedup", "quality", "quality_without_lookahead", "density", "threads"
     measured = {key: result[key] for key in names if key in result}
     measured |= {"verify_attempts": proof.attempts, "date": proof.comparison.date}
@@ -311,6 +354,7 @@ def _export(subject: Subject, proof: Proof, tokens: torch.Tensor, out: Path, res
                         got=f"a difference of {receipt['difference']}", do="report this: it is a bug in sentei")
     write_json(out / "sentei-receipt.json", receipt)
     step("verified")
+    return receipt
 
 
 def _details(subject: Subject, text: Text, request: Request, proof: Proof, layers: tuple[int, ...]) -> dict:
@@ -332,7 +376,7 @@ def _details(subject: Subject, text: Text, request: Request, proof: Proof, layer
             "text": {"name": text.name, "sha256": text.sha256,
                      "tokens": {use: count * work.tokens for use, count in WINDOWS.items()}},
             "timings": timings, "timed_tokens": work.timed_tokens, "environment": environment(),
-            "verify_attempts": proof.attempts,
+            "verify_attempts": proof.attempts, "licence": subject.licence,
             "strict": proof.strict and {"quality_interval": [proof.strict.quality.low, proof.strict.quality.high],
                                         "density": proof.strict.mean_density(layers)},
             "command": subject.command, "date": comparison.date}

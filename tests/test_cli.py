@@ -20,10 +20,13 @@ HEAVY = {"torch", "transformers", "numpy", "safetensors", "matplotlib", "tqdm", 
 FLAGS = {
     "prune": {"MODEL", "--text", "--workload", "--quality", "--speed", "--no-lookahead", "--dtype", "--out",
               "--online", "--json"},
+    "slack": {"MODEL", "--text", "--workload", "--dtype", "--online", "--json"},
     "verify": {"DIR", "--json"},
     "bench": {"NAME", "CASE", "--runs", "--json"},
     "train": {"CONFIG", "--out", "--json"},
     "trace": {"MODEL", "PROMPT", "--out", "--save", "--mass", "--write", "--online", "--json"},
+    "inspect": {"FILE", "--json"},
+    "lab": {"NAME", "--out", "--json"},
 }
 
 # Python runs a file of this name at its start: here it puts the stand-in where the pipeline would be.

@@ -21,7 +21,7 @@ from sentei.measurement.quality import Quality
 
 DENSE = Candidate(name="dense", plan=Plan(), seconds=1.0, density=1.0)
 KEYS = {"schema", "model", "workload", "dtype", "threads", "dense", "pruned", "speedup", "quality", "density", "plan",
-        "out"}
+        "rooms", "out"}
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def test_the_folder_loads_and_generates(done):
     prompt = torch.arange(2, 12)[None]
     tokens = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=4, do_sample=False)
     assert 10 < tokens.shape[1] <= 14
-    assert len(wrapper.rooms(model)) == len(done.plan.entries)
+    assert len(wrapper.rooms(model)) == len(done.plan.standing("under").entries)
 
 
 def test_the_folder_proves_itself_in_a_fresh_process(done):
@@ -118,6 +118,7 @@ def test_two_runs_do_not_share_a_folder(subject, tmp_path):
 
 def test_where_no_plan_is_faster_the_bound_is_not_met_and_the_dense_model_is_kept(subject, tmp_path, monkeypatch):
     monkeypatch.setattr("sentei.pipeline.solve", lambda *_: Solution(ladder=[DENSE], judged=[]))
+    monkeypatch.setattr("sentei.pipeline.solve_all", lambda goal, market, alone, *_: alone)
     outcome = pipeline.run(pipeline.Request(**subject, quality=0.5, out=tmp_path / "out"), pipeline.Silent())
     assert not outcome.met and "faster than the dense model" in outcome.reason
     assert outcome.result["speedup"] == 1 and outcome.result["plan"] == []
@@ -168,6 +169,7 @@ def test_without_lookahead_a_strict_reading_is_held_to_the_bound_too(prune, tmp_
     sparse = Candidate(name="sparse", plan=plan, seconds=1.0, density=0.5)
     monkeypatch.setattr("sentei.pipeline.solve", lambda goal, work, slack, config, judge, forecast: Solution(
         ladder=[sparse], judged=[(sparse, judge(sparse))]))
+    monkeypatch.setattr("sentei.pipeline.solve_all", lambda goal, market, alone, *_: alone)
     summary = prune(*flags, workload="prefill:512", quality=0.1).stdout
     result = json.loads(prune(*flags, "--json", workload="prefill:512", quality=0.1).stdout)
     policy = json.loads((tmp_path / "out" / "sentei.json").read_text())

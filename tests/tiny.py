@@ -65,6 +65,24 @@ def save_tiny(folder: Path, model_type: str, **overrides) -> Path:
     return folder
 
 
+def tiny_encoder(head: str = "BertModel"):
+    """A tiny random BERT, float32, eval mode; the weights are the same on every call."""
+    import transformers
+
+    config = transformers.BertConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+                                     intermediate_size=48, max_position_embeddings=64)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return getattr(transformers, head)(config).eval()
+
+
+def save_tiny_encoder(folder: Path, head: str = "BertModel") -> Path:
+    """Writes a tiny BERT, with that head, and the tokenizer into `folder`, and returns it."""
+    tiny_encoder(head).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
 def gguf_bytes(values: dict, tensors: dict[str, tuple[tuple[int, ...], int, int, bytes]], *, version: int = 3) -> bytes:
     """A GGUF file of text, int, float and list-of-text `values` and of tensors {name: (shape, type, offset, data)}.
 

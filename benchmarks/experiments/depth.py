@@ -11,13 +11,14 @@ import statistics
 import torch
 from torch import nn
 
-from benchmarks.experiments.harness import Experiment, Place, Variant, carry_out, trained, window_losses
+from benchmarks.experiments.harness import Experiment, Place, Variant, carry_out, trained
 from benchmarks.experiments.parts import transformer
 from benchmarks.publish import table
 from sentei.axes import depth
 from sentei.core.rules import Capacity
 from sentei.core.tracing import trace
 from sentei.model import Transformer
+from sentei.training.losses import window_losses
 
 SHAPE = {"width": 96, "heads": (4, 4), "feed_forward": 192}
 

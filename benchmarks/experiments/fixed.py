@@ -14,88 +14,35 @@ choice gives that is trained from the start is the dense model of the same cost,
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from itertools import combinations
 
 import torch
 
 from benchmarks.experiments import depth as depths
 from benchmarks.experiments import experts as mixtures
-from benchmarks.experiments.harness import Experiment, Place, difference, place_of, trained, window_losses
+from benchmarks.experiments.harness import Experiment, Place, difference, place_of, trained
 from benchmarks.experiments.mixture_of_domains import domains_of
 from benchmarks.publish import table, write_result
 from sentei.axes.connections import Config as Attended
 from sentei.axes.connections import Connections
 from sentei.axes.depth import Depth
 from sentei.axes.experts import Experts
-from sentei.core.rules import Fixed, Rule, TopK
+from sentei.core.rules import Fixed, TopK
 from sentei.core.storage import write_json
-from sentei.core.tracing import trace
-from sentei.model import Transformer
+from sentei.lab.fixed_choices import (
+    SINKS,
+    Places,
+    attention,
+    best_pairs,
+    best_places,
+    halves,
+    loads,
+    rooms,
+    with_rules,
+)
+from sentei.training.losses import window_losses
 
-SEARCHED, KEPT, SINKS = 8, (8, 32), 4  # windows a search reads; bytes attended to; first bytes that may be among them
+SEARCHED, KEPT = 8, (8, 32)  # windows a search reads; bytes attended to
 Losses = dict[str, list[list[float]]]
-
-
-@dataclass(frozen=True)
-class Places(Rule):
-    """Keeps, in each head, the candidates that stand so far back, and some of the first, whatever the scores.
-
-    Args:
-        back: bool [H, C], how far back.
-        first: bool [H, SINKS], places from the beginning.
-    """
-
-    back: torch.Tensor
-    first: torch.Tensor
-
-    def keep(self, scores, permitted, forced):
-        """Bool like the scores."""
-        far = torch.arange(scores.shape[-2])[:, None] - torch.arange(scores.shape[-1])
-        kept = self.back[:, far.clamp(min=0)]
-        kept[..., :SINKS] |= self.first[:, None]
-        return kept & permitted | forced
-
-
-def rooms(model: torch.nn.Module, kind: type) -> list:
-    """The rooms of a model, in order."""
-    return [module for module in model.modules() if isinstance(module, kind)]
-
-
-def loads(model: Transformer, windows: torch.Tensor) -> list[torch.Tensor]:
-    """How many bytes keep each expert, [E] a layer."""
-    with torch.no_grad(), trace(model) as records:
-        model(windows[:, :-1])
-    return [record.selection.mask().flatten(0, -2).sum(0) for record in records if record.path.endswith(".experts")]
-
-
-def best_pairs(model: Transformer, windows: torch.Tensor) -> list[Fixed]:
-    """The pairs of the search."""
-    layers = rooms(model, Experts)
-    chosen = [Fixed(tuple(load.topk(2).indices.tolist())) for load in loads(model, windows)]
-    for layer, rule in zip(layers, chosen, strict=True):
-        layer.rule = rule
-    for number, layer in enumerate(layers):
-        losses = {}
-        for pair in combinations(range(layer.num_experts), 2):
-            layer.rule = Fixed(pair)
-            losses[pair] = window_losses(model, windows).mean().item()
-        chosen[number] = layer.rule = Fixed(min(losses, key=losses.get))
-    for layer in layers:
-        layer.rule = layer.config.rule
-    return chosen
-
-
-def with_rules(model: Transformer, kind: type, rules: list[Rule], windows: torch.Tensor) -> torch.Tensor:
-    """The windows' losses with other rules in the rooms, which have their own again afterwards."""
-    found = rooms(model, kind)
-    before = [room.rule for room in found]
-    for room, rule in zip(found, rules, strict=True):
-        room.rule = rule
-    losses = window_losses(model, windows)
-    for room, rule in zip(found, before, strict=True):
-        room.rule = rule
-    return losses
 
 
 def of_experts(place: Place, seed: int) -> dict[str, list[float]]:
@@ -116,37 +63,6 @@ def of_experts(place: Place, seed: int) -> dict[str, list[float]]:
             "fixed, by load in the domain": by_task.tolist()}
 
 
-def attention(model: Transformer, windows: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Mean attention of each head [H] to what stands so far back [H, T], and to each of the first bytes [H, SINKS]."""
-    seen: list[tuple] = []
-    handles = [room.register_forward_pre_hook(lambda _, given: seen.append(given))
-               for room in rooms(model, Connections)]
-    with torch.no_grad():
-        model(windows[:, :-1])
-    for handle in handles:
-        handle.remove()
-    found = []
-    for query, key, *_ in seen:
-        size = query.shape[1]
-        scores = torch.einsum("bqhd,bkhd->bhqk", query, key) * query.shape[-1] ** -0.5
-        shares = scores.masked_fill(torch.ones(size, size, dtype=torch.bool).triu(1), -torch.inf).softmax(-1).mean(0)
-        far = torch.arange(size)[:, None] - torch.arange(size)
-        back = torch.stack([shares[:, far == distance].sum(-1) / size for distance in range(size)], -1)
-        found.append((back, shares[..., :SINKS].mean(1)))
-    return found
-
-
-def best_places(heads: list[tuple[torch.Tensor, torch.Tensor]], kept: int) -> list[Places]:
-    """The K places of each head with the most attention, its own byte among them."""
-    rules = []
-    for back, first in heads:
-        worth = torch.cat([back, first], 1)
-        worth[:, 0] = torch.inf
-        chosen = torch.zeros_like(worth, dtype=torch.bool).scatter(1, worth.topk(kept, 1).indices, True)
-        rules.append(Places(chosen[:, :-SINKS], chosen[:, -SINKS:]))
-    return rules
-
-
 def of_connections(place: Place, seed: int) -> dict[str, list[float]]:
     """Losses of one dense model."""
     model, found = trained(mixtures.EXPERIMENT, "dense", seed, place)
@@ -164,27 +80,14 @@ def of_connections(place: Place, seed: int) -> dict[str, list[float]]:
     return losses
 
 
-class Halves(Rule):
-    """Keeps half of the bytes, whatever the scores; every other one, or a random half that is always the same."""
-
-    def __init__(self, random: bool):
-        self.random = random
-
-    def keep(self, scores, permitted, forced):
-        """Bool like the scores, [B, T, 1]."""
-        drawn = torch.rand(scores.shape, generator=torch.Generator().manual_seed(0))
-        rank = drawn.argsort(1).argsort(1) if self.random else torch.arange(scores.shape[1])[:, None] % 2
-        return (rank < (scores.shape[1] + 1) // 2 if self.random else rank == 0) & permitted | forced
-
-
 def of_depth(place: Place, seed: int) -> dict[str, list[float]]:
     """Losses of one Mixture-of-Depths."""
     model, found = trained(depths.EXPERIMENT, "half", seed, place)
     held = place.windows(depths.EXPERIMENT, seed).held_out()
-    number = len(rooms(model, Depth))
+    number, (every_other, *_, random) = len(rooms(model, Depth)), halves(held.shape[1] - 1)
     return {"dynamic": found["losses"],
-            "fixed, every other byte": with_rules(model, Depth, [Halves(False)] * number, held).tolist(),
-            "fixed, a random half": with_rules(model, Depth, [Halves(True)] * number, held).tolist()}
+            "fixed, every other byte": with_rules(model, Depth, [every_other] * number, held).tolist(),
+            "fixed, a random half": with_rules(model, Depth, [random] * number, held).tolist()}
 
 
 PARTS: dict[str, tuple[Experiment, Callable[[Place, int], dict[str, list[float]]]]] = {

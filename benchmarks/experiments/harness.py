@@ -22,16 +22,15 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torch.nn.functional import cross_entropy
 
 from benchmarks.publish import table, write_result
 from sentei.core.storage import read_json, write_json
 from sentei.core.tracing import trace
+from sentei.geometry.intervals import student
 from sentei.training import data
 from sentei.training.loop import METRICS, Config, Optimizer, read_metrics, train
-from sentei.training.losses import Balanced, Weights, of_predictors
+from sentei.training.losses import Balanced, Weights, of_predictors, window_losses
 
-STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776}  # 97.5 % quantiles, by degrees of freedom
 SEEN = 8  # sequences whose forward pass is counted
 
 
@@ -146,16 +145,6 @@ def trained(experiment: Experiment, name: str, seed: int, place: Place) -> tuple
     return model, read_json(path)
 
 
-@torch.no_grad()
-def window_losses(model: nn.Module, windows: torch.Tensor) -> torch.Tensor:
-    """The mean loss of each window [N, context + 1], float64 [N], nats a byte."""
-    found = []
-    for part in windows.split(8):
-        logits, targets = model(part[:, :-1]).float(), part[:, 1:]
-        found.append(cross_entropy(logits.mT, targets, reduction="none").double().mean(1))
-    return torch.cat(found)
-
-
 def results(experiment: Experiment, place: Place) -> Iterator[dict]:
     """Every run, seed by seed; those that are done come from their file."""
     for seed in range(experiment.seeds):
@@ -188,7 +177,7 @@ def difference(theirs: Sequence[Sequence[float]], baseline: Sequence[Sequence[fl
     gaps = torch.tensor(theirs, dtype=torch.float64) - torch.tensor(baseline, dtype=torch.float64)
     seeds, windows = gaps.shape
     means, places = gaps.mean(1).tolist(), gaps.mean(0)
-    over_seeds = STUDENT[seeds - 1] * statistics.stdev(means) / math.sqrt(seeds) if seeds > 1 else math.inf
+    over_seeds = student(seeds - 1) * statistics.stdev(means) / math.sqrt(seeds) if seeds > 1 else math.inf
     return Difference(mean=float(gaps.mean()), seeds=over_seeds, text=1.96 * float(places.std()) / math.sqrt(windows))
 
 

@@ -19,7 +19,6 @@ from benchmarks.experiments.harness import (
     place_of,
     publish,
     trained,
-    window_losses,
 )
 from benchmarks.experiments.parts import mixture, transformer
 from benchmarks.publish import table
@@ -31,7 +30,7 @@ from sentei.model import Transformer
 from sentei.training.data import Windows
 from sentei.training.loop import Config as Training
 from sentei.training.loop import Optimizer
-from sentei.training.losses import Weights
+from sentei.training.losses import Weights, window_losses
 
 SHAPE = {"width": 192, "layers": 4, "heads": (6, 6)}
 DOMAINS = ("code", "prose", "french")

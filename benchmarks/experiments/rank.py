@@ -20,7 +20,6 @@ from benchmarks.experiments.harness import (
     place_of,
     publish,
     trained,
-    window_losses,
 )
 from benchmarks.experiments.parts import transformer
 from benchmarks.publish import table
@@ -28,6 +27,7 @@ from sentei.axes.rank import Config as Rank
 from sentei.conversion.adapters import add
 from sentei.training.loop import Config as Training
 from sentei.training.loop import Optimizer
+from sentei.training.losses import window_losses
 
 TARGETS = ("query", "key", "value", "output", "gate", "up", "down")
 FIRST = Experiment(name="rank-first", text=("code", "prose"), flops=1.0e12, seeds=3, variants={"dense": Variant(

@@ -35,6 +35,7 @@ from sentei.kernels.attention import Grid, Tiles, attend
 TILE = 64  # the block size for which `attend` measures its dense plan
 ROWS_AT_ONCE = 256  # of the predictor: their products stay in the cache
 TINY = 1e-6  # added to the mean square of what the predictor reads
+PARTS = ("attention", "network", "block")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,17 +47,20 @@ class Config:
             evaluation. All is the dense block and Fixed(()) no block at all. A token has one candidate, which every
             rule that looks at a token alone keeps, unless it keeps nothing.
         threshold: the probability from which the predictor keeps a token; 0 keeps every one.
+        part: what the block is in a pretrained layer: its "attention", its "network", or the whole "block" of both.
     """
 
     rule: Rule = field(default_factory=All)
     threshold: float = 0.5
+    part: str = "block"
 
     def __post_init__(self):
         plain = isinstance(self.rule, Rule) and not (
             isinstance(self.rule, Capacity) and isinstance(self.rule.capacity, tuple))
         number = isinstance(self.threshold, int | float) and not isinstance(self.threshold, bool)
         checks = {"rule a Rule, of one number if Capacity": plain,
-                  "threshold from 0 to 1": number and 0 <= self.threshold <= 1}
+                  "threshold from 0 to 1": number and 0 <= self.threshold <= 1,
+                  f"part one of {', '.join(PARTS)}": self.part in PARTS}
         for expected, holds in checks.items():
             if not holds:
                 raise RuleError("depth.Config", expected=expected, got=repr(self), do="change that field")

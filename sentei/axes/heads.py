@@ -25,6 +25,7 @@ from sentei.core.rules import MAX_K, Rule
 from sentei.kernels.attention import Grid, Tiles, attend, choose_impl
 
 BLOCK = 64
+MERGES = ("mean", "joint")
 
 
 @dataclass(frozen=True)
@@ -42,15 +43,19 @@ class Config:
     """How many key/value heads there are.
 
     Args:
-        num_kv_heads: G, which divides the query heads; None is as many as these, the dense layer.
+        num_kv_heads: G, which divides the query heads; None is as many as the layer has, the dense layer.
+        merge: how fewer are made of those of a trained layer: their "mean", or "joint", the least squares of
+            `sentei.conversion.rooms.heads`, which take a calibration pass.
     """
 
     num_kv_heads: int | None = None
+    merge: str = "mean"
 
     def __post_init__(self):
-        if self.num_kv_heads is not None and not (type(self.num_kv_heads) is int and 1 <= self.num_kv_heads <= MAX_K):
-            raise RuleError("heads.Config", expected="num_kv_heads from 1, or None", got=repr(self),
-                            do="change that field")
+        counts = self.num_kv_heads is None or type(self.num_kv_heads) is int and 1 <= self.num_kv_heads <= MAX_K
+        if not counts or self.merge not in MERGES:
+            raise RuleError("heads.Config", expected=f"num_kv_heads from 1, or None, merge one of {', '.join(MERGES)}",
+                            got=repr(self), do="change that field")
 
     @property
     def rule(self) -> Rule:
@@ -71,7 +76,7 @@ class Config:
 
     def to_json(self) -> dict:
         """The configuration as a JSON object."""
-        return {"num_kv_heads": self.num_kv_heads}
+        return {"num_kv_heads": self.num_kv_heads, "merge": self.merge}
 
     @classmethod
     def from_json(cls, value: dict) -> "Config":
@@ -236,7 +241,11 @@ def from_dense(layer: nn.MultiheadAttention | SharedAttention, config: Config, *
     Raises:
         ShapeError: key/value heads that do not divide those of the layer; a layer with its own key or value width,
             bias_k, zero_attn or dropout.
+        RuleError: another merge than the mean.
     """
+    if config.merge != "mean":
+        raise RuleError("heads.from_dense", expected="the merge 'mean'", got=repr(config),
+                        do="convert a pretrained model (sentei.conversion.plan) with calibration for 'joint'")
     if isinstance(layer, nn.MultiheadAttention):
         layer = _unpacked(layer, causal)
     groups = config.groups(layer.num_heads)

@@ -216,6 +216,11 @@ class Weights(Axis):
         """The columns `ids`, by least squares W G_·S (G_SS)⁻¹ if there is a calibration."""
         if calibration is None or len(ids) in (0, self.sizes[1]):
             return weight[:, ids]
+        kept = torch.zeros(self.sizes[1], dtype=torch.bool, device=weight.device).index_fill(0, ids, True)
+        gone = (~kept).nonzero()[:, 0]
+        if self.config.saliency == "obs" and len(gone) < len(ids):  # the same from the inverse, which obs has made
+            inverse, weight = calibration.inverse(self.config.damp).to(weight.device)[gone], weight.double()
+            return weight[:, ids] - torch.linalg.solve(inverse[:, gone], weight[:, gone].T).T @ inverse[:, ids]
         gram = calibration.damped(self.config.damp).to(weight.device)
         return torch.linalg.solve(gram[ids][:, ids], gram[ids] @ weight.double().T).T
 

@@ -4,8 +4,9 @@ Every case is the same call for ours and for the peer: same tensors, dtype, thre
 FlexAttention also the same tiles, as its own BlockMask. Of bfloat16 tensors sdpa is timed as it is and with casts to
 float32 and back, which a user would make where that is faster. Compilation is not timed. Both run in turn; a ratio is
 the median over neighbouring pairs, peer ÷ ours. Before a case is timed its outputs are compared; on a difference
-there is no ratio, but an error. A share of the blocks is drawn at random among those wholly in the past; the diagonal
-and block 0 are always there. A whole layer that chooses is timed beside another's, see `sentei.benches.layers`.
+there is no ratio, but an error. A share of the blocks counts every block that is permitted: the diagonal and block 0
+are in it, and the rest is drawn at random among those wholly in the past. A whole layer that chooses is timed beside
+another's, see `sentei.benches.layers`.
 """
 
 from collections.abc import Callable, Iterator
@@ -27,7 +28,7 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 4e-2}
 
 @dataclass(frozen=True)
 class Case:
-    """One shape: what is attended to, and the share of the past blocks that is kept (1 is exact attention)."""
+    """One shape: what is attended to, and the share of the permitted blocks that is kept (1 is exact attention)."""
 
     heads: int
     groups: int
@@ -61,10 +62,13 @@ class Case:
     def tiles(self) -> Tiles:
         """The plan; every tile is named, also where all are kept."""
         grid = self.grid
-        draw = torch.rand(1, self.groups, grid.num_query_blocks, grid.num_key_blocks,
-                          generator=torch.Generator().manual_seed(1)) < self.kept
-        draw[..., 0] = True
-        return Tiles.from_mask(draw | ~grid.full(draw.device), grid)
+        permitted, full = (blocks(torch.device("cpu")) for blocks in (grid.permitted, grid.full))
+        draw = torch.rand(1, self.groups, *permitted.shape[-2:], generator=torch.Generator().manual_seed(1))
+        draw.masked_fill_(~full, 2.0)[..., 0] = 2.0  # always drawn
+        draw.masked_fill_(~permitted, -1.0)
+        wanted = round(self.kept * permitted.sum().item())
+        least = draw.flatten(2).topk(wanted).values[..., -1, None, None]
+        return Tiles.from_mask(draw >= least, grid)
 
     @property
     def operations(self) -> int:

@@ -12,7 +12,10 @@ from torch import nn
 
 from sentei.budget.workload import Workload
 from sentei.conversion import wrapper
-from sentei.conversion.plan import Plan, attention_path, convert
+from sentei.conversion.plan import Entry, Plan, attention_path, convert
+from sentei.conversion.rooms import WAYS
+from sentei.conversion.statistics import Statistics
+from sentei.core.rules import Fixed
 from sentei.core.storage import Stages
 from sentei.core.tracing import Record, Trace, trace
 from sentei.measurement.latency import Comparison, interleave
@@ -27,7 +30,7 @@ class Judgement:
 
     Args:
         quality: against the dense model, on the same tokens.
-        density: kept ÷ permitted a head, by layer, of the layers the plan names.
+        density: kept ÷ permitted a head, by layer, of the layers whose attention the plan names.
     """
 
     quality: Quality
@@ -48,11 +51,13 @@ class Judge:
         windows: int64 [N, T] tokens a use, e.g. {"choose": …, "verify": …}.
         stages: where judgements are kept.
         inputs: what every judgement depends on beside the plan, JSON-able.
+        statistics: gives those a plan wants; of none by default.
     """
 
     def __init__(self, model: nn.Module, workload: Workload, windows: dict[str, torch.Tensor], stages: Stages,
-                 inputs: dict):
+                 inputs: dict, statistics: Callable[[Plan], Statistics | None] = lambda plan: None):
         self.model, self.workload, self.windows, self.stages = model, workload, windows, stages
+        self.statistics = statistics
         self.inputs = {**inputs, "workload": str(workload)}
         self.dense: dict[str, torch.Tensor] = {}
         self._read: tuple[str, list] = ("", [])  # the use that was read last, and its prefixes
@@ -72,12 +77,13 @@ class Judge:
         """The plan on the windows of one use; a step a window."""
         def work() -> dict:
             prefixes = self._prefixes(use)
-            convert(self.model, plan)
+            convert(self.model, plan, self.statistics(plan))
             try:
                 with trace(self.model, _Counts()) as counts:
                     losses = self._losses(use, prefixes, step)
-                density = {entry.layer: counts.density_at(f"{attention_path(self.model, entry.layer)}.connections")
-                           for entry in plan.entries}
+                density = {entry.layer: [0.0] for entry in plan.entries if takes_attention(entry)}
+                density |= {entry.layer: counts.density_at(f"{attention_path(self.model, entry.layer)}.connections")
+                            for entry in plan.entries if entry.room == "connections"}
             finally:
                 convert(self.model, Plan())
             quality = compare(self.dense[use], torch.tensor(losses, dtype=torch.float64))
@@ -95,7 +101,7 @@ class Judge:
         whatever the clock says.
         """
         def work() -> dict:
-            run = _Run(self, use)
+            run = self.run(use)
             try:
                 found = interleave(run, run if plan.entries else lambda: None, runs=runs, step=step, before=(
                     partial(run.begin, Plan()), partial(run.begin, plan) if plan.entries else lambda: None))
@@ -109,7 +115,7 @@ class Judge:
     def seconds(self, plan: Plan, use: str, step: Step) -> float:
         """Seconds of one run of the workload with a plan, for forecasts; what is reported comes from `time`."""
         def work() -> dict:
-            run = _Run(self, use)
+            run = self.run(use)
             try:
                 run.begin(plan)
                 start = time.perf_counter()
@@ -122,6 +128,10 @@ class Judge:
 
         inputs = {**self.inputs, "use": use, "plan": plan.to_json()}
         return self.stages.run(f"seconds-{short_key(plan)}", inputs, work)["seconds"]
+
+    def run(self, use: str) -> "Run":
+        """The workload on the first window of a use, to be timed."""
+        return Run(self, use)
 
     def _prefixes(self, use: str) -> list:
         """What every reading of a use's windows begins with; the model is dense afterwards if they had to be made."""
@@ -139,22 +149,27 @@ class Judge:
         return losses
 
 
-class _Run:
+class Run:
     """One run of a judge's workload on the first window of a use: `begin`, which is not timed, and the call itself."""
 
     def __init__(self, judge: Judge, use: str):
-        self.model, self.workload = judge.model, judge.workload
+        self.model, self.workload, self.statistics = judge.model, judge.workload, judge.statistics
         self.row, self.prefix = judge.windows[use][0], judge._prefixes(use)[0]
         self.work: Step = lambda: None
 
     def begin(self, plan: Plan) -> None:
         """Converts the model and does what comes before the work."""
         self.work = lambda: None  # what the last run holds is let go first
-        convert(self.model, plan)
+        convert(self.model, plan, self.statistics(plan))
         self.work = self.workload.begin(self.model, self.row, self.prefix)
 
     def __call__(self) -> None:
         self.work()
+
+
+def takes_attention(entry: Entry) -> bool:
+    """Whether the entry leaves the attention of its layer out."""
+    return entry.room == "depth" and "attention" in WAYS["depth"].parts(entry.config) and entry.config.rule == Fixed(())
 
 
 def short_key(plan: Plan) -> str:
@@ -171,7 +186,9 @@ class _Counts(Trace):
         self.permitted: dict[str, torch.Tensor] = {}
 
     def append(self, record: Record) -> None:
-        """Adds the record's candidates, kept and permitted, to those of its room."""
+        """Adds the candidates of connections, kept and permitted, to those of their room."""
+        if record.room != "connections":
+            return
         selection = record.selection
         for counts, number in ((self.kept, selection.count()), (self.permitted, selection.permitted)):
             counts[record.path] = counts.get(record.path, 0) + number.sum((0, 2)).double()

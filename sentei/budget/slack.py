@@ -18,7 +18,8 @@ from torch import nn
 from sentei.axes.connections import Config, Connections
 from sentei.budget.workload import Workload
 from sentei.conversion.plan import Plan, attention_path, convert
-from sentei.core.rules import All, Rule, Threshold, rule_from_json
+from sentei.conversion.rooms.connections import rules
+from sentei.core.rules import All, Rule, rule_from_json
 from sentei.core.selection import Selection
 
 
@@ -61,14 +62,8 @@ def from_json(value: list[dict]) -> list[LayerSlack]:
 
 
 def options(workload: Workload) -> list[Rule]:
-    """The rules tried in every layer, the one that keeps everything first.
-
-    For a prompt that is the dense layer. For decoding it is our kernel on all pages: a layer that stays dense would
-    keep transformers' cache, which is copied for every token.
-    """
-    if workload.lever == "decode":
-        return [Threshold(ratio) for ratio in (0.0, 1e-4, 3e-4, 1e-3, 3e-3, 0.01, 0.03, 0.1)]
-    return [All(), *(Threshold(ratio) for ratio in (0.003, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32))]
+    """The rules tried in every layer, the one that keeps everything first."""
+    return rules(workload.lever)
 
 
 def whole_plan(workload: Workload, layers: tuple[int, ...], config: Config) -> Plan:

@@ -10,7 +10,7 @@ the last good one and the first bad one.
 import math
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from sentei.axes.connections import Config
 from sentei.budget.goal import Goal
@@ -32,16 +32,19 @@ class Candidate:
         plan: what to convert.
         seconds: of all prunable layers' attention, foreseen.
         density: mean over all prunable layers and heads, foreseen.
+        saved: seconds of one run of the workload that other rooms than connections save, foreseen, by room; they are
+            taken off `seconds` too.
     """
 
     name: str
     plan: Plan
     seconds: float
     density: float
+    saved: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Layer:
+class Timed:
     """A layer's measured options and the time fitted to all layers; `whole_seconds` is that of keeping everything."""
 
     slack: LayerSlack
@@ -50,15 +53,16 @@ class _Layer:
     whole_seconds: float
 
     def seconds(self, density: float) -> float:
+        """Seconds of the layer's attention at a density."""
         return self.fixed + self.per_density * density
 
 
 def family(slack: list[LayerSlack], config: Config, workload: Workload) -> list[Candidate]:
     """The plans for growing prices of a second, dense first and sparsest last, without repetitions."""
-    layers = _fit(slack)
+    layers = fit(slack)
     # Where dropping costs nothing at all, any price sweeps from dense to sparsest.
     errors = [max(option.error) for layer in slack for option in layer.options[1:] if max(option.error)] or [1.0]
-    candidates = [_dense(layers)]
+    candidates = [dense_of(layers)]
     seconds = max(candidates[0].seconds, 1e-9)
     low, high = math.log(1e-6 * max(errors) / seconds), math.log(1e3 * sum(errors) / seconds)
     for number in range(PRICES):
@@ -72,8 +76,8 @@ def family(slack: list[LayerSlack], config: Config, workload: Workload) -> list[
 
 def uniform(slack: list[LayerSlack], config: Config, workload: Workload) -> list[Candidate]:
     """The same rule in every layer, for comparison: dense first and sparsest last."""
-    layers = _fit(slack)
-    candidates = [_dense(layers)]
+    layers = fit(slack)
+    candidates = [dense_of(layers)]
     for number, option in enumerate(slack[0].options):
         if isinstance(option.rule, All):
             continue
@@ -86,7 +90,8 @@ def uniform(slack: list[LayerSlack], config: Config, workload: Workload) -> list
     return candidates
 
 
-def _dense(layers: list[_Layer]) -> Candidate:
+def dense_of(layers: list[Timed]) -> Candidate:
+    """The dense model."""
     return Candidate(name="dense", plan=Plan(), seconds=sum(layer.whole_seconds for layer in layers), density=1.0)
 
 
@@ -102,28 +107,40 @@ def search(candidates: list[Candidate], good: Callable[[Candidate], bool]) -> in
     return low
 
 
-def _at_price(layers: list[_Layer], config: Config, workload: Workload, price: float) -> Candidate:
-    entries, seconds, densities = [], 0.0, []
-    for layer in layers:
-        options = layer.slack.options
-        heads = range(len(options[0].density))
-        picks = [_pick(layer, [head] if workload.per_head else heads, price) for head in heads]
-        density = _mean([options[pick].density[head] for head, pick in enumerate(picks)])
-        error = sum(options[pick].error[head] for head, pick in enumerate(picks))
-        may_be_dense = isinstance(options[0].rule, All)
-        if may_be_dense and error + price * layer.seconds(density) >= price * layer.whole_seconds:
-            seconds, density = seconds + layer.whole_seconds, 1.0
-        else:
-            ratios = tuple(0.0 if pick == 0 else options[pick].rule.ratio for pick in picks)
-            rule = Threshold(ratios if workload.per_head else ratios[0])
-            entries.append(Entry(layer=layer.slack.layer, room="connections",
-                                 config=replace(config, **{workload.lever: rule})))
-            seconds += layer.seconds(density)
-        densities.append(density)
-    return Candidate(name=f"price {price:.3g}", plan=Plan(tuple(entries)), seconds=seconds, density=_mean(densities))
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """What is best for the connections of a layer at a price: the entry, or None to stay dense, and what it means."""
+
+    entry: Entry | None
+    seconds: float
+    density: float
+    error: float
 
 
-def _pick(layer: _Layer, heads: Sequence[int], price: float) -> int:
+def choice_at(layer: Timed, config: Config, workload: Workload, price: float) -> Choice:
+    """The best choice for one layer at a price of a second, in errors."""
+    options = layer.slack.options
+    heads = range(len(options[0].density))
+    picks = [_pick(layer, [head] if workload.per_head else heads, price) for head in heads]
+    density = _mean([options[pick].density[head] for head, pick in enumerate(picks)])
+    error = sum(options[pick].error[head] for head, pick in enumerate(picks))
+    may_be_dense = isinstance(options[0].rule, All)
+    if may_be_dense and error + price * layer.seconds(density) >= price * layer.whole_seconds:
+        return Choice(entry=None, seconds=layer.whole_seconds, density=1.0, error=0.0)
+    ratios = tuple(0.0 if pick == 0 else options[pick].rule.ratio for pick in picks)
+    rule = Threshold(ratios if workload.per_head else ratios[0])
+    entry = Entry(layer=layer.slack.layer, room="connections", config=replace(config, **{workload.lever: rule}))
+    return Choice(entry=entry, seconds=layer.seconds(density), density=density, error=error)
+
+
+def _at_price(layers: list[Timed], config: Config, workload: Workload, price: float) -> Candidate:
+    choices = [choice_at(layer, config, workload, price) for layer in layers]
+    return Candidate(name=f"price {price:.3g}", plan=Plan(tuple(choice.entry for choice in choices if choice.entry)),
+                     seconds=sum(choice.seconds for choice in choices),
+                     density=_mean([choice.density for choice in choices]))
+
+
+def _pick(layer: Timed, heads: Sequence[int], price: float) -> int:
     """The option with the least error plus priced time for these heads together."""
     options = layer.slack.options
     per_head = price * layer.per_density / len(options[0].density)
@@ -131,7 +148,7 @@ def _pick(layer: _Layer, heads: Sequence[int], price: float) -> int:
         options[pick].error[head] + per_head * options[pick].density[head] for head in heads))
 
 
-def _fit(slack: list[LayerSlack]) -> list[_Layer]:
+def fit(slack: list[LayerSlack]) -> list[Timed]:
     """Least squares of seconds over mean density for the options that choose, over all layers at once.
 
     Layers of one model have one shape, so what differs between their clocks is noise: a slope fitted to one layer
@@ -142,7 +159,7 @@ def _fit(slack: list[LayerSlack]) -> list[_Layer]:
     spread = sum((x - mean_x) ** 2 for x, _ in points)
     slope = max(0.0, sum((x - mean_x) * (y - mean_y) for x, y in points) / spread) if spread else 0.0
     whole = statistics.median(layer.options[0].seconds for layer in slack)
-    return [_Layer(slack=layer, fixed=max(0.0, mean_y - slope * mean_x), per_density=slope, whole_seconds=whole)
+    return [Timed(slack=layer, fixed=max(0.0, mean_y - slope * mean_x), per_density=slope, whole_seconds=whole)
             for layer in slack]
 
 
@@ -157,10 +174,12 @@ class Solution:
     Args:
         ladder: candidates in the order to try them; each next one is safer (quality bound) or faster (speed bound).
         judged: every candidate judged on the way, with its judgement.
+        rival: the ladder of the best single room, where `ladder` is of several.
     """
 
     ladder: list[Candidate]
     judged: list[tuple[Candidate, Judgement]]
+    rival: list[Candidate] = field(default_factory=list)
 
 
 def solve(goal: Goal, workload: Workload, slack: list[LayerSlack], config: Config,
@@ -206,7 +225,7 @@ class Forecast:
     @classmethod
     def made(cls, slack: list[LayerSlack], workload: Workload, *, dense: float, whole: float) -> "Forecast":
         """From measured seconds of the workload: dense, and with every layer keeping everything."""
-        attention = workload.timed_runs * _dense(_fit(slack)).seconds
+        attention = workload.timed_runs * dense_of(fit(slack)).seconds
         return cls(dense=dense, others=whole - attention, runs=workload.timed_runs)
 
     def __call__(self, candidate: Candidate) -> float:

@@ -14,6 +14,7 @@ from typing import ClassVar
 import torch
 from torch import nn
 
+from sentei.conversion.rooms.heads import FOLD
 from sentei.core.errors import SenteiError
 from sentei.measurement.quality import losses_after, token_losses
 
@@ -133,18 +134,33 @@ class Decode(Workload):
 
     def losses(self, model, row, prefix):
         """Of the last tokens of the row."""
-        return losses_after(model, row, copy.deepcopy(prefix), rows=self.AT_ONCE)
+        return losses_after(model, row, self._own(model, row, prefix), rows=self.AT_ONCE)
+
+    def _own(self, model, row, prefix) -> object:
+        """A copy of the dense model's prefix, folded where the model has merged key/value heads.
+
+        Where that cannot be, the model reads the tokens itself.
+        """
+        cache = copy.deepcopy(prefix)
+        for layer, held in zip(model.get_decoder().layers, cache.layers, strict=False):
+            project, fold = getattr(layer.self_attn, "k_proj", None), getattr(layer.self_attn, FOLD, None)
+            if project is None or project.out_features == held.keys.shape[1] * held.keys.shape[3]:
+                continue
+            if fold is None:
+                return self.prefix(model, row)
+            held.keys, held.values = fold(held.keys, held.values)
+        return cache
 
     def sample(self, model, row, prefix):
         """The first tokens after the prefix, as many as a call of ours decodes at once."""
         first = len(row) - self._read
-        model.get_decoder()(input_ids=row[None, first:first + self.ROWS], past_key_values=copy.deepcopy(prefix),
+        model.get_decoder()(input_ids=row[None, first:first + self.ROWS], past_key_values=self._own(model, row, prefix),
                             use_cache=True)
 
     @torch.no_grad()
     def begin(self, model, row, prefix):
         """The cache is filled up to the last steps, and one step is made, in which a cache may take its final form."""
-        cache, first = copy.deepcopy(prefix), len(row) - self._read
+        cache, first = self._own(model, row, prefix), len(row) - self._read
         stop = len(row) - self.timed_tokens - 1
         for start in range(first, stop, self.ROWS):
             part = row[None, start:min(start + self.ROWS, stop)]

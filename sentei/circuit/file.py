@@ -92,6 +92,8 @@ def bytes_of(tensor: torch.Tensor) -> bytes:
 
 def is_trace(path: Path) -> bool:
     """Whether a file says that it is a trace; nothing else of it is believed."""
+    if not path.is_file():  # to open a pipe is to wait
+        return False
     try:
         with open(path, "rb") as file:
             start = file.read(8 + 256)
@@ -233,6 +235,7 @@ def _check_connections(run: Run, layer: int) -> None:
     if all(part is None for part in parts.values()):
         return
     _need(all(part is not None for part in parts.values()), f"all parts of connections in layer {layer}", "some")
+    _need(run.layers[layer].choosers > 0, f"connections where something chooses them, in layer {layer}", "no choosers")
     tokens, end, rows, size = len(run.tokens), 0, 0, 0
     for span in run.spans(layer):
         _need(end <= span.first and 1 <= span.queries <= tokens - span.first and 1 <= span.block and 1 <= span.unit,

@@ -15,9 +15,9 @@ MAX_WRITTEN = 4096
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `sentei trace`."""
-    parser.add_argument("model", metavar="MODEL", help="a folder of a model, one written by sentei prune or sentei "
-                        "train, a .gguf file, with --online a name on the hub, 'default' for the embedded "
-                        "SmolLM2-135M-Instruct, or a trace that was saved")
+    parser.add_argument("model", metavar="MODEL", help="a folder of a model, BERT-like encoders too, one written by "
+                        "sentei prune or sentei train, a .gguf file, with --online a name on the hub, 'default' for "
+                        "the embedded SmolLM2-135M-Instruct, or a trace that was saved")
     parser.add_argument("prompts", nargs="*", metavar="PROMPT", help="a text; a second one is compared with it")
     parser.add_argument("--out", metavar="FILE", help="the page (default: circuit.html)")
     parser.add_argument("--save", metavar="FILE", help="keep the trace too, to open it again")
@@ -64,6 +64,9 @@ def _capture(options: argparse.Namespace, mass: float, write: int, progress: Pro
         name, model, tokenizer, encode = _model(options)
         step()
     prompts = [list(map(int, encode(prompt))) for prompt in options.prompts]
+    require_known = importlib.import_module("sentei.conversion.tokenizers").require_known
+    vocabulary = getattr(model.config, "vocab_size", None) or model.config.vocabulary
+    require_known(max(max(prompt, default=0) for prompt in prompts), vocabulary, name)
     longest = max(map(len, prompts)) + write
     most = getattr(model.config, "max_position_embeddings", None)
     if most is not None and longest > most:
@@ -84,6 +87,10 @@ def _model(options: argparse.Namespace):
         plain = model.config.vocabulary == data.Bytes.vocabulary and not (folder / "tokenizer.json").is_file()
         tokenizer = data.tokenizer_of("bytes" if plain else "tokenizer.json", folder)
         return folder.resolve().name, model, tokenizer, tokenizer.encode
+    encoders = importlib.import_module("sentei.conversion.encoders")
+    if encoders.is_encoder(folder):
+        tokenizer = importlib.import_module("sentei.conversion.tokenizers").read_tokenizer(folder)
+        return folder.resolve().name, encoders.load(folder), tokenizer, lambda text: tokenizer(text)["input_ids"]
     checkpoints = importlib.import_module("sentei.conversion.checkpoints")
     found = checkpoints.locate(None if options.model == DEFAULT_MODEL else options.model, online=options.online)
     if (folder / "sentei.json").is_file():

@@ -2,11 +2,9 @@
 
     base_model.model.<module path>.lora_A.weight [R, I]      .lora_B.weight [O, R]
 
-A config is data from a stranger: what changes the computation is read or refused, and its patterns are compared as
-names, never run as regular expressions. The rule of a room is not a part of the format.
+The rule of a room is not a part of the format. What files say of themselves is read in `adapter_header`.
 """
 
-import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,28 +13,12 @@ import torch
 from torch import nn
 
 from sentei.axes.rank import Config, LowRank, from_dense
+from sentei.conversion.adapter_header import CONFIG, PREFIX, WEIGHTS, read_factors, read_values
 from sentei.conversion.adapters import adapters_of, freeze_all_but_adapters, is_at, replace
-from sentei.conversion.model_folder import MAX_CONFIG_BYTES, member
 from sentei.core.errors import FileError, RuleError, UnsupportedError, shown
 from sentei.core.rules import All, Rule
-from sentei.core.safetensors_header import Tensor, read_header
-from sentei.core.storage import cannot_write, read_json, write_json, write_whole
-
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-_PREFIX = "base_model.model."
-_NAME = re.compile(re.escape(_PREFIX) + r"(?P<path>.+)\.lora_(?P<factor>[AB])(\.default)?\.weight")
-_PATTERN = re.compile(r"\^?[\w.]+")
-_FLOATS = ("F64", "F32", "F16", "BF16")
-# Read here; each is checked where it is used.
-_READ = {"r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules"}
-# What else may be said without changing what the tensors compute: where they come from, and which layers were meant.
-_SAID = {"task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
-         "exclude_modules", "layers_to_transform", "layers_pattern", "megatron_core", "qalora_group_size", "eva_config",
-         "runtime_config"}
-# Understood at these values only. Other ways to begin (PiSSA, OLoRA, LoftQ) change the weights of the base model.
-_ONLY = {"peft_type": ("LORA",), "bias": ("none",),
-         "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal")}
-_NEUTRAL = (None, False, "", [], {})
+from sentei.core.safetensors_header import Tensor
+from sentei.core.storage import cannot_write, write_json, write_whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +64,7 @@ def write(model: nn.Module, folder: Path, *, base: str | None = None) -> None:
     (scaling, dropout), folder = *kinds, Path(folder)
     rank, alpha = (Counter(getattr(adapter.config, name) for adapter in found.values()).most_common(1)[0][0]
                    for name in ("rank", "alpha"))
-    tensors = {f"{_PREFIX}{path}.lora_{letter}.weight": factor.detach().contiguous()
+    tensors = {f"{PREFIX}{path}.lora_{letter}.weight": factor.detach().contiguous()
                for path, adapter in found.items() for letter, factor in (("A", adapter.a), ("B", adapter.b))}
     try:
         write_whole(folder / WEIGHTS, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
@@ -116,20 +98,24 @@ def load(model: nn.Module, folder: Path, *, rule: Rule | None = None) -> list[st
     from safetensors import SafetensorError, safe_open
 
     folder, rule = Path(folder), All() if rule is None else rule
-    settings, headers = read_settings(folder), _headers(folder)
+    settings, headers = read_settings(folder), read_factors(folder)
     if adapters_of(model):
         raise UnsupportedError("adapter_files.load", expected="a model without adapters", got="one with adapters",
                                do="take them away with adapters.remove")
     layers = dict(model.named_modules())
-    configs = {path: settings.config_of(path, rule) for path in headers}
+    configs = {path: settings.config_of(path, rule) for path in headers if path in layers}
     for path, factors in headers.items():
-        _check_fits(layers.get(path), path, factors, configs[path], settings.targets, folder)
+        _check_fits(layers.get(path), path, factors, configs.get(path), settings.targets, folder)
     made = {path: from_dense(layers[path], config) for path, config in configs.items()}
     try:
         with safe_open(folder / WEIGHTS, framework="pt") as file, torch.no_grad():
             for path, factors in headers.items():
                 for letter, factor in (("A", made[path].a), ("B", made[path].b)):
-                    factor.copy_(file.get_tensor(factors[letter][0]))
+                    found = file.get_tensor(factors[letter][0])
+                    if not torch.isfinite(found).all():
+                        raise FileError(str(folder / WEIGHTS), expected="finite weights",
+                                        got=f"NaN or infinity in {shown(factors[letter][0])}", do="write it again")
+                    factor.copy_(found)
     except (OSError, SafetensorError) as error:
         raise FileError(str(folder / WEIGHTS), expected="tensors that can be read", got=str(error),
                         do="download the file again") from error
@@ -140,34 +126,17 @@ def load(model: nn.Module, folder: Path, *, rule: Rule | None = None) -> list[st
 
 def read_settings(folder: Path) -> Settings:
     """The checked contents of adapter_config.json; see `load` for what it raises."""
-    path = member(Path(folder), CONFIG)
-    value = read_json(path, MAX_CONFIG_BYTES)
-    for key, item in value.items():
-        allowed = _ONLY.get(key, _NEUTRAL)
-        if key not in _READ | _SAID and not any(type(item) is type(one) and item == one for one in allowed):
-            raise UnsupportedError(str(path), expected="plain LoRA on linear layers", got=f"{key} {shown(item)}",
-                                   do="merge the adapter into its base model with what made it")
+    path, value = Path(folder) / CONFIG, read_values(Path(folder))
     targets = value.get("target_modules")
     rank, alpha, dropout = value.get("r", 8), value.get("lora_alpha", 8), value.get("lora_dropout", 0.0)
     ranks, alphas = value.get("rank_pattern") or {}, value.get("alpha_pattern") or {}
-    checks = {
-        "peft_type LORA": value.get("peft_type") == "LORA",
-        "use_rslora true or false": type(value.get("use_rslora", False)) is bool,
-        "patterns from module names to numbers": all(
-            isinstance(patterns, dict) and all(_PATTERN.fullmatch(key) for key in patterns)
-            for patterns in (ranks, alphas)),
-        "target_modules a list of names, or one name": targets is None or isinstance(targets, str) or (
-            isinstance(targets, list) and all(isinstance(target, str) for target in targets)),
-    }
-    for expected, holds in checks.items():
-        if not holds:
-            raise FileError(str(path), expected=expected, got=shown(value), do="write the adapter again")
     settings = Settings(scaling="root" if value.get("use_rslora", False) else "rank", rank=rank, alpha=alpha,
                         dropout=dropout, ranks=ranks, alphas=alphas,
                         targets=targets if isinstance(targets, list) else None)
-    for pattern in ("", *ranks, *alphas):
+    said = [(rank, alpha), *((one, alpha) for one in ranks.values()), *((rank, one) for one in alphas.values())]
+    for rank, alpha in said:
         try:
-            settings.config_of(pattern.removeprefix("^"), All())
+            Config(rule=All(), rank=rank, scaling=settings.scaling, alpha=alpha, dropout=dropout)
         except RuleError as error:
             raise FileError(str(path), expected=error.expected, got=shown(value), do="write the adapter again"
                             ) from error
@@ -180,27 +149,7 @@ def _by_pattern(patterns: dict, path: str, default):
                  if (path == pattern[1:] if pattern.startswith("^") else is_at(path, pattern))), default)
 
 
-def _headers(folder: Path) -> dict[str, dict[str, tuple[str, Tensor]]]:
-    """By module path and factor, "A" or "B": the tensor's name and what the header says of it."""
-    path = member(Path(folder), WEIGHTS, required=False)
-    if path is None:
-        raise FileError(str(folder), expected=f"adapter weights in {WEIGHTS}", got="none",
-                        do="save the adapter with safetensors; other formats can hold code")
-    found: dict[str, dict[str, tuple[str, Tensor]]] = {}
-    for name, tensor in read_header(path).items():
-        parts = _NAME.fullmatch(name)
-        if parts is None or tensor.dtype not in _FLOATS:
-            raise UnsupportedError(str(path), expected="lora_A and lora_B of linear layers",
-                                   got=f"{shown(name)} of dtype {tensor.dtype}",
-                                   do="merge the adapter into its base model with what made it")
-        factors = found.setdefault(parts["path"], {})
-        if parts["factor"] in factors:
-            raise FileError(str(path), expected="each factor once", got=f"{shown(name)} twice", do="write it again")
-        factors[parts["factor"]] = name, tensor
-    return found
-
-
-def _check_fits(layer: nn.Module | None, path: str, factors: dict[str, tuple[str, Tensor]], config: Config,
+def _check_fits(layer: nn.Module | None, path: str, factors: dict[str, tuple[str, Tensor]], config: Config | None,
                 targets: list[str] | None, folder: Path) -> None:
     """Raises FileError unless the factors are those of this layer."""
     shapes = {letter: tensor.shape for letter, (_, tensor) in factors.items()}

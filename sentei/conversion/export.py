@@ -1,7 +1,8 @@
 """A pruned model on disk: plain weights that load anywhere, and beside them `sentei.json`, the policy.
 
-Without sentei the folder is the dense model. With it, `load` gives the pruned one, and `receipt.safetensors` holds
-logits to compare with: the proof is made in a fresh process.
+Without sentei the folder is the dense model, or a smaller one (`rungs`). With it, `load` gives the pruned one, and
+`receipt.safetensors` holds logits to compare with: the proof is made in a fresh process. A folder of rung B, whose
+layers differ in shape, loads with sentei alone.
 """
 
 import json
@@ -9,16 +10,20 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from sentei.conversion import cache
+from sentei.conversion.card import CARD
 from sentei.conversion.checkpoints import DTYPES, load_model, locate
 from sentei.conversion.model_folder import member
 from sentei.conversion.plan import Plan, convert
-from sentei.core.errors import FileError, RuleError, SenteiError
+from sentei.conversion.rungs import plain, reshape, rung_of
+from sentei.core.errors import FileError, RuleError, SenteiError, UnsupportedError, shown
+from sentei.core.safetensors_header import read_header
 from sentei.core.storage import cannot_write, read_json, sync_folder, write_json
 
 POLICY, RECEIPT = "sentei.json", "receipt.safetensors"
@@ -26,6 +31,8 @@ SCHEMA = "sentei.policy/1"
 # A fresh process runs the same kernels on the same numbers; another machine may sum in another order.
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.25}
 ROWS = 8
+MAX_POLICY_BYTES = 4 << 20
+RECEIPT_SHAPES = {"tokens": ("I64", 1), "logits": ("F32", 2)}  # dtype and number of dimensions
 # ROWS of logits of the largest vocabulary, and tokens.
 MAX_RECEIPT_BYTES = 1 << 28
 
@@ -50,7 +57,8 @@ def export(model: nn.Module, tokenizer, plan: Plan, folder: Path, *, tokens: tor
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
-        model.save_pretrained(temporary)
+        written, left = plain(model, plan) if rung_of(model, plan) == "A" else (model, plan)
+        written.save_pretrained(temporary)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
         save_file({"tokens": tokens, "logits": _logits(model, tokens)}, temporary / RECEIPT)
@@ -58,7 +66,8 @@ def export(model: nn.Module, tokenizer, plan: Plan, folder: Path, *, tokens: tor
         for path in sorted(temporary.iterdir()):
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
-        (folder / POLICY).unlink(missing_ok=True)
+        for told in (POLICY, CARD):  # of the weights that are about to go
+            (folder / told).unlink(missing_ok=True)
         for path in sorted(temporary.iterdir()):
             os.replace(path, folder / path.name)
         sync_folder(folder)
@@ -67,7 +76,7 @@ def export(model: nn.Module, tokenizer, plan: Plan, folder: Path, *, tokens: tor
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     write_json(folder / POLICY, {"schema": SCHEMA, "dtype": dtype, "threads": torch.get_num_threads(),
-                                 "facts": facts, "plan": plan.to_json()})
+                                 "facts": facts, "rung": rung_of(model, plan), "plan": left.to_json()})
 
 
 def load(folder: str | Path) -> nn.Module:
@@ -79,10 +88,11 @@ def load(folder: str | Path) -> nn.Module:
     """
     policy = read_policy(Path(folder))
     plan = Plan.from_json(policy["plan"])
-    model = load_model(locate(str(folder)), policy["dtype"])
+    uneven = partial(reshape, plan=plan) if plan.standing("in").entries else None
+    model = load_model(locate(str(folder)), policy["dtype"], uneven)
     try:
-        return convert(model, plan)
-    except RuleError as error:  # a rule that does not fit the model, e.g. with a number for each of other heads
+        return convert(model, plan.standing("under"))
+    except (RuleError, UnsupportedError) as error:  # it does not fit the model: a layer or a head that is not there
         raise FileError(str(Path(folder) / POLICY), expected=error.expected, got=error.got,
                         do="write the folder again with sentei prune") from error
 
@@ -97,11 +107,36 @@ def read_policy(folder: Path) -> dict:
     if path is None:
         raise FileError(str(folder), expected=f"a folder that sentei prune has written, with {POLICY}",
                         got="none there", do="check the path, or write one with sentei prune --out")
-    policy = read_json(path)
-    if policy.get("schema") != SCHEMA or policy.get("dtype") not in DTYPES or "plan" not in policy:
-        raise FileError(str(folder / POLICY), expected=f"a policy of schema {SCHEMA}", got=repr(policy)[:200],
+    policy = read_json(path, MAX_POLICY_BYTES)
+    if policy.get("schema") != SCHEMA or policy.get("dtype") not in list(DTYPES) or "plan" not in policy:
+        raise FileError(str(folder / POLICY), expected=f"a policy of schema {SCHEMA}", got=shown(policy, 200),
                         do="write the folder again with sentei prune")
     return policy
+
+
+def read_receipt(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    """The receipt: tokens, int64 [T], and the logits of the last of them, float32 [at most ROWS, vocabulary].
+
+    Raises:
+        FileError: not there, too large, or not such tokens of such a vocabulary.
+    """
+    from safetensors.torch import load_file
+
+    path = member(folder, RECEIPT)
+    if path.stat().st_size > MAX_RECEIPT_BYTES:
+        raise FileError(str(path), expected=f"at most {MAX_RECEIPT_BYTES:,} bytes", got=f"{path.stat().st_size:,}",
+                        do="write the folder again with sentei prune")
+    shapes = {name: (tensor.dtype, len(tensor.shape)) for name, tensor in read_header(path).items()}
+    tensors = load_file(path) if shapes == RECEIPT_SHAPES else None
+    if tensors is None or not _is_receipt(**tensors):
+        raise FileError(str(path), expected="tokens, and logits of a vocabulary that has them", got=shown(shapes),
+                        do="write the folder again with sentei prune")
+    return tensors["tokens"], tensors["logits"]
+
+
+def _is_receipt(tokens: torch.Tensor, logits: torch.Tensor) -> bool:
+    rows, vocabulary = logits.shape
+    return len(tokens) > 0 and rows == min(ROWS, len(tokens)) and 0 <= tokens.min() <= tokens.max() < vocabulary
 
 
 def check(folder: Path) -> dict:
@@ -109,21 +144,9 @@ def check(folder: Path) -> dict:
 
     "difference" is the largest absolute difference of the logits; "generated" are 16 greedily generated tokens.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     torch.set_num_threads(_threads(read_policy(folder)))
+    tokens, logits = read_receipt(folder)
     model = load(folder)
-    try:
-        path = member(folder, RECEIPT, required=False) or folder / RECEIPT
-        if path.stat().st_size > MAX_RECEIPT_BYTES:
-            raise FileError(str(path), expected=f"at most {MAX_RECEIPT_BYTES:,} bytes",
-                            got=f"{path.stat().st_size:,}", do="write the folder again with sentei prune")
-        receipt = load_file(path)
-        tokens, logits = receipt["tokens"], receipt["logits"]
-    except (OSError, SafetensorError, KeyError) as error:
-        raise FileError(str(folder / RECEIPT), expected="a receipt with tokens and logits", got=str(error),
-                        do="write the folder again with sentei prune") from error
     found = _logits(model, tokens)
     difference = (found - logits).abs().max().item() if found.shape == logits.shape else float("inf")
     tolerance = TOLERANCE[read_policy(folder)["dtype"]]

@@ -5,13 +5,12 @@ A config.json is data from a stranger. Only the keys listed here reach transform
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
-
-import torch
 
 from sentei.core.errors import FileError, UnsupportedError, shown
 
@@ -54,6 +53,12 @@ _LARGEST = {
 }
 _MAY_BE_ZERO = ("max_window_layers",)
 
+# What every family calls the two parts of a layer.
+PARTS = {"attention": "self_attn", "network": "mlp"}
+_NORMS = {"attention": ("input_layernorm",), "network": ("post_attention_layernorm",)}
+_NORMS_AROUND = {"attention": ("input_layernorm", "post_attention_layernorm"),
+                 "network": ("pre_feedforward_layernorm", "post_feedforward_layernorm")}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
@@ -63,7 +68,9 @@ class Family:
         model_type: the name in config.json.
         architecture: the causal language model class of transformers.
         config: its config class.
-        attention: the class of its attention modules.
+        attention, network: the classes of its attention and feed-forward modules.
+        norms: by part of a layer, the norms that stand before it and, in some families, behind it; `PARTS` has the
+            parts' own names.
         window: where sliding-window attention is said: "none", "layer_types", or "every" (one window for all layers).
         config_keys: every key that config.json may hold, passed on or not (`NOT_PASSED`).
     """
@@ -72,6 +79,8 @@ class Family:
     architecture: str
     config: str
     attention: str
+    network: str
+    norms: dict[str, tuple[str, ...]]
     window: str
     config_keys: frozenset[str]
 
@@ -98,17 +107,52 @@ class Family:
         with self._building(where):
             return getattr(transformers, self.config)(**settings)
 
-    def shapes(self, config: PreTrainedConfig, where: str = "config.json") -> dict[str, tuple[int, ...]]:
+    def shapes(self, config: PreTrainedConfig, where: str = "config.json", reshape: Callable | None = None
+               ) -> dict[str, tuple[int, ...]]:
         """The shapes of the model's tensors by name; no memory is taken for them.
 
+        The layers of a family are alike, so that one is built and stands for all, a thousand would take seconds; unless
+        the model is then changed.
+
+        Args:
+            reshape: changes the model in place first.
         Raises:
             FileError: transformers cannot build a model of these settings.
         """
+        import torch
         import transformers
 
+        one = copy.deepcopy(config)
         with self._building(where), torch.device("meta"):
-            model = getattr(transformers, self.architecture)(config)
-        return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+            if reshape is not None:
+                model = getattr(transformers, self.architecture)(config)
+                reshape(model)
+                return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+            one.num_hidden_layers = 1
+            model = getattr(transformers, self.architecture)(one)
+        first = "model.layers.0."
+        shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        return {name: shape for name, shape in shapes.items() if not name.startswith(first)} | {
+            f"model.layers.{layer}.{name.removeprefix(first)}": shape for layer in range(config.num_hidden_layers)
+            for name, shape in shapes.items() if name.startswith(first)}
+
+    def check_tensors(self, config: PreTrainedConfig, found: dict[str, tuple[int, ...]], where: str,
+                      reshape: Callable | None = None) -> None:
+        """Raises FileError unless `found`, shapes by name, are the tensors of such a model; see `shapes`."""
+        expected, do = self.shapes(config, where, reshape), "download the model again"
+        if config.tie_word_embeddings and "lm_head.weight" not in found:
+            del expected["lm_head.weight"]
+        # Checkpoints of 2023 carry the rotary frequencies, which are recomputed.
+        surplus = sorted(name for name in found.keys() - expected.keys() if not name.endswith("rotary_emb.inv_freq"))
+        missing = sorted(expected.keys() - found.keys())
+        wrong = sorted(name for name in expected.keys() & found.keys() if found[name] != expected[name])
+        for problem, names in (("missing", missing), ("not in the model", surplus)):
+            if names:
+                raise FileError(where, expected="exactly the tensors that its settings describe",
+                                got=f"{len(names)} {problem}, first {shown(names[0])}", do=do)
+        if wrong:
+            raise FileError(where, expected=f"{wrong[0]} of shape {expected[wrong[0]]}, as its settings say",
+                            got=f"{found[wrong[0]]}", do=do)
 
     @contextmanager
     def _building(self, where: str) -> Iterator[None]:
@@ -123,8 +167,9 @@ class Family:
                             do="download the file again from where it was published") from error
 
 
-def _family(model_type: str, prefix: str, *, window: str, keys: tuple[str, ...]) -> Family:
+def _family(model_type: str, prefix: str, *, window: str, keys: tuple[str, ...], norms: dict = _NORMS) -> Family:
     return Family(model_type=model_type, architecture=f"{prefix}ForCausalLM", attention=f"{prefix}Attention",
+                  network=f"{prefix}MLP", norms=norms,
                   config=f"{prefix}{'Text' if prefix == 'Gemma3' else ''}Config", window=window,
                   config_keys=_DECODER_KEYS | NOT_PASSED | frozenset(keys))
 
@@ -137,18 +182,19 @@ FAMILIES: dict[str, Family] = {
     "qwen2": _family("qwen2", "Qwen2", window="layer_types", keys=_QWEN_WINDOW),
     "qwen3": _family("qwen3", "Qwen3", window="layer_types", keys=_QWEN_WINDOW),
     "mistral": _family("mistral", "Mistral", window="every", keys=("sliding_window",)),
-    "gemma3_text": _family("gemma3_text", "Gemma3", window="layer_types", keys=(
+    "gemma3_text": _family("gemma3_text", "Gemma3", window="layer_types", norms=_NORMS_AROUND, keys=(
         "sliding_window", "sliding_window_pattern", "layer_types", "hidden_activation", "rope_local_base_freq",
         "query_pre_attn_scalar", "final_logit_softcapping", "attn_logit_softcapping", "use_bidirectional_attention")),
 }
 
 
-def family_of(raw: dict, where: str = "config.json") -> Family:
+def family_of(raw: dict, where: str = "config.json", families: dict[str, Family] = FAMILIES) -> Family:
     """The family of a config.json, after its keys and sizes have been checked; no memory is taken and nothing is run.
 
     Args:
         raw: the parsed file.
         where: what to call the file in an error.
+        families: the table it is looked up in.
     Raises:
         FileError: a key that names code, a private or unknown key, a size missing or out of bounds.
         UnsupportedError: another family, another head, quantised weights, or a setting sentei has no kernel for.
@@ -159,7 +205,7 @@ def family_of(raw: dict, where: str = "config.json") -> Family:
                             do="use a model whose architecture is part of transformers; "
                                "sentei never runs code from a model")
     _check_values_of(_ONLY, raw, where)
-    family = FAMILIES.get(raw["model_type"]) if isinstance(raw.get("model_type"), str) else None
+    family = families.get(raw["model_type"]) if isinstance(raw.get("model_type"), str) else None
     if family is None:
         raise _unsupported(where, f"model_type {shown(raw.get('model_type'))}")
     architectures = raw.get("architectures")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from sentei.conversion.families import family_of
 from sentei.conversion.gguf_header import GgufHeader, read_header
-from sentei.conversion.gguf_weights import settings, weights
+from sentei.conversion.gguf_weights import settings, shapes, weights
 from sentei.conversion.memory import require_memory
 from sentei.conversion.model_folder import WEIGHTS
 from sentei.conversion.tokenizers import read_gguf_tokenizer
@@ -38,7 +38,9 @@ def dequantise(path: Path, cache: Path) -> tuple[Path, GgufHeader, dict]:
         ResourceError: the disk is too full or the cache cannot be written.
     """
     header = read_header(path)
-    family_of(settings(path, header), str(path))
+    raw = settings(path, header)
+    family = family_of(raw, str(path))
+    family.check_tensors(family.build_config(raw, str(path)), shapes(path, header, raw), str(path))
     digest = sha256(path)
     folder = cache / digest[:32]
     try:

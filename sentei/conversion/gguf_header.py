@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import BinaryIO
 
 from sentei.core.errors import FileError, UnsupportedError, shown
+from sentei.core.storage import regular_size, unreadable
 
-MAX_TENSORS = 1_000_000
+MAX_TENSORS = 1 << 16
 MAX_PAIRS = 100_000
 MAX_NAME_BYTES = 1 << 16
-MAX_TEXT_BYTES = 1 << 24
+MAX_TEXT_BYTES = 1 << 24  # of all names and texts together that are kept
 MAX_ARRAY = 1 << 24
+MAX_TEXTS = 1 << 20  # in all arrays together: a vocabulary and its merges, which are read one by one
 _STRING, _ARRAY = 8, 9
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 # Type number: name, elements of a block, bytes of a block.
@@ -77,6 +79,7 @@ class _Reader:
 
     def __init__(self, path: Path, file: BinaryIO, size: int):
         self.path, self.file, self.left, self.size = path, file, size, size
+        self.text_bytes, self.texts = MAX_TEXT_BYTES, MAX_TEXTS
 
     def take(self, count: int) -> bytes:
         self.skip(count, seek=False)
@@ -94,9 +97,24 @@ class _Reader:
 
     def text(self, longest: int) -> str:
         length = self.scalar("Q")
-        if length > longest:
+        self.text_bytes -= length
+        if length > longest or self.text_bytes < 0:
             raise _malformed(self.path, f"a text of {length:,} bytes")
         return self.take(length).decode("utf-8", errors="replace")
+
+    def skip_texts(self, count: int) -> None:
+        """Passes over an array of texts; a plain loop, as a vocabulary has a million of them."""
+        self.texts -= count
+        if self.texts < 0:
+            raise _malformed(self.path, f"more than {MAX_TEXTS:,} texts in arrays")
+        left, read, seek = self.left, self.file.read, self.file.seek
+        for _ in range(count):
+            length = int.from_bytes(read(8), "little")
+            left -= 8 + length
+            if left < 0:
+                raise _malformed(self.path, f"a text of {length:,} bytes beyond the file")
+            seek(length, 1)
+        self.left = left
 
     def value(self) -> int | float | bool | str | None:
         """One typed value; None for an array, which is checked and passed over."""
@@ -111,8 +129,7 @@ class _Reader:
         if count > MAX_ARRAY:
             raise _malformed(self.path, f"an array of {count:,} values")
         if kind == _STRING:
-            for _ in range(count):
-                self.skip(self.scalar("Q"))
+            self.skip_texts(count)
         elif kind in _SCALARS:
             self.skip(count * struct.calcsize("<" + _SCALARS[kind]))
         else:
@@ -129,13 +146,12 @@ def read_header(path: Path) -> GgufHeader:
         FileError: not GGUF, a version other than 2 or 3, or any count, size or offset that does not fit the file.
         UnsupportedError: tensors of a type sentei does not know, or one model split over several files.
     """
+    size = regular_size(path)
     try:
-        size = path.stat().st_size
         with open(path, "rb") as file:
             return _read(_Reader(path, file, size))
     except OSError as error:
-        raise FileError(str(path), expected="a file that can be read", got=str(error.strerror or error),
-                        do="check the path and its permissions") from error
+        raise unreadable(path, error) from error
 
 
 def _read(reader: _Reader) -> GgufHeader:

@@ -4,14 +4,18 @@ llama.cpp names tensors in its own way, reorders the rows of Llama's queries and
 stores Gemma's norm weights with one added. Its settings are checked like any config.json.
 """
 
+from __future__ import annotations
+
 import re
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from sentei.conversion.families import FAMILIES
 from sentei.conversion.gguf_header import GgufHeader
 from sentei.core.errors import FileError, UnsupportedError, shown
+
+if TYPE_CHECKING:
+    import torch
 
 ARCHITECTURES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma3": "gemma3_text"}
 _TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
@@ -62,6 +66,12 @@ def settings(path: Path, header: GgufHeader) -> dict:
     return raw | {key: header.values[name] for key, name in names.items() if name in header.values}
 
 
+def shapes(path: Path, header: GgufHeader, raw: dict) -> dict[str, tuple[int, ...]]:
+    """The shapes of the tensors by transformers' names; arguments and errors as for `weights`."""
+    gemma = raw["model_type"] == "gemma3_text"
+    return {_renamed(path, name, gemma): tensor.shape for name, tensor in header.tensors.items()}
+
+
 def weights(path: Path, header: GgufHeader, raw: dict, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """The de-quantised tensors by transformers' names, on the CPU.
 
@@ -73,6 +83,7 @@ def weights(path: Path, header: GgufHeader, raw: dict, dtype: torch.dtype) -> di
         UnsupportedError: a tensor that transformers' model of this family does not have.
     """
     import numpy
+    import torch
     from gguf import GGMLQuantizationType
     from gguf.quants import dequantize
 

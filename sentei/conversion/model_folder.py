@@ -1,5 +1,6 @@
 """A folder with a model in it, as Hugging Face lays it out, checked before anything else opens it."""
 
+import re
 import stat
 from pathlib import Path
 
@@ -13,11 +14,14 @@ INDEX = "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".npz", ".npy", ".h5", ".msgpack")
 MAX_CONFIG_BYTES = 1 << 20
 MAX_TEMPLATE_BYTES = 1 << 20
+MAX_TOKENIZER_BYTES = 36 << 20  # transformers parses it too, where a character may take four bytes twice
+MAX_TENSORS = 1 << 16  # in all files together
 # transformers opens whatever lies in it and ends in .jinja.
 _TEMPLATES = "additional_chat_templates"
 _LOADABLE = ("F64", "F32", "F16", "BF16")
-# Keys that would make transformers look outside the folder, or for code.
-_TOKENIZER_KEYS = ("auto_map", "trust_remote_code", "fast_tokenizer_files", "init_inputs")
+# Keys that would make transformers look outside the folder, or for code; it merges the map of tokens into the settings.
+_TOKENIZER_KEYS = ("auto_map", "trust_remote_code", "fast_tokenizer_files", "init_inputs", "tokenizer_file",
+                   "vocab_file", "merges_file", "gguf_file", "tokenizer_object", "from_slow")
 _GENERATION_KEYS = ("auto_map", "trust_remote_code", "custom_generate")
 
 
@@ -76,12 +80,27 @@ def read_config(folder: Path) -> tuple[dict, Family]:
 def weight_files(folder: Path) -> dict[str, dict[str, Tensor]]:
     """The tensors of each weight file of `folder`, from headers alone.
 
+    Raises:
+        FileError: see `weight_headers`.
+        UnsupportedError: weights in a quantised or integer type.
+    """
+    files = weight_headers(folder)
+    for file, tensors in files.items():
+        for name, tensor in tensors.items():
+            if tensor.dtype not in _LOADABLE:
+                raise UnsupportedError(str(folder / file), expected=f"weights in {', '.join(_LOADABLE)}",
+                                       got=f"{tensor.dtype} for {shown(name)}", do="use an unquantised version")
+    return files
+
+
+def weight_headers(folder: Path) -> dict[str, dict[str, Tensor]]:
+    """The tensors of each weight file of `folder`, whatever their dtype.
+
     `model.safetensors` wins over an index, as in transformers.
 
     Raises:
         FileError: no safetensors weights, a malformed header or index, a tensor in two files or not where the index
             says.
-        UnsupportedError: weights in a quantised or integer type.
     """
     if member(folder, WEIGHTS, required=False) is not None:
         files = {WEIGHTS: read_header(folder / WEIGHTS)}
@@ -91,13 +110,10 @@ def weight_files(folder: Path) -> dict[str, dict[str, Tensor]]:
         raise _no_weights(folder)
     seen: set[str] = set()
     for file, tensors in files.items():
-        for name, tensor in tensors.items():
+        for name in tensors:
             if name in seen:
                 raise FileError(str(folder / file), expected="every tensor once", got=f"{shown(name)} in two files",
                                 do="download the model again")
-            if tensor.dtype not in _LOADABLE:
-                raise UnsupportedError(str(folder / file), expected=f"weights in {', '.join(_LOADABLE)}",
-                                       got=f"{tensor.dtype} for {shown(name)}", do="use an unquantised version")
             seen.add(name)
     return files
 
@@ -112,7 +128,12 @@ def _indexed(folder: Path) -> dict[str, dict[str, Tensor]]:
     shards = sorted(set(placed.values()))
     for shard in shards:
         member(folder, shard)
-    files = {shard: read_header(folder / shard) for shard in shards}
+    files: dict[str, dict[str, Tensor]] = {}
+    for shard in shards:
+        files[shard] = read_header(folder / shard)
+        if sum(map(len, files.values())) > MAX_TENSORS:
+            raise FileError(str(where), expected=f"at most {MAX_TENSORS:,} tensors", got="more",
+                            do="check that this is the model you meant")
     for name, shard in placed.items():
         if name not in files[shard]:
             raise FileError(str(where), expected="tensors where the index says", got=f"no {shown(name)} in {shard}",
@@ -136,7 +157,7 @@ def check_side_files(folder: Path) -> None:
         FileError: no tokenizer.json; a file too large, malformed or not inside the folder; a key that leads to code or
             out of the folder; chat templates in a folder of their own.
     """
-    json_bytes(member(folder, "tokenizer.json"))
+    json_bytes(member(folder, "tokenizer.json"), MAX_TOKENIZER_BYTES)
     if (folder / _TEMPLATES).is_dir():
         raise FileError(str(folder / _TEMPLATES), expected="one chat template, in chat_template.jinja",
                         got="a folder of them", do="remove that folder: sentei needs no chat template")
@@ -146,7 +167,7 @@ def check_side_files(folder: Path) -> None:
                         got=f"{template.stat().st_size:,}", do="check that this is the file you meant")
     # transformers looks for it, and opens it only where tokenizer.json is missing.
     member(folder, "tokenizer.model", required=False)
-    for name, refused in (("tokenizer_config.json", _TOKENIZER_KEYS), ("special_tokens_map.json", ()),
+    for name, refused in (("tokenizer_config.json", _TOKENIZER_KEYS), ("special_tokens_map.json", _TOKENIZER_KEYS),
                           ("added_tokens.json", ()), ("generation_config.json", _GENERATION_KEYS)):
         if member(folder, name, required=False) is None:
             continue
@@ -155,3 +176,15 @@ def check_side_files(folder: Path) -> None:
             if values.get(key):
                 raise FileError(str(folder / name), expected="settings only", got=f"the key {key!r}",
                                 do="use a model that needs no code of its own")
+        _check_templates(folder / name, values.get("chat_template"))
+
+
+def _check_templates(path: Path, templates: object) -> None:
+    """Raises FileError unless a chat template is text, or several have plain names: each becomes a file when saved."""
+    several = isinstance(templates, list) and all(isinstance(one, dict) for one in templates)
+    named = [(one.get("name"), one.get("template")) for one in templates] if several else [("default", templates)]
+    for name, template in named if templates is not None else []:
+        plain = isinstance(name, str) and re.fullmatch(r"\w{1,64}", name, flags=re.ASCII)
+        if not plain or not isinstance(template, str) or len(template) > MAX_TEMPLATE_BYTES:
+            raise FileError(str(path), expected=f"chat templates with plain names, of at most {MAX_TEMPLATE_BYTES:,} "
+                            "characters", got=shown(name), do="remove chat_template: sentei needs none")

@@ -2,13 +2,16 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 
 from torch import nn
 
 from sentei.axes import AXES
-from sentei.axes.connections import Connections
-from sentei.conversion import wrapper
+from sentei.conversion import layers as placing
+from sentei.conversion import rows, wrapper
 from sentei.conversion.families import FAMILIES
+from sentei.conversion.rooms import WAYS
+from sentei.conversion.statistics import Statistics
 from sentei.core.errors import FileError, RuleError, UnsupportedError
 
 MAX_LAYERS = 1000
@@ -66,6 +69,10 @@ class Plan:
             raise RuleError("plan", expected="at most one entry a layer and room", got=str(places)[:200],
                             do="merge the entries")
 
+    def standing(self, where: str) -> "Plan":
+        """The entries of rooms that stand "in" the place of a part, or "under" one."""
+        return Plan(tuple(entry for entry in self.entries if WAYS[entry.room].stands == where))
+
     @classmethod
     def everywhere(cls, layers: Iterable[int], room: str, config: object) -> "Plan":
         """The same room with the same configuration in each of `layers`."""
@@ -73,7 +80,8 @@ class Plan:
 
     def without_lookahead(self) -> "Plan":
         """The same plan with every choice made from the tokens up to a row alone, see the rooms' `Config`."""
-        return Plan(tuple(replace(entry, config=entry.config.without_lookahead()) for entry in self.entries))
+        return Plan(tuple(replace(entry, config=entry.config.without_lookahead()) if entry.room == "connections"
+                          else entry for entry in self.entries))
 
     def to_json(self) -> list[dict]:
         """The plan as a JSON array."""
@@ -82,8 +90,9 @@ class Plan:
     @classmethod
     def from_json(cls, value: list) -> "Plan":
         """The plan written by `to_json`; anything else is refused with a FileError."""
-        if not isinstance(value, list):
-            raise FileError("plan", expected="a JSON array of entries", got=repr(value)[:200],
+        if not isinstance(value, list) or len(value) > MAX_LAYERS * len(AXES):
+            raise FileError("plan", expected=f"a JSON array of at most {MAX_LAYERS * len(AXES):,} entries",
+                            got=f"{len(value):,}" if isinstance(value, list) else repr(value)[:200],
                             do="write plans with sentei")
         try:
             return cls(tuple(Entry.from_json(item) for item in value))
@@ -91,30 +100,109 @@ class Plan:
             raise FileError("plan", expected=error.expected, got=error.got, do="write plans with sentei") from error
 
 
-def convert(model: nn.Module, plan: Plan) -> nn.Module:
+def convert(model: nn.Module, plan: Plan, statistics: Statistics | None = None) -> nn.Module:
     """Installs the plan's rooms in a transformers model, in place, and returns it.
 
-    The weights are untouched; with rules that keep everything the model computes what it did. A model that was
-    converted before gets the new plan instead of the old one; the empty plan gives the dense model back.
+    The weights are untouched: a room that changes some stands in for the original module, which is kept and put back
+    by the next plan. With configurations that keep everything the model computes what it did. A model that was
+    converted before gets the new plan instead of the old one; the empty plan gives the dense model back, bit for bit.
 
+    Args:
+        statistics: of a calibration pass, for rooms that want some (`wanted`).
     Raises:
-        UnsupportedError: another room than connections, a family not in the table, a layer that does not exist or is
-            not of full attention, or attention that does not go through transformers' interface.
-    Cost: a forward pass or two of two tokens, to see that every room is reached.
+        UnsupportedError: a room without a way into pretrained models, a family not in the table, a layer that does not
+            exist or is not of full attention where connections are pruned, attention that does not go through
+            transformers' interface, or statistics that are missing.
+        RuleError: two rooms in one place, or a configuration that does not fit the model.
+    Cost: what the rooms' `build` costs, once for each set of statistics; a forward pass or two of two tokens where
+        connections are pruned, to see that every room is reached.
+
+    Whatever is raised, the model is then as it was.
     """
-    layers, rooms = prunable_layers(model), sorted({entry.room for entry in plan.entries} - {"connections"})
-    if rooms:
-        raise UnsupportedError("convert", expected="the room connections", got=", ".join(rooms),
-                               do="build layers of other rooms with their from_dense")
-    wrong = sorted({entry.layer for entry in plan.entries} - set(layers))
-    if wrong:
-        raise UnsupportedError("convert", expected=f"layers of full attention: {list(layers)}", got=f"layers {wrong}",
-                               do="make the plan for this model")
-    if not plan.entries:
-        wrapper.remove(model)
+    _check_layers(model, plan)
+    earlier, implementation = (placing.swapped(model), wrapper.rooms(model)), model.config._attn_implementation
+    if not earlier[0] and not plan.standing("in").entries:
+        _attach(model, plan)
         return model
-    wrapper.install(model, {attention_path(model, entry.layer): Connections(entry.config) for entry in plan.entries})
+    try:
+        wrapper.remove(model)  # before anything is built: what is built is made of the plain modules
+        rows.remove(model)
+        placing.swap(model, _inside(model, plan, statistics or Statistics()))
+        _attach(model, plan)
+    except BaseException:
+        wrapper.remove(model)
+        placing.swap(model, earlier[0])
+        if earlier[1]:
+            wrapper.install(model, earlier[1])
+            wrapper.use(model, implementation)
+        raise
     return model
+
+
+def wanted(plan: Plan) -> dict[int, set[str]]:
+    """The statistics a plan's rooms need, names by layer."""
+    found: dict[int, set[str]] = {}
+    for entry in plan.entries:
+        if entry.room in WAYS:
+            found.setdefault(entry.layer, set()).update(WAYS[entry.room].wants(entry.config))
+    return {layer: names for layer, names in found.items() if names}
+
+
+def _check_layers(model: nn.Module, plan: Plan) -> None:
+    prunable, every = prunable_layers(model), range(model.config.num_hidden_layers)
+    others = sorted({entry.room for entry in plan.entries} - set(WAYS))
+    if others:
+        raise UnsupportedError("convert", expected=f"the rooms {', '.join(WAYS)}", got=", ".join(others),
+                               do="build layers of other rooms with their from_dense")
+    for expected, layers, rooms in (
+            ("layers of full attention", prunable, [name for name, way in WAYS.items() if way.stands == "under"]),
+            ("layers", every, [name for name, way in WAYS.items() if way.stands == "in"])):
+        wrong = sorted({entry.layer for entry in plan.entries if entry.room in rooms} - set(layers))
+        if wrong:
+            raise UnsupportedError("convert", expected=f"{expected}: {list(layers)}", got=f"layers {wrong}",
+                                   do="make the plan for this model")
+
+
+def _inside(model: nn.Module, plan: Plan, statistics: Statistics) -> dict[str, nn.Module]:
+    """What the plan puts in the places of the model's own modules, by path."""
+    found: dict[str, nn.Module] = {}
+    for entry in plan.entries:
+        way = WAYS[entry.room]
+        if way.stands == "under":
+            continue
+        layer, seen = placing.layer_of(model, entry.layer), statistics.of(entry.layer)
+        missing = sorted(set(way.wants(entry.config)) - set(seen))
+        if missing:
+            raise UnsupportedError("convert", expected=f"statistics of layer {entry.layer}: {', '.join(missing)}",
+                                   got="none", do="calibrate (sentei.budget.calibration) and pass them on")
+        for part in way.parts(entry.config):
+            paths = placing.paths_of(model, entry.layer, part)
+            if paths[0] in found:
+                raise RuleError("convert", expected="one room in each place", got=f"two at {paths[0]}",
+                                do="leave one of the entries out")
+            modules = statistics.once((layer.block, part, entry.room, entry.config),
+                                      partial(way.build, layer, part, entry.config, seen))
+            found |= {path: module for path, module in zip(paths, modules, strict=False)
+                      if module is not placing.original_at(model, path)}
+    return found
+
+
+def _attach(model: nn.Module, plan: Plan) -> None:
+    """Installs the rooms that stand under an attention module, or takes those out that are there."""
+    entries = [entry for entry in plan.entries if WAYS[entry.room].stands == "under"]
+    if not entries:
+        wrapper.remove(model)
+        return
+    family, new = FAMILIES[model.config.model_type], {}
+    for entry in entries:
+        path = attention_path(model, entry.layer)
+        standing = type(model.get_submodule(path)).__name__
+        if standing != family.attention:
+            raise RuleError("convert", expected=f"an attention for the room {entry.room} at {path}", got=standing,
+                            do="leave one of the entries out")
+        layer = placing.layer_of(model, entry.layer, ("attention",))
+        new[path], = WAYS[entry.room].build(layer, "attention", entry.config, {})
+    wrapper.install(model, new)
 
 
 def prunable_layers(model: nn.Module) -> tuple[int, ...]:
@@ -138,13 +226,5 @@ def attention_path(model: nn.Module, layer: int) -> str:
     Raises:
         UnsupportedError: the model's modules are not where its family keeps them.
     """
-    attention = FAMILIES[model.config.model_type].attention
-    path = f"model.layers.{layer}.self_attn"
-    try:
-        found = type(model.get_submodule(path)).__name__
-    except AttributeError:
-        found = "nothing"
-    if found != attention:
-        raise UnsupportedError("convert", expected=f"{attention} at {path}", got=found,
-                               do="convert models of transformers itself, before wrapping them")
-    return path
+    placing.layer_of(model, layer, ("attention",))
+    return placing.paths_of(model, layer, "attention")[0]

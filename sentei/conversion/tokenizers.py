@@ -49,19 +49,33 @@ def read_gguf_tokenizer(folder: Path, file: str, header: GgufHeader) -> PreTrain
     return tokenizer
 
 
+def require_known(largest: int, vocabulary: int, where: str) -> None:
+    """Raises FileError for a token that the model does not have.
+
+    Args:
+        largest: the largest number among the tokens of a text.
+        vocabulary: how many the model has.
+    """
+    if largest >= vocabulary:
+        raise FileError(where, expected=f"tokens below {vocabulary:,}, as the model has", got=f"{largest:,}",
+                        do="use the tokenizer that belongs to the model")
+
+
 class _Building(AbstractContextManager):
     """Turns the errors of building a tokenizer into FileError.
 
     The Rust tokenizers raise `Exception` itself for malformed data; this takes that class alone and not those under
-    it, which an except clause cannot say.
+    it, which an except clause cannot say. Where they panic the class is no `Exception`, and has no name to import.
     """
 
-    kinds = (ValueError, TypeError, LookupError, AttributeError, OSError)
+    kinds = (ValueError, TypeError, LookupError, AttributeError, OSError, RecursionError)
 
     def __init__(self, where: Path):
         self.where = where
 
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: object) -> None:
-        if kind is Exception or (kind is not None and issubclass(kind, self.kinds)):
+        if kind is None:
+            return
+        if kind is Exception or issubclass(kind, self.kinds) or kind.__name__ == "PanicException":
             raise FileError(str(self.where), expected="a tokenizer that transformers can read", got=shown(error),
                             do="download the model again") from error

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from sentei.axes.connections import Connections
-from sentei.conversion import cache
+from sentei.conversion import cache, linear
 from sentei.conversion import rows as few_rows
 from sentei.core.errors import UnsupportedError
 from sentei.core.rules import All
@@ -75,6 +75,8 @@ def _place(model: nn.Module, new: dict[str, Connections]) -> None:
         module.connections = room.to(next(module.parameters()).device)
     layers = cache.pruned_layers(model)
     few_rows.remove(model)
+    if new and not layers:
+        linear.install(model, most_rows=0)
     if layers:
         few_rows.install(model)
         setattr(model, HOOK, cache.watch(model.get_decoder(), layers, IMPLEMENTATION))

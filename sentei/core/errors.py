@@ -21,8 +21,10 @@ class SenteiError(ValueError):
         super().__init__(f"{where}: expected {expected}, got {got}; {do}")
 
     def lines(self) -> str:
-        """The same four parts, one a line, for a terminal."""
-        return f"error    {self.where}\nexpected {self.expected}\ngot      {self.got}\ndo this  {self.do}"
+        """The same four parts, one a line, for a terminal: what a terminal would obey is escaped."""
+        parts = {"error    ": self.where, "expected ": self.expected, "got      ": self.got, "do this  ": self.do}
+        return "\n".join(name + "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in part)
+                         for name, part in parts.items())
 
 
 class ShapeError(SenteiError):

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sentei.core.errors import FileError, shown
-from sentei.core.storage import parse_json
+from sentei.core.storage import MAX_JSON_BYTES, parse_json, regular_size, unreadable
 
-MAX_HEADER_BYTES = 100_000_000
+MAX_HEADER_BYTES = MAX_JSON_BYTES
+MAX_TENSORS = 1 << 16
 DTYPE_BYTES = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2,
     "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1,
@@ -36,24 +37,28 @@ class Tensor:
 
 
 def read_header(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file by name, in the order of their bytes.
+    """The tensors of a safetensors file by name, in the order of their bytes; see `read_whole_header`."""
+    return read_whole_header(path)[0]
+
+
+def read_whole_header(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a safetensors file by name, in the order of their bytes, and its metadata.
 
     Reads the header only; a file of 300 tensors costs well under a millisecond.
 
     Raises:
-        FileError: the header is too long, malformed or holds a name twice; offsets overlap, leave gaps or leave the
-            file; a shape does not match its bytes; the file goes on after the last tensor.
+        FileError: not a regular file; the header is too long, malformed or holds a name twice; offsets overlap, leave
+            gaps or leave the file; a shape does not match its bytes; the file goes on after the last tensor.
     """
+    size = regular_size(path)
     try:
-        size = path.stat().st_size
         with open(path, "rb") as file:
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or length > min(MAX_HEADER_BYTES, size - 8):
                 raise _malformed(path, f"a header of {length:,} bytes in a file of {size:,}")
             raw = file.read(length)
     except OSError as error:
-        raise FileError(str(path), expected="a file that can be read", got=str(error.strerror or error),
-                        do="check the path and its permissions") from error
+        raise unreadable(path, error) from error
     try:
         entries = parse_json(raw)
     except ValueError as error:
@@ -61,11 +66,13 @@ def read_header(path: Path) -> dict[str, Tensor]:
     metadata = entries.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise _malformed(path, "metadata that is not text")
-    return _check_layout(path, entries, size - 8 - length)
+    return _check_layout(path, entries, size - 8 - length), metadata
 
 
 def _check_layout(path: Path, entries: dict, data_bytes: int) -> dict[str, Tensor]:
     spans = []
+    if len(entries) > MAX_TENSORS:
+        raise _malformed(path, f"{len(entries):,} tensors of at most {MAX_TENSORS:,}")
     for name, entry in entries.items():
         if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
             raise _malformed(path, f"no dtype, shape and offsets for the tensor {shown(name)}")

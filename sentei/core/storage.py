@@ -13,10 +13,11 @@ from pathlib import Path
 
 from sentei.core.errors import FileError, ResourceError, SenteiError
 
-MAX_JSON_BYTES = 64 << 20
-# Sixteen megabytes of "[]," would parse to 350 of empty lists. Each of these characters stands for at most about 64
-# bytes of Python objects, so that this is a quarter of a gigabyte; a vocabulary of 260,000 tokens has two million.
-MAX_JSON_PARTS = 4_000_000
+# One character beyond the sixteenth plane makes Python keep four bytes for each of the file, and again for its values.
+MAX_JSON_BYTES = 16 << 20
+# Sixteen megabytes of "[]," would parse to 350 of empty lists. What these characters stand for takes at most about 64,
+# 90 and 250 bytes of Python objects; a vocabulary of 260,000 tokens has two million parts and half a million lists.
+MAX_JSON_PARTS, MAX_JSON_LISTS, MAX_JSON_OBJECTS = 4_000_000, 1_000_000, 200_000
 # The end of the name of a file that is still being written; its name begins with a dot.
 UNFINISHED = ".part"
 SAFETENSORS_UNFINISHED = ".tmp??????"  # what safetensors itself writes to, beside the file it was given
@@ -96,7 +97,7 @@ def write_json(path: Path, value: object) -> None:
 
 
 def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES) -> dict:
-    """Reads one JSON object, refusing files that are too large, malformed or hold duplicate keys.
+    """Reads one JSON object, refusing files that are too large, malformed or hold duplicate keys, NaN or infinity.
 
     Raises:
         FileError: see `json_bytes`; or not UTF-8, not JSON, or not an object.
@@ -115,34 +116,53 @@ def json_bytes(path: Path, max_bytes: int = MAX_JSON_BYTES) -> bytes:
     Raises:
         FileError: the file is missing, not a regular file, larger than `max_bytes`, or holds too many values.
     """
+    size = regular_size(path)
+    if size > max_bytes:
+        raise FileError(str(path), expected=f"at most {max_bytes:,} bytes of JSON", got=f"{size:,} bytes",
+                        do="check that this is the file you meant")
     try:
-        found = path.stat()
-        if not stat.S_ISREG(found.st_mode):
-            raise FileError(str(path), expected="a file that can be read", got="something that is not a file",
-                            do="check the path")
-        if found.st_size > max_bytes:
-            raise FileError(str(path), expected=f"at most {max_bytes:,} bytes of JSON", got=f"{found.st_size:,} bytes",
-                            do="check that this is the file you meant")
         raw = path.read_bytes()
     except OSError as error:
-        raise FileError(str(path), expected="a file that can be read", got=str(error.strerror or error),
-                        do="check the path") from error
+        raise unreadable(path, error) from error
     if _too_many_parts(raw):
         raise FileError(str(path), expected=f"at most {MAX_JSON_PARTS:,} values", got="more",
                         do="check that this is the file you meant")
     return raw
 
 
+def regular_size(path: Path) -> int:
+    """The bytes of a regular file; a pipe would make its reader wait for ever.
+
+    Raises:
+        FileError: it is missing, or something else.
+    """
+    try:
+        found = path.stat()
+    except OSError as error:
+        raise unreadable(path, error) from error
+    if not stat.S_ISREG(found.st_mode):
+        raise FileError(str(path), expected="a file that can be read", got="something that is not a file",
+                        do="check the path")
+    return found.st_size
+
+
+def unreadable(path: Path, error: OSError) -> FileError:
+    """The error to raise when reading `path` failed with `error`."""
+    return FileError(str(path), expected="a file that can be read", got=str(error.strerror or error),
+                     do="check the path and its permissions")
+
+
 def parse_json(raw: bytes) -> dict:
     """The one JSON object in `raw`.
 
     Raises:
-        ValueError: too many values, not UTF-8, not JSON, nested too deep, a key that appears twice, or not an object.
+        ValueError: too many values, not UTF-8, not JSON, nested too deep, a key that appears twice, NaN, infinity, or
+            not an object.
     """
     if _too_many_parts(raw):
         raise ValueError(f"more than {MAX_JSON_PARTS:,} values")
     try:
-        value = json.loads(raw.decode("utf-8-sig"), object_pairs_hook=_unique_keys)
+        value = json.loads(raw.decode("utf-8-sig"), object_pairs_hook=_unique_keys, parse_constant=_refuse_constant)
     except RecursionError as error:
         raise ValueError(str(error)) from error
     if not isinstance(value, dict):
@@ -151,8 +171,14 @@ def parse_json(raw: bytes) -> dict:
 
 
 def _too_many_parts(raw: bytes) -> bool:
-    """Whether the commas, colons and brackets, which bound the number of objects, are more than MAX_JSON_PARTS."""
-    return sum(raw.count(part) for part in (b",", b":", b"[", b"{")) > MAX_JSON_PARTS
+    """Whether the commas, colons and brackets, which bound the number of objects, are too many."""
+    lists, objects = raw.count(b"["), raw.count(b"{")
+    return (lists > MAX_JSON_LISTS or objects > MAX_JSON_OBJECTS
+            or lists + objects + raw.count(b",") + raw.count(b":") > MAX_JSON_PARTS)
+
+
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"{name}, which is no JSON")
 
 
 def _unique_keys(pairs: list[tuple[str, object]]) -> dict:
@@ -177,12 +203,17 @@ def claimed(out: Path, marker: str, command: str) -> Iterator[None]:
         command: that makes such folders, for the message.
     Raises:
         SenteiError: a file, or a folder with other things in it.
+        FileError: a folder with links in it, through which a run would write elsewhere.
         ResourceError: it cannot be written, or another process is working in it.
     """
     try:
         if out.exists() and not _ours(out, marker):
             raise SenteiError("--out", expected=f"a new or empty folder, or one that {command} made",
                               got=f"{out}, which holds something else", do="name another folder")
+        linked = next((path for path in out.rglob("*") if path.is_symlink()), None)
+        if linked is not None:
+            raise FileError(str(linked), expected="files and folders of a run", got="a link",
+                            do="remove it, or name another folder with --out")
         out.mkdir(parents=True, exist_ok=True)
         lock = open(out / LOCK, "a")
     except OSError as error:

@@ -11,6 +11,8 @@ from collections.abc import Iterator, Sequence
 from html import escape
 from itertools import pairwise
 
+from sentei.measurement.marks import dot, line, svg, text
+
 LABEL_LIMIT = 160
 HIDDEN = frozenset({"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"})
 DECADES = 4  # an error ten thousand times below the largest is drawn as if it were zero
@@ -70,24 +72,6 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
     return [round(index * step, 12) for index in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
-def _svg(width: float, height: float, label: str, marks: list[str], kind: str) -> str:
-    return (f'<svg class="{kind}" viewBox="0 0 {width:.6g} {height:.6g}" width="{width:.6g}" height="{height:.6g}" '
-            f'role="img" aria-label="{escape(label)}">{"".join(marks)}</svg>')
-
-
-def _text(x: float, y: float, content: str, kind: str = "", anchor: str = "start") -> str:
-    return f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(content)}</text>'
-
-
-def _line(x1: float, y1: float, x2: float, y2: float, kind: str) -> str:
-    return f'<line class="{kind}" x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"/>'
-
-
-def _dot(x: float, y: float, radius: float, kind: str, title: str = "") -> str:
-    inside = f"<title>{escape(title)}</title>" if title else ""
-    return f'<circle class="{kind}" cx="{x:.1f}" cy="{y:.1f}" r="{radius}">{inside}</circle>'
-
-
 def heat_map(density: Sequence[Sequence[float] | None]) -> str:
     """The chosen density of every head, layers from top to bottom, heads from left to right, row means at the right.
 
@@ -105,8 +89,8 @@ def heat_map(density: Sequence[Sequence[float] | None]) -> str:
     left, top = 34.0, 32.0
     right = left + heads * wide
     stride = 1 if wide > 12 else 8
-    marks = [_text(left, 10, "head", "axis"), _text(right + 14, 10, "layer mean", "axis")]
-    marks += [_text(left + (head + 0.5) * wide, 25, str(head), "tick", "middle") for head in range(0, heads, stride)]
+    marks = [text(left, 10, "head", "axis"), text(right + 14, 10, "layer mean", "axis")]
+    marks += [text(left + (head + 0.5) * wide, 25, str(head), "tick", "middle") for head in range(0, heads, stride)]
     for layer, row in enumerate(density):
         marks += _heat_row(layer, row, (left, top + layer * tall), (wide, tall), right)
     low, high = min(cells), max(cells)
@@ -114,7 +98,7 @@ def heat_map(density: Sequence[Sequence[float] | None]) -> str:
     label = (f"Heat map of density, {counted(len(density), 'layer')} by {counted(heads, 'head')}. Mean {average:.2f}; "
              f"lowest {low[0]:.2f} at layer {low[1]}, head {low[2]}; highest {high[0]:.2f} at layer {high[1]}, "
              f"head {high[2]}. {counted(sum(row is None for row in density), 'layer')} not prunable.")
-    return _svg(right + 106, top + len(density) * tall + 2, label, marks, "heat")
+    return svg(right + 106, top + len(density) * tall + 2, label, marks, "heat")
 
 
 def _heat_row(layer: int, row: Sequence[float] | None, corner: tuple[float, float], size: tuple[float, float],
@@ -122,9 +106,9 @@ def _heat_row(layer: int, row: Sequence[float] | None, corner: tuple[float, floa
     (left, y), (wide, tall) = corner, size
     roomy = tall > 10.5
     if roomy or layer % 5 == 0:
-        yield _text(left - 7, y + tall / 2 + 3.4, str(layer), "tick", "end")
+        yield text(left - 7, y + tall / 2 + 3.4, str(layer), "tick", "end")
     if not row:
-        yield _line(left, y + tall / 2, right + 74, y + tall / 2, "unpruned")
+        yield line(left, y + tall / 2, right + 74, y + tall / 2, "unpruned")
         return
     gap = 1 if wide > 6 else 0.5
     for head, value in enumerate(row):
@@ -133,9 +117,9 @@ def _heat_row(layer: int, row: Sequence[float] | None, corner: tuple[float, floa
                f"<title>layer {layer}, head {head}: density {value:.3f}</title></rect>")
     average = mean(row)
     yield f'<rect class="track" x="{right + 14:.1f}" y="{y + tall / 2 - 0.5:.1f}" width="60" height="1"/>'
-    yield _dot(right + 14 + 60 * average, y + tall / 2, 2.4, "mean")
+    yield dot(right + 14 + 60 * average, y + tall / 2, 2.4, "mean")
     if roomy:
-        yield _text(right + 82, y + tall / 2 + 3.4, f"{average:.2f}", "tick")
+        yield text(right + 82, y + tall / 2 + 3.4, f"{average:.2f}", "tick")
 
 
 def density_scale() -> str:
@@ -143,7 +127,7 @@ def density_scale() -> str:
     marks = [f'<rect class="cell" x="{20 * step}" y="0" width="20" height="10" fill-opacity="{step / 10}"/>'
              for step in range(11)]
     label = "Colour scale from density 0, the colour of the page, to density 1, full colour."
-    return _svg(220, 24, label, [*marks, _text(0, 22, "0", "tick"), _text(220, 22, "1", "tick", "end")], "heat scale")
+    return svg(220, 24, label, [*marks, text(0, 22, "0", "tick"), text(220, 22, "1", "tick", "end")], "heat scale")
 
 
 def density_bar(share: object) -> str:
@@ -174,12 +158,12 @@ def curve_panels(slack: Sequence[dict], density: Sequence[Sequence[float] | None
         level = min(max(math.log10(error), bottom), top) if error > 0 else bottom
         return 2 + 100 * min(max(share, 0), 1), 62 - 56 * (level - bottom) / (top - bottom)
 
-    grid = [_line(2, place(0, 10.0 ** decade)[1], 102, place(0, 10.0 ** decade)[1], "grid")
+    grid = [line(2, place(0, 10.0 ** decade)[1], 102, place(0, 10.0 ** decade)[1], "grid")
             for decade in range(bottom, top + 1)]
-    key = [*grid, _text(4, 15, f"error {10.0 ** top:g}", "tick"), _text(4, 59, f"{10.0 ** bottom:g}", "tick"),
-           _text(101, 59, "density 1", "tick", "end")]
+    key = [*grid, text(4, 15, f"error {10.0 ** top:g}", "tick"), text(4, 59, f"{10.0 ** bottom:g}", "tick"),
+           text(101, 59, "density 1", "tick", "end")]
     label = f"Key: across, density from 0 to 1; up, error from {10.0 ** bottom:g} to {10.0 ** top:g}, logarithmic."
-    return [_svg(104, 66, label, key, "panel key"), *(_panel(entry, density, place, grid) for entry in slack)]
+    return [svg(104, 66, label, key, "panel key"), *(_panel(entry, density, place, grid) for entry in slack)]
 
 
 def _panel(entry: dict, density: Sequence[Sequence[float] | None], place, grid: list[str]) -> str:
@@ -193,12 +177,12 @@ def _panel(entry: dict, density: Sequence[Sequence[float] | None], place, grid: 
     marks = [*grid, f'<path class="head" d="{lines}"/>', f'<polyline class="curve" points="{middle}"/>']
     chosen, crowd = density[layer] if 0 <= layer < len(density) else None, len(heads) > CROWD
     for head, share in zip(heads, chosen or [], strict=False):
-        marks.append(_dot(*place(share, error_at(head, share)), 0.9 if crowd else 1.7, "chosen"))
-    marks.append(_text(101, 15, str(layer), "tick", "end"))
+        marks.append(dot(*place(share, error_at(head, share)), 0.9 if crowd else 1.7, "chosen"))
+    marks.append(text(101, 15, str(layer), "tick", "end"))
     kept = f"; chosen mean density {mean(chosen):.2f}" if chosen else ""
     ends = f", mean error from {average[0][1]:.2g} to {average[-1][1]:.2g}" if average else ""
     label = f"Layer {layer}: error against density{ends}{kept}."
-    return _svg(104, 66, label, marks, "panel crowd" if crowd else "panel")
+    return svg(104, 66, label, marks, "panel crowd" if crowd else "panel")
 
 
 def error_at(curve: Sequence[tuple[float, float]], share: float) -> float:
@@ -241,17 +225,17 @@ def frontier(points: Sequence[dict], result: dict, details: dict, width: int) ->
         return left + (width - left - 8) * across, TOP + (height - bottom - TOP) * (1 - up)
 
     base = height - bottom
-    marks = [_line(left, base, width - 8, base, "frame")]
+    marks = [line(left, base, width - 8, base, "frame")]
     for tick in ticks(x1, x2, 6 if width > 500 else 4):
         x = place(tick, y1)[0]
-        marks += [_line(x, base, x, base + 4, "frame"), _text(x, base + 18, f"{tick:g}×", "tick", "middle")]
+        marks += [line(x, base, x, base + 4, "frame"), text(x, base + 18, f"{tick:g}×", "tick", "middle")]
     for tick in ticks(y1, y2, 5):
         if tick <= 1:
             y = place(x1, tick)[1]
-            marks += [_line(left, y, width - 8, y, "grid"),
-                      _text(left - 8, y + 4, f"{100 * tick:.4g}\u00a0%", "tick", "end")]
-    marks.append(_text(width - 8, height - 6, "speed-up over dense  →", "axis", "end"))
-    marks.append(_text(0, 11, "↑  quality, share of dense", "axis"))
+            marks += [line(left, y, width - 8, y, "grid"),
+                      text(left - 8, y + 4, f"{100 * tick:.4g}\u00a0%", "tick", "end")]
+    marks.append(text(width - 8, height - 6, "speed-up over dense  →", "axis", "end"))
+    marks.append(text(0, 11, "↑  quality, share of dense", "axis"))
     marks += _bound(details["goal"], place, (left, width - 8, base))
     best = [place(point["speedup"], point["quality"]) for point in undominated(points)]
     marks.append(f'<polyline class="front" points="{" ".join("{:.1f},{:.1f}".format(*spot) for spot in best)}"/>')
@@ -263,11 +247,11 @@ def frontier(points: Sequence[dict], result: dict, details: dict, width: int) ->
             marks.append(f'<path class="below" d="M{x - 4:.1f} {y - 7:.1f}h8l-4 6z"><title>{escape(title)}</title>'
                          "</path>")
         else:
-            marks.append(_dot(x, y, 3.2, "tried", title))
+            marks.append(dot(x, y, 3.2, "tried", title))
     marks += _chosen(points, result, details, place)
     label = (f"Quality against speed-up: {counted(len(points), 'point')} tried. The chosen plan measured "
              f"{result['speedup']:.2f} times the dense speed at {percent(result['quality'])} of the dense quality.")
-    return _svg(width, height, label, marks, "frontier")
+    return svg(width, height, label, marks, "frontier")
 
 
 def undominated(points: Sequence[dict]) -> list[dict]:
@@ -284,39 +268,39 @@ def _bound(goal: dict, place, frame: tuple[float, float, float]) -> Iterator[str
     left, right, base = frame
     if finite(goal.get("quality")):
         y = place(1, goal["quality"])[1]
-        yield _line(left, y, right, y, "bound")
-        yield _text(left + 6, y + 14, f"bound {100 * goal['quality']:g} %", "boundlabel")
+        yield line(left, y, right, y, "bound")
+        yield text(left + 6, y + 14, f"bound {100 * goal['quality']:g} %", "boundlabel")
     if finite(goal.get("speed")):
         x = place(goal["speed"], 1)[0]
-        yield _line(x, TOP, x, base, "bound")
-        yield _text(x - 6, base - 8, f"bound {goal['speed']:g}×", "boundlabel", "end")
+        yield line(x, TOP, x, base, "bound")
+        yield text(x - 6, base - 8, f"bound {goal['speed']:g}×", "boundlabel", "end")
 
 
 def _chosen(points: Sequence[dict], result: dict, details: dict, place) -> Iterator[str]:
     x, y = place(1, 1)
-    yield _dot(x, y, 4, "dense", "dense: 1×, quality 100 %")
-    yield _text(x + 9, y - 6, "dense", "tick")
+    yield dot(x, y, 4, "dense", "dense: 1×, quality 100 %")
+    yield text(x + 9, y - 6, "dense", "tick")
     x, y = place(result["speedup"], result["quality"])
     above = y
     for point in points:
         if point["chosen"]:
             start = place(point["speedup"], point["quality"])
-            yield _line(*start, x, y, "foreseen")
+            yield line(*start, x, y, "foreseen")
             above = min(above, start[1])
-            yield _dot(*start, 5.5, "ring", f"{visible(point['name'])}: chosen, as foreseen")
+            yield dot(*start, 5.5, "ring", f"{visible(point['name'])}: chosen, as foreseen")
     low = y
     if all(map(finite, details["quality_interval"])):
         low, high = (place(1, quality)[1] for quality in details["quality_interval"])
-        yield _line(x, low, x, high, "interval")
+        yield line(x, low, x, high, "interval")
         above = min(above, high)
     if all(map(finite, details["speedup_interval"])):
         slow, fast = (place(speed, 1)[0] for speed in details["speedup_interval"])
-        yield _line(slow, y, fast, y, "interval")
-    yield _dot(x, y, 5, "chosen", "the chosen plan, as measured")
+        yield line(slow, y, fast, y, "interval")
+    yield dot(x, y, 5, "chosen", "the chosen plan, as measured")
     asked = details["goal"].get("quality")
     # Over everything that belongs to the point, or under it where the plan as foreseen lies far above.
     level = above - 9 if y - above < 16 else max(y, low) + 19
-    yield _text(x + 9, level, f"{result['speedup']:.2f}× at {percent(result['quality'], asked)}", "callout")
+    yield text(x + 9, level, f"{result['speedup']:.2f}× at {percent(result['quality'], asked)}", "callout")
 
 
 def timing_strip(timings: dict[str, Sequence[float]]) -> str:
@@ -329,19 +313,19 @@ def timing_strip(timings: dict[str, Sequence[float]]) -> str:
     marks, medians = [], []
     for row, (name, values) in enumerate(runs.items()):
         y = 16 + 26 * row
-        marks += [_text(left - 10, y + 4, name, "tick", "end"), _line(left, y, width - 8, y, "grid")]
+        marks += [text(left - 10, y + 4, name, "tick", "end"), line(left, y, width - 8, y, "grid")]
         spots = [left + (width - left - 14) * value / longest for value in sorted(values)]
-        marks += [_dot(x, y, 3.2, "run" if name == "dense" else "run pruned") for x in spots]
+        marks += [dot(x, y, 3.2, "run" if name == "dense" else "run pruned") for x in spots]
         if values:
             middle = (spots[(len(spots) - 1) // 2] + spots[len(spots) // 2]) / 2
-            marks.append(_line(middle, y - 9, middle, y + 9, "median"))
+            marks.append(line(middle, y - 9, middle, y + 9, "median"))
             ordered = sorted(values)
             medians.append(f"{name} {(ordered[(len(ordered) - 1) // 2] + ordered[len(ordered) // 2]) / 2:.3g} s")
     for tick in ticks(0, longest, 4):
         x = left + (width - left - 14) * tick / longest
-        marks += [_line(x, 58, x, 62, "frame"), _text(x, 76, f"{tick:g} s", "tick", "middle")]
-    marks.append(_line(left, 58, width - 8, 58, "frame"))
-    return _svg(width, 82, f"Timed runs. Medians: {', '.join(medians)}.", marks, "strip")
+        marks += [line(x, 58, x, 62, "frame"), text(x, 76, f"{tick:g} s", "tick", "middle")]
+    marks.append(line(left, 58, width - 8, 58, "frame"))
+    return svg(width, 82, f"Timed runs. Medians: {', '.join(medians)}.", marks, "strip")
 
 
 def drawable(points: Sequence[dict]) -> list[dict]:

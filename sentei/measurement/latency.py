@@ -75,3 +75,19 @@ def measured(bench: str, case: str, peer: str, comparison: Comparison, *, operat
     return {"bench": bench, "case": case, "peer": peer, "ours_s": ours_s, "peer_s": peer_s,
             "ratio": statistics.median(ratios), "low": min(ratios), "high": max(ratios), "machine": processor(),
             **({} if operations is None else {"gflops": operations / ours_s / 1e9})}
+
+
+def turns(named: dict[str, Action], *, runs: int) -> dict[str, list[float]]:
+    """Seconds of several ways of doing the same work, by name, timed in turn after one untimed run of each.
+
+    Args:
+        named: does the work once, by name.
+        runs: timed runs of each, at least 1; every other turn goes backwards, so that neither always comes first.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in named}
+    for number in range(runs + 1):
+        for name in named if number % 2 else reversed(named):
+            start = time.perf_counter()
+            named[name]()
+            seconds[name] += [time.perf_counter() - start] if number else []
+    return seconds

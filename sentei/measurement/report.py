@@ -5,21 +5,21 @@ the rest; every number passes through a numeric format. The page's policy allows
 else.
 """
 
-import base64
-import hashlib
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from html import escape
-from importlib import resources
 from pathlib import Path
-from string import Template
 
 from sentei.core.storage import write_text
 from sentei.measurement import drawing
-from sentei.measurement.drawing import LABEL_LIMIT, counted, drawable, finite, percent, visible
+from sentei.measurement.drawing import counted, drawable, finite, percent, visible
+from sentei.measurement.pages import fill
+from sentei.measurement.pages import pairs as _pairs
+from sentei.measurement.pages import row as _row
+from sentei.measurement.pages import section as _section
+from sentei.measurement.pages import table as _table
+from sentei.measurement.pages import words as _words
 from sentei.measurement.plots import write_plots
-
-STYLE = ("<style>", "</style>")
 
 
 def write_report(out: Path, result: dict, details: dict) -> Path:
@@ -46,13 +46,9 @@ def write_report(out: Path, result: dict, details: dict) -> Path:
 
 def render(result: dict, details: dict) -> str:
     """The report as HTML text; arguments as for `write_report`."""
-    template = resources.files("sentei.measurement").joinpath("report.html").read_text(encoding="utf-8")
-    style = template.split(STYLE[0])[1].split(STYLE[1])[0]
-    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
     sections = (_comparison(result, details), _tried(result, details), _slack(details), _plan(result, details),
                 _method(result, details), _repeat(details))
-    return Template(template).substitute(
-        policy=f"default-src 'none'; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'",
+    return fill(
         title=escape(visible(f"{result['model']}, pruned by sentei")),
         state="met" if details["met"] else "unmet",
         kicker=f"<b>sentei prune</b> · {_words(details['date'])} · {_words(result['workload'])} · "
@@ -84,11 +80,6 @@ def summary(result: dict, details: dict) -> str:
     return f"{sentence}, where {asked} was asked."
 
 
-def _words(value: object, limit: int | None = LABEL_LIMIT) -> str:
-    """Any string, safe in HTML text, its direction kept to itself, its per cent signs kept with their numbers."""
-    return f"<bdi>{escape(visible(value, limit)).replace(' %', '&nbsp;%')}</bdi>"
-
-
 def _number(value: object, form: str) -> str:
     return format(value, form) if finite(value) else "not measured"
 
@@ -101,25 +92,6 @@ def _percents(interval: Sequence[float]) -> str:
 def _times(interval: Sequence[float]) -> str:
     low, high = interval
     return f"{low:.2f}–{high:.2f}×" if finite(low) and finite(high) else "not measured"
-
-
-def _section(title: str, text: str, *parts: str) -> str:
-    return f"<section>\n<h2>{title}</h2>\n<p>{text}</p>\n{''.join(parts)}\n</section>"
-
-
-def _row(first: str, *cells: str, kind: str = "") -> str:
-    return f'<tr class="{kind}"><th scope="row">{first}</th>{"".join(f"<td>{cell}</td>" for cell in cells)}</tr>'
-
-
-def _table(head: Sequence[str], rows: Iterable[str], caption: str = "", kind: str = "") -> str:
-    """A table whose first column is its row headers; cells and heads are HTML already."""
-    columns = "".join(f'<th scope="col">{name}</th>' for name in head)
-    above = f"<caption>{caption}</caption>" if caption else ""
-    return f'<table class="{kind}">{above}<thead><tr>{columns}</tr></thead><tbody>{"".join(rows)}</tbody></table>'
-
-
-def _pairs(pairs: Iterable[tuple[str, str]]) -> str:
-    return f"<dl>{''.join(f'<dt>{name}</dt><dd>{value}</dd>' for name, value in pairs)}</dl>"
 
 
 def _verdict(result: dict, details: dict) -> str:

@@ -4,6 +4,7 @@ import codecs
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from sentei.core.errors import FileError, SenteiError
 
 MAX_TEXT_BYTES = 1 << 28
 CHARACTERS_PER_TOKEN = 4
+PIECE = 1 << 20  # bytes that are checked at a time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,21 +48,34 @@ def read_text(path: Path | None) -> Text:
         if size > MAX_TEXT_BYTES:
             raise FileError(str(path), expected=f"at most {MAX_TEXT_BYTES:,} bytes", got=f"{size:,}",
                             do="cut out the part to measure on")
+        _check_plain(path)
         text = path.read_bytes().decode("utf-8-sig")
     except OSError as error:
         raise FileError(str(path), expected="a text file that can be read", got=str(error.strerror or error),
                         do="check the path") from error
-    except UnicodeDecodeError as error:
-        wide = error.object[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-        raise FileError(str(path), expected="text in UTF-8", got=f"byte {error.object[error.start]:#04x} "
-                        f"at position {error.start:,}",
-                        do=f"convert it, e.g. `iconv -f {'UTF-16' if wide else 'LATIN1'} -t UTF-8`") from error
-    if not text.strip():
-        raise FileError(str(path), expected="a text", got="an empty file", do="check the path")
-    if "\0" in text:
-        raise FileError(str(path), expected="a text", got=f"a NUL at position {text.index(chr(0)):,}",
-                        do="give plain text; what a program has written in UTF-16 converts with `iconv -f UTF-16`")
     return _text(path.name, text)
+
+
+def _check_plain(path: Path) -> None:
+    """Raises FileError unless a file is text in UTF-8; piece by piece, as what is none may be large."""
+    decoder, position, blank, start = codecs.getincrementaldecoder("utf-8")(), 0, True, b""
+    with open(path, "rb") as file:
+        for piece in chain(iter(lambda: file.read(PIECE), b""), [b""]):
+            start, waiting = start or piece[:2], len(decoder.getstate()[0])
+            try:
+                text = decoder.decode(piece, final=not piece)
+            except UnicodeDecodeError as error:
+                wide = start in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+                raise FileError(str(path), expected="text in UTF-8", got=f"byte {error.object[error.start]:#04x} "
+                                f"at position {position - waiting + error.start:,}",
+                                do=f"convert it, e.g. `iconv -f {'UTF-16' if wide else 'LATIN1'} -t UTF-8`") from error
+            if "\0" in text:
+                raise FileError(str(path), expected="a text", got=f"a NUL at position {position + piece.index(0):,}",
+                                do="give plain text; what a program has written in UTF-16 converts with "
+                                   "`iconv -f UTF-16`")
+            position, blank = position + len(piece), blank and (text.lstrip("\ufeff") or " ").isspace()
+    if blank:
+        raise FileError(str(path), expected="a text", got="an empty file", do="check the path")
 
 
 def _said_once(text: str) -> str:
@@ -75,7 +90,8 @@ def _text(name: str, text: str) -> Text:
     return Text(name=name, sha256=hashlib.sha256(text.encode("utf-8")).hexdigest(), text=text)
 
 
-def windows_of(tokenizer, text: str, *, length: int, needed: dict[str, int]) -> dict[str, torch.LongTensor]:
+def windows_of(tokenizer, text: str, *, length: int, needed: dict[str, int], wished: dict[str, int] | None = None
+               ) -> dict[str, torch.LongTensor]:
     """The text as tokens, cut for each use by `cut`.
 
     A window begins with the model's own first token (<bos>) where the tokenizer puts one before a text: models trained
@@ -84,8 +100,12 @@ def windows_of(tokenizer, text: str, *, length: int, needed: dict[str, int]) -> 
     Args:
         tokenizer: a transformers tokenizer.
         length: tokens of a window, the first token included.
+        wished: more windows of a use, as many as the text has beside those needed.
     """
     tokens = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    for use, count in (wished or {}).items():
+        spare = max(0, len(tokens) // max(length, 1) - sum(needed.values()))
+        needed = {**needed, use: needed[use] + min(count, spare)}
     first = tokenizer("")["input_ids"][:1]
     if not first or first[0] != tokenizer.bos_token_id:
         return cut(tokens, length=length, needed=needed)

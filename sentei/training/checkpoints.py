@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from sentei.conversion.model_folder import member
 from sentei.core.errors import FileError
 from sentei.core.safetensors_header import read_header
 from sentei.core.storage import read_json, sha256, write_json, write_whole
@@ -47,7 +48,11 @@ class Checkpoint:
         return {name: torch.Size(tensor.shape) for name, tensor in read_header(self.files[0]).items()}
 
     def fill(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Writes what was saved into `tensors`, whose names and shapes are those of `shapes()`, in place."""
+        """Writes what was saved into `tensors`, whose names and shapes are those of `shapes()`, in place.
+
+        Raises:
+            FileError: another dtype.
+        """
         from safetensors.torch import load_file
 
         if len(self.files) > 1 or any(hasattr(tensor, "device_mesh") for tensor in tensors.values()):
@@ -55,6 +60,9 @@ class Checkpoint:
             return
         saved = load_file(self.files[0])
         for name, tensor in tensors.items():
+            if saved[name].dtype != tensor.dtype:
+                raise FileError(str(self.files[0]), expected=f"{name} in {tensor.dtype}", got=str(saved[name].dtype),
+                                do="remove this checkpoint; one before it may be whole")
             tensor.copy_(saved[name])
 
 
@@ -117,7 +125,7 @@ def _read(folder: Path, saved: list[int]) -> Checkpoint:
 
 def _check(folder: Path, step: int) -> Checkpoint:
     """The checkpoint of a step, if it is whole."""
-    manifest = read_json(_manifest(folder, step))
+    manifest = read_json(member(folder, _manifest(folder, step).name))
     files, about = manifest.get("files"), manifest.get("about")
     named = isinstance(files, dict) and len(files) > 0 and isinstance(about, dict) and all(
         isinstance(file, dict) and (match := _PART.fullmatch(name)) and int(match[1]) == step
@@ -125,7 +133,7 @@ def _check(folder: Path, step: int) -> Checkpoint:
     if manifest.get("schema") != SCHEMA or manifest.get("step") != step or not named:
         raise FileError(str(_manifest(folder, step)), expected=f"step {step} as {SCHEMA}", got="something else", do="")
     for name, file in files.items():
-        path = folder / name
+        path = member(folder, name, required=False) or folder / name
         size = path.stat().st_size if path.is_file() else None
         if size != file.get("bytes"):
             raise FileError(str(path), expected=f"{file.get('bytes')} bytes", got="none" if size is None else f"{size}",

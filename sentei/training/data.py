@@ -6,6 +6,7 @@ resuming needs no iterator.
 """
 
 import hashlib
+import re
 import sysconfig
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from sentei.conversion.tokenizers import read_tokenizer, require_known
 from sentei.core.errors import FileError, require
 from sentei.core.safetensors_header import read_header
 from sentei.core.storage import sha256, write_whole
@@ -67,16 +69,17 @@ class FromFile:
     """
 
     def __init__(self, path: Path):
-        from sentei.conversion.tokenizers import read_tokenizer
-
         if path.name != "tokenizer.json" or not path.is_file():
             raise FileError(str(path), expected="a file called tokenizer.json", got="none", do="check the path")
         self.tokenizer = read_tokenizer(path.parent)
         self.vocabulary, self.end, self.identity = len(self.tokenizer), self.tokenizer.eos_token_id, sha256(path)
+        self.where = str(path)
 
     def encode(self, text: str) -> np.ndarray:
         """The tokens of the text, without any the tokenizer would add."""
-        return np.asarray(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=np.int64)
+        tokens = np.asarray(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=np.int64)
+        require_known(tokens.max(initial=0), self.vocabulary, self.where)
+        return tokens
 
     def decode(self, tokens: list[int]) -> str:
         """The text of the tokens."""
@@ -237,12 +240,13 @@ def _map(path: Path) -> tuple[torch.Tensor, dict[str, str]]:
     with safe_open(path, framework="pt") as file:
         about = file.metadata() or {}
         plain = list(header) == ["tokens"] and len(header["tokens"].shape) == 1 and header["tokens"].dtype in DTYPES
-        if about.get("format") != FORMAT or not plain or not about.get("vocabulary", "").isdecimal():
+        if about.get("format") != FORMAT or not plain or not re.fullmatch("[0-9]{1,9}", about.get("vocabulary", "")):
             raise FileError(str(path), expected=f"a file of tokens, {FORMAT}", got="another file",
                             do="remove it and run the same command again")
         tokens = file.get_tensor("tokens")
     content = tokens.numpy()
-    if hashlib.sha256(content).hexdigest() != about.get("sha256") or content.max(initial=0) >= int(about["vocabulary"]):
+    known = 0 <= content.min(initial=0) <= content.max(initial=0) < int(about["vocabulary"])
+    if hashlib.sha256(content).hexdigest() != about.get("sha256") or not known:
         raise FileError(str(path), expected="the tokens that were written", got="others",
                         do="remove it and run the same command again")
     return tokens, about

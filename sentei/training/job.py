@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -15,6 +15,7 @@ from sentei.axes.connections import Config as Attended
 from sentei.axes.experts import Experts
 from sentei.axes.experts.gates import GATES, Noisy
 from sentei.conversion.memory import require_memory
+from sentei.conversion.model_folder import member
 from sentei.core.errors import FileError, SenteiError, UnsupportedError
 from sentei.core.progress import Progress, Silent
 from sentei.core.safetensors_header import read_header
@@ -34,7 +35,7 @@ from sentei.training.parallel import World, world
 SCHEMA = "sentei.train/1"
 MARKER = "sentei-train.json"
 WEIGHTS, SHAPE = "model.safetensors", "config.json"
-MAX_YAML_BYTES = 1 << 18
+MAX_YAML_BYTES = 1 << 16  # a second of reading
 # YAML 1.1 takes 3e-4 for text, as it has no point.
 _SHORT_FLOAT = re.compile(r"[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+$")
 SECTIONS = ("model", "data", "training", "balance", "parallel")
@@ -178,6 +179,13 @@ def read_yaml(path: Path) -> dict:
                                                         node.start_mark)
             return super().construct_mapping(node, deep)
 
+    def whole(loader, node):
+        number = loader.construct_yaml_int(node)
+        if abs(number) >> 63:  # Python does not even print what stands for ten thousand digits
+            raise yaml.constructor.ConstructorError(None, None, "a number beyond 64 bits", node.start_mark)
+        return number
+
+    Loader.add_constructor("tag:yaml.org,2002:int", whole)
     Loader.add_implicit_resolver("tag:yaml.org,2002:float", _SHORT_FLOAT, list("-+0123456789"))
     try:
         if path.stat().st_size > MAX_YAML_BYTES or not path.is_file():
@@ -219,21 +227,36 @@ def load_model(folder: Path | str) -> Transformer:
     from safetensors.torch import load_file
 
     folder = Path(folder)
-    about, header = read_json(folder / SHAPE), read_header(folder / WEIGHTS)
+    about, header = read_json(member(folder, SHAPE)), read_header(member(folder, WEIGHTS))
     if about.get("schema") != SCHEMA or "model" not in about:
         raise FileError(str(folder / SHAPE), expected=f"a model of {SCHEMA}", got="another file",
                         do="name a folder that sentei train wrote")
-    with torch.device("meta"):
-        model = Transformer(Shape.from_json(about["model"]))
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    if {name: tensor.shape for name, tensor in header.items() if tensor.dtype == "F32"} != expected:
+    shape = Shape.from_json(about["model"])
+    if {name: (tensor.dtype, tensor.shape) for name, tensor in header.items()} != expected_tensors(shape):
         raise FileError(str(folder), expected="the tensors that config.json describes", got="others",
                         do="train the model again")
-    model.load_state_dict(load_file(folder / WEIGHTS), assign=True)
+    with torch.device("meta"):
+        model = Transformer(shape)
+    tensors = load_file(folder / WEIGHTS)
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise FileError(str(folder / WEIGHTS), expected="finite weights", got=f"NaN or infinity in {name}",
+                            do="train the model again")
+    model.load_state_dict(tensors, assign=True)
     for room in model.modules():
         if isinstance(room, Experts):
             room.forget()  # what is in no file is not on the meta device any more
     return model.eval()
+
+
+def expected_tensors(shape: Shape) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """The dtype and shape of a model's tensors by name, from one block: all are alike, and a file may ask for many."""
+    with torch.device("meta"):
+        one = Transformer(replace(shape, layers=1)).state_dict()
+    first, kinds = "blocks.0.", {name: ("F32", tuple(tensor.shape)) for name, tensor in one.items()}
+    return {name: kind for name, kind in kinds.items() if not name.startswith(first)} | {
+        f"blocks.{layer}.{name.removeprefix(first)}": kind for layer in range(shape.layers)
+        for name, kind in kinds.items() if name.startswith(first)}
 
 
 def _result(model: Transformer, windows: data.Windows, config: Config, told: dict) -> dict:

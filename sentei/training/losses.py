@@ -46,6 +46,16 @@ def of_rooms(model: nn.Module) -> Iterator[Callable[[], torch.Tensor | None]]:
         yield lambda: sum(room.auxiliary(records.at(path)) for path, room in rooms)
 
 
+@torch.no_grad()
+def window_losses(model: nn.Module, windows: torch.Tensor) -> torch.Tensor:
+    """The mean loss of each window [N, context + 1], float64 [N], nats a byte."""
+    found = []
+    for part in windows.split(8):
+        logits, targets = model(part[:, :-1]).float(), part[:, 1:]
+        found.append(cross_entropy(logits.mT, targets, reduction="none").double().mean(1))
+    return torch.cat(found)
+
+
 @contextmanager
 def of_predictors(model: nn.Module) -> Iterator[Callable[[], torch.Tensor | None]]:
     """The term that teaches the predictors of Mixture-of-Depths what the choice along the sequence keeps.

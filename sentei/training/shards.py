@@ -57,7 +57,7 @@ def shapes(found: checkpoints.Checkpoint) -> dict[str, torch.Size]:
     """
     try:
         about = _reader(found).read_metadata().state_dict_metadata
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise _broken(found, "headers that say so little") from error
     for name, tensor in about.items():
         if sum(chunk.sizes.numel() for chunk in tensor.chunks) != tensor.size.numel():

@@ -38,6 +38,14 @@ def test_a_row_has_the_keys_of_every_bench(small):
         assert row["case"] in benches.line(row) and json.loads(json.dumps(row, allow_nan=False)) == row
 
 
+@pytest.mark.parametrize("kept", [0.125, 0.5, 1.0])
+def test_a_share_of_the_blocks_is_that_share_of_the_permitted_ones(kept):
+    tiles = Case(4, 2, 8, 1024, kept=kept).tiles
+    counts, blocks = (tiles.full_count + tiles.partial_count).sum(-1), 16 * 17 // 2
+    assert torch.equal(counts, torch.full((1, 2), max(round(kept * blocks), 16 + 15)))
+    assert tiles.mask().diagonal(dim1=-2, dim2=-1).all() and tiles.mask()[..., 0].all()
+
+
 def test_a_row_is_there_before_the_next_is_measured(small, monkeypatch):
     rows = benches.rows("attention", [], 1, print)
     assert next(rows)["peer"] == "torch sdpa"

@@ -9,11 +9,13 @@ from tiny import tiny_model
 from torch.testing import assert_close
 
 from sentei.axes.connections import Config
+from sentei.axes.heads import Config as Heads
 from sentei.budget import slack
+from sentei.budget.calibration import calibrate
 from sentei.budget.judge import Judge
 from sentei.budget.workload import Decode, Prefill, Workload, workload_of
 from sentei.conversion import cache
-from sentei.conversion.plan import Plan, convert, prunable_layers
+from sentei.conversion.plan import Plan, convert, prunable_layers, wanted
 from sentei.core.errors import SenteiError
 from sentei.core.rules import All, Threshold
 from sentei.core.storage import Stages
@@ -54,6 +56,25 @@ def test_losses_after_a_cache_are_those_of_one_pass(family, overrides, rows):
     assert found.dtype == torch.float64 and not found.requires_grad
     assert_close(found, token_losses(model, row[None])[0, 75:], rtol=1e-4, atol=1e-5)
     assert prefix.get_seq_length() == 149, "the last token is foretold and not read"
+
+
+@pytest.mark.parametrize("family, merge", [("llama", "joint"), ("qwen2", "joint"), ("qwen3", "joint"),
+                                           ("llama", "mean"), ("qwen3", "mean")])
+def test_a_model_of_fewer_heads_folds_the_prefix_of_the_dense_one(family, merge):
+    """In the first layer, whose keys and values are the same whoever reads, that is what it would have kept itself."""
+    model, row, workload = tiny_model(family, num_key_value_heads=4), row_of(80), Decode(80)
+    prefix = workload.prefix(model, row)
+    merged = Plan.everywhere([0], "heads", Heads(num_kv_heads=2, merge=merge))
+    convert(model, merged, calibrate(model, row[None], wanted(merged)))
+    own, folded = workload.prefix(model, row), workload._own(model, row, prefix)
+    for part in ("keys", "values"):
+        assert_close(getattr(folded.layers[0], part), getattr(own.layers[0], part), rtol=1e-4, atol=1e-4)
+        assert torch.equal(getattr(folded.layers[2], part), getattr((own if family == "qwen3" and merge == "mean"
+                                                                     else prefix).layers[2], part))
+    workload.begin(model, row, prefix)()
+    workload.sample(model, row, prefix)
+    assert len(workload.losses(model, row, prefix)) == 39
+    assert [layer.keys.shape[1] for layer in prefix.layers] == [4, 4, 4] and prefix.get_seq_length() == 40
 
 
 @pytest.mark.parametrize("tokens", [8, 9, 64, 150])

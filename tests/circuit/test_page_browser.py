@@ -212,20 +212,22 @@ def test_the_page_is_quick(browser, tmp_path):
     browser.send("Emulation.setDeviceMetricsOverride", width=1440, height=900, deviceScaleFactor=1, mobile=False)
     show(browser, tmp_path, large())
     size, drawn = (tmp_path / "circuit.html").stat().st_size, float(browser.run(DRAWN))
-    # Other work on the machine only adds: the best of three rounds counts.
-    times = min((browser.run("""(() => { const stage = document.getElementById("stage");
+    # Other work on the machine only adds: the best of three rounds counts. A frame lies between two hovers, as it does
+    # for a hand: of many in one task Chromium draws what it has noted down all at once, a quarter of a second for 38.
+    times = min((browser.run("""(async () => { const stage = document.getElementById("stage");
       const box = document.getElementById("base").getBoundingClientRect(), times = [];
       for (let i = 0; i < 60; i++) {
+        await new Promise(requestAnimationFrame);
         const clientX = box.x + box.width * (0.2 + 0.6 * (i * 37 % 60) / 60);
         const clientY = box.y + box.height * (0.1 + 0.8 * (i * 23 % 60) / 60);
         const start = performance.now();
         stage.dispatchEvent(new PointerEvent("pointermove", { clientX, clientY, bubbles: true }));
         times.push(performance.now() - start);
       }
-      return times.sort((a, b) => a - b); })()""") for _ in range(3)), key=lambda round_: round_[57])
+      return times.sort((a, b) => a - b); })()""") for _ in range(3)), key=max)
     print(f"page {size / 1e6:.2f} MB, first drawn {drawn:.0f} ms, hover median {times[30]:.1f} ms, "
           f"95 % {times[57]:.1f} ms, worst {times[-1]:.1f} ms")
-    assert size < 8e6 and drawn < 2000 and times[57] < 50
+    assert size < 8e6 and drawn < 2000 and times[-1] < 50
 
 
 @pytest.mark.parametrize(("scheme", "background"), [("light", "rgb(253, 252, 250)"), ("dark", "rgb(20, 22, 26)")])

@@ -4,7 +4,7 @@ import json
 
 import pytest
 from terminal import last_error, unfinished
-from tiny import save_tiny, tiny_model, tiny_tokenizer
+from tiny import save_tiny, save_tiny_encoder, tiny_model, tiny_tokenizer
 
 from sentei.axes import connections
 from sentei.circuit.file import load
@@ -48,6 +48,19 @@ def test_a_pruned_model_writes(sentei, tmp_path):
     done = sentei("trace", tmp_path / "pruned", "a" * 40, "--write", "3", "--out", tmp_path / "a.html", "--json")
     result = json.loads(done.stdout)
     assert result["kind"] == "ran" and result["tokens"] == [43] and result["multiply_adds"][0] < 1
+
+
+def test_an_encoder_of_transformers(sentei, tmp_path):
+    folder = save_tiny_encoder(tmp_path / "bert", "BertForMaskedLM")
+    files = "--out", tmp_path / "a.html", "--save", tmp_path / "a.trace"
+    done = sentei("trace", folder, "a bat", "a cat", *files, "--json")
+    result, kept = json.loads(done.stdout), load(tmp_path / "a.trace")
+    assert result["kind"] == "observed" and result["model"] == "bert" and result["tokens"] == [5, 5]
+    assert [token.text for token in kept.runs[1].tokens] == list("a cat")
+    assert not kept.runs[0].causal and kept.runs[0].following == ()
+    assert result["together"]["shared"] == 2 and result["together"]["differences"] > 0  # it has read what follows
+    assert sentei("trace", folder, "a bat", "--write", "1").returncode == 2
+    assert sentei("trace", folder, "a" * 65).returncode == 2
 
 
 @pytest.mark.parametrize("causal", [True, False], ids=["decoder", "encoder"])

@@ -151,3 +151,30 @@ def test_an_input_of_another_width_is_refused_by_torch():
     for wrong in (torch.ones(1, 12), torch.ones(2, 3)):
         with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
             module(wrong)
+
+
+def test_many_rows_of_halves_are_multiplied_in_float32_where_asked():
+    module = nn.Sequential(nn.Linear(6, 5).bfloat16(), nn.Linear(5, 4, dtype=torch.float32))
+    twin, x = copy.deepcopy(module)[0], torch.randn(2, 8, 6, dtype=torch.bfloat16)
+    choices = install(module, most_rows=0, many_rows=16)
+    assert [(choice.many_rows, type(part) is FewRowLinear) for choice, part in zip(choices, module, strict=True)] == [
+        (16, True), (0, False)]
+    wide = nn.functional.linear(x.float(), twin.weight.float(), twin.bias.float()).bfloat16()
+    with torch.no_grad():
+        assert torch.equal(module[0](x), wide)
+        assert torch.equal(module[0](x[:, :7]), nn.functional.linear(x[:, :7], twin.weight, twin.bias))
+    module[0](x).float().sum().backward()
+    assert module[0].weight.grad.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("gains, many_rows", [((1.6, 1.4), 256), ((1.6, 0.9), 1024), ((0.9, 1.4), 0)], ids=str)
+def test_many_rows_are_switched_only_where_that_was_measured_faster(gains, many_rows, monkeypatch):
+    module = nn.Sequential(nn.Linear(6, 5), nn.Linear(6, 5)).bfloat16()
+    monkeypatch.setattr(linear, "_gains", lambda modules, kind_of, ways, rows: dict.fromkeys(
+        map(kind_of, modules), gains[linear.MANY_ROWS.index(rows)]))
+    choices = install(module, most_rows=0)
+    assert {choice.many_rows for choice in choices} == {many_rows}
+    assert f"in float32 {gains[0]:.2f} times as fast at 1024 rows" in choices[0].reason
+    assert {type(part) is FewRowLinear for part in module} == {many_rows > 0}
+    remove(module)
+    assert {type(part) for part in module} == {nn.Linear}

@@ -179,9 +179,18 @@ def test_shapes_that_do_not_fit_are_refused(x, weight, bias):
 
 
 def test_an_unknown_implementation_is_refused_and_a_known_one_runs(monkeypatch):
-    with pytest.raises(ImplError, match="linear: expected impl 'auto', 'reference', 'eager', 'fused_cpp', got 'fast'"):
+    with pytest.raises(ImplError, match="impl 'auto', 'reference', 'eager', 'widened', 'fused_cpp', got 'fast'"):
         linear(ROW, WEIGHT, impl="fast")
     monkeypatch.setattr(native, "missing", lambda: "a package without its native library")
     assert choose_impl("auto", ROW, WEIGHT) == (
         "eager", "fused_cpp cannot take a package without its native library")
     assert linear(ROW, WEIGHT).tolist() == [[3.0] * 4] * 2
+
+
+def test_products_in_float32_go_through_some_rows_at_a_time(monkeypatch):
+    x, weight = random(40, 6, dtype=torch.bfloat16), random(5, 6, seed=1, dtype=torch.bfloat16)
+    whole = IMPLS["widened"](x, weight)
+    calls, own = [], torch.nn.functional.linear
+    monkeypatch.setattr(torch.nn.functional, "linear", lambda part, *rest: calls.append(len(part)) or own(part, *rest))
+    monkeypatch.setattr(IMPLS["widened"].__module__ + ".NUMBERS", 11 * 16)
+    assert torch.equal(IMPLS["widened"](x, weight), whole) and calls == [16, 16, 8]

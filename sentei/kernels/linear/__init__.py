@@ -3,11 +3,12 @@
 import torch
 
 from sentei.core.errors import ImplError, ShapeError
-from sentei.kernels.linear import eager, fused_cpp, reference
+from sentei.kernels.linear import eager, fused_cpp, reference, widened
 
 __all__ = ["IMPLS", "choose_impl", "linear"]
 
-IMPLS = {"reference": reference.linear, "eager": eager.linear, "fused_cpp": fused_cpp.linear}
+IMPLS = {"reference": reference.linear, "eager": eager.linear, "widened": widened.linear,
+         "fused_cpp": fused_cpp.linear}
 
 
 def linear(

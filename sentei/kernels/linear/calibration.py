@@ -25,6 +25,7 @@ class Calibration:
         self.gram = torch.zeros(width, width, dtype=torch.float64)
         self.squares = torch.zeros(outputs, width, dtype=torch.float64)
         self.rows = self.rows_with_gradients = 0
+        self._inverse: tuple[int, float, torch.Tensor] | None = None  # rows and damp it is of
 
     @property
     def fisher(self) -> torch.Tensor | None:
@@ -43,9 +44,22 @@ class Calibration:
         self.squares += (gradient.square().T @ x.square()).to(self.squares.device)
         self.rows_with_gradients += len(x)
 
+    def merge(self, other: "Calibration") -> None:
+        """Adds what another pass, over other data, has seen of the same layer."""
+        self.gram += other.gram
+        if other.rows_with_gradients:
+            self.squares += other.squares
+        self.rows += other.rows
+        self.rows_with_gradients += other.rows_with_gradients
+
     def inverse(self, damp: float) -> torch.Tensor:
-        """Float64 [D, D]: (G + damp · mean diagonal)⁻¹; an input that was always 0 counts as independent."""
-        return torch.cholesky_inverse(torch.linalg.cholesky(self.damped(damp)))
+        """Float64 [D, D]: (G + damp · mean diagonal)⁻¹; an input that was always 0 counts as independent.
+
+        It is kept until more is seen.
+        """
+        if self._inverse is None or self._inverse[:2] != (self.rows, damp):
+            self._inverse = self.rows, damp, torch.cholesky_inverse(torch.linalg.cholesky(self.damped(damp)))
+        return self._inverse[2]
 
     def damped(self, damp: float) -> torch.Tensor:
         """G with its diagonal raised.

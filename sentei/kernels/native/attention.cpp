@@ -18,17 +18,24 @@ struct Scratch {
   Zeros top;               // where there is a cut: the largest score of each row so far
 };
 
-// The scores of some query rows against a block of keys, in powers of two; minus infinity where a pair is not permitted.
+// The scores of an item's rows against a block of keys, in powers of two; minus infinity where a pair is not permitted.
 // Pairs hold the queries as they are, and the scores are scaled.
 template <int L, bool Pairs>
-INLINE void score(const Problem& p, const Sizes& s, const float* query, const float* keys, int rows, float* scores) {
+INLINE void score(const Problem& p, const Sizes& s, const Item& item, int rows, int64_t block, bool partial,
+                  const float* keys, Scratch& t) {
   const int depth = Pairs ? s.width / 2 : s.width;
-  Simd<L>::template product<Pairs>(query, depth, keys, s.columns, scores, s.columns, rows, s.columns, depth, false);
+  float* scores = t.scores.data();
+  in_strips(p, item.b, item.first, rows, block, partial, [&](int r, int count, int begin, int end) INLINE_LAMBDA {
+    Simd<L>::template product<Pairs ? kPaired : kRowMajor>(
+        t.query.data() + r * depth, depth, keys + begin, s.columns, scores + r * s.columns + begin, s.columns, count,
+        int(round_up(end - begin)), depth, false);
+  });
   if constexpr (Pairs)
     for (int i = 0; i < rows * s.columns; i += L)
       Simd<L>::store(scores + i, Simd<L>::load(scores + i) * (p.scale * kLog2E));
   if (p.softcap != 0.0f)
     for (int r = 0; r < rows; ++r) Simd<L>::soften_peaks(scores + r * s.columns, s.columns, p.softcap * kLog2E);
+  if (partial) forbid(p, item.b, item.first, rows, 1, block, scores, s.columns);
 }
 
 // Whether any row's largest score reaches to within the cut of the largest it has seen, which it then may become; a NaN
@@ -93,9 +100,9 @@ INLINE void attend_item(const Problem& p, const Sizes& s, int64_t number, const 
   const Kept kept(p, s, item.b, item.h, item.block);
   for (int32_t slot = 0; slot < kept.count; ++slot) {
     const int64_t j = kept.block(slot);
+    const bool partial = kept.is_partial(j) || s.columns != p.key_block;
     float* scores = t.scores.data();
-    score<L, Pairs>(p, s, t.query.data(), keys.at(item.group, j), rows, scores);
-    if (kept.is_partial(j) || s.columns != p.key_block) forbid(p, item.b, item.first, rows, 1, j, scores, s.columns);
+    score<L, Pairs>(p, s, item, rows, j, partial, keys.at(item.group, j), t);
     if (p.cut != 0.0f) {
       if (!matters<L>(p, s, rows, t)) continue;
       p.kept[number * s.key_blocks + j] = 1;
@@ -106,8 +113,14 @@ INLINE void attend_item(const Problem& p, const Sizes& s, int64_t number, const 
       Simd<L>::template exponentiate<Pairs>(scores + r * s.columns, s.columns, t.base[r], sum);
       Simd<L>::store(t.sum.data() + r * kColumns, sum);
     }
-    Simd<L>::template product<Pairs>(scores, s.columns, values.at(item.group, j), s.value_width, t.output.data(),
-                                     s.value_width, rows, s.value_width, int(p.key_block) / (Pairs ? 2 : 1), true);
+    const float* value = values.at(item.group, j);
+    in_strips(p, item.b, item.first, rows, j, partial, [&](int r, int count, int begin, int end) INLINE_LAMBDA {
+      constexpr int together = Pairs ? 2 : 1;
+      Simd<L>::template product<Pairs ? kPaired : kRowMajor>(
+          scores + r * s.columns + begin / together, s.columns, value + begin / together * s.value_width,
+          s.value_width, t.output.data() + r * s.value_width, s.value_width, count, s.value_width,
+          (end - begin) / together, true);
+    });
   }
   for (int r = 0; r < rows; ++r) finish<L>(p, s, item, r, t);
 }
@@ -124,7 +137,8 @@ AVX512 void multiply_floats(float* room) {
   Simd<kPairLanes>::product(room, 64, room + 4096, 64, room + 8192, 64, 60, 64, 64, false);
 }
 AVX512_BF16 void multiply_pairs(float* room) {
-  Simd<kPairLanes>::product<kPairs>(room, 32, room + 4096, 64, room + 8192, 64, 60, 64, 32, false);
+  Simd<kPairLanes>::product<kPairs ? kPaired : kRowMajor>(room, 32, room + 4096, 64, room + 8192, 64, 60, 64, 32,
+                                                          false);
 }
 
 // Whether pairs are the faster here: there are processors that take twice as long for them.

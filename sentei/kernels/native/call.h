@@ -51,8 +51,8 @@ struct Free {
 };
 using Floats = std::unique_ptr<float[], Free>;
 
-// Room for floats that begins with a cache line, so that no vector lies across two; much of it in huge pages where the system has them, because the first touch of a page costs as much
-// as some of the products.
+// Room for floats that begins with a cache line, so that no vector lies across two; much of it in huge pages where the
+// system has them, because the first touch of a page costs as much as some of the products.
 Floats floats(int64_t count) {
   constexpr size_t huge = 2 << 20;
   const size_t bytes = std::max<size_t>(size_t(count) * sizeof(float), 64);
@@ -142,10 +142,10 @@ struct Sizes {
   explicit Sizes(const Problem& p)
       : query_blocks((p.queries + p.query_block - 1) / p.query_block),
         key_blocks((p.keys + p.key_block - 1) / p.key_block), machine(set_of(p.machine)),
-        rows(int(round_up(p.query_block))), columns(int(round_up(p.key_block))), width(int(p.width)),
-        value_width(int(round_up(p.value_width))), per_group(p.heads / p.groups) {}
+        columns(int(round_up(p.key_block))), width(int(p.width)),
+        even_width(int(round_up(p.width))), value_width(int(round_up(p.value_width))), per_group(p.heads / p.groups) {}
   int64_t query_blocks, key_blocks;
-  int machine, rows, columns, width, value_width;  // rows, columns and value_width are rounded up
+  int machine, columns, width, even_width, value_width;  // all but `width` rounded up
   int64_t per_group;                               // query heads
 };
 
@@ -167,7 +167,7 @@ struct Tensor {
   }
 
   // One token's vector, times a factor, to every `step`-th place.
-  INLINE void read(int64_t row, int64_t token, float* to, int64_t step = 1, float factor = 1.0f) const {
+  INLINE void read(int64_t row, int64_t token, float* to, float factor = 1.0f, int64_t step = 1) const {
     const int64_t at = row / heads * stride[0] + token * stride[1] + row % heads * stride[2];
     if (bfloat16) {
       const uint16_t* from = static_cast<const uint16_t*>(data) + at;
@@ -178,6 +178,13 @@ struct Tensor {
     }
   }
 };
+
+// The vectors of `count` tokens from `first`, times a factor, turned: [width][line]. `room` holds them once more.
+INLINE void read_turned(const Tensor& from, int64_t row, int64_t first, int count, float factor, float* to,
+                        int64_t line, float* room) {
+  for (int j = 0; j < count; ++j) from.read(row, first + j, room + j * from.width, factor);
+  transpose(room, from.width, count, int(from.width), to, line);
+}
 
 // Some rows of a tensor (a row is b · heads + head), cut into blocks as the micro-kernel reads them, times a factor: each
 // [width][tokens] ("across") or [tokens][width], what is contiguous rounded up, zeros beyond the end. Or as pairs of
@@ -191,15 +198,21 @@ class Blocks {
         blocks_((from.tokens + block - 1) / block),
         size_(line * (across ? from.width : block) / (pairs ? 2 : 1)),
         data_(floats((end - begin) * blocks_ * size_)) {
-    in_parallel((end - begin) * blocks_, p.threads, [] { return 0; }, [&](int64_t i, int) {
+    const auto room = [&] { return Zeros(across ? block * from.width : 0); };
+    in_parallel((end - begin) * blocks_, p.threads, room, [&](int64_t i, Zeros& turned) {
       const int64_t row = begin + i / blocks_, first = i % blocks_ * block;
+      const int count = int(std::min(block, from.tokens - first));
       float* to = data_.get() + i * size_;
-      if (first + block > from.tokens || line != (across ? block : from.width)) std::fill(to, to + size_, 0.0f);
-      for (int64_t j = first; j < std::min(first + block, from.tokens); ++j)
+      if (count < block || line != (across ? block : from.width)) std::fill(to, to + size_, 0.0f);
+      if (across && !pairs) {
+        read_turned(from, row, first, count, factor, to, line, turned.data());
+        return;
+      }
+      for (int j = 0; j < count; ++j)
         if (pairs)
-          write_pairs(from.halves(row, j), from.width, j - first, across, reinterpret_cast<uint16_t*>(to));
+          write_pairs(from.halves(row, first + j), from.width, j, across, reinterpret_cast<uint16_t*>(to));
         else
-          from.read(row, j, to + (j - first) * (across ? 1 : line), across ? line : 1, factor);
+          from.read(row, first + j, to + j * line, factor);
     });
   }
   const float* at(int64_t row, int64_t block) const {
@@ -339,7 +352,7 @@ INLINE void load_queries(const Problem& p, int64_t row, int64_t first, int rows,
   for (int r = 0; r < rows; ++r, to += p.width) {
     const int64_t i = first + int64_t(r) * step;
     if (i < p.queries)
-      query.read(row, i, to, 1, p.scale * kLog2E);
+      query.read(row, i, to, p.scale * kLog2E);
     else
       std::fill(to, to + p.width, 0.0f);
   }
@@ -350,6 +363,23 @@ INLINE Span seen_in(const Problem& p, int64_t b, int64_t query, int64_t block) {
   const int64_t position = p.keys - p.queries + query, base = block * p.key_block;
   const Span keys = seen(p, b, position, position);
   return {keys.first - base, std::min(keys.end - base, p.key_block)};
+}
+
+// As `kStrip` rows of a partial tile see some of its columns only, it is computed in strips: `work` gets the first row
+// of each, how many, and between which columns, multiples of kColumns but for the block's end, they see any. A full tile
+// is one strip.
+constexpr int kStrip = 16;
+template <class Work>
+INLINE void in_strips(const Problem& p, int64_t b, int64_t first_row, int rows, int64_t block, bool partial,
+                      Work work) {
+  const int strip = partial ? kStrip : rows;
+  for (int r = 0; r < rows; r += strip) {
+    const int count = std::min(strip, rows - r);
+    Span some{0, p.key_block};
+    if (partial) some = {seen_in(p, b, first_row + r, block).first, seen_in(p, b, first_row + r + count - 1, block).end};
+    const int64_t begin = std::max<int64_t>(0, some.first) / kColumns * kColumns;
+    work(r, count, int(begin), int(std::max(begin, std::min(round_up(some.end), p.key_block))));
+  }
 }
 
 // Minus infinity where row r of a tile of scores, at query first_row + r · step, may not see a key of a block.

@@ -8,7 +8,7 @@
 
 namespace {
 
-enum Activation { kSilu = 0, kGeluTanh = 1, kRelu = 2, kGelu = 3 };
+enum Activation { kSilu = 0, kGeluTanh = 1, kRelu = 2, kIdentity = 3, kGelu = 4 };
 
 constexpr int kLines = 96, kDepth = 256, kTokens = 256;    // of a block: what the caches hold
 constexpr int kLine = kDepth + 16, kToken = kTokens + 16;  // from one line to the next: no power of two
@@ -43,36 +43,6 @@ INLINE const void* at(const void* data, bool half, int64_t element) {
   return static_cast<const char*>(data) + element * (half ? 2 : 4);
 }
 INLINE void* at(void* data, bool half, int64_t element) { return static_cast<char*>(data) + element * (half ? 2 : 4); }
-
-typedef float Four __attribute__((vector_size(16)));
-typedef int32_t Places __attribute__((vector_size(16)));
-#if defined(__clang__)
-#define SHUFFLE(one, two, a, b, c, d) __builtin_shufflevector(one, two, a, b, c, d)
-#else
-#define SHUFFLE(one, two, a, b, c, d) __builtin_shuffle(one, two, Places{a, b, c, d})
-#endif
-
-// to[j][i] = from[i][j] for 4 x 4 numbers.
-INLINE void transpose_four(const float* from, int64_t from_stride, float* to, int64_t to_stride) {
-  const Four a = Simd<4>::load(from), b = Simd<4>::load(from + from_stride), c = Simd<4>::load(from + 2 * from_stride),
-             d = Simd<4>::load(from + 3 * from_stride);
-  const Four low = SHUFFLE(a, b, 0, 4, 1, 5), high = SHUFFLE(a, b, 2, 6, 3, 7);
-  const Four next_low = SHUFFLE(c, d, 0, 4, 1, 5), next_high = SHUFFLE(c, d, 2, 6, 3, 7);
-  Simd<4>::store(to, SHUFFLE(low, next_low, 0, 1, 4, 5));
-  Simd<4>::store(to + to_stride, SHUFFLE(low, next_low, 2, 3, 6, 7));
-  Simd<4>::store(to + 2 * to_stride, SHUFFLE(high, next_high, 0, 1, 4, 5));
-  Simd<4>::store(to + 3 * to_stride, SHUFFLE(high, next_high, 2, 3, 6, 7));
-}
-
-// to[j][i] = from[i][j] for `lines` x `count` numbers.
-INLINE void transpose(const float* from, int64_t from_stride, int lines, int count, float* to, int64_t to_stride) {
-  const int whole_lines = lines / 4 * 4, whole = count / 4 * 4;
-  for (int i = 0; i < whole_lines; i += 4)
-    for (int j = 0; j < whole; j += 4) transpose_four(from + i * from_stride + j, from_stride, to + j * to_stride + i,
-                                                      to_stride);
-  for (int i = 0; i < lines; ++i)
-    for (int j = i < whole_lines ? whole : 0; j < count; ++j) to[j * to_stride + i] = from[i * from_stride + j];
-}
 
 // A panel of rows first … of `count` rows (zeros beyond), turned: [depth][panel]. `room` holds a panel x kDepth floats.
 template <int L>
@@ -200,6 +170,7 @@ struct Activate {
     below = z < 0.0f ? tail : 1.0f - tail;
   }
   INLINE Vec value(Vec z) const {
+    if (kind == kIdentity) return z;
     if (kind == kRelu) return z <= 0.0f ? Vec{} : z;
     if (kind != kGelu) return z * share(z);
     Vec below, density;
@@ -207,7 +178,10 @@ struct Activate {
     return z * below;
   }
   INLINE void both(Vec z, Vec& value, Vec& slope) const {
-    if (kind == kRelu) {
+    if (kind == kIdentity) {
+      value = z;
+      slope = Vec{} + 1.0f;
+    } else if (kind == kRelu) {
       value = z <= 0.0f ? Vec{} : z;
       slope = z <= 0.0f ? Vec{} : Vec{} + 1.0f;
     } else if (kind == kGelu) {

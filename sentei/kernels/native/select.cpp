@@ -144,7 +144,7 @@ INLINE void load_rows(const Estimate& e, const Cut& cut, int64_t row, int64_t bl
       for (int64_t r = 0; r < cut.exact_rows; ++r, ++to) {
         const int64_t i = s * p.query_block + cut.first + r * cut.step;
         if (i >= p.queries) continue;
-        query.read(row + h, i, to, cut.exact_lanes, p.scale * kLog2E);
+        query.read(row + h, i, to, p.scale * kLog2E, cut.exact_lanes);
       }
   for (int64_t d = 0; d < p.width && cut.parts > 1; ++d)
     for (int j = 0; j < cut.parts; ++j) {

@@ -79,6 +79,10 @@ int machines() {
 // The instruction set of the wanted number, -1 for the best, in which pairs are nothing of their own.
 int set_of(int64_t machine) { return std::min(machine < 0 ? machines() - 1 : int(machine), 2); }
 
+// How the factors of a product lie in memory: as rows of floats, as rows of pairs of bfloat16 numbers, each pair in the
+// place of a float, or as floats of which the left factor is turned.
+enum Factors { kRowMajor, kPaired, kTurned };
+
 // Arithmetic on vectors of L floats.
 template <int L>
 struct Simd {
@@ -124,23 +128,25 @@ struct Simd {
     }
   }
 
-  // C[rows x L V] = (add ? C : 0) + A[rows x depth] B[depth x L V], all row-major; A and B may be of pairs.
-  template <bool Pairs, int R, int V>
+  // C[rows x L V] = (add ? C : 0) + A[rows x depth] B[depth x L V], all row-major, or A turned: [depth x rows]. A and B
+  // may be of pairs.
+  template <Factors F, int R, int V>
   static INLINE void product_tile(const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc,
                                   int depth, bool add) {
+    const int64_t next_row = F == kTurned ? 1 : lda, next_depth = F == kTurned ? lda : 1;
     Vec sum[R][V];
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
       for (int v = 0; v < V; ++v) sum[r][v] = add ? load(c + r * ldc + v * L) : Vec{};
-    for (int d = 0; d < depth; ++d, ++a, b += ldb) {
+    for (int d = 0; d < depth; ++d, a += next_depth, b += ldb) {
       Vec row[V];
 #pragma GCC unroll 4
       for (int v = 0; v < V; ++v) row[v] = load(b + v * L);
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-        for (int v = 0; v < V; ++v) sum[r][v] = multiply_add<Pairs>(sum[r][v], a + r * lda, row[v]);
+        for (int v = 0; v < V; ++v) sum[r][v] = multiply_add<F == kPaired>(sum[r][v], a + r * next_row, row[v]);
     }
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r)
@@ -148,27 +154,28 @@ struct Simd {
       for (int v = 0; v < V; ++v) store(c + r * ldc + v * L, sum[r][v]);
   }
 
-  template <bool Pairs, int V>
+  template <Factors F, int V>
   static INLINE void product_columns(const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc,
                                      int rows, int depth, bool add) {
+    const int64_t next = F == kTurned ? 1 : lda;
     int r = 0;
     for (; r + kRows <= rows; r += kRows)
-      product_tile<Pairs, kRows, V>(a + r * lda, lda, b, ldb, c + r * ldc, ldc, depth, add);
-    for (; r + 4 <= rows; r += 4) product_tile<Pairs, 4, V>(a + r * lda, lda, b, ldb, c + r * ldc, ldc, depth, add);
-    for (; r + 2 <= rows; r += 2) product_tile<Pairs, 2, V>(a + r * lda, lda, b, ldb, c + r * ldc, ldc, depth, add);
-    for (; r < rows; ++r) product_tile<Pairs, 1, V>(a + r * lda, lda, b, ldb, c + r * ldc, ldc, depth, add);
+      product_tile<F, kRows, V>(a + r * next, lda, b, ldb, c + r * ldc, ldc, depth, add);
+    for (; r + 4 <= rows; r += 4) product_tile<F, 4, V>(a + r * next, lda, b, ldb, c + r * ldc, ldc, depth, add);
+    for (; r + 2 <= rows; r += 2) product_tile<F, 2, V>(a + r * next, lda, b, ldb, c + r * ldc, ldc, depth, add);
+    for (; r < rows; ++r) product_tile<F, 1, V>(a + r * next, lda, b, ldb, c + r * ldc, ldc, depth, add);
   }
 
   // The same for any number of columns that kColumns divides.
-  template <bool Pairs = false>
+  template <Factors F = kRowMajor>
   static INLINE void product(const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc, int rows,
                              int columns, int depth, bool add) {
     int j = 0;
     for (; j + kVectors * L <= columns; j += kVectors * L)
-      product_columns<Pairs, kVectors>(a, lda, b + j, ldb, c + j, ldc, rows, depth, add);
+      product_columns<F, kVectors>(a, lda, b + j, ldb, c + j, ldc, rows, depth, add);
     if constexpr (kVectors > 2)
-      for (; j + 2 * L <= columns; j += 2 * L) product_columns<Pairs, 2>(a, lda, b + j, ldb, c + j, ldc, rows, depth, add);
-    for (; j < columns; j += L) product_columns<Pairs, 1>(a, lda, b + j, ldb, c + j, ldc, rows, depth, add);
+      for (; j + 2 * L <= columns; j += 2 * L) product_columns<F, 2>(a, lda, b + j, ldb, c + j, ldc, rows, depth, add);
+    for (; j < columns; j += L) product_columns<F, 1>(a, lda, b + j, ldb, c + j, ldc, rows, depth, add);
   }
 
   // One number from a vector, by halves.
@@ -250,23 +257,48 @@ struct Simd {
     }
   }
 
-  // One number for all columns, or one a column.
-  static INLINE Vec at(float number, int) { return Vec{} + number; }
-  static INLINE Vec at(const float* numbers, int j) { return load(numbers + j); }
-
   // In the backward: scores become weights 2^(score - top) / sum, and the gradients of the weights those of the scores.
   // `slopes` are those of `soften_peaks`, null where there was none.
-  template <class Numbers>
-  static INLINE void soften(float* scores, float* gradients, int columns, Numbers top, Numbers inverse, Numbers delta,
+  static INLINE void soften(float* scores, float* gradients, int columns, float top, float inverse, float delta,
                             const float* slopes) {
     for (int j = 0; j < columns; j += L) {
-      const Vec score = load(scores + j), weight = exp2(score - at(top, j)) * at(inverse, j);
-      Vec gradient = weight * (load(gradients + j) - at(delta, j));
+      const Vec weight = exp2(load(scores + j) - top) * inverse;
+      Vec gradient = weight * (load(gradients + j) - delta);
       if (slopes) gradient *= load(slopes + j);
       store(scores + j, weight);
       store(gradients + j, gradient);
     }
   }
 };
+
+typedef float Four __attribute__((vector_size(16)));
+typedef int32_t Places __attribute__((vector_size(16)));
+#if defined(__clang__)
+#define SHUFFLE(one, two, a, b, c, d) __builtin_shufflevector(one, two, a, b, c, d)
+#else
+#define SHUFFLE(one, two, a, b, c, d) __builtin_shuffle(one, two, Places{a, b, c, d})
+#endif
+
+// to[j][i] = from[i][j] for 4 x 4 numbers.
+INLINE void transpose_four(const float* from, int64_t from_stride, float* to, int64_t to_stride) {
+  const Four a = Simd<4>::load(from), b = Simd<4>::load(from + from_stride), c = Simd<4>::load(from + 2 * from_stride),
+             d = Simd<4>::load(from + 3 * from_stride);
+  const Four low = SHUFFLE(a, b, 0, 4, 1, 5), high = SHUFFLE(a, b, 2, 6, 3, 7);
+  const Four next_low = SHUFFLE(c, d, 0, 4, 1, 5), next_high = SHUFFLE(c, d, 2, 6, 3, 7);
+  Simd<4>::store(to, SHUFFLE(low, next_low, 0, 1, 4, 5));
+  Simd<4>::store(to + to_stride, SHUFFLE(low, next_low, 2, 3, 6, 7));
+  Simd<4>::store(to + 2 * to_stride, SHUFFLE(high, next_high, 0, 1, 4, 5));
+  Simd<4>::store(to + 3 * to_stride, SHUFFLE(high, next_high, 2, 3, 6, 7));
+}
+
+// to[j][i] = from[i][j] for `lines` x `count` numbers.
+INLINE void transpose(const float* from, int64_t from_stride, int lines, int count, float* to, int64_t to_stride) {
+  const int whole_lines = lines / 4 * 4, whole = count / 4 * 4;
+  for (int i = 0; i < whole_lines; i += 4)
+    for (int j = 0; j < whole; j += 4) transpose_four(from + i * from_stride + j, from_stride, to + j * to_stride + i,
+                                                      to_stride);
+  for (int i = 0; i < lines; ++i)
+    for (int j = i < whole_lines ? whole : 0; j < count; ++j) to[j * to_stride + i] = from[i * from_stride + j];
+}
 
 }  // namespace

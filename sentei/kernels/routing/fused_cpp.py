@@ -17,7 +17,7 @@ from sentei.core.modes import is_watched
 from sentei.kernels import native, ops
 from sentei.kernels.routing.stack import Stack
 
-_KINDS = ("silu", "gelu_tanh", "relu", "gelu")  # of native/products.h, in order
+_KINDS = ("silu", "gelu_tanh", "relu", "identity", "gelu")  # of native/products.h, in order
 _LONGS = ("hidden_stride", "up_stride", "up_row", "gate_stride", "gate_row", "down_stride", "down_row", "tokens",
           "slots", "experts", "width", "inner", "outputs", "activation", "bfloat16", "threads", "machine")
 _PLAIN = (torch.Tensor, torch.nn.Parameter)

@@ -9,7 +9,8 @@ from torch.nn import functional as F
 from sentei.core.errors import ShapeError
 from sentei.core.shapes import check_shape
 
-ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"), "relu": F.relu}
+ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"), "relu": F.relu,
+               "identity": lambda x: x}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -1,0 +1,181 @@
+"""From offers of every room to plans: at each price of a second, the best choice for every part of every layer.
+
+With a price λ, in nats a second, each attention and each network takes the option with the least nats − λ · seconds
+saved (the Lagrangian of a knapsack with one choice a part); sweeping λ gives plans from dense to leanest. Connections
+take part with their errors times a rate, nats an error, read off plans of theirs that were judged on the real model.
+Neither costs nor savings quite add up, so whole plans are judged and timed on the real model, as those of one room are.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from sentei.axes.connections import Config
+from sentei.budget.goal import Goal
+from sentei.budget.judge import Judgement, takes_attention
+from sentei.budget.offers import Offer
+from sentei.budget.slack import LayerSlack
+from sentei.budget.solver import Candidate, Choice, Solution, Timed, choice_at, dense_of, fit, search
+from sentei.budget.workload import Workload
+from sentei.conversion.plan import Entry, Plan
+
+PRICES = 40
+# Prices from and to, as shares of the nats that may be lost ÷ the seconds of the dense workload.
+RANGE = 0.02, 200.0
+# Plans foreseen to cost more than so many times what may be lost are not judged.
+HOPELESS = 3.0
+# What a plan for a speed is foreseen to lose, about, where no bound says it.
+SPEED_NATS = 0.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Market:
+    """Everything a plan can be made of.
+
+    Args:
+        slack: the connections' options by layer.
+        offers: the other rooms' options.
+        config: of the connections, without the rule.
+        workload: what is to become faster.
+        rate: nats an error of connections.
+        dense: seconds of the dense workload.
+    """
+
+    slack: list[LayerSlack]
+    offers: list[Offer]
+    config: Config
+    workload: Workload
+    rate: float
+    dense: float
+
+    def plans(self, nats: float, rooms: set[str]) -> list[Candidate]:
+        """The plans of these rooms for growing prices, dense first and leanest last, without repetitions.
+
+        Args:
+            nats: what may be lost, about; plans that are foreseen to lose several times as much are left out.
+            rooms: which may take part. Where decoding is what is pruned, connections that keep all always do.
+        """
+        low, high = (share * nats / self.dense for share in RANGE)
+        found = [dense_of(fit(self.slack))]
+        for number in range(PRICES):
+            candidate, cost = self._at(low * (high / low) ** (number / (PRICES - 1)), rooms)
+            if candidate.plan != found[-1].plan and cost <= HOPELESS * nats:
+                found.append(candidate)
+        return found
+
+    def _at(self, price: float, rooms: set[str]) -> tuple[Candidate, float]:
+        """The plan at one price, and the nats it is foreseen to cost."""
+        timed = {layer.slack.layer: layer for layer in fit(self.slack)}
+        entries, saved, seconds, densities, nats = [], {}, 0.0, [], 0.0
+        for number in sorted({offer.entry.layer for offer in self.offers} | set(timed)):
+            choice = self._connections(timed.get(number), price, rooms)
+            attention, network = (self._best(number, part, price, rooms, choice, timed.get(number))
+                                  for part in ("attention", "network"))
+            taken = [offer for offer in (attention, network) if offer is not None]
+            gone = attention is not None and takes_attention(attention.entry)
+            for offer in taken:
+                saved[offer.entry.room] = saved.get(offer.entry.room, 0.0) + offer.seconds
+                nats += offer.nats
+            if choice is not None:
+                seconds += timed[number].whole_seconds if gone else choice.seconds
+                densities.append(0.0 if gone else choice.density)
+                nats += 0.0 if gone else self.rate * choice.error
+                entries += [] if gone or choice.entry is None else [choice.entry]
+            entries += _merged([offer.entry for offer in taken])
+        plan = Plan(tuple(entries))
+        return Candidate(name=f"{' and '.join(sorted(rooms))}, price {price:.3g}", plan=plan, saved=saved,
+                         seconds=seconds - sum(saved.values()) / self.workload.timed_runs,
+                         density=sum(densities) / max(len(densities), 1)), nats
+
+    def _connections(self, layer: Timed | None, price: float, rooms: set[str]) -> Choice | None:
+        """The layer's choice; at price 0, where connections do not take part, all is kept."""
+        if layer is None:
+            return None
+        taking = price if "connections" in rooms else 0.0
+        return choice_at(layer, self.config, self.workload,
+                         max(taking * self.workload.timed_runs / max(self.rate, 1e-12), 1e-12))
+
+    def _best(self, layer: int, part: str, price: float, rooms: set[str], choice: Choice | None,
+              timed: Timed | None) -> Offer | None:
+        """The offer for one part that is worth more than none, or None."""
+        def worth(offer: Offer) -> float:
+            spared = 0.0
+            if choice is not None and takes_attention(offer.entry):  # what connections would save is not there to save
+                runs = self.workload.timed_runs
+                spared = self.rate * choice.error - price * runs * (timed.whole_seconds - choice.seconds)
+            return price * offer.seconds - offer.nats + spared
+
+        offers = [offer for offer in self.offers if offer.pays and offer.entry.room in rooms
+                  and (offer.entry.layer, offer.part) == (layer, part)]
+        best = max(offers, key=worth, default=None)
+        return best if best is not None and worth(best) > 0 else None
+
+
+def _merged(entries: list[Entry]) -> list[Entry]:
+    """A layer that loses both parts has one entry for the whole block."""
+    if len(entries) == 2 and all(entry.room == "depth" for entry in entries):
+        first = entries[0]
+        return [Entry(layer=first.layer, room="depth", config=type(first.config)(rule=first.config.rule))]
+    return entries
+
+
+def rate_of(judged: list[tuple[Candidate, Judgement]], slack: list[LayerSlack]) -> float:
+    """Nats an error of connections: least squares of −ln quality over the error foreseen, through no error no loss.
+
+    The errors of a plan are looked up in the options its rules came from.
+    """
+    points = []
+    options = {layer.layer: layer.options for layer in slack}
+    for candidate, judgement in judged:
+        error = sum(_error(options[entry.layer], entry) for entry in candidate.plan.entries)
+        if error > 0:
+            points.append((error, max(0.0, -math.log(judgement.quality.value))))
+    total = sum(error * error for error, _ in points)
+    return max(sum(error * nats for error, nats in points) / total, 1e-6) if total else 1.0
+
+
+def _error(options: list, entry: Entry) -> float:
+    """What the entry's rule was measured to change, all heads together."""
+    rule = entry.config.decode if hasattr(entry.config.decode, "ratio") else entry.config.rule
+    heads = range(len(options[0].error))
+    ratios = rule.ratio if isinstance(rule.ratio, tuple) else (rule.ratio,) * len(heads)
+    by_ratio = {getattr(option.rule, "ratio", 0.0): option for option in options}
+    return sum(by_ratio[ratio].error[head] for head, ratio in zip(heads, ratios, strict=True))
+
+
+def solve_all(goal: Goal, market: Market, alone: Solution, judge: Callable[[Candidate], Judgement],
+              forecast: Callable[[Candidate], float]) -> Solution:
+    """The plans to try over all rooms, beside those of connections alone, which `solve` has found.
+
+    The best plan of all rooms is sought on the real model. Of each other room alone the plan that is foreseen to keep
+    the bound is judged once, for the report.
+
+    Returns:
+        a Solution whose ladder is the faster one of both as foreseen, with the other as `rival`, and all that was
+        judged. Where nothing of another room is worth its time, that of connections.
+    """
+    rooms = sorted({offer.entry.room for offer in market.offers if offer.pays})
+    if not rooms:
+        return alone
+    judged = list(alone.judged)
+    nats = -math.log(goal.quality) if goal.quality is not None else SPEED_NATS
+    nats = max(nats, 1e-4)
+
+    def seen(candidate: Candidate) -> Judgement:
+        judged.append((candidate, judge(candidate)))
+        return judged[-1][1]
+
+    plans = market.plans(nats, {"connections", *rooms})
+    if goal.speed is not None:
+        ladder = [plan for plan in plans if forecast(plan) >= goal.speed]
+        better = ladder and seen(ladder[0]).quality.value > judged[0][1].quality.value
+        return replace(alone, judged=judged, ladder=ladder if better else alone.ladder,
+                       rival=alone.ladder if better else [])
+    ladder = plans[:search(plans, lambda candidate: goal.is_good(seen(candidate))) + 1][::-1]
+    for room in rooms:
+        single = [plan for plan in market.plans(nats / HOPELESS, {room}) if plan.saved]
+        if single:
+            seen(single[-1])
+    if ladder[0].saved and forecast(ladder[0]) > forecast(alone.ladder[0]):
+        return Solution(ladder=ladder, judged=judged, rival=alone.ladder)
+    return replace(alone, judged=judged)

@@ -1,0 +1,215 @@
+"""What every option of every room costs and saves, in one currency: nats of quality and seconds of this machine.
+
+The cost is the mean divergence KL(dense ‖ pruned) of the next token, in nats, with the option alone in the dense model:
+e to the power of it is about the factor by which perplexity grows. The saving is by the clock, of one run of the
+workload. Connections are not here: `sentei.budget.slack` tries their rules head by head.
+"""
+
+import statistics as averages
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+
+import torch
+from torch import nn
+
+from sentei.budget.judge import Judge, takes_attention
+from sentei.budget.workload import Decode
+from sentei.conversion.layers import Layer, layers_of
+from sentei.conversion.plan import Entry, Plan, convert
+from sentei.conversion.rooms import WAYS
+from sentei.conversion.statistics import Statistics
+from sentei.measurement.latency import interleave
+
+# Tokens that are read for the cost, and those of them, the last, on which the divergence is taken: it needs fewer than
+# a difference of perplexities.
+TOKENS, COMPARED = 192, 96
+RUNS = 2
+# Those whose work can be written to a file and read back.
+ROOMS = tuple(room for room, way in WAYS.items() if way.stands == "in" and way.blank)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Offer:
+    """One option in one layer.
+
+    Args:
+        entry: what a plan would say.
+        part: "attention" or "network".
+        nats: what it costs alone; None, not measured, where it saves no time on this machine.
+        seconds: what it saves of one run of the workload; below zero where it is slower.
+    """
+
+    entry: Entry
+    part: str
+    nats: float | None
+    seconds: float
+
+    @property
+    def pays(self) -> bool:
+        """Whether it saves any time at all on this machine."""
+        return self.nats is not None
+
+
+def to_json(offers: list[Offer]) -> list[dict]:
+    """The offers as a JSON array."""
+    return [{**asdict(offer), "entry": offer.entry.to_json()} for offer in offers]
+
+
+def from_json(value: list[dict]) -> list[Offer]:
+    """The offers written by `to_json`."""
+    return [Offer(**{**offer, "entry": Entry.from_json(offer["entry"])}) for offer in value]
+
+
+def candidates(model: nn.Module, lever: str, rooms: tuple[str, ...] = ROOMS) -> list[tuple[Entry, str]]:
+    """Every option that changes one part of one layer, with that part; those that keep everything are left out."""
+    found = []
+    for layer in layers_of(model):
+        for room in rooms:
+            for config in WAYS[room].options(layer, lever)[1:]:
+                parts = WAYS[room].parts(config)
+                if len(parts) == 1:
+                    found.append((Entry(layer=layer.index, room=room, config=config), parts[0]))
+    return found
+
+
+def measure(judge: Judge, tokens: torch.Tensor, whole: Plan, rooms: tuple[str, ...] = ROOMS, *,
+            step: Callable[[], object] = lambda: None) -> list[Offer]:
+    """Tries every option of `rooms` in every layer.
+
+    Args:
+        judge: its model is dense afterwards; its workload is the one that is timed, on its window "calibrate".
+        tokens: int64 [T], read up to TOKENS for the costs.
+        whole: the plan against which decoding is timed, in which connections keep everything.
+        step: called for every option.
+    Returns:
+        the offers, layer by layer.
+    Cost: half a pass over TOKENS tokens an option, and for each distinct configuration a few runs: of the whole
+        workload where it decodes, of one layer where it reads a prompt.
+    """
+    entries = candidates(judge.model, judge.workload.lever, rooms)
+    seen = next(filter(None, (judge.statistics(Plan((entry,))) for entry, _ in entries)), None)
+    clock = _decoding_seconds if isinstance(judge.workload, Decode) else _prompt_seconds
+    seconds = clock(judge, [entry for entry, _ in entries], seen, whole)
+    ruler, offers = Ruler(judge.model, tokens[:TOKENS]), []
+    for entry, part in entries:
+        saved, nats = seconds[entry.room, entry.config], None
+        if saved > 0:
+            convert(judge.model, Plan((entry,)), seen)
+            nats = ruler.nats(entry.layer)
+        offers.append(Offer(entry=entry, part=part, nats=nats, seconds=saved))
+        step()
+    convert(judge.model, Plan())
+    return offers
+
+
+class Ruler:
+    """How far a model has moved from the dense one on a row of tokens, from any layer on.
+
+    Args:
+        model: dense.
+        tokens: int64 [T].
+    Memory: the stream before each layer, [T, D], and the dense log-probabilities, [T, vocabulary].
+    """
+
+    @torch.no_grad()
+    def __init__(self, model: nn.Module, tokens: torch.Tensor):
+        self.model, self.streams = model, []
+        layers = [layer.block for layer in layers_of(model)]
+        handles = [block.register_forward_pre_hook(self._note, with_kwargs=True) for block in layers]
+        try:
+            logits = model(input_ids=tokens[None], use_cache=False, logits_to_keep=COMPARED).logits[0]
+        finally:
+            for handle in handles:
+                handle.remove()
+        self.dense = logits.float().log_softmax(-1)
+
+    def _note(self, _, inputs: tuple, named: dict) -> None:
+        self.streams.append(named["hidden_states"] if "hidden_states" in named else inputs[0])
+
+    @torch.no_grad()
+    def nats(self, layer: int = 0) -> float:
+        """Mean KL(dense ‖ now), in nats a token, of a model that is dense before `layer`. Never below zero."""
+        with _beginning_at(self.model, layer):
+            logits = self.model(inputs_embeds=self.streams[layer], use_cache=False,
+                                logits_to_keep=COMPARED).logits[0]
+        pruned = logits.float().log_softmax(-1)
+        return max(0.0, float(nn.functional.kl_div(pruned, self.dense, reduction="batchmean", log_target=True)))
+
+
+@contextmanager
+def _beginning_at(model: nn.Module, first: int) -> Iterator[None]:
+    """The layers before `first` give what they are given."""
+    blocks = [layer.block for layer in layers_of(model)[:first]]
+    try:
+        for block in blocks:
+            block.forward = lambda hidden_states, *inputs, **named: hidden_states
+        yield
+    finally:
+        for block in blocks:
+            vars(block).pop("forward", None)
+
+
+Clocked = dict[tuple[str, object], float]
+
+
+def _decoding_seconds(judge: Judge, entries: list[Entry], seen: Statistics | None, whole: Plan) -> Clocked:
+    """Saved in one layer: an option in every layer that has it, against none, by the clock of the whole model.
+
+    A layer on its own would be read from the processor's cache, which a whole model does not fit.
+    """
+    plans, numbers = {None: whole}, {}
+    for key in dict.fromkeys((entry.room, entry.config) for entry in entries):
+        alike = [entry for entry in entries if (entry.room, entry.config) == key]
+        gone = {entry.layer for entry in alike if takes_attention(entry)}
+        plans[key] = Plan((*(entry for entry in whole.entries if entry.layer not in gone), *alike))
+        numbers[key] = len(alike)
+    run, seconds = judge.run("calibrate"), {key: [] for key in plans}
+    for key in [None, *RUNS * list(plans)]:
+        run.begin(plans[key])
+        start = time.perf_counter()
+        run()
+        seconds[key].append(time.perf_counter() - start)
+    convert(judge.model, Plan())
+    least = {key: min(found) for key, found in seconds.items()}  # what else runs here only ever adds
+    return {key: (least[None] - least[key]) / number for key, number in numbers.items()}
+
+
+@torch.no_grad()
+def _prompt_seconds(judge: Judge, entries: list[Entry], seen: Statistics | None, whole: Plan) -> Clocked:
+    """Saved in one layer: the middle one, or the nearest that has the option, run on what a prompt gives it."""
+    layers = layers_of(judge.model)
+    middle = len(layers) // 2
+    inputs: dict[int, tuple] = {}
+    found = {}
+    for key in dict.fromkeys((entry.room, entry.config) for entry in entries):
+        alike = [entry for entry in entries if (entry.room, entry.config) == key]
+        entry = min(alike, key=lambda entry: abs(entry.layer - middle))
+        layer = layers[entry.layer]
+        if entry.layer not in inputs:
+            inputs[entry.layer] = _inputs_of(judge, layer)
+        positional, named = inputs[entry.layer]
+
+        def work(block=layer.block, positional=positional, named=named):
+            block(*positional, **named)
+
+        timed = interleave(work, work, runs=RUNS + 1, before=(
+            partial(convert, judge.model, Plan()), partial(convert, judge.model, Plan((entry,)), seen)))
+        convert(judge.model, Plan())
+        found[key] = averages.median(
+            dense - pruned for dense, pruned in zip(timed.dense, timed.pruned, strict=True))
+    return found
+
+
+def _inputs_of(judge: Judge, layer: Layer) -> tuple[tuple, dict]:
+    """What the layer is given when the model reads the first window "calibrate"."""
+    found = []
+    handle = layer.block.register_forward_pre_hook(
+        lambda _, inputs, named: found.append((inputs, named)), with_kwargs=True)
+    try:
+        judge.model.get_decoder()(input_ids=judge.windows["calibrate"][:1], use_cache=False)
+    finally:
+        handle.remove()
+    return found[0]

@@ -1,0 +1,76 @@
+"""Slack as a table: for every layer and room what each option costs and saves, in perplexity a millisecond.
+
+Options of connections change the stream by an error (`sentei.budget.slack`); one plan of theirs, judged on the real
+model, says how many nats an error is. Those of the other rooms are measured one by one (`sentei.budget.offers`).
+"""
+
+import math
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from sentei.axes.connections import Config
+from sentei.budget import offers as offers_of
+from sentei.budget import slack as slack_of
+from sentei.budget.calibration import Library
+from sentei.budget.judge import Judge
+from sentei.budget.mixture import rate_of
+from sentei.budget.slack import LayerSlack
+from sentei.budget.solver import Timed, fit, uniform
+from sentei.budget.workload import Workload
+from sentei.conversion.plan import Plan, prunable_layers
+from sentei.conversion.rooms import WAYS
+from sentei.core.progress import Progress
+from sentei.core.storage import Stages
+
+
+def measure(model: nn.Module, workload: Workload, windows: dict[str, torch.Tensor], progress: Progress) -> dict:
+    """The table.
+
+    Args:
+        windows: at least one "calibrate" and one "choose".
+    Returns:
+        threads; dense: seconds of one run of the workload and perplexity; options, each with layer, room, option (in
+        words), nats, perplexity (what it adds), milliseconds (what it saves of a run) and perplexity_per_millisecond,
+        None where it saves no time; then nats and perplexity may be None too.
+    """
+    library = Library(model, windows["calibrate"], workload.lever)
+    windows = {use: rows[:1] for use, rows in windows.items()}
+    judge = Judge(model, workload, windows, Stages(None), {}, library)
+    layers, config = prunable_layers(model), Config()
+    whole = slack_of.whole_plan(workload, layers, config)
+    with progress.stage("dense", 2) as step:
+        seconds = judge.seconds(Plan(), "calibrate", step)
+        judge.prepare("choose", step)
+    with progress.stage("connections", len(layers) + 1) as step:
+        slack = slack_of.measure(model, workload, windows["calibrate"], layers, config,
+                                 rules=slack_of.options(workload), step=step)
+        tried = uniform(slack, config, workload)
+        middle = tried[len(tried) // 2]
+        rate = rate_of([(middle, judge.judge(middle.plan, "choose", step))], slack)
+    with progress.stage("rooms", len(offers_of.candidates(model, workload.lever))) as step:
+        offers = offers_of.measure(judge, windows["calibrate"][0], whole, step=step)
+    perplexity = math.exp(float(judge.dense["choose"].mean()))
+    options = [row for layer, timed in zip(slack, fit(slack), strict=True)
+               for row in _connections(layer, timed, workload, rate)]
+    options += [{"layer": offer.entry.layer, "room": offer.entry.room, "option": WAYS[offer.entry.room].words(
+        offer.entry.config), "nats": offer.nats, "milliseconds": offer.seconds * 1e3} for offer in offers]
+    for option in options:
+        saves, nats = option["milliseconds"] > 0, option["nats"]
+        option["perplexity"] = None if nats is None else perplexity * math.expm1(min(nats, 50.0))
+        option["perplexity_per_millisecond"] = option["perplexity"] / option["milliseconds"] if saves else None
+    return {"threads": torch.get_num_threads(), "dense": {"seconds": seconds, "perplexity": perplexity},
+            "options": options}
+
+
+def _connections(layer: LayerSlack, timed: Timed, workload: Workload, rate: float) -> list[dict]:
+    """A layer's rules, all heads alike."""
+    rows = []
+    for option in layer.options[1:]:
+        density = sum(option.density) / len(option.density)
+        saved = (timed.whole_seconds - timed.seconds(density)) * workload.timed_runs
+        words = WAYS["connections"].words(replace(Config(), **{workload.lever: option.rule}))
+        rows.append({"layer": layer.layer, "room": "connections", "option": f"{words}, density {density:.2f}",
+                     "nats": rate * sum(option.error), "milliseconds": saved * 1e3})
+    return rows

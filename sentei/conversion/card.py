@@ -1,0 +1,120 @@
+"""The model card of a written folder, README.md: what was measured, how, on what, and what it does not promise.
+
+Names and texts come from strangers: each is shown as the letters it has, never as markup.
+"""
+
+import re
+from pathlib import Path
+
+from sentei.core.storage import write_text
+
+CARD = "README.md"
+MAX_FRONT_BYTES = 1 << 14  # of the base model's own card, where its licence may stand
+LONGEST = 200
+_PLAIN = re.compile(r"[A-Za-z0-9][\w.-]{0,63}", flags=re.ASCII)
+_LICENCE = re.compile(r"^license:[ \t]*[\"']?([\w.-]{1,64})[\"']?[ \t]*$", flags=re.ASCII | re.MULTILINE)
+_MARKUP = re.compile(r"([\\`*_{}\[\]()#+.!|~:@$&<>-])")
+LIMITS = (
+    "Quality is dense perplexity ÷ pruned perplexity on one text; it is no score on your task. The bound is met when "
+    "the measured value is; the interval may reach below it.",
+    "Seconds belong to one machine, its threads and its day. On another one run `sentei prune` again.",
+    "The plan is for one workload. Other lengths, and reading where it was made for writing, may gain nothing.",
+    "Without sentei these are the plain weights: the dense model, no faster and no smaller. Memory does not shrink.",
+    "The weights are those of the base model, with its knowledge, its biases and its licence.",
+)
+
+
+def licence_in(card: Path) -> str | None:
+    """The licence that the front matter of a model card names, where it is one plain word; else None.
+
+    Args:
+        card: a regular file.
+    """
+    with open(card, "rb") as file:
+        start = file.read(MAX_FRONT_BYTES).decode("utf-8", errors="replace").replace("\r\n", "\n")
+    front = start.split("\n---", 1)[0] if start.startswith("---\n") and "\n---" in start else ""
+    found = _LICENCE.search(front)
+    return found[1] if found else None
+
+
+def write(folder: Path, result: dict, details: dict, receipt: dict) -> Path:
+    """Writes the card of a folder, whole or not at all, and returns its path.
+
+    Args:
+        result: the public object of the run, schema "sentei.prune/1".
+        details: what stands behind it, as for `measurement.report`, with "licence", a word or None.
+        receipt: of `export.check`.
+    Raises:
+        ResourceError: the disk is full or the folder cannot be written.
+    """
+    write_text(folder / CARD, render(result, details, receipt))
+    return folder / CARD
+
+
+def render(result: dict, details: dict, receipt: dict) -> str:
+    """The card as Markdown; arguments as for `write`."""
+    verdict = "The bound is met." if details["met"] else f"The bound is **not** met: {words(details['reason'])}."
+    parts = [
+        _front(details["licence"]),
+        f"# {words(result['model'])}, pruned by sentei",
+        "A plan that decides, for each input, which connections are computed: "
+        f"{result['speedup']:.2f} times as fast as dense at quality {result['quality']:.4f}, "
+        f"{words(result['workload'])}, {words(result['dtype'])}. {verdict}",
+        "## Measured", _table(result, details), _method(result, details),
+        "## Made with", fenced(details["command"]),
+        f"A fresh process has loaded this folder and compared logits: the largest difference is "
+        f"{receipt['difference']:.2g}, of {receipt['tolerance']:.2g} allowed. `sentei verify` does it again.",
+        "## Use", fenced('import sentei\n\nmodel = sentei.load("path/of/this/folder")', lines=True),
+        "## Base model",
+        f"{words(details['source'])}. Licence: {words(details['licence'] or 'not known to sentei; see its source')}.",
+        "## Limits", "\n".join(f"- {limit}" for limit in LIMITS),
+    ]
+    return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def _front(licence: str | None) -> str:
+    """What the hub reads: plain words alone."""
+    lines = ["library_name: transformers", "tags:", "- sentei", "- pruning"]
+    lines += [f"license: {licence}"] if licence and _PLAIN.fullmatch(licence) else []
+    return "\n".join(["---", *lines, "---"])
+
+
+def _table(result: dict, details: dict) -> str:
+    dense, pruned = result["dense"], result["pruned"]
+    (low, high), (slow, fast) = details["quality_interval"], details["speedup_interval"]
+    strict = result.get("quality_without_lookahead")
+    rows = [("", "dense", "pruned"),
+            ("---", "---", "---"),
+            ("seconds", f"{dense['seconds']:.3g}", f"{pruned['seconds']:.3g}"),
+            ("tokens a second", f"{dense['tokens_per_second']:.3g}", f"{pruned['tokens_per_second']:.3g}"),
+            ("perplexity", f"{dense['perplexity']:.4g}", f"{pruned['perplexity']:.4g}"),
+            ("speed-up, range of pairs", "1", f"{result['speedup']:.2f}, {slow:.2f} to {fast:.2f}"),
+            ("quality, 95 % interval", "1", f"{result['quality']:.4f}, {low:.4f} to {high:.4f}"),
+            *([("quality without lookahead", "1", f"{strict:.4f}")] if strict is not None else []),
+            ("connections computed", "1", f"{result['density']:.3f}")]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _method(result: dict, details: dict) -> str:
+    """Where the numbers come from."""
+    text, machine = details["text"], ", ".join(f"{words(key)} {words(value)}" for key, value in
+                                               details["environment"].items())
+    uses = ", ".join(f"{words(use)} {count:,}" for use, count in text["tokens"].items())
+    return (f"Dense is transformers' own sdpa at the same dtype and threads, timed in turn with the pruned model. "
+            f"Text: {words(text['name'])} (SHA-256 {words(text['sha256'][:16])}); tokens by use, none shared: {uses}. "
+            f"{details['verify_attempts']} plan{'s were' if details['verify_attempts'] != 1 else ' was'} judged on the "
+            f"text for verifying. {words(details['date'])}; {machine}.")
+
+
+def words(value: object) -> str:
+    """Text as its letters: what is Markdown, HTML or a command to a terminal is escaped; one line, shortened."""
+    text = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in str(value)[:LONGEST])
+    return _MARKUP.sub(r"\\\1", text)
+
+
+def fenced(text: str, *, lines: bool = False) -> str:
+    """Text as a block of code that nothing in it can end; control characters escaped, newlines too unless `lines`."""
+    kept = "\n" if lines else ""
+    safe = "".join(letter if letter.isprintable() or letter in kept else ascii(letter)[1:-1] for letter in text)
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", safe)), default=0))
+    return f"{fence}\n{safe}\n{fence}"

@@ -1,0 +1,110 @@
+"""How a model whose layers have changed shape is written and read back: the rungs of a ladder.
+
+    A   every layer alike: fewer layers, networks of one width, attentions of as many key/value heads. An ordinary
+        checkpoint of a smaller model.
+    B   layers that differ: the weights as they are, and `sentei.json`, which says what stands where.
+    C   weights as they were and rooms that choose for each input: an ordinary checkpoint of the dense model, and
+        `sentei.json`.
+
+A and C go together: the checkpoint is then the smaller model, which sentei makes faster still.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from sentei.axes.weights import Config as Weights
+from sentei.conversion.layers import layer_of, paths_of
+from sentei.conversion.plan import Plan
+from sentei.conversion.rooms import WAYS
+from sentei.core.errors import UnsupportedError
+from sentei.core.rules import Fixed
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def rung_of(model: nn.Module, plan: Plan) -> str:
+    """The rung by which a model converted with this plan is written: "A", "B" or "C"."""
+    if not plan.standing("in").entries:
+        return "C"
+    return "B" if _shape(model, plan) is None else "A"
+
+
+def _shape(model: nn.Module, plan: Plan) -> tuple[set[int], int | None, int | None] | None:
+    """The layers that are gone, and of those left the networks' width and the key/value heads (None: as before).
+
+    None where they are uneven.
+    """
+    gone, widths, heads = set(), {}, {}
+    for entry in plan.standing("in").entries:
+        if entry.room == "depth" and entry.config.rule == Fixed(()) and entry.config.part == "block":
+            gone.add(entry.layer)
+        elif entry.room == "weights" and isinstance(entry.config, Weights):
+            widths[entry.layer] = model.get_submodule(paths_of(model, entry.layer, "network")[0]).down_proj.in_features
+        elif entry.room == "heads":
+            attention = model.get_submodule(paths_of(model, entry.layer, "attention")[0])
+            heads[entry.layer] = attention.k_proj.out_features // attention.head_dim
+        else:
+            return None
+    left = set(range(model.config.num_hidden_layers)) - gone
+    if not left or any(sizes and (set(sizes) != left or len(set(sizes.values())) > 1) for sizes in (widths, heads)):
+        return None
+    return gone, next(iter(widths.values()), None), next(iter(heads.values()), None)
+
+
+def plain(model: PreTrainedModel, plan: Plan) -> tuple[PreTrainedModel, Plan]:
+    """The model of rung A: an ordinary one of its family that shares the weights, and what is left of the plan.
+
+    Args:
+        model: converted with `plan`, for which `rung_of` says "A".
+    """
+    gone, width, heads = _shape(model, plan)
+    left = [index for index in range(model.config.num_hidden_layers) if index not in gone]
+    config = copy.deepcopy(model.config)
+    config.num_hidden_layers, config.intermediate_size = len(left), width or config.intermediate_size
+    config.num_key_value_heads = heads or config.num_key_value_heads
+    for name in ("layer_types", "no_rope_layers"):
+        kinds = getattr(config, name, None)
+        if kinds is not None:
+            setattr(config, name, [kinds[index] for index in left])
+    if getattr(config, "max_window_layers", None) is not None:
+        config.max_window_layers = min(config.max_window_layers, len(left))
+    config._attn_implementation = "sdpa"
+    made = type(model)._from_config(config, dtype=model.dtype)
+    numbers, state = {index: number for number, index in enumerate(left)}, {}
+    for name, tensor in model.state_dict().items():
+        head, found, rest = name.partition("model.layers.")
+        if found and not head:
+            index, _, rest = rest.partition(".")
+            if int(index) not in numbers:
+                continue
+            name = f"model.layers.{numbers[int(index)]}.{rest}"
+        state[name] = tensor
+    made.load_state_dict(state, strict=True, assign=True)
+    made.tie_weights()
+    made.generation_config = model.generation_config
+    under = [replace(entry, layer=numbers[entry.layer]) for entry in plan.standing("under").entries]
+    return made.eval(), Plan(tuple(under))
+
+
+def reshape(model: nn.Module, plan: Plan) -> None:
+    """Puts modules of the plan's shapes into a model, for good, their weights yet to be loaded.
+
+    Raises:
+        UnsupportedError: a room that is not written to files.
+    """
+    for entry in plan.standing("in").entries:
+        way = WAYS[entry.room]
+        if way.blank is None:
+            raise UnsupportedError("sentei.json", expected="rooms that are written to files", got=entry.room,
+                                   do="write the folder again with sentei prune")
+        layer = layer_of(model, entry.layer, ())
+        for part in way.parts(entry.config):
+            made = way.blank(layer, part, entry.config)
+            for path, module in zip(paths_of(model, entry.layer, part), made, strict=False):
+                model.set_submodule(path, module)

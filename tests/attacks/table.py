@@ -1,0 +1,9 @@
+"""All doors by which a file comes in."""
+
+from attacks.on_runs import OUT, TEXT, TRACE
+from attacks.on_settings import ADAPTER, CONFIG, POLICY, TOKENIZER
+from attacks.on_training import CHECKPOINT, TOKENS, TRAINED, YAML
+from attacks.on_weights import GGUF, SAFETENSORS, SHARDS
+
+DOORS = (SAFETENSORS, SHARDS, GGUF, CONFIG, TOKENIZER, ADAPTER, POLICY,
+         YAML, CHECKPOINT, TRAINED, TOKENS, TRACE, TEXT, OUT)

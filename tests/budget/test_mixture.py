@@ -1,0 +1,134 @@
+"""Plans over all rooms: what is cheap goes first, and no plan is worse than that of one room."""
+
+import math
+
+import pytest
+
+from sentei.axes.connections import Config
+from sentei.axes.depth import Config as Depth
+from sentei.axes.weights import Config as Weights
+from sentei.budget.goal import Goal
+from sentei.budget.judge import Judgement
+from sentei.budget.mixture import Market, rate_of, solve_all
+from sentei.budget.offers import Offer
+from sentei.budget.slack import LayerSlack, Option
+from sentei.budget.solver import Candidate, Forecast, family, solve
+from sentei.budget.workload import Prefill
+from sentei.conversion.plan import Entry, Plan
+from sentei.core.rules import All, Fixed, Threshold, TopK
+from sentei.measurement.quality import Quality
+
+PREFILL = Prefill(64)
+# Of 10 s the attention of two layers is 2 s.
+FORECAST = Forecast(dense=10.0, others=8.0, runs=1)
+SLACK = [LayerSlack(layer=number, options=[
+    Option(rule=All(), density=[1.0, 1.0], error=[0.0, 0.0], seconds=1.0),
+    Option(rule=Threshold(0.01), density=[0.6, 0.6], error=[few, few], seconds=0.7),
+    Option(rule=Threshold(0.1), density=[0.3, 0.3], error=[many, many], seconds=0.4),
+]) for number, (few, many) in enumerate([(1e-6, 1e-5), (1e-3, 1e-1)])]
+
+
+def judgement(value: float) -> Judgement:
+    return Judgement(quality=Quality(value=value, low=value, high=value, dense=1.0, pruned=1.0, tokens=1), density={})
+
+
+def good_from(least: float):
+    """A judge to whom a candidate is good (quality 1, else 0.5) from a density on."""
+    def judge(candidate: Candidate) -> Judgement:
+        return judgement(1.0 if candidate.density >= least else 0.5)
+
+    return judge
+
+
+def drop(layer: int, part: str, nats: float, seconds: float) -> Offer:
+    return Offer(entry=Entry(layer=layer, room="depth", config=Depth(rule=Fixed(()), part=part)), part=part, nats=nats,
+                 seconds=seconds)
+
+
+def thin(layer: int, kept: int, nats: float, seconds: float) -> Offer:
+    return Offer(entry=Entry(layer=layer, room="weights", config=Weights(rule=TopK(kept), saliency="obs")),
+                 part="network", nats=nats if seconds > 0 else None, seconds=seconds)
+
+
+OFFERS = [thin(0, 64, 0.001, 0.5), thin(0, 32, 0.01, 1.0), thin(1, 64, 0.1, 0.5), drop(0, "network", 0.5, 2.0),
+          drop(1, "attention", 0.002, 1.0), drop(0, "attention", 5.0, 1.0), thin(1, 32, 1e-9, -0.5)]
+EVERY = {"connections", "weights", "depth"}
+
+
+def market(offers: list[Offer], rate: float = 1.0) -> Market:
+    return Market(slack=SLACK, offers=offers, config=Config(), workload=PREFILL, rate=rate, dense=10.0)
+
+
+def rooms_of(plan: Plan) -> set:
+    return {(entry.layer, entry.room, getattr(entry.config, "part", None)) for entry in plan.entries}
+
+
+def test_plans_go_from_dense_to_leaner_and_the_cheapest_offer_comes_first():
+    plans = market(OFFERS).plans(0.1, EVERY)
+    seconds = [plan.seconds for plan in plans]
+    assert not plans[0].plan.entries and seconds == sorted(seconds, reverse=True) and len(plans) > 4
+    first = next(plan for plan in plans if plan.saved)
+    assert rooms_of(first.plan) & {(0, "weights", None), (1, "depth", "attention")}
+
+
+def test_an_option_that_saves_no_time_is_in_no_plan():
+    for plan in market(OFFERS).plans(1.0, EVERY):
+        assert not any(entry.room == "weights" and entry.layer == 1 and entry.config.rule == TopK(32)
+                       for entry in plan.plan.entries)
+
+
+def test_a_part_has_one_option_and_attention_that_is_gone_has_no_connections():
+    for plan in market(OFFERS).plans(1.0, EVERY):
+        entries = plan.plan.entries
+        assert len({(entry.layer, entry.room) for entry in entries}) == len(entries)
+        gone = {layer for layer, room, part in rooms_of(plan.plan) if room == "depth" and part != "network"}
+        assert not gone & {entry.layer for entry in entries if entry.room == "connections"}
+        thinned = {entry.layer for entry in entries if entry.room == "weights"}
+        whole = {layer for layer, room, part in rooms_of(plan.plan) if room == "depth" and part != "attention"}
+        assert not thinned & whole
+
+
+def test_a_layer_that_loses_both_parts_has_one_entry_for_the_block():
+    offers = [drop(1, "attention", 1e-6, 1.0), drop(1, "network", 1e-6, 1.0)]
+    assert rooms_of(market(offers).plans(0.1, EVERY)[-1].plan) >= {(1, "depth", "block")}
+
+
+def test_rooms_that_do_not_take_part_are_in_no_plan():
+    for plan in market(OFFERS).plans(0.1, {"weights"}):
+        assert {entry.room for entry in plan.plan.entries} <= {"weights"}
+
+
+def test_what_is_saved_is_taken_off_the_seconds():
+    plan = market([thin(0, 64, 1e-6, 0.25)], rate=1e6).plans(0.1, {"weights"})[-1]
+    assert plan.saved == {"weights": 0.25} and plan.seconds == pytest.approx(2.0 - 0.25)
+    assert FORECAST(plan) == pytest.approx(10 / 9.75)
+
+
+def test_the_rate_is_read_off_plans_that_were_judged():
+    plans = family(SLACK, Config(), PREFILL)[1:]
+    errors = [sum(next(option.error[head] for option in layer.options if getattr(option.rule, "ratio", 0.0) == ratio)
+                  for layer, entry in ((SLACK[entry.layer], entry) for entry in plan.plan.entries)
+                  for head, ratio in enumerate(entry.config.rule.ratio)) for plan in plans]
+    judged = [(plan, judgement(math.exp(-3.0 * error))) for plan, error in zip(plans, errors, strict=True)]
+    assert rate_of(judged, SLACK) == pytest.approx(3.0)
+
+
+@pytest.mark.parametrize("offers, taken", [(OFFERS, True), ([drop(0, "attention", 5.0, 1.0)], False),
+                                           ([thin(0, 64, 1e-6, -1.0)], False)], ids=["cheap", "too dear", "no gain"])
+def test_the_plan_of_all_rooms_is_tried_only_where_it_is_foreseen_to_be_faster(offers, taken):
+    judge = good_from(0.0)
+    alone = solve(Goal(quality=0.9), PREFILL, SLACK, Config(), judge, FORECAST)
+    found = solve_all(Goal(quality=0.9), market(offers), alone, judge, FORECAST)
+    assert bool(found.ladder[0].saved) == taken
+    assert found.rival == (alone.ladder if taken else [])
+    assert FORECAST(found.ladder[0]) >= FORECAST(alone.ladder[0])
+    assert found.judged[:len(alone.judged)] == alone.judged
+
+
+def test_plans_that_are_bad_on_the_real_model_are_not_chosen():
+    def judge(candidate) -> Judgement:
+        return good_from(2.0 if candidate.saved else 0.5)(candidate)
+
+    alone = solve(Goal(quality=0.9), PREFILL, SLACK, Config(), judge, FORECAST)
+    found = solve_all(Goal(quality=0.9), market(OFFERS), alone, judge, FORECAST)
+    assert found.ladder == alone.ladder and not found.rival

@@ -1,0 +1,81 @@
+"""What an option costs and saves, measured on the model itself."""
+
+import pytest
+import torch
+from tiny import tiny_model
+
+from sentei.axes.connections import Config
+from sentei.budget import offers as module
+from sentei.budget.calibration import Library
+from sentei.budget.judge import Judge
+from sentei.budget.offers import Ruler, candidates, from_json, measure, to_json
+from sentei.budget.slack import whole_plan
+from sentei.budget.workload import workload_of
+from sentei.conversion.families import FAMILIES
+from sentei.conversion.layers import originals
+from sentei.conversion.plan import Plan, convert, prunable_layers
+from sentei.core.storage import Stages
+
+TOKENS = torch.randint(3, 259, (2, 80), generator=torch.Generator().manual_seed(1))
+
+
+TIMES = {"": 1.0, "weights": 0.7, "depth": 0.4, "experts": 0.9, "heads": 1.1}
+
+
+def judge_of(family: str, workload: str) -> Judge:
+    model = tiny_model(family)
+    work = workload_of(workload)
+    return Judge(model, work, {"calibrate": TOKENS, "choose": TOKENS}, Stages(None), {},
+                 Library(model, TOKENS, work.lever))
+
+
+@torch.no_grad()
+def divergence(model, dense) -> float:
+    p, q = (found(input_ids=TOKENS[:1], use_cache=False).logits[0].double().log_softmax(-1) for found in (dense, model))
+    return float((p.exp() * (p - q)).sum(-1)[-96:].mean())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_cost_is_the_divergence_of_the_whole_model_from_whichever_layer_it_is_run(family):
+    judge, dense = judge_of(family, "prefill:80"), tiny_model(family)
+    ruler = Ruler(judge.model, TOKENS[0])
+    assert ruler.nats(0) == ruler.nats(2) == pytest.approx(0, abs=1e-6)
+    for entry, _ in candidates(judge.model, "rule"):
+        plan = Plan((entry,))
+        convert(judge.model, plan, judge.statistics(plan))
+        assert ruler.nats(entry.layer) == pytest.approx(divergence(judge.model, dense), rel=1e-3, abs=1e-6)
+    assert not any("forward" in vars(layer) for layer in judge.model.model.layers)
+
+
+@pytest.mark.parametrize("workload", ["prefill:80", "decode:80"])
+def test_every_option_has_an_offer_and_the_model_is_dense_again(workload):
+    judge, steps = judge_of("llama", workload), []
+    whole = whole_plan(judge.workload, prunable_layers(judge.model), Config())
+    found = measure(judge, TOKENS[0], whole, step=lambda: steps.append(1))
+    assert [(offer.entry, offer.part) for offer in found] == candidates(judge.model, judge.workload.lever)
+    assert len(steps) == len(found) and all((offer.nats is not None) == (offer.seconds > 0) for offer in found)
+    assert all(offer.nats > 0 for offer in found if offer.pays)
+    assert {offer.entry.room for offer in found} >= {"weights", "depth"}
+    assert not originals(judge.model) and from_json(to_json(found)) == found
+
+
+def test_savings_are_of_one_layer_by_the_clock(monkeypatch):
+    """Runs take what the plan says, and sometimes more."""
+    judge, now, late = judge_of("llama", "decode:80"), [0.0], {}
+    whole = whole_plan(judge.workload, (0, 1, 2), Config())
+
+    class Run:
+        def begin(self, plan):
+            rooms = {entry.room for entry in plan.entries} - {"connections"}
+            late[plan] = 0.0 if plan in late else 5.0
+            self.seconds = TIMES[min(rooms, default="")] + late[plan]
+
+        def __call__(self):
+            now[0] += self.seconds
+
+    monkeypatch.setattr(judge, "run", lambda use: Run())
+    monkeypatch.setattr(module.time, "perf_counter", lambda: now[0])
+    for offer in measure(judge, TOKENS[0], whole):
+        layers = 2 if offer.entry.room == "depth" and offer.part == "attention" else 3
+        assert offer.seconds == pytest.approx((1 - TIMES[offer.entry.room]) / layers)
+        assert offer.pays == (offer.entry.room != "heads"), "what saves nothing has no price"

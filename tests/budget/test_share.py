@@ -1,0 +1,42 @@
+"""What each room has part in, told of a plan."""
+
+import pytest
+from tiny import tiny_model
+
+from sentei.axes.connections import Config as Connections
+from sentei.axes.depth import Config as Depth
+from sentei.axes.weights import Config as Weights
+from sentei.budget.proof import Proof
+from sentei.budget.share import kept_of, rooms_of
+from sentei.budget.solver import Candidate
+from sentei.conversion.plan import Entry, Plan, convert
+from sentei.core.rules import Fixed, Threshold, TopK
+from sentei.measurement.latency import Comparison
+
+CHOOSING = Entry(layer=1, room="connections", config=Connections(rule=Threshold(0.1)))
+THIN = Entry(layer=1, room="weights", config=Weights(rule=TopK(64), saliency="magnitude"))
+GONE = Entry(layer=2, room="depth", config=Depth(rule=Fixed(()), part="attention"))
+
+
+def proof_of(entries: tuple, saved: dict) -> Proof:
+    candidate = Candidate(name="", plan=Plan(entries), seconds=1.0, density=1.0, saved=saved)
+    return Proof(candidate=candidate, judgement=None, strict=None, attempts=1, reason="",
+                 comparison=Comparison(dense=[10.0], pruned=[6.0], date=""))
+
+
+def test_connections_have_what_the_other_rooms_leave():
+    found = rooms_of(proof_of((CHOOSING, THIN, GONE), {"weights": 1.0, "depth": 2.0}))
+    assert {room: (told["layers"], told["seconds"]) for room, told in found.items()} == {
+        "connections": (1, 1.0), "depth": (1, 2.0), "weights": (1, 1.0)}
+    assert sum(told["share"] for told in found.values()) == pytest.approx(1)
+
+
+def test_without_connections_the_others_have_all():
+    found = rooms_of(proof_of((THIN, GONE), {"weights": 1.0, "depth": 1.0}))
+    assert {room: told["share"] for room, told in found.items()} == {"weights": 0.5, "depth": 0.5}
+    assert rooms_of(proof_of((), {})) == {}
+
+
+def test_what_is_left_of_a_part_is_told_by_its_weights():
+    model = convert(tiny_model("llama"), Plan((THIN, GONE)))
+    assert kept_of(model, THIN) == pytest.approx(64 / 96) and kept_of(model, GONE) == 0

@@ -1,0 +1,117 @@
+"""The model card: its numbers are the run's, and nothing a stranger wrote is markup, neither here nor for the hub."""
+
+import html
+import re
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from markdown_it import MarkdownIt
+
+from sentei.conversion.card import CARD, fenced, licence_in, render, words
+
+SIDE = {"seconds": 10.88, "tokens_per_second": 376.4, "perplexity": 12.345}
+RESULT = {"model": "tiny", "workload": "prefill:4096", "dtype": "float32", "dense": SIDE,
+          "pruned": {**SIDE, "seconds": 8.7, "tokens_per_second": 470.8, "perplexity": 12.36},
+          "speedup": 1.25, "quality": 0.9988, "density": 0.381}
+DETAILS = {"met": True, "reason": "", "quality_interval": [0.995, 1.002], "speedup_interval": [1.21, 1.3],
+           "source": "tiny (a local folder)", "licence": "apache-2.0", "command": "sentei prune tiny --out faster",
+           "text": {"name": "a.txt", "sha256": "ab" * 32, "tokens": {"choose": 8192, "verify": 8192}},
+           "environment": {"processor": "a processor", "threads": "2"}, "verify_attempts": 1, "date": "2026-11-27"}
+RECEIPT = {"difference": 1.5e-6, "tolerance": 1e-3, "met": True}
+HOSTILE = [
+    "<script>alert(1)</script>", "[a](javascript:alert(1))", "![a](https://example.org/a.png)", "`code` ```\n# head",
+    "a | b\n|---|", "<!--", "https://example.org", "**bold** _it_ ~~no~~", "\x1b]0;evil\x07", "\u202eevil",
+    "&lt;b&gt; &#60;", "- a\n1. b\n> c", "a@example.org", "\\", "\\\\[a](b)", "---\nlicense: evil\n---", "$x$",
+    "a\r\n\tb", "{{ x }}", "</td>"]
+
+
+class Shown(HTMLParser):
+    """The tags and the text of a page."""
+
+    def __init__(self, page: str):
+        super().__init__()
+        self.tags, self.text = [], ""
+        self.feed(page)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        assert not attributes
+
+    def handle_comment(self, data):
+        raise AssertionError("a comment")
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def page_of(card: str) -> Shown:
+    """What a viewer shows that lets HTML through and makes links of addresses."""
+    body = card.split("\n---\n", 1)[1]
+    return Shown(MarkdownIt("commonmark", {"html": True}).enable("table").enable("strikethrough").render(body))
+
+
+def test_the_numbers_are_those_of_the_run():
+    page = page_of(render(RESULT, DETAILS, RECEIPT))
+    for told in ("1.25 times as fast", "quality 0.9988", "0.9950 to 1.0020", "1.21 to 1.30", "10.9", "8.7", "12.35",
+                 "0.381", "sentei prune tiny --out faster", "1.5e-06, of 0.001 allowed", "Licence: apache-2.0",
+                 "a processor",
+                 "none shared: choose 8,192, verify 8,192", "The bound is met", "2026-11-27", "Without sentei"):
+        assert told in page.text, told
+    assert page.tags.count("table") == 1 and page.tags.count("tr") == 7 and "td" in page.tags
+
+
+def test_what_is_not_met_or_not_known_is_said():
+    page = page_of(render(RESULT | {"quality_without_lookahead": 0.97},
+                          DETAILS | {"met": False, "reason": "no plan reaches 0.999", "licence": None}, RECEIPT))
+    assert "The bound is not met: no plan reaches 0.999." in page.text
+    assert "Licence: not known to sentei" in page.text and "0.9700" in page.text
+
+
+@pytest.mark.parametrize("text", HOSTILE, ids=ascii)
+def test_a_stranger_s_text_is_its_letters(text):
+    plain = page_of(render(RESULT, DETAILS, RECEIPT))
+    card = render(RESULT | {"model": text}, DETAILS | {
+        "source": text, "licence": text, "command": f"sentei prune {text}", "text": DETAILS["text"] | {"name": text},
+        "environment": {text: text}}, RECEIPT)
+    page = page_of(card)
+    assert page.tags == plain.tags
+    assert page.text.count("".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)) >= 5
+    assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e]", card)
+    assert card.split("\n---\n", 1)[0] == "---\nlibrary_name: transformers\ntags:\n- sentei\n- pruning"
+
+
+def test_text_is_shortened_and_code_cannot_be_ended():
+    assert len(words("a" * 1000)) == 200
+    assert fenced("a ```` b").startswith("`````\n") and fenced("a ```` b").endswith("\n`````")
+    assert html.unescape(Shown(MarkdownIt().render(fenced("x\n```\n<b>"))).text).strip() == "x\\n```\\n<b>"
+
+
+@pytest.mark.parametrize("content, licence", [
+    ("---\nlicense: apache-2.0\n---\n# A", "apache-2.0"), ("---\nlicense: 'mit'\ntags: [a]\n---\n", "mit"),
+    ("---\r\nlicense: mit\r\n---\r\n", "mit"), ("---\ntags: [a]\n---\nlicense: evil\n", None), ("license: mit\n", None),
+    ("---\nlicense: [a, b]\n---\n", None), ("---\nlicense: a b\n---\n", None), ("", None),
+    ("---\nlicense: mit\n", None),
+    ("---\n" + "a: b\n" * 10_000 + "license: mit\n---\n", None), ("\x00\xff", None)],
+    ids=lambda value: repr(value)[:30])
+def test_a_licence_is_a_word_of_the_front_matter(tmp_path, content, licence):
+    (tmp_path / CARD).write_text(content, encoding="latin-1", newline="")
+    assert licence_in(tmp_path / CARD) == licence
+
+
+def test_prune_writes_it_and_takes_the_base_model_s_licence(prune, subject, tmp_path):
+    model = shutil.copytree(Path(subject["model"]), tmp_path / "model")
+    (model / CARD).write_text("---\nlicense: cc-by-4.0\n---\n")
+    assert prune(model=model).returncode == 0
+    card = (tmp_path / "out" / CARD).read_text()
+    assert "license: cc-by-4.0\n" in card and "Licence: cc\\-by\\-4\\.0" in card and "2.00 times as fast" in card
+    assert str(tmp_path / "out") in card
+
+
+def test_a_card_of_other_weights_is_not_left(prune, tmp_path, monkeypatch):
+    assert prune().returncode == 0
+    wrong = {"met": False, "difference": 1.0, "tolerance": 0.1}
+    monkeypatch.setattr("sentei.conversion.export.check_afresh", lambda _: wrong)
+    assert prune("--json").returncode == 3
+    assert not (tmp_path / "out" / CARD).exists()

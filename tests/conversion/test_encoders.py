@@ -1,0 +1,80 @@
+"""Encoders of transformers from a folder: read, wherever they stand in a file, or refused before memory is taken."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import save_tiny, save_tiny_encoder, tiny_encoder
+
+from sentei.conversion.encoders import is_encoder, load
+from sentei.core.errors import FileError, UnsupportedError
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return save_tiny_encoder(tmp_path / "bert")
+
+
+def test_an_encoder_is_told_by_its_config(folder, tmp_path):
+    assert is_encoder(folder) and not is_encoder(save_tiny(tmp_path / "llama", "llama"))
+    assert not is_encoder(tmp_path) and not is_encoder(tmp_path / "nothing")
+    (folder / "config.json").write_text('{"model_type": ["bert"]}')
+    assert not is_encoder(folder)
+
+
+@pytest.mark.parametrize("head", ["BertModel", "BertForMaskedLM", "BertForSequenceClassification"])
+def test_it_computes_what_transformers_computes(head, tmp_path):
+    made = tiny_encoder(head)
+    model, tokens = load(save_tiny_encoder(tmp_path / "bert", head)), torch.arange(5, 17)[None]
+    whole = made if head == "BertModel" else made.bert
+    with torch.no_grad():
+        assert torch.equal(model(tokens).last_hidden_state, whole(tokens).last_hidden_state)
+    assert not model.training and model.pooler is None
+
+
+def test_numbers_of_positions_are_left_where_they_are(folder):
+    weights = load_file(folder / "model.safetensors")
+    weights["embeddings.position_ids"] = torch.arange(64)[None]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    assert load(folder).config.num_hidden_layers == 2
+
+
+@pytest.mark.parametrize(("change", "error", "said"), [
+    ({"is_decoder": True}, UnsupportedError, "is_decoder"),
+    ({"position_embedding_type": "relative_key"}, UnsupportedError, "position_embedding_type"),
+    ({"architectures": ["BertLMHeadModel"]}, UnsupportedError, "architectures"),
+    ({"architectures": "BertModel"}, UnsupportedError, "architectures"),
+    ({"auto_map": {"AutoModel": "code.py"}}, FileError, "names code"),
+    ({"rope_theta": 3.0}, FileError, "unknown key"),
+    ({"hidden_size": 33}, FileError, "bert model|shape"),
+    ({"hidden_size": 1 << 40}, FileError, "whole number"),
+    ({"num_hidden_layers": 3}, FileError, "missing"),
+    ({"num_hidden_layers": 1}, FileError, "not in the encoder"),
+    ({"hidden_act": "os.system"}, FileError, "settings"),
+    ({"quantization_config": {}}, UnsupportedError, "quantization_config"),
+])
+def test_what_is_no_encoder_of_ours_is_refused(change, error, said, folder):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(error, match=said):
+        load(folder)
+
+
+@pytest.mark.parametrize(("name", "value", "said"), [
+    ("encoder.layer.1.output.dense.bias", torch.full((32,), torch.nan), "finite"),
+    ("encoder.layer.1.output.dense.bias", torch.zeros(31), "shape"),
+    ("encoder.layer.1.output.dense.bias", torch.zeros(32, dtype=torch.int64), "F32"),
+    ("more", torch.zeros(2), "not in the encoder"),
+])
+def test_weights_that_do_not_fit_are_refused(name, value, said, folder):
+    weights = load_file(folder / "model.safetensors")
+    save_file(weights | {name: value}, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(FileError, match=said):
+        load(folder)
+
+
+def test_pickles_are_not_opened(folder):
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(FileError, match=r"model\.safetensors"):
+        load(folder)

@@ -1,0 +1,114 @@
+"""Models whose layers have changed shape, on disk: plain where they can be, with sentei.json where not."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import tiny_model, tiny_tokenizer
+
+from sentei.axes.connections import Config as Connections
+from sentei.axes.depth import Config as Depth
+from sentei.axes.experts import Config as Experts
+from sentei.axes.heads import Config as Heads
+from sentei.axes.weights import Config as Weights
+from sentei.budget.calibration import calibrate
+from sentei.conversion import export
+from sentei.conversion.export import POLICY, RECEIPT, check, check_afresh, load
+from sentei.conversion.families import FAMILIES
+from sentei.conversion.plan import Entry, Plan, convert, wanted
+from sentei.conversion.rungs import rung_of
+from sentei.core.errors import FileError, SenteiError
+from sentei.core.rules import Fixed, Threshold, TopK
+
+TOKENS = torch.arange(3, 83)
+
+
+def drop(layer: int, part: str) -> Entry:
+    return Entry(layer=layer, room="depth", config=Depth(rule=Fixed(()), part=part))
+
+
+def thin(layer: int, width: int) -> Entry:
+    return Entry(layer=layer, room="weights", config=Weights(rule=TopK(width), saliency="obs"))
+
+
+CHOOSING = Entry(layer=1, room="connections", config=Connections(rule=Threshold(0.1), tile=(8, 4), window=2))
+MERGED = tuple(Entry(layer=layer, room="heads", config=Heads(num_kv_heads=1, merge="joint")) for layer in range(3))
+FEWER = Entry(layer=1, room="experts", config=Experts(rule=TopK(40), unit=1))
+ROUTED = Entry(layer=2, room="experts", config=Experts(rule=TopK(3), unit=16, shared=1))
+THIN = tuple(thin(layer, 64) for layer in range(3))
+PLANS = {
+    "A, one width": ("A", THIN), "A, fewer layers": ("A", (drop(2, "block"),)),
+    "A, both": ("A", (drop(2, "block"), thin(0, 32), thin(1, 32), CHOOSING)),
+    "A, fewer heads": ("A", MERGED), "A, heads and width": ("A", (*MERGED, *THIN, CHOOSING)),
+    "B, heads": ("B", MERGED[:2]), "B, neurons by token": ("B", (FEWER, ROUTED, MERGED[2])),
+    "B, two widths": ("B", (thin(0, 32), thin(2, 64), CHOOSING)),
+    "B, parts": ("B", (drop(2, "attention"), drop(1, "network"), CHOOSING)), "C": ("C", (CHOOSING,)),
+}
+
+
+def written(folder, family: str, plan: Plan):
+    model = tiny_model(family, **({"layer_types": ["full_attention"] * 3} if family == "gemma3_text" else {}))
+    seen = calibrate(model, TOKENS[None], wanted(plan))
+    model = convert(model, plan, seen)
+    export.export(model, tiny_tokenizer(), plan, folder, tokens=TOKENS, facts={})
+    return model
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_what_is_written_is_what_is_read(name, tmp_path):
+    rung, entries = PLANS[name]
+    plan = Plan(entries)
+    model = written(tmp_path / "out", "llama", plan)
+    assert rung_of(model, plan) == rung == json.loads((tmp_path / "out" / POLICY).read_text())["rung"]
+    again = load(tmp_path / "out")
+    assert torch.equal(again(TOKENS[None]).logits, model(TOKENS[None]).logits)
+    assert sum(w.numel() for w in again.parameters()) == sum(w.numel() for w in model.parameters())
+    assert check(tmp_path / "out")["met"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rung_a_is_an_ordinary_checkpoint_that_gives_the_logits_of_the_receipt(family, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    written(tmp_path, family, Plan((drop(1, "block"), thin(0, 32), thin(2, 32), MERGED[0], MERGED[2])))
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    receipt = load_file(tmp_path / RECEIPT)
+    with torch.no_grad():
+        logits = plain(input_ids=receipt["tokens"][None], logits_to_keep=8).logits[0]
+    torch.testing.assert_close(logits, receipt["logits"], rtol=0, atol=1e-4)
+    assert plain.config.num_hidden_layers == 2 and plain.config.intermediate_size == 32
+    assert plain.config.num_key_value_heads == 1
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rung_b_loads_in_every_family(family, tmp_path):
+    model = written(tmp_path, family, Plan((drop(1, "attention"), thin(0, 32), drop(2, "network"), MERGED[0], FEWER)))
+    again = load(tmp_path)
+    torch.testing.assert_close(again(TOKENS[None]).logits, model(TOKENS[None]).logits, rtol=0, atol=1e-5)
+
+
+def test_a_fresh_process_reads_rung_b(tmp_path):
+    written(tmp_path, "llama", Plan(PLANS["B, two widths"][1]))
+    assert check_afresh(tmp_path)["met"]
+
+
+@pytest.mark.parametrize("change", [
+    {"rule": {"name": "topk", "k": 48}}, {"rule": {"name": "topk", "k": 10**9}}, {"rule": {"name": "topk", "k": 0}},
+    {"rule": {"name": "all"}}, {"among": "row"}], ids=str)
+def test_a_policy_of_other_shapes_than_the_weights_is_refused(change, tmp_path):
+    written(tmp_path, "llama", Plan((thin(0, 32),)))
+    policy = json.loads((tmp_path / POLICY).read_text())
+    policy["plan"][0]["config"] |= change
+    (tmp_path / POLICY).write_text(json.dumps(policy))
+    with pytest.raises(SenteiError):
+        load(tmp_path)
+
+
+def test_a_policy_that_hides_what_is_gone_is_refused(tmp_path):
+    written(tmp_path, "llama", Plan((drop(1, "network"), thin(0, 32))))
+    policy = json.loads((tmp_path / POLICY).read_text())
+    policy["plan"] = policy["plan"][1:]
+    (tmp_path / POLICY).write_text(json.dumps(policy))
+    with pytest.raises(FileError, match="missing"):
+        load(tmp_path)
