@@ -280,6 +280,8 @@ def near(logits: torch.Tensor, dim: int) -> torch.Tensor:
 
     Numbers as small as 1e-40, which softmax makes of such logits, take processors a hundred times as long as others.
     """
+    if not logits.numel():
+        return logits
     with torch.no_grad():
         faint = logits < logits.amax(dim, keepdim=True) + math.log(FAINT)
     return logits.masked_fill(faint, -torch.inf)

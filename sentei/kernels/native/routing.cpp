@@ -24,16 +24,6 @@ struct RouteBackward {
   float* weights;                  // [T, K]
 };
 
-// Asks for huge pages under memory that torch has just made: its first touch, page by page, costs as much as some of
-// the products.
-void in_huge_pages(void* data, int64_t bytes) {
-#if defined(MADV_HUGEPAGE)
-  constexpr uintptr_t huge = 2 << 20;
-  const uintptr_t first = (uintptr_t(data) + huge - 1) / huge * huge, last = (uintptr_t(data) + bytes) / huge * huge;
-  if (data && first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-#endif
-}
-
 // Each thread's own blocks, kept from one phase to the next.
 class Rooms {
  public:
@@ -305,9 +295,6 @@ constexpr int64_t kFew = 8;  // rows, of which linear.cpp makes a product
 void forward(const Route& p) {
   Call call(p);
   const Floats answers = floats(int64_t(call.order.token.size()) * p.outputs);
-  const int64_t pairs = p.tokens * p.slots, products = p.gate ? 2 * p.inner : p.inner;
-  const int64_t saved = (pairs + std::min(pairs, p.experts) * (call.panel - 1)) * products;  // numbers there is room for
-  in_huge_pages(p.saved, saved * 4);
   std::vector<Share> few;
   for (int64_t e = 0; e < p.experts; ++e)
     if (!p.saved && 0 < call.order.rows(e) && call.order.rows(e) <= kFew)
@@ -325,9 +312,11 @@ void forward(const Route& p) {
     many_rows(call, wave, inputs.get(), acts.get(), answers.get());
   });
   if (p.saved) {  // what rounding up to panels has left: so that the same call saves the same
+    const int64_t pairs = p.tokens * p.slots, products = p.gate ? 2 * p.inner : p.inner;
     int64_t panels = 0;
     for (int64_t e = 0; e < p.experts; ++e) panels += (call.order.rows(e) + call.panel - 1) / call.panel;
-    std::fill(p.saved + panels * call.panel * products, p.saved + saved, 0.0f);
+    std::fill(p.saved + panels * call.panel * products,
+              p.saved + (pairs + std::min(pairs, p.experts) * (call.panel - 1)) * products, 0.0f);
   }
   call.sum(answers.get(), p.outputs, p.weights, p.output);
 }
@@ -449,9 +438,6 @@ void backward(const RouteBackward& q) {
   Call call(p);
   const int64_t inner = p.inner, products = p.gate ? 2 * inner : inner, size = call.half() ? 2 : 4;
   const Floats rows = floats(q.hidden ? int64_t(call.order.token.size()) * p.width : 0);
-  in_huge_pages(q.first, p.experts * products * p.width * size);
-  in_huge_pages(q.down, p.experts * p.outputs * inner * size);
-  in_huge_pages(q.hidden, p.tokens * p.width * size);
   for (int64_t e = 0; e < p.experts; ++e) {
     if (call.order.rows(e)) continue;
     if (q.first) std::memset(at(q.first, call.half(), e * products * p.width), 0, products * p.width * size);
