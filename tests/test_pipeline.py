@@ -11,7 +11,9 @@ import sentei
 from sentei import pipeline
 from sentei.axes.connections import Config
 from sentei.budget.judge import short_key
+from sentei.budget.slack import options
 from sentei.budget.solver import Candidate, Solution
+from sentei.budget.workload import workload_of
 from sentei.conversion import wrapper
 from sentei.conversion.checkpoints import load_model, load_tokenizer, locate
 from sentei.conversion.plan import Entry, Plan, convert
@@ -165,12 +167,15 @@ def test_a_model_in_memory_is_as_it_was_when_the_input_is_refused(subject, tmp_p
 
 @pytest.mark.parametrize("flags", [[], ["--no-lookahead"]], ids=["as it runs", "without lookahead"])
 def test_without_lookahead_a_strict_reading_is_held_to_the_bound_too(prune, tmp_path, monkeypatch, flags):
-    plan = Plan.everywhere((0, 1), "connections", Config(rule=Threshold(0.5), window=0))
+    sparsest = max((rule for rule in options(workload_of("prefill:512")) if rule != All()), key=lambda rule: rule.ratio)
+    plan = Plan.everywhere((0, 1), "connections", Config(rule=sparsest, window=0))
     sparse = Candidate(name="sparse", plan=plan, seconds=1.0, density=0.5)
     monkeypatch.setattr("sentei.pipeline.solve", lambda goal, work, slack, config, judge, forecast: Solution(
         ladder=[sparse], judged=[(sparse, judge(sparse))]))
     monkeypatch.setattr("sentei.pipeline.solve_all", lambda goal, market, alone, *_: alone)
-    summary = prune(*flags, workload="prefill:512", quality=0.1).stdout
+    first = prune(*flags, workload="prefill:512", quality=0.1)
+    assert not first.returncode, first.stderr[-1500:]
+    summary = first.stdout
     result = json.loads(prune(*flags, "--json", workload="prefill:512", quality=0.1).stdout)
     policy = json.loads((tmp_path / "out" / "sentei.json").read_text())
     report = (tmp_path / "out" / "report.html").read_text()
