@@ -30,6 +30,7 @@ def sparse(monkeypatch):
         return Solution(ladder=[found], judged=[(found, judge(found))])
 
     monkeypatch.setattr("sentei.pipeline.solve", solve)
+    monkeypatch.setattr("sentei.pipeline.solve_all", lambda goal, market, alone, *_: alone)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])
@@ -91,7 +92,7 @@ def test_the_whole_job_and_the_same_request_again(prune, tmp_path, monkeypatch):
     monkeypatch.setattr(main_job, "Progress", Counted)
     first = prune("--json", workload="decode:256", quality=0.5)
     result = json.loads(first.stdout)
-    assert first.returncode == 0 and [entry["layer"] for entry in result["plan"]] == [0, 1, 2]
+    assert first.returncode == 0 and {entry["layer"] for entry in result["plan"]} == {0, 1, 2}
     for name, total, made in steps:
         assert made == total or name in ("solve", "measure"), (name, total, made)
     steps.clear()
@@ -109,7 +110,8 @@ def test_the_whole_job_and_the_same_request_again(prune, tmp_path, monkeypatch):
 @pytest.mark.parametrize("tokens", [8, 9, 70])
 def test_the_shortest_workloads_are_done_too(prune, tmp_path, tokens):
     done = prune("--json", workload=f"decode:{tokens}")
-    assert done.returncode == 0 and json.loads(done.stdout)["density"] == 1.0
+    assert done.returncode == 0 and {entry["density"] for entry in json.loads(done.stdout)["plan"]
+                                     if entry["room"] == "connections"} == {1.0}
     assert "not measured" not in (tmp_path / "out" / "report.html").read_text()
 
 

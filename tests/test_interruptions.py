@@ -27,11 +27,11 @@ STOPS = [
     ("calibrate", 0, set()),
     ("calibrate", 4, {"seconds", "dense-verify"}),
     ("slack", 2, DENSE),
-    ("solve", 3, DENSE | {"slack", "choose"}),
-    ("measure", 1, DENSE | {"slack", "choose"}),
-    ("measure", 5, DENSE | {"slack", "choose", "verify"}),
-    ("export", 1, DENSE | {"slack", "choose", "verify", "time"}),
-    ("report", 0, DENSE | {"slack", "choose", "verify", "time"}),
+    ("solve", 3, DENSE | {"slack", "offers", "choose"}),
+    ("measure", 1, DENSE | {"slack", "offers", "choose"}),
+    ("measure", 5, DENSE | {"slack", "offers", "choose", "verify"}),
+    ("export", 1, DENSE | {"slack", "offers", "choose", "verify", "time"}),
+    ("report", 0, DENSE | {"slack", "offers", "choose", "verify", "time"}),
 ]
 
 

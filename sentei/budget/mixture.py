@@ -122,25 +122,26 @@ def _merged(entries: list[Entry]) -> list[Entry]:
 def rate_of(judged: list[tuple[Candidate, Judgement]], slack: list[LayerSlack]) -> float:
     """Nats an error of connections: least squares of −ln quality over the error foreseen, through no error no loss.
 
-    The errors of a plan are looked up in the options its rules came from.
+    The errors of a plan are looked up in the options its rules came from; a plan of other rules tells nothing.
     """
     points = []
     options = {layer.layer: layer.options for layer in slack}
     for candidate, judgement in judged:
         error = sum(_error(options[entry.layer], entry) for entry in candidate.plan.entries)
-        if error > 0:
+        if 0 < error < math.inf:
             points.append((error, max(0.0, -math.log(judgement.quality.value))))
     total = sum(error * error for error, _ in points)
     return max(sum(error * nats for error, nats in points) / total, 1e-6) if total else 1.0
 
 
 def _error(options: list, entry: Entry) -> float:
-    """What the entry's rule was measured to change, all heads together."""
+    """What the entry's rule was measured to change, all heads together; infinity where it was not."""
     rule = entry.config.decode if hasattr(entry.config.decode, "ratio") else entry.config.rule
     heads = range(len(options[0].error))
     ratios = rule.ratio if isinstance(rule.ratio, tuple) else (rule.ratio,) * len(heads)
     by_ratio = {getattr(option.rule, "ratio", 0.0): option for option in options}
-    return sum(by_ratio[ratio].error[head] for head, ratio in zip(heads, ratios, strict=True))
+    return sum(by_ratio[ratio].error[head] if ratio in by_ratio else math.inf
+               for head, ratio in zip(heads, ratios, strict=True))
 
 
 def solve_all(goal: Goal, market: Market, alone: Solution, judge: Callable[[Candidate], Judgement],

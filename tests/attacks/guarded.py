@@ -2,7 +2,7 @@
 
     python tests/attacks/guarded.py FOLDER [--some] [--inspect] [DOOR …]
 
-With --some, of the attacks at each door every eighth, and no file above a megabyte; with --inspect, all are opened by
+With --some, of the attacks at each door every sixteenth, and no file above a megabyte; with --inspect, all are opened by
 `sentei inspect` instead.
 
 A process that has loaded everything opens the harmless files once, and then forks for each case: what is measured is
@@ -27,7 +27,7 @@ from pathlib import Path
 sys.dont_write_bytecode = True
 sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
 
-SHARE, SMALL = 8, 1 << 20
+SHARE, SMALL = 16, 1 << 20
 PATIENCE = 30  # seconds until a case is ended: for those that wait for something
 WRITES = {"os.remove", "os.rename", "os.mkdir", "os.rmdir", "os.symlink", "os.link", "os.truncate", "os.chmod",
           "tempfile.mkstemp", "tempfile.mkdtemp", "shutil.rmtree", "shutil.copyfile", "shutil.move"}

@@ -34,6 +34,7 @@ def check(rows: list[dict], architecture: int) -> None:
 
 
 @needs_triton
+@pytest.mark.slow
 def test_every_kernel_compiles_for_hopper(tmp_path):
     check(compiled(90, "small", tmp_path), 90)
 
