@@ -107,7 +107,10 @@ def test_the_whole_job_and_the_same_request_again(prune, tmp_path, monkeypatch):
     assert json.loads(again.stdout) == result
 
 
-@pytest.mark.parametrize("tokens", [8, 9, 70])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize("tokens", [pytest.param(8, marks=SLOW), 9, pytest.param(70, marks=SLOW)])
 def test_the_shortest_workloads_are_done_too(prune, tmp_path, tokens):
     done = prune("--json", workload=f"decode:{tokens}")
     assert done.returncode == 0 and {entry["density"] for entry in json.loads(done.stdout)["plan"]

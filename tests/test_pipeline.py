@@ -105,6 +105,7 @@ def test_a_request_made_in_python_is_checked_too(settings, message):
         pipeline.Request(**settings)
 
 
+@pytest.mark.slow
 def test_the_shortest_workload_still_has_an_interval(prune, tmp_path):
     """Two windows of one prediction each: the least from which a spread can be told."""
     done = prune("--json", workload="prefill:2")

@@ -2,8 +2,8 @@
 
     python tests/attacks/guarded.py FOLDER [--some] [--inspect] [DOOR …]
 
-With --some, of the attacks at each door every sixteenth, and no file above a megabyte; with --inspect, all are opened by
-`sentei inspect` instead.
+With --some, of the attacks at each door every sixteenth, and no file above a megabyte; with --inspect, all are opened
+by `sentei inspect` instead.
 
 A process that has loaded everything opens the harmless files once, and then forks for each case: what is measured is
 what the case costs beyond the start, and a crash ends one case. An audit hook of the interpreter notes what is run,
