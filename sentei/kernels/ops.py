@@ -1,4 +1,5 @@
-"""Ops of torch, `sentei::NAME`: how a kernel is put behind one, with what fake tensors make of it and its gradients."""
+"""Ops of torch, `sentei::NAME`: how a kernel is put behind one, with what fake tensors make of it and its gradients;
+and where those of Triton run."""
 
 from collections.abc import Callable
 
@@ -45,3 +46,14 @@ def differentiate_never(name: str, *, impl: str, do: str) -> None:
         raise ImplError(impl, expected="no gradients", got="a backward", do=do)
 
     torch.library.register_autograd(f"sentei::{name}", refuse, lib=_OPS)
+
+
+def runs_triton(device: torch.device) -> bool:
+    """Whether Triton makes code for the device: Ampere and later, or the CPU where Triton was told to interpret."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type != "cpu":
+        return False
+    from triton import knobs
+
+    return knobs.runtime.interpret

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reas
 check = partial(check_impl, "fused_triton")
 HALF = torch.bfloat16
 CASES = {
-    "gated": {}, "plain": {"gated": False, "activation": "gelu"},
+    "gated": {}, "identity": {"activation": "identity"}, "plain": {"gated": False, "activation": "gelu"},
     "bfloat16": {"dtype": HALF, "activation": "gelu_tanh"}, "float16": {"dtype": torch.float16, "activation": "relu"},
     "several tiles an expert": {"tokens": 400, "slots": 1, "experts": 2},
     "more depths and columns than a step": {"inner": 70, "width": 37, "outputs": 131},

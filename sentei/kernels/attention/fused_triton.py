@@ -50,7 +50,7 @@ def refusal(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, tiles: 
     """Why this implementation cannot take these tensors and this plan; empty when it can."""
     if importlib.util.find_spec("triton") is None:
         return "a Python without triton"
-    if query.dtype not in (torch.float32, torch.bfloat16, torch.float16) or not _runs_on(query.device):
+    if query.dtype not in (torch.float32, torch.bfloat16, torch.float16) or not ops.runs_triton(query.device):
         return f"{query.dtype} on {query.device}"
     widths = query.shape[-1], value.shape[-1]
     if not all(1 <= width <= MAX_WIDTH for width in widths):
@@ -61,17 +61,6 @@ def refusal(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, tiles: 
     if any(unpack_dual(tensor).tangent is not None for tensor in (query, key, value)):
         return "tensors that carry a forward gradient"
     return ""
-
-
-def _runs_on(device: torch.device) -> bool:
-    """Whether Triton makes code for the device: Ampere and later, or the CPU where Triton was told to interpret."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)
-    if device.type != "cpu":
-        return False
-    from triton import knobs
-
-    return knobs.runtime.interpret
 
 
 def _forward(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, plan: list[torch.Tensor],

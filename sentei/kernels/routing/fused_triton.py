@@ -24,7 +24,7 @@ _ATEN = torch.ops.aten
 # The gradient of an activation's argument, from that of its value and the argument.
 _SLOPES = {"silu": _ATEN.silu_backward, "gelu": _ATEN.gelu_backward,
            "gelu_tanh": partial(_ATEN.gelu_backward, approximate="tanh"),
-           "relu": partial(_ATEN.threshold_backward, threshold=0)}
+           "relu": partial(_ATEN.threshold_backward, threshold=0), "identity": lambda gradient, _: gradient}
 
 
 def route(
@@ -51,7 +51,7 @@ def refusal(hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, expe
         return "a Python without triton"
     if not isinstance(experts, Stack):
         return "experts that are functions"
-    if hidden.dtype not in (torch.float32, torch.bfloat16, torch.float16) or not _runs_on(hidden.device):
+    if hidden.dtype not in (torch.float32, torch.bfloat16, torch.float16) or not ops.runs_triton(hidden.device):
         return f"{hidden.dtype} on {hidden.device}"
     if experts.up.dtype != hidden.dtype or experts.up.device != hidden.device:
         return f"experts of {experts.up.dtype} on {experts.up.device} with {hidden.dtype} on {hidden.device}"
@@ -60,17 +60,6 @@ def refusal(hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, expe
     if any(unpack_dual(tensor).tangent is not None for tensor in (hidden, weights, *experts.weights())):
         return "tensors that carry a forward gradient"
     return ""
-
-
-def _runs_on(device: torch.device) -> bool:
-    """Whether Triton makes code for the device: Ampere and later, or the CPU where Triton was told to interpret."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)
-    if device.type != "cpu":
-        return False
-    from triton import knobs
-
-    return knobs.runtime.interpret
 
 
 def _forward(hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, up: torch.Tensor, down: torch.Tensor,
