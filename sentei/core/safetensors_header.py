@@ -3,6 +3,7 @@
 Layout: eight bytes of header length, a JSON object {name: {dtype, shape, data_offsets}}, then the bytes of the tensors.
 """
 
+import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,6 +62,8 @@ def read_whole_header(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise unreadable(path, error) from error
     try:
         entries = parse_json(raw)
+        if b"\\u" in raw:  # half a surrogate pair is JSON and no text: safetensors' own reader fails at it
+            json.dumps(entries, ensure_ascii=False).encode()
     except ValueError as error:
         raise _malformed(path, f"a header that is not one JSON object ({shown(error)})") from error
     metadata = entries.pop("__metadata__", {})

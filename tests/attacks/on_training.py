@@ -313,6 +313,7 @@ TOKENS = Door(
         "a vocabulary of 5,000 digits": retold(GOOD, vocabulary="9" * 5000),
         "a vocabulary that is a superscript": retold(GOOD, vocabulary="²"),
         "no vocabulary": retold(GOOD, vocabulary=""),
+        "a vocabulary that is half a pair": headed(lambda header: header["__metadata__"].update(vocabulary="\ud800")),
         "another format": retold(GOOD, format="x"),
         "a pickle": bytes_of(CANARY),
         "a pipe": piped,

@@ -65,6 +65,8 @@ def test_every_truncation_is_refused(tmp_path):
     pytest.param({"a": entry()}, bytes(9), id="bytes-after-the-last-tensor"),
     pytest.param({"a": entry()}, bytes(7), id="offsets-beyond-the-file"),
     pytest.param({"__metadata__": {"format": 1}, "a": entry()}, bytes(8), id="metadata-not-text"),
+    pytest.param({"__metadata__": {"format": "\ud800"}, "a": entry()}, bytes(8), id="metadata-half-a-pair"),
+    pytest.param({"\ud800": entry()}, bytes(8), id="a-name-half-a-pair"),
 ])
 def test_a_lying_file_is_refused(tmp_path, header, data):
     with pytest.raises(FileError) as error:
