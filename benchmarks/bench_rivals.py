@@ -9,6 +9,7 @@ Run from the repository's root, for each workload and in this order (the steps k
     python -m benchmarks.bench_rivals judge --workload prefill:1024      their perplexity
     python -m benchmarks.bench_rivals page                               the table
 
+Those that choose a token's depth (`--only "economize CALM" tide-inference`) only decode: `time` and `judge` are theirs.
 `--python optipfair=PYTHON` names the interpreter of an environment that has a rival's package; what runs there is in
 benchmarks/rivals/elsewhere and knows nothing of sentei. Everything is float32 and unhealed. All have the same
 calibration text and are judged on the same windows, which are those of `sentei prune`, with more to verify on. Dense is
@@ -25,6 +26,7 @@ from torch import nn
 
 from benchmarks.rivals import contest, ours
 from benchmarks.rivals.contest import Contender
+from benchmarks.rivals.dynamic import DYNAMIC, Dynamic, judged, ran
 from benchmarks.rivals.page import write_page
 from benchmarks.rivals.rebuilt import rebuild
 from benchmarks.rivals.table import OURS, RIVALS, Rival
@@ -79,7 +81,7 @@ class Bench:
 
     def converted(self, plan: Plan) -> nn.Module:
         """The one model that all plans share, by a plan."""
-        if self.seen is None:
+        if wanted(plan) and self.seen is None:
             names: dict[int, set[str]] = {}
             for every in map(Plan.from_json, self.found.get("plans", [])):
                 for layer, wants in wanted(every).items():
@@ -110,7 +112,7 @@ def files(bench: Bench, rivals: list[Rival]) -> None:
 
 def find(bench: Bench, rivals: list[Rival]) -> None:
     """Times the settings of all ladders once, in one turn."""
-    settings = [(rival, setting) for rival in rivals for setting in rival.ladder]
+    settings = [(rival, setting) for rival in rivals if len(rival.ladder) > 1 for setting in rival.ladder]
     seconds = timed(bench, settings, 1)
     for (rival, setting), pair in seconds.items():
         bench.rows(rival.name, "about")[f"{setting:g}"] = ratio(pair)
@@ -121,6 +123,12 @@ def find(bench: Bench, rivals: list[Rival]) -> None:
 def time(bench: Bench, rivals: list[Rival]) -> None:
     """Times the settings that come nearest to the targets, those of a rival in turn with dense."""
     for rival in rivals:
+        if isinstance(rival, Dynamic):
+            for setting in rival.settings:
+                bench.rows(rival.name, "times")[setting] = seconds = ran(bench, rival, setting, "seconds")
+                bench.keep()
+                print(rival.name, setting, f"{ratio(seconds):.3f}", flush=True)
+            continue
         settings = [(rival, setting) for setting in chosen(bench, rival)
                     if f"{setting:g}" not in bench.rows(rival.name, "times")]
         if settings:
@@ -165,8 +173,11 @@ def judge(bench: Bench, rivals: list[Rival]) -> None:
         for setting in bench.rows(rival.name, "times"):
             if setting in bench.rows(rival.name, "quality"):
                 continue
-            found = contest.losses(bench.workload, windows, prefixes, bench.contender(rival, float(setting)))
-            quality = {who: compare(own, losses) for who, losses in found.items()}
+            if isinstance(rival, Dynamic):
+                found = {"itself": judged(bench, rival, setting)}
+            else:
+                found = contest.losses(bench.workload, windows, prefixes, bench.contender(rival, float(setting)))
+            quality = {who: compare(own[:len(losses)], losses) for who, losses in found.items()}
             bench.rows(rival.name, "quality")[setting] = {who: [1 / one.value, 1 / one.high, 1 / one.low, one.dense]
                                                           for who, one in quality.items()}
             bench.keep()
@@ -188,7 +199,7 @@ def main() -> None:
         return
     workload = asked.workload if isinstance(asked.workload, Workload) else workload_of(asked.workload)
     bench = Bench(workload, asked.work, dict(pair.split("=", 1) for pair in asked.python))
-    named = {**RIVALS, OURS: Rival.ours()}
+    named = {**RIVALS, **DYNAMIC, OURS: Rival.ours()}
     steps[asked.step](bench, [named[name] for name in asked.only])
 
 

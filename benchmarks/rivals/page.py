@@ -61,7 +61,8 @@ def _target(row: Row, targets: tuple[float, ...]) -> float:
 
 def _line(row: Row, our: Row | None, target: float, who: str) -> list[str]:
     ratio, low, high = row.quality[who][:3]
-    setting = "a plan of all rooms" if row.name == OURS else f"{row.setting} {RIVALS[row.name].setting}"
+    setting = "a plan of all rooms" if row.name == OURS else row.setting
+    setting += f" {RIVALS[row.name].setting}" if row.name in RIVALS else ""
     against = ["–", "none as fast"] if our is None else [
         f"{our.speed:.2f}x, {_short(our.quality[who][0])}", f"**{_short(ratio / our.quality[who][0])}**"]
     return [f"{target:g}x", row.name, setting, f"{row.speed:.2f} ({min(row.speeds):.2f} to {max(row.speeds):.2f})",
