@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks.bench_rivals import places, ratio
 from benchmarks.rivals import formulas, page
 from benchmarks.rivals.contest import Contender, goes_on, losses, times
 from benchmarks.rivals.rebuilt import EXPERTS, ROUTERS, SHARED, Split, rebuild, save
@@ -155,9 +156,21 @@ def test_contenders_take_turns_after_one_run_that_does_not_count(model, tmp_path
     def ready(name):
         return Contender(ready=lambda: order.append(name) or model)
 
-    seconds = times(Prefill(24), TOKENS[0], None, {"dense": ready("dense"), "a": ready("a")}, 2)
-    assert order == ["a", "dense", "dense", "a", "a", "dense"]
+    seconds = times(Prefill(24), TOKENS[0], {"dense": ready("dense"), "a": ready("a")}, 2)
+    assert order[1:] == ["a", "dense", "dense", "a", "a", "dense"]
     assert {name: len(found) for name, found in seconds.items()} == {"dense": 2, "a": 2}
+
+
+def test_the_clock_has_a_first_run_that_does_not_count_and_the_processor_has_none(model):
+    order, ticks = [], iter(range(100))
+    contender = Contender(ready=lambda: order.append("a") or model)
+    seconds = times(Prefill(24), TOKENS[0], {"a": contender}, 2, clock=lambda: next(ticks))
+    assert seconds == {"a": [1, 1]} and len(order) == 3  # one more makes the prefix
+    assert ratio({"dense": [4.0, 9.0, 2.0], "pruned": [2.0, 3.0, 2.0]}) == 2.0
+
+
+def test_places_leave_dense_out_and_reach_the_fastest():
+    assert places([1.0] * 49) == [1, 8, 16, 24, 32, 40, 48] and places([1.0, 2.0]) == [1]
 
 
 def found_of(speed, ratio, name="ShortGPT"):

@@ -26,22 +26,31 @@ class Contender:
     few: bool = False
 
 
-def times(workload: Workload, row: torch.Tensor, prefix: object, contenders: dict[str, Contender],
-          runs: int) -> dict[str, list[float]]:
-    """Seconds of the workload on a row, by name, all in turn after one untimed run of each.
+class Steps(Decode):
+    """Decoding to be timed: the cache is the dense model's up to a few tokens before the last steps."""
+
+    READ = Decode.STEPS + 8
+
+
+def times(workload: Workload, row: torch.Tensor, contenders: dict[str, Contender], runs: int,
+          clock: Callable[[], float] = time.perf_counter) -> dict[str, list[float]]:
+    """Seconds of the workload on a row, by name, all in turn; by the clock, after one untimed run of each.
 
     Args:
-        prefix: the dense model's, see `Workload.prefix`.
+        contenders: the first one is dense.
         runs: timed runs of each; every other turn goes backwards.
+        clock: time.process_time, on one thread, where others are at work on the machine.
     """
+    workload = Steps(workload.tokens) if isinstance(workload, Decode) else workload
+    prefix = workload.prefix(next(iter(contenders.values())).ready(), row)
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    for number in range(runs + 1):
+    for number in range(clock is not time.perf_counter, runs + 1):
         for name in contenders if number % 2 else reversed(contenders):
             model = contenders[name].ready()
             work = workload.begin(model, row, cache_of(model, prefix))
-            start = time.perf_counter()
+            start = clock()
             work()
-            seconds[name] += [time.perf_counter() - start] if number else []
+            seconds[name] += [clock() - start] if number else []
             del work
     return seconds
 
@@ -62,7 +71,7 @@ def losses(workload: Workload, windows: torch.Tensor, prefixes: list, contender:
     if contender.few:
         found["dense"] = torch.stack([workload.losses(model, row, prefix)
                                       for row, prefix in zip(windows, prefixes, strict=True)])
-    elif goes_on(model, prefixes[0]):
+    elif prefixes and goes_on(model, prefixes[0]):
         found["dense"] = torch.stack([losses_after(model, row, copy.deepcopy(cache_of(model, prefix)), rows=rows)
                                       for row, prefix in zip(windows, prefixes, strict=True)])
     return found

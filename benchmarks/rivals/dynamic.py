@@ -33,7 +33,7 @@ class Dynamic:
 
 DYNAMIC = {rival.name: rival for rival in (
     Dynamic(name="economize CALM", package="economize", script="run_economize.py", windows=1,
-            settings=("softmax 0.9", "state 0.98", "state 0.95", "state 0.9")),
+            settings=("state 0.99", "state 0.98", "state 0.95")),
     Dynamic(name="tide-inference", package="tide", script="run_tide.py", windows=4, settings=("defaults",)),
 )}
 

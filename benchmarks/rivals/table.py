@@ -82,15 +82,13 @@ def _mean_heads(model: nn.Module, plans: list, kept: float) -> Plan:
 
 
 RIVALS = {rival.name: rival for rival in (
-    Rival(name="ShortGPT", setting="layers left out", ladder=(8, 16), whole=0,
+    Rival(name="ShortGPT", setting="layers left out", ladder=(16,), whole=0,
           write=lambda bench, setting, path: _formula(formulas.short_gpt)(bench, int(setting), path)),
-    Rival(name="optipfair depth", setting="layers left out", ladder=(8, 16), whole=0,
-          write=_elsewhere("optipfair", "run_optipfair.py", "depth")),
-    Rival(name="optipfair width", setting="% of the neurons pruned", ladder=(40, 80), whole=0,
+    Rival(name="optipfair width", setting="% of the neurons pruned", ladder=(80,), step=10, whole=0,
           write=_elsewhere("optipfair", "run_optipfair.py", "width")),
-    Rival(name="torch-pruning widths", setting="ratio of stream and neurons", ladder=(0.15, 0.35), step=0.01, whole=0,
+    Rival(name="torch-pruning widths", setting="ratio of stream and neurons", ladder=(0.15, 0.35), step=0.05, whole=0,
           write=_elsewhere("torch-pruning", "run_torch_pruning.py", "widths")),
-    Rival(name="torch-pruning network", setting="ratio of neurons", ladder=(0.4, 0.8), step=0.01, whole=0,
+    Rival(name="torch-pruning network", setting="ratio of neurons", ladder=(0.8,), step=0.1, whole=0,
           write=_elsewhere("torch-pruning", "run_torch_pruning.py", "network")),
     Rival(name="mean-pooled heads", setting="key/value heads", ladder=(1,), plan=_mean_heads),
     Rival(name="CMoE", setting="shared and as many chosen experts of 16", ladder=(1, 4),
