@@ -47,12 +47,12 @@ VERIFY, RUNS, PLACES = 4, 2, 6
 class Bench:
     """The model, the windows and what was found of a workload so far.
 
-    `judged` is how many of the windows to verify on are read, `clock` what is timed by.
+    `judged` is how many of the windows to verify on are read, `clock` what is timed by, `settings` what to time.
     """
 
     def __init__(self, workload: Workload, work: Path, pythons: dict[str, str], judged: int, clock: Callable):
         self.checkpoint, self.workload, self.work, self.pythons = locate(None), workload, work, pythons
-        self.judged, self.clock = judged, clock
+        self.judged, self.clock, self.settings = judged, clock, []
         self.windows = windows_of(load_tokenizer(self.checkpoint), read_text(None).text, length=workload.tokens,
                                   needed={**WINDOWS, "verify": VERIFY}, wished={"calibrate": 3})
         self.model = load_model(self.checkpoint)
@@ -76,7 +76,7 @@ class Bench:
         """A rival with a setting; its file is written the first time."""
         if rival.plan is not None:
             plan = rival.plan(self.model, self.found.get("plans", []), setting)
-            return Contender(ready=lambda: self.converted(plan), few=True)
+            return Contender(ready=lambda: self.converted(plan), few=rival.name == OURS)
         path = self.work / f"{rival.name}-{setting:g}-{self.workload.tokens}.safetensors".replace(" ", "-")
         if not path.exists():
             convert(self.model, Plan())
@@ -153,7 +153,9 @@ def time(bench: Bench, rival: Rival | Dynamic) -> None:
 
 
 def chosen(bench: Bench, rival: Rival) -> list[float]:
-    """The settings for the targets, each once."""
+    """The settings that were asked for, or those for the targets, each once."""
+    if bench.settings:
+        return bench.settings
     about = {float(setting): speed for setting, speed in bench.rows(rival.name, "about").items()}
     return sorted({rival.nearest(about, target) for target in TARGETS})
 
@@ -198,6 +200,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("sentei-out/rivals"), help="a folder for what is found")
     parser.add_argument("--only", nargs="*", default=[*RIVALS, OURS], help="rivals by name")
     parser.add_argument("--windows", type=int, default=VERIFY, help="how many are judged")
+    parser.add_argument("--settings", type=float, nargs="*", default=[], help="instead of those near the targets")
     parser.add_argument("--processor", action="store_true", help="time the processor, on one thread, not the clock")
     parser.add_argument("--python", nargs="*", default=[], metavar="PACKAGE=PYTHON")
     asked = parser.parse_args()
@@ -209,6 +212,7 @@ def main() -> None:
         torch.set_num_threads(1)
     bench = Bench(workload, asked.work, dict(pair.split("=", 1) for pair in asked.python), asked.windows,
                   process_time if asked.processor else perf_counter)
+    bench.settings = asked.settings
     named = {**RIVALS, **DYNAMIC, OURS: Rival.ours()}
     for name in asked.only:
         for step in asked.steps:
