@@ -88,7 +88,8 @@ def verdict(found: dict, who: str) -> str:
 
 def write_page(about: str, work: Path, targets: tuple[float, ...]) -> Path:
     """Writes the page of everything in a folder."""
-    parts = []
+    notes = work / "notes.md"
+    parts = [notes.read_text(encoding="utf-8").strip()] if notes.exists() else []
     for path in sorted(work.glob("*-*.json")):
         found = json.loads(path.read_text())
         for who, words in READS.items():
@@ -98,6 +99,4 @@ def write_page(about: str, work: Path, targets: tuple[float, ...]) -> Path:
                 dense = next(row.quality[who][3] for row in rows_of(found) if who in row.quality)
                 parts += [f"## {path.stem.replace('-', ':')}{f', {words}' if decoded else ''}",
                           f"Dense perplexity {dense:.2f}. {verdict(found, who)}", table(HEAD, rows)]
-    notes = work / "notes.md"
-    parts += [notes.read_text(encoding="utf-8").strip()] if notes.exists() else []
     return write_result("rivals", about, parts)
