@@ -32,9 +32,7 @@ struct Heads {
   float epsilon, shift;                     // as in Norm
 };
 
-constexpr int64_t kNear = 20000;       // bytes of weight rows read at once that are little enough to prefetch the next
-constexpr int64_t kFar = 8192;         // how many bytes ahead then; in longer rows
-constexpr int64_t kAhead = 1024;       //   the processor sees them coming itself
+constexpr int64_t kAhead = 1024;  // bytes ahead at which each row of weights is prefetched; at its end, a later row
 
 // Keeps a vector in its register, where the compiler would load it again for each product.
 template <class Vec>
@@ -65,17 +63,18 @@ INLINE void outputs(const Linear& p, const float* inputs, int64_t first) {
         for (int k = 0; k < K; ++k) sum[r][k] += part[half][k] * x;
       }
   };
-  // Short rows are prefetched in the order in which they lie in memory, long ones each for itself.
-  constexpr int64_t size = sizeof(Number), lines = (K * 2 * L * size + 63) / 64;
-  const bool near = K * p.weight_stride * size < kNear;
-  const char* next = reinterpret_cast<const char*>(weight) + (near ? kFar : kAhead);
-  const int64_t pace = near ? K * size : size, apart = near ? 64 : p.weight_stride * size;
+  // What is prefetched beyond the end of a row belongs to the rows that come after these K.
+  constexpr int64_t size = sizeof(Number), line = 64, step = 2 * L * size;
+  const int64_t row = p.weight_stride * size, turn = p.width * size - kAhead;
+  const char* ahead = reinterpret_cast<const char*>(weight) + kAhead;
   const int64_t whole = p.width / (2 * L) * (2 * L);
   for (int64_t j = 0; j < whole; j += 2 * L) {
+    const char* next = ahead + j * size + (j * size < turn ? 0 : (K - 1) * row);
 #pragma GCC unroll 8
     for (int k = 0; k < K; ++k) {
       from[k] = weight + k * p.weight_stride + j;
-      if (k < lines || !near) __builtin_prefetch(next + j * pace + k * apart);
+#pragma GCC unroll 2
+      for (int64_t at = 0; at < step; at += line) __builtin_prefetch(next + k * row + at);
     }
     add(j);
   }
@@ -102,10 +101,10 @@ INLINE void outputs(const Linear& p, const float* inputs, int64_t first) {
     }
 }
 
-// Outputs first … last - 1; as many at once as the registers hold sums of.
+// Outputs first … last - 1; as many at once as the registers hold sums of: an input is then read once for all of them.
 template <class Kind, int L, int R>
 INLINE void run(const Linear& p, const float* inputs, int64_t first, int64_t last) {
-  constexpr int K = R <= 2 ? 4 : R <= 4 ? 2 : 1;
+  constexpr int K = L == 16 ? (R <= 5 ? 4 : 3) : R <= 2 ? 4 : R <= 4 ? 2 : 1;
   for (; first + K <= last; first += K) outputs<Kind, L, R, K>(p, inputs, first);
   for (; first < last; ++first) outputs<Kind, L, R, 1>(p, inputs, first);
 }
