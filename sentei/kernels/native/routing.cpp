@@ -24,6 +24,8 @@ struct RouteBackward {
   float* weights;                  // [T, K]
 };
 
+constexpr int64_t kBlock = kLines * std::max(kLine, kTokens);  // numbers of a left factor, or of a product
+
 // Each thread's own blocks, kept from one phase to the next.
 class Rooms {
  public:
@@ -34,9 +36,9 @@ class Rooms {
   void prepare() {
     for (Room& room : rooms_) {
       if (room.a) continue;
-      room.a = floats(kLines * kLine);
+      room.a = floats(kBlock);
       room.c = floats(kLines * kToken);
-      std::fill_n(room.a.get(), kLines * kLine, 0.0f);  // what is beyond a block is computed with, and left
+      std::fill_n(room.a.get(), kBlock, 0.0f);  // what is beyond a block is computed with, and left
     }
   }
   struct Room {
@@ -86,22 +88,14 @@ struct Share {
 // A block of a product: lines and columns of an expert's.
 struct Block {
   const Share* share;
-  int64_t line, column;
+  int64_t line, first, columns;
+  int lines;
 };
-
-std::vector<Block> blocks_of(const std::vector<Share>& wave, int64_t lines, int64_t line_step, int64_t columns) {
-  std::vector<Block> blocks;
-  for (const Share& share : wave)
-    for (int64_t line = 0; line < lines; line += line_step)
-      for (int64_t column = 0; column < (columns < 0 ? share.rows : columns); column += kTokens)
-        blocks.push_back({&share, line, column});
-  return blocks;
-}
 
 // Everything about a call that its phases share.
 struct Call {
   explicit Call(const Route& p)
-      : p(p), order(p), machine(set_of(p.machine)), panel(machine == 2 ? 64 : kColumns),
+      : p(p), order(p), machine(set_of(p.machine)), panel(panel_of(machine)),
         rooms(std::max<int64_t>(p.threads, 1), std::max(p.width, p.outputs)) {}
 
   // The product of a block of a left factor with panels: C[lines x columns] of the room.
@@ -114,6 +108,20 @@ struct Call {
       multiply_on[machine](room.a.get(), b + d * panel, apart, room.c.get() + below * kToken, lines,
                            int(columns), depths, across, add || d > 0);
     }
+  }
+
+  // The blocks of lines times so many columns, or each expert's rows (-1), of each of a wave; those of an expert are of
+  // about as many columns.
+  std::vector<Block> blocks(const std::vector<Share>& wave, int64_t lines, int64_t step, int64_t columns) const {
+    std::vector<Block> found;
+    for (const Share& share : wave) {
+      const int64_t all = columns < 0 ? share.rows : columns, parts = (all + tokens_of(machine) - 1) / tokens_of(machine);
+      const int64_t each = parts ? ((all + parts - 1) / parts + panel - 1) / panel * panel : 1;
+      for (int64_t line = 0; line < lines; line += step)
+        for (int64_t first = 0; first < all; first += each)
+          found.push_back({&share, line, first, std::min(each, all - first), int(std::min(step, lines - line))});
+    }
+    return found;
   }
 
   // Rows of the wave's experts, turned into panels.
@@ -262,27 +270,24 @@ void many_rows(Call& call, const std::vector<Share>& wave, float* inputs, float*
   const int64_t panel = call.panel, inner = p.inner;
   call.turn(wave, {p.hidden, p.hidden_stride, call.half(), call.order.token.data()}, p.width, inputs);
   const int step = p.gate ? kLines / 2 : kLines;
-  const auto up_blocks = blocks_of(wave, inner, step, -1);
+  const auto up_blocks = call.blocks(wave, inner, step, -1);
   call.rooms.each(int64_t(up_blocks.size()), [&](int64_t i, Rooms::Room& room) {
-    const auto [share, line, first] = up_blocks[i];
-    const int lines = int(std::min<int64_t>(step, inner - line));
-    const int64_t columns = std::min<int64_t>(kTokens, share->rows - first), at_panel = share->panel + first / panel;
+    const auto [share, line, first, columns, lines] = up_blocks[i];
+    const int64_t at_panel = share->panel + first / panel;
     const float* b = inputs + at_panel * panel * p.width;
     call.product(room, call.left(p.up, p.up_stride, share->expert, false), line, lines, b, p.width * panel, columns,
                  p.width);
     if (p.gate)
       call.product(room, call.left(p.gate, p.gate_stride, share->expert, false), line, lines, b, p.width * panel,
-                   columns, p.width, (lines + kRows - 1) / kRows * kRows);
+                   columns, p.width, round_lines(lines));
     float* saved = p.saved ? p.saved + ((share->all_panel + first / panel) * inner * (p.gate ? 2 : 1) + line) * panel
                            : nullptr;
     finish_up_on[call.machine](room.c.get(), lines, int(columns), p.gate != nullptr, p.activation, inner,
                                acts + (at_panel * inner + line) * panel, saved);
   });
-  const auto down_blocks = blocks_of(wave, p.outputs, kLines, -1);
+  const auto down_blocks = call.blocks(wave, p.outputs, kLines, -1);
   call.rooms.each(int64_t(down_blocks.size()), [&](int64_t i, Rooms::Room& room) {
-    const auto [share, line, first] = down_blocks[i];
-    const int lines = int(std::min<int64_t>(kLines, p.outputs - line));
-    const int64_t columns = std::min<int64_t>(kTokens, share->rows - first);
+    const auto [share, line, first, columns, lines] = down_blocks[i];
     call.product(room, call.left(p.down, p.down_stride, share->expert, false), line, lines,
                  acts + (share->panel + first / panel) * panel * inner, inner * panel, columns, inner);
     turn_block_on[call.machine](room.c.get(), lines, int(columns), answers + (share->first + first) * p.outputs + line,
@@ -365,11 +370,10 @@ void slopes_of(Call& call, const RouteBackward& q, const std::vector<Share>& wav
     std::fill_n(to, (share.rows + panel - 1) / panel * panel, 0.0f);
     for (int64_t i = 0; i < share.rows; ++i) to[i] = p.weights[call.order.pair[share.first + i]];
   }
-  const auto blocks = blocks_of(wave, inner, kLines, -1);
+  const auto blocks = call.blocks(wave, inner, kLines, -1);
   call.rooms.each(int64_t(blocks.size()), [&](int64_t i, Rooms::Room& room) {
-    const auto [share, line, first] = blocks[i];
-    const int lines = int(std::min<int64_t>(kLines, inner - line));
-    const int64_t columns = std::min<int64_t>(kTokens, share->rows - first), at_panel = share->panel + first / panel;
+    const auto [share, line, first, columns, lines] = blocks[i];
+    const int64_t at_panel = share->panel + first / panel;
     call.product(room, call.left(p.down, p.down_stride, share->expert, true), line, lines,
                  own.turned.get() + at_panel * panel * p.outputs, p.outputs * panel, columns, p.outputs);
     finish_slopes_on[call.machine](
@@ -392,11 +396,10 @@ void slopes_of(Call& call, const RouteBackward& q, const std::vector<Share>& wav
 void weight_gradient(Call& call, const std::vector<Share>& wave, const float* lefts, int64_t lines, const float* rights,
                      int64_t columns, bool turned, void* to) {
   const int64_t panel = call.panel, padded = (columns + panel - 1) / panel * panel;
-  const auto blocks = blocks_of(wave, lines, kLines, columns);
+  const auto blocks = call.blocks(wave, lines, kLines, columns);
   call.rooms.each(int64_t(blocks.size()), [&](int64_t i, Rooms::Room& room) {
-    const auto [share, line, first] = blocks[i];
-    const int some = int(std::min<int64_t>(kLines, lines - line));
-    const int64_t across = std::min<int64_t>(kTokens, columns - first), start = share->expert * lines * columns;
+    const auto [share, line, first, across, some] = blocks[i];
+    const int64_t start = share->expert * lines * columns;
     const Left left{lefts + share->panel * panel * lines, lines, false, Left::kPanels};
     call.product(room, left, line, some, rights + (share->panel * padded + first / panel * share->rows) * panel,
                  share->rows * panel, across, share->rows);
@@ -417,11 +420,9 @@ void weight_gradient(Call& call, const std::vector<Share>& wave, const float* le
 void row_gradients(Call& call, const std::vector<Share>& wave, const float* slopes, float* rows) {
   const Route& p = call.p;
   const int64_t panel = call.panel, inner = p.inner, products = p.gate ? 2 * inner : inner;
-  const auto blocks = blocks_of(wave, p.width, kLines, -1);
+  const auto blocks = call.blocks(wave, p.width, kLines, -1);
   call.rooms.each(int64_t(blocks.size()), [&](int64_t i, Rooms::Room& room) {
-    const auto [share, line, first] = blocks[i];
-    const int lines = int(std::min<int64_t>(kLines, p.width - line));
-    const int64_t columns = std::min<int64_t>(kTokens, share->rows - first);
+    const auto [share, line, first, columns, lines] = blocks[i];
     const float* b = slopes + (share->panel + first / panel) * panel * products;
     if (p.gate)
       call.product(room, call.left(p.gate, p.gate_stride, share->expert, true), line, lines, b, products * panel,
@@ -580,7 +581,7 @@ int sentei_route(const void* hidden, const int64_t* ids, const float* weights, c
 }
 
 // Numbers in `saved` of a call that keeps it: a panel is as many tokens as this.
-int64_t sentei_route_panel(int64_t machine) { return set_of(machine) == 2 ? 64 : kColumns; }
+int64_t sentei_route_panel(int64_t machine) { return panel_of(set_of(machine)); }
 
 int sentei_route_backward(const RouteBackward* q) {
   return status_of([&] { backward(*q); });
