@@ -1,6 +1,7 @@
 // Mixtures of feed-forward networks: the products of each expert with its own tokens, forward and backward.
 #include "products.h"
 #include "rows.h"
+#include "shelf.h"
 
 namespace {
 
@@ -30,19 +31,19 @@ constexpr int64_t kBlock = kLines * std::max(kLine, kTokens);  // numbers of a l
 class Rooms {
  public:
   Rooms(int64_t threads, int64_t width) : rooms_(size_t(threads)), next_(0) {
-    for (Room& room : rooms_) room.row = floats(width);
+    for (Room& room : rooms_) room.row = Lent(width);
   }
   // Makes the blocks, which few rows have no use for.
   void prepare() {
     for (Room& room : rooms_) {
-      if (room.a) continue;
-      room.a = floats(kBlock);
-      room.c = floats(kLines * kToken);
+      if (room.a.get()) continue;
+      room.a = Lent(kBlock);
+      room.c = Lent(kLines * kToken);
       std::fill_n(room.a.get(), kBlock, 0.0f);  // what is beyond a block is computed with, and left
     }
   }
   struct Room {
-    Floats a, c, row;  // a block of the left factor (and what is turned in one), of the product, and a row
+    Lent a, c, row;  // a block of the left factor (and what is turned in one), of the product, and a row
   };
   // work(i, room) for 0 … count - 1.
   template <class Work>
@@ -195,8 +196,8 @@ class FewRows {
       begins_.push_back(rows);
       rows += share.rows;
     }
-    ups_ = floats(rows * p_.inner);
-    gates_ = floats(p_.gate ? rows * p_.inner : 0);
+    ups_ = Lent(rows * p_.inner);
+    gates_ = Lent(p_.gate ? rows * p_.inner : 0);
   }
 
   void run() {
@@ -261,7 +262,7 @@ class FewRows {
   const ProductOfRows product_;
   std::vector<LaidOut<Kind>> inputs_, hidden_;
   std::vector<int64_t> begins_;
-  Floats ups_, gates_;
+  Lent ups_, gates_;
 };
 
 // Many rows of each expert of a wave.
@@ -299,20 +300,20 @@ constexpr int64_t kFew = 8;  // rows, of which linear.cpp makes a product
 
 void forward(const Route& p) {
   Call call(p);
-  const Floats answers = floats(int64_t(call.order.token.size()) * p.outputs);
+  const Lent answers(int64_t(call.order.token.size()) * p.outputs);
   std::vector<Share> few;
   for (int64_t e = 0; e < p.experts; ++e)
     if (!p.saved && 0 < call.order.rows(e) && call.order.rows(e) <= kFew)
       few.push_back({e, call.order.start[e], call.order.rows(e), 0, 0});
   if (!few.empty() && call.half()) FewRows<BFloat16>(call, few, answers.get()).run();
   if (!few.empty() && !call.half()) FewRows<Float32>(call, few, answers.get()).run();
-  Floats inputs, acts;
+  Lent inputs, acts;
   int64_t room_for = 0;
   in_waves(call, p.saved ? 0 : kFew, (p.width + p.inner) * 4, [&](const std::vector<Share>& wave, int64_t panels) {
     if (panels > room_for) {
       room_for = panels;
-      inputs = floats(panels * call.panel * p.width);
-      acts = floats(panels * call.panel * p.inner);
+      inputs = Lent(panels * call.panel * p.width);
+      acts = Lent(panels * call.panel * p.inner);
     }
     many_rows(call, wave, inputs.get(), acts.get(), answers.get());
   });
@@ -332,19 +333,19 @@ struct BackwardRoom {
     if (panels <= panels_) return;
     panels_ = panels;
     const int64_t tokens = panels * panel, inner = p.inner, products = p.gate ? 2 * inner : inner;
-    turned = floats(tokens * p.outputs);
-    slopes = floats(tokens * products);
-    acts = floats(tokens * inner);
-    gradients = floats(tokens * ((p.outputs + panel - 1) / panel * panel));
-    inputs = floats(tokens * ((p.width + panel - 1) / panel * panel));
-    weights = floats(tokens);
-    sums = floats((inner + kLines - 1) / kLines * tokens);
+    turned = Lent(tokens * p.outputs);
+    slopes = Lent(tokens * products);
+    acts = Lent(tokens * inner);
+    gradients = Lent(tokens * ((p.outputs + panel - 1) / panel * panel));
+    inputs = Lent(tokens * ((p.width + panel - 1) / panel * panel));
+    weights = Lent(tokens);
+    sums = Lent((inner + kLines - 1) / kLines * tokens);
     tokens_ = tokens;
   }
-  Floats turned;             // the output's gradients in panels of tokens: [panel][O][panel]
-  Floats slopes, acts;       // gradients of gate's and up's products; weighed activations: [panel][2 F][panel]
-  Floats gradients, inputs;  // the output's gradients, and the tokens, in panels of columns: an expert's [O / panel][N]
-  Floats weights, sums;      // of a row; its weight's gradient, in parts: [F / kLines][tokens]
+  Lent turned;             // the output's gradients in panels of tokens: [panel][O][panel]
+  Lent slopes, acts;       // gradients of gate's and up's products; weighed activations: [panel][2 F][panel]
+  Lent gradients, inputs;  // the output's gradients, and the tokens, in panels of columns: an expert's [O / panel][N]
+  Lent weights, sums;      // of a row; its weight's gradient, in parts: [F / kLines][tokens]
   int64_t panels_ = 0, tokens_ = 0;
 };
 
@@ -438,7 +439,7 @@ void backward(const RouteBackward& q) {
   const Route& p = q.call;
   Call call(p);
   const int64_t inner = p.inner, products = p.gate ? 2 * inner : inner, size = call.half() ? 2 : 4;
-  const Floats rows = floats(q.hidden ? int64_t(call.order.token.size()) * p.width : 0);
+  const Lent rows(q.hidden ? int64_t(call.order.token.size()) * p.width : 0);
   for (int64_t e = 0; e < p.experts; ++e) {
     if (call.order.rows(e)) continue;
     if (q.first) std::memset(at(q.first, call.half(), e * products * p.width), 0, products * p.width * size);
@@ -582,6 +583,15 @@ int sentei_route(const void* hidden, const int64_t* ids, const float* weights, c
 
 // Numbers in `saved` of a call that keeps it: a panel is as many tokens as this.
 int64_t sentei_route_panel(int64_t machine) { return panel_of(set_of(machine)); }
+
+// Room of so many numbers, from what earlier calls left, null where memory ran out; to be given back with their count.
+void* sentei_route_take(int64_t count) {
+  void* numbers = nullptr;
+  status_of([&] { numbers = shelf().take(count).numbers.release(); });
+  return numbers;
+}
+
+void sentei_route_give(void* numbers, int64_t count) { shelf().give({Floats(static_cast<float*>(numbers)), count}); }
 
 int sentei_route_backward(const RouteBackward* q) {
   return status_of([&] { backward(*q); });
