@@ -14,6 +14,7 @@ enum Activation { kSilu = 0, kGeluTanh = 1, kRelu = 2, kIdentity = 3, kGelu = 4 
 constexpr int kLines = 96, kDepth = 256, kTokens = 512;    // of a block, at most: what the caches hold
 constexpr int kLine = kDepth + 16, kToken = kTokens + 16;  // from one line to the next: no power of two
 constexpr int kStripLines = 12;                            // what lines are rounded up to
+constexpr int kAhead = kCacheLine / sizeof(float);
 
 // The micro-kernel: a panel of kDepth is no more than half of the first cache, and its accumulators fill the registers.
 template <int L>
@@ -123,17 +124,17 @@ INLINE void copy_left(const Left& left, int64_t line, int lines, int64_t depth, 
 ON_EVERY_MACHINE(copy_left, (const Left& left, int64_t line, int lines, int64_t depth, int depths, float* to),
                  (left, line, lines, depth, depths, to))
 
-// C[lines x panel] = (add ? C : 0) + A B; number (r, d) of A stands at r · line + d · step.
+// C[lines x panel] = (add ? C : 0) + A B; number (r, d) of A stands at r · line + d · step. At `ahead` is what is read
+// soon: a cache line every four depths.
 template <int L, int line, int step>
-INLINE void tile(const float* a, const float* b, float* c, int depths, bool add) {
+INLINE void tile(const float* a, const float* b, float* c, int depths, bool add, const float* ahead) {
   constexpr int R = Micro<L>::lines, V = Micro<L>::vectors;
   typename Simd<L>::Vec sum[R][V];
 #pragma GCC unroll 12
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) sum[r][v] = add ? Simd<L>::load(c + r * kToken + v * L) : typename Simd<L>::Vec{};
-#pragma GCC unroll 4
-  for (int d = 0; d < depths; ++d, a += step, b += V * L) {
+  auto one_depth = [&]() INLINE_LAMBDA {
     typename Simd<L>::Vec row[V];
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) row[v] = Simd<L>::load(b + v * L);
@@ -141,24 +142,38 @@ INLINE void tile(const float* a, const float* b, float* c, int depths, bool add)
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
       for (int v = 0; v < V; ++v) sum[r][v] += a[r * line] * row[v];
+    a += step, b += V * L;
+  };
+  int d = 0;
+  for (; d + 4 <= depths; d += 4, ahead += kAhead) {
+    __builtin_prefetch(ahead, 0, 2);
+#pragma GCC unroll 4
+    for (int next = 0; next < 4; ++next) one_depth();
   }
+  for (; d < depths; ++d) one_depth();
 #pragma GCC unroll 12
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) Simd<L>::store(c + r * kToken + v * L, sum[r][v]);
 }
 
-// C[lines x columns] = (add ? C : 0) + A B, of a block of A and as many panels of B, which lie `apart`.
+// C[lines x columns] = (add ? C : 0) + A B, of a block of A and as many panels of B, which lie `apart`. While one panel
+// is multiplied the next one is fetched, or the first of the depths that follow: they come from far.
 template <int L>
 INLINE void multiply(const float* a, const float* b, int64_t apart, float* c, int lines, int columns, int depths,
                      bool across, bool add) {
-  for (int j = 0; j < columns; j += Micro<L>::panel, b += apart)
-    for (int i = 0; i < lines; i += Micro<L>::lines)
+  constexpr int panel = Micro<L>::panel;
+  const float* follows = b + depths * panel;
+  for (int j = 0; j < columns; j += panel, b += apart)
+    for (int i = 0; i < lines; i += Micro<L>::lines) {
+      const int64_t part = int64_t(i) / Micro<L>::lines * (depths / 4) * kAhead;
+      const float* ahead = part < depths * panel ? (j + panel < columns ? b + apart : follows) + part : b;
       if (across)
         tile<L, 1, kStripLines>(a + i / kStripLines * kStripLines * kDepth + i % kStripLines, b, c + i * kToken + j,
-                                depths, add);
+                                depths, add, ahead);
       else
-        tile<L, kLine, 1>(a + i * kLine, b, c + i * kToken + j, depths, add);
+        tile<L, kLine, 1>(a + i * kLine, b, c + i * kToken + j, depths, add, ahead);
+    }
 }
 ON_EVERY_MACHINE(multiply, (const float* a, const float* b, int64_t apart, float* c, int lines, int columns,
                             int depths, bool across, bool add),
