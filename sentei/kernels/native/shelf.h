@@ -16,14 +16,14 @@ class Shelf {
     Floats numbers;
     int64_t count;
   };
-  // Numbers of any value, the least that wait and are enough but not twice as many, or new ones.
+  // Numbers of any value: the least that wait and are enough but not twice as many, the last that came, or new ones.
   Piece take(int64_t count) {
     if (count * 4 >= kLeast) {
       const std::lock_guard<std::mutex> alone(mutex_);
       size_t best = pieces_.size();
       for (size_t i = 0; i < pieces_.size(); ++i)
         if (count <= pieces_[i].count && pieces_[i].count / 2 <= count &&
-            (best == pieces_.size() || pieces_[i].count < pieces_[best].count))
+            (best == pieces_.size() || pieces_[i].count <= pieces_[best].count))
           best = i;
       if (best < pieces_.size()) {
         Piece found = std::move(pieces_[best]);
@@ -44,6 +44,10 @@ class Shelf {
       for (; bytes_ > kKept; pieces_.erase(pieces_.begin())) bytes_ -= pieces_.front().count * 4;
     } catch (const std::bad_alloc&) {
     }
+  }
+  int64_t bytes() {
+    const std::lock_guard<std::mutex> alone(mutex_);
+    return bytes_;
   }
 
  private:
