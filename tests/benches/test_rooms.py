@@ -40,7 +40,6 @@ def small(request, monkeypatch) -> str:
     for other in rooms.PARTS:
         if other is not module:
             monkeypatch.setattr(other, "CASES", {})
-    monkeypatch.setattr(experts, "COLD", 1 << 18)
     monkeypatch.setattr(cold, "size", lambda: 1 << 18)
     monkeypatch.setattr(lora, "SIZES", lora.SIZES | {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48,
                                                      "num_hidden_layers": 1, "num_attention_heads": 2,
