@@ -34,7 +34,8 @@ def student_of(model: nn.Module, plan: Plan, statistics: Statistics | None = Non
         dtypes = {name: tensor.dtype for name, tensor in (*model.named_parameters(), *model.named_buffers())}
         modules = [model, *originals(model).values()]
         memo = {id(tensor): _own(tensor) for module in modules for tensor in (*module.parameters(), *module.buffers())}
-        memo[id(originals(model))] = {}
+        if ORIGINALS in vars(model):  # what stood there is no part of the student
+            memo[id(originals(model))] = {}
         made = copy.deepcopy(model, memo)
     finally:
         convert(model, Plan())

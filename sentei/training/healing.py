@@ -4,7 +4,7 @@
 
 The clock is the bound. Steps are counted and times are not: the rate of a step depends on its number and on what the
 checkpoint before it says of the clock, so a run that is killed goes on with the same losses, bit for bit.
-References: Hinton et al. 2015, arXiv 1503.02531 (distillation, here at temperature 1); Hu et al. 2021, arXiv 2106.09685.
+References: Hinton et al. 2015, arXiv 1503.02531 (distillation, here at temperature 1); Hu et al. 2021, 2106.09685.
 """
 
 import math
