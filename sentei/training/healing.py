@@ -49,7 +49,7 @@ class Config:
     batch: int = 1
     seed: int = 0
     rank: Rank = field(default_factory=lambda: Rank(rank=16, alpha=16.0))
-    optimizer: Optimizer = field(default_factory=lambda: Optimizer(rate=1e-3, warmup=10, final=0.02, decay=0.0))
+    optimizer: Optimizer = field(default_factory=lambda: Optimizer(rate=3e-3, warmup=10, final=0.02, decay=0.0))
 
     def __post_init__(self):
         require("--heal", self.minutes, {"minutes as a number above 0": isinstance(

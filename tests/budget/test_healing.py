@@ -94,7 +94,8 @@ def test_without_minutes_nothing_changes(healed, tmp_path):
     tried = (tmp_path / "out" / "model.safetensors").read_bytes()
     for flags in (("--heal", "0"), ("--no-lookahead",)):
         _, plain = healed(EVEN, *flags, out=tmp_path / flags[0].strip("-"))
-        assert plain.keys() == result.keys() - {"healed"} | ({"quality_without_lookahead"} if len(flags) < 2 else set())
+        strict = {"quality_without_lookahead"} if len(flags) < 2 else set()
+        assert plain.keys() == result.keys() - {"healed"} | strict
         assert plain["quality"] == result["quality"]
         assert (tmp_path / flags[0].strip("-") / "model.safetensors").read_bytes() == tried
         assert not list((tmp_path / flags[0].strip("-")).rglob("heal*"))
@@ -103,8 +104,8 @@ def test_without_minutes_nothing_changes(healed, tmp_path):
 @pytest.mark.slow
 def test_what_only_decoding_prunes_is_not_healed_and_says_so(healed):
     _, result = healed(PAGES, workload="decode:256")
-    assert not result["healed"]["kept"] and "nothing that the reading of a text would feel" in result["healed"]["reason"]
-    assert result["healed"]["table"] == []
+    told = result["healed"]
+    assert not told["kept"] and "nothing that the reading of a text would feel" in told["reason"] and not told["table"]
 
 
 @pytest.mark.slow
