@@ -5,8 +5,8 @@ Run from the repository's root: python -m benchmarks.bench_healing heads --minut
 The plan is one for every layer: "heads" merges all key/value heads into one (jointly, by least squares), "width" keeps
 three quarters of the neurons (by OBS score, refitted). It is then healed as `sentei prune --heal` heals: low-rank
 changes of all linear layers, KL from the dense model, on all of the text but the windows that are judged. "Ratio" is
-the perplexity over that of the dense model on those windows. The clock is the processor time of this process, so that what
-else runs on the machine takes no minutes away.
+the perplexity over that of the dense model on those windows. The clock is the processor time of this process, so that
+what else runs on the machine takes no minutes away.
 """
 
 import math
@@ -69,8 +69,8 @@ def main() -> None:
                f"{1 / row['quality']:.3f}"] for row in found.table]
     write_result(f"healing-{arguments.plan}", __doc__, [
         f"{measured.title} Calibrated on {CALIBRATE} other windows; healed on {rows.numel():,} tokens of the same "
-        f"text, {config.batch} × {rows.shape[1]} a step, rank {config.rank.rank}, rate {config.optimizer.rate:g}. Dense "
-        f"perplexity {math.exp(dense.mean()):.2f}.",
+        f"text, {config.batch} × {rows.shape[1]} a step, rank {config.rank.rank}, rate {config.optimizer.rate:g}. "
+        f"Dense perplexity {math.exp(dense.mean()):.2f}.",
         table(["model", "perplexity", "ratio", "95 %"], lines),
         table(["minutes", "steps", "tokens", "perplexity", "ratio"], bought)])
 
