@@ -222,11 +222,10 @@ def _prune(subject: Subject, text: Text, windows: dict[str, torch.Tensor], reque
         proof = best_proven(goal, solution, judge, step)
     with clock("heal") if request.heal else nullcontext():
         healed = _healed(subject, text, request, judge, proof, cuts, progress)
-    proof, plan = (healed.proof if healed else proof), proof.candidate.plan
-    convert(subject.model, plan, judge.statistics(plan))
+    proof, report = (healed.proof if healed else proof), None
+    convert(subject.model, proof.candidate.plan, judge.statistics(proof.candidate.plan))
     result = _result(request, subject, proof, layers, out) | ({"healed": healed.to_json()} if healed else {})
     subject = replace(subject, model=healed.model) if healed and healed.model else subject
-    report = None
     if out is not None:
         with clock("export"), progress.stage("export", 2) as step:
             receipt = _export(subject, proof, windows["verify"][0], out, result, step)
@@ -239,7 +238,7 @@ def _prune(subject: Subject, text: Text, windows: dict[str, torch.Tensor], reque
             step()
     quality = proof.judgement.quality
     return Outcome(result=result, met=not proof.reason, reason=proof.reason, report=report, model=subject.model,
-                   quality_interval=(quality.low, quality.high), plan=plan)
+                   quality_interval=(quality.low, quality.high), plan=proof.candidate.plan)
 
 
 def _healed(subject: Subject, text: Text, request: Request, judge: Judge, proof: Proof,
