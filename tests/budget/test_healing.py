@@ -1,6 +1,7 @@
 """A chosen plan, healed, through the whole job: what is trained on, what is proved, what is written, what is kept."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -31,17 +32,30 @@ SLOW = pytest.mark.slow
 MINUTES = ("--heal", "0.025")
 
 
+class Ticks:
+    """A clock that goes on a twentieth of a second whenever it is read."""
+
+    seconds = 0.0
+
+    def __call__(self) -> float:
+        self.seconds += 0.05
+        return self.seconds
+
+
 @pytest.fixture
 def healed(prune, tmp_path, monkeypatch):
     """`sentei prune --heal` of the tiny job with a plan; returns the finished command and the public result.
 
     The tiny model is random, so that saying what it says makes no text likelier: `better` says whether it is kept.
     """
+    heal = training.heal
+
     def run(plan: Plan, *flags: str, better: bool = True, **changes):
         candidate = Candidate(name="given", plan=plan, seconds=1.0, density=1.0)
         monkeypatch.setattr(pipeline, "best_proven", lambda goal, solution, judge, step: first_proven(
             goal, Solution(ladder=[candidate], judged=[]), judge, step))
         monkeypatch.setattr(training.Healing, "kept", better)
+        monkeypatch.setattr(training, "heal", partial(heal, now=Ticks()))
         done = prune(*(flags or MINUTES), "--json", **{"quality": 0.1} | changes)
         assert not done.returncode, done.stderr[-2000:]
         return done, json.loads(done.stdout)
