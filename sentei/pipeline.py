@@ -39,10 +39,12 @@ from sentei.measurement.report import write_report
 from sentei.measurement.text import Text, read_text, windows_of
 
 MARKER = "sentei-run.json"
-# Windows of the workload's length for each use; no two uses share a token.
+# Windows of the workload's length for each use; no two uses share a token. Where one window is LONG tokens, a plan is
+# chosen on one alone: what is chosen is proven on others, and choosing is what takes the time.
 WINDOWS = {"calibrate": 1, "choose": 2, "verify": 2}
+LONG = 4096
 # About how many plans the solver judges; only the length of a progress bar.
-JUDGEMENTS = 10
+JUDGEMENTS = 18
 # The receipt compares logits after this many tokens: enough that blocks are dropped.
 RECEIPT_TOKENS = 2048
 
@@ -253,6 +255,11 @@ def _healed(subject: Subject, text: Text, request: Request, judge: Judge, proof:
         return healing.heal(judge, request.goal(), proof, rows, config, step=step)
 
 
+def needed(workload: Workload) -> dict[str, int]:
+    """How many windows each use of a job needs."""
+    return {**WINDOWS, "choose": 1} if workload.tokens >= LONG else WINDOWS
+
+
 def _windows(subject: Subject, text: Text, workload: Workload) -> dict[str, torch.Tensor]:
     """The text as tokens, cut for each use; checks that model and workload fit."""
     if not prunable_layers(subject.model):
@@ -262,7 +269,7 @@ def _windows(subject: Subject, text: Text, workload: Workload) -> dict[str, torc
     if workload.tokens > context:
         raise SenteiError("--workload", expected=f"at most the model's context of {context:,} tokens",
                           got=f"{workload.tokens:,}", do="choose a shorter workload")
-    windows = windows_of(subject.tokenizer, text.text, length=workload.tokens, needed=WINDOWS,
+    windows = windows_of(subject.tokenizer, text.text, length=workload.tokens, needed=needed(workload),
                          wished={"calibrate": -(-TOKENS // workload.tokens) - WINDOWS["calibrate"]})
     require_known(max(int(part.max()) for part in windows.values()), subject.model.config.vocab_size, subject.name)
     return windows
@@ -331,7 +338,7 @@ def _details(subject: Subject, text: Text, request: Request, proof: Proof, layer
             "met": not proof.reason, "reason": proof.reason, "quality_interval": [quality.low, quality.high],
             "speedup_interval": [min(ratios), max(ratios)], "source": subject.source, "density": density,
             "text": {"name": text.name, "sha256": text.sha256,
-                     "tokens": {use: count * work.tokens for use, count in WINDOWS.items()}},
+                     "tokens": {use: count * work.tokens for use, count in needed(work).items()}},
             "timings": timings, "timed_tokens": work.timed_tokens, "environment": environment(),
             "verify_attempts": proof.attempts, "licence": subject.licence,
             "strict": proof.strict and {"quality_interval": [proof.strict.quality.low, proof.strict.quality.high],

@@ -27,9 +27,10 @@ from sentei.core.rules import All
 from sentei.measurement.text import spare_of
 from sentei.training import healing as training
 
-# Tokens of a window to heal on; longer where attention is pruned, which short windows do not feel. Those of the
-# windows for checks, of which there are CHECKS.
-CONTEXT, LONG_CONTEXT, CHECKED, CHECKS = 256, 2048, 1024, 2
+# Tokens of a window to heal on; longer where attention is pruned, which short windows do not feel.
+CONTEXT, LONG_CONTEXT = 256, 2048
+# A check is on so many windows at most, and about so many tokens.
+CHECKS, CHECKED = 2, 2048
 # About how many calls of `step` there are; only the length of a progress bar.
 STEPS = training.PARTS + 1 + 2 * RUNS + 2 + 2
 
@@ -110,6 +111,12 @@ def text_for(tokenizer, text: str, windows: dict[str, torch.Tensor], size: int) 
     return torch.cat([torch.stack(within), between]) if within else between
 
 
+def checks_of(windows: torch.Tensor, context: int) -> torch.Tensor:
+    """The beginnings of windows [N, T], int64 [M, C], no shorter than those to heal on."""
+    rows = windows[:CHECKS]
+    return rows[:, :max(context, CHECKED // len(rows))]
+
+
 def heal(judge: Judge, goal: Goal, before: Proof, rows: torch.Tensor, config: training.Config, *,
          step: Callable[[str], object] = lambda note="": None) -> Healed:
     """Heals the model with a proven plan, and proves it again; checkpoints go where the judge keeps its stages.
@@ -125,7 +132,7 @@ def heal(judge: Judge, goal: Goal, before: Proof, rows: torch.Tensor, config: tr
     plan, kept = before.candidate.plan, Healed(before=before, proof=before, minutes=config.minutes)
     if not feels(plan):
         return replace(kept, reason="the plan prunes nothing that the reading of a text would feel")
-    checks = judge.windows["choose"][:CHECKS, :max(CHECKED, rows.shape[1])]
+    checks = checks_of(judge.windows["choose"], rows.shape[1])
     job = {**judge.inputs, "plan": plan.to_json(), "rows": _digest(rows), "checks": _digest(checks)}
     key = hashlib.sha256(json.dumps({**job, "healing": config.to_json()}, sort_keys=True).encode()).hexdigest()[:16]
     convert(judge.model, Plan())

@@ -164,6 +164,12 @@ def test_windows_are_long_where_attention_is_pruned(plan, felt, context):
     assert healing.context_of(plan, 4096) == context and healing.context_of(plan, 128) == 128
 
 
+@pytest.mark.parametrize("windows, context, shape", [((2, 512), 256, (2, 512)), ((2, 4096), 256, (2, 1024)),
+                                                     ((1, 4096), 256, (1, 2048)), ((3, 4096), 2048, (2, 2048))])
+def test_checks_are_bounded_and_no_shorter_than_what_is_healed_on(windows, context, shape):
+    assert healing.checks_of(torch.zeros(windows), context).shape == shape
+
+
 @pytest.mark.parametrize("text", ["-1", "inf", "nan", "ten", ""])
 def test_minutes_that_are_none_are_refused(prune, text):
     done = prune("--heal", text)
