@@ -47,6 +47,7 @@ def main() -> None:
     parser.set_defaults(tokens=512, windows=4)
     parser.add_argument("plan", choices=("heads", "width"))
     parser.add_argument("--minutes", type=float, default=10.0, help="of processor time")
+    parser.add_argument("--work", type=Path, help="folder for checkpoints, from which a run that was killed goes on")
     arguments = parser.parse_args()
     measured = subject.load(arguments, tune=CALIBRATE)
     model, windows, plan = measured.model, measured.windows, plan_of(arguments.plan, measured.model)
@@ -58,8 +59,9 @@ def main() -> None:
     torch.manual_seed(config.seed)
     adapted(student, config.rank)
     with tempfile.TemporaryDirectory() as folder:
-        found = heal(model, student, Texts(rows=rows, checks=windows, seed=config.seed), config, Path(folder), job={},
-                     step=lambda note: print(note, flush=True), now=time.process_time)
+        found = heal(model, student, Texts(rows=rows, checks=windows, seed=config.seed), config,
+                     arguments.work or Path(folder), job={}, step=lambda note: print(note, flush=True),
+                     now=time.process_time)
     settled(student, dtypes)
     after = token_losses(student, windows)
     lines = [[name, f"{quality.pruned:.2f}", f"{1 / quality.value:.3f}",
