@@ -4,8 +4,8 @@ Run from the repository's root: python -m benchmarks.bench_llama PYTHON, where P
 environment with llama-cpp-python. It reads the 4-bit GGUF file as it stands; transformers and sentei unpack the same
 file to float32 or bfloat16 and keep every key. So this compares what a user gets, and not kernels: of weights llama.cpp
 moves a sixth of float32's bytes, and it rounds what it multiplies with them to 8 bits. llama.cpp attends in two ways,
-both are here: plainly, its Python package's default, and `flash_attn`. All sides run in turn, on the same tokens with the
-same number of threads, after a short untimed run: the prompt is read, a token is written, and STEPS more are timed.
+both are here: plainly, its Python package's default, and `flash_attn`. All sides run in turn, on the same tokens with
+the same number of threads, after a short untimed run: the prompt is read, a token is written, and STEPS more are timed.
 Medians; in brackets the range where there are several runs.
 """
 

@@ -2,9 +2,9 @@
 
 Weights are cycled through many copies, four times as many bytes as the largest cache has, so that none is in a cache
 when its turn comes. In turn with both, a native loop reads copies with the same threads, many in one call;
-`bandwidth` is sentei's share of what that reached. The same loop, one copy a call, says what the start of the threads and
-the first misses leave of it: `a_call` is sentei's share of that. Ours is called as a converted model calls it; Python is
-in every figure. Before a case is timed the outputs are compared.
+`bandwidth` is sentei's share of what that reached. The same loop, one copy a call, says what the start of the threads
+and the first misses leave of it: `a_call` is sentei's share of that. Ours is called as a converted model calls it;
+Python is in every figure. Before a case is timed the outputs are compared.
 """
 
 import statistics
