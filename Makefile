@@ -14,6 +14,8 @@ NATIVE = sentei/kernels/native
 SANITIZE = address,undefined
 SANITIZE_RUN = ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) \
   $$($(CXX) -print-file-name=libstdc++.so)"
+# A thread that has nothing to do sleeps, and leaves its core to the tests of the other process.
+SPREAD = OMP_WAIT_POLICY=passive
 FLOOR = torch==2.11.0 transformers==5.14.0
 
 .DEFAULT_GOAL := help
@@ -26,14 +28,14 @@ help:  ## this list
 prune: .venv/ready  ## the main job on the embedded model
 	@$(RUN) sentei prune $(ARGS)
 
-test: .venv/ready-test  ## the fast tests
-	@$(RUN) pytest $(ARGS)
+test: .venv/ready-test  ## the fast tests, a process on each core
+	@$(SPREAD) $(RUN) pytest -n auto --dist loadfile $(ARGS)
 
 test-slow: .venv/ready-test  ## the slow tests too
 	@$(RUN) pytest -m "not gpu" $(ARGS)
 
 test-floor: .venv-floor/ready  ## the fast tests with the oldest torch and transformers we accept
-	@.venv-floor/bin/python -m pytest $(ARGS)
+	@$(SPREAD) .venv-floor/bin/python -m pytest -n auto --dist loadfile $(ARGS)
 
 test-sanitized: .venv/ready-test  ## the kernels' tests, with a native library that checks its memory and arithmetic (g++)
 	@rm -rf build/sanitized && mkdir -p build/sanitized && cp -r sentei tests pyproject.toml build/sanitized

@@ -31,7 +31,7 @@ from sentei.core.rules import All, Threshold
 from sentei.measurement.latency import interleave, measured
 from sentei.measurement.quality import compare
 from sentei.measurement.text import read_text, windows_of
-from sentei.pipeline import WINDOWS
+from sentei.pipeline import needed
 
 DTYPES = ("float32", "bfloat16")
 KINDS = {"prefill": Prefill, "decode": Decode}
@@ -86,7 +86,9 @@ def rows(asked: argparse.Namespace) -> Iterator[dict]:
     """One row for every workload, dtype and plan."""
     checkpoint = locate(None)
     length = asked.tokens
-    row = windows_of(load_tokenizer(checkpoint), read_text(None).text, length=length, needed=WINDOWS)["verify"][0]
+    windows = windows_of(load_tokenizer(checkpoint), read_text(None).text, length=length,
+                         needed=needed(Prefill(length)))
+    row = windows["verify"][0]
     for kind, dtype in product(asked.kinds, asked.dtype or DTYPES):
         ours = Side.of(load_model(checkpoint, dtype), dtype, KINDS[kind](length), row)
         other = asked.against or dtype

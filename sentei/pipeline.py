@@ -4,29 +4,30 @@ Every stage leaves its result in OUT/stages; the same command again goes on from
 """
 
 import hashlib
-import shlex
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from sentei.axes.connections import Config
+from sentei.budget import healing
 from sentei.budget import offers as offers_of
 from sentei.budget import slack as slack_of
 from sentei.budget.calibration import TOKENS, Library
-from sentei.budget.goal import Goal
+from sentei.budget.healing import Healed
 from sentei.budget.judge import Judge, Judgement
 from sentei.budget.mixture import Market, rate_of, solve_all
 from sentei.budget.proof import RUNS, Proof, best_proven
+from sentei.budget.request import Request
 from sentei.budget.share import kept_of, rooms_of
 from sentei.budget.solver import Candidate, Forecast, Solution, solve
-from sentei.budget.workload import Workload, workload_of
+from sentei.budget.workload import Workload
 from sentei.conversion import card, export
-from sentei.conversion.checkpoints import DTYPES, load_model, load_tokenizer, locate
+from sentei.conversion.checkpoints import load_model, load_tokenizer, locate
 from sentei.conversion.plan import Plan, convert, prunable_layers
 from sentei.conversion.tokenizers import require_known
 from sentei.core.errors import FileError, SenteiError, UnsupportedError
@@ -38,71 +39,14 @@ from sentei.measurement.report import write_report
 from sentei.measurement.text import Text, read_text, windows_of
 
 MARKER = "sentei-run.json"
-# Windows of the workload's length for each use; no two uses share a token.
+# Windows of the workload's length for each use; no two uses share a token. Where one window is LONG tokens, a plan is
+# chosen on one alone: what is chosen is proven on others, and choosing is what takes the time.
 WINDOWS = {"calibrate": 1, "choose": 2, "verify": 2}
+LONG = 4096
 # About how many plans the solver judges; only the length of a progress bar.
-JUDGEMENTS = 10
+JUDGEMENTS = 18
 # The receipt compares logits after this many tokens: enough that blocks are dropped.
 RECEIPT_TOKENS = 2048
-
-
-@dataclass(frozen=True, kw_only=True)
-class Request:
-    """What `sentei prune` is asked; checked when it is made.
-
-    Args:
-        model: a folder, a .gguf file, with `online` a hub id, or None for the embedded default.
-        text: plain text in UTF-8, or None for the interpreter's documentation.
-        workload: e.g. "prefill:4096" or "decode:8000".
-        quality, speed: the bound; exactly one of them.
-        dtype: "float32" or "bfloat16".
-        out: the folder to write, or None for one named after the job below ./sentei-out.
-        online: whether the hub may be asked.
-        lookahead: see `Goal`.
-    """
-
-    model: str | None = None
-    text: Path | None = None
-    workload: str = "prefill:4096"
-    quality: float | None = None
-    speed: float | None = None
-    dtype: str = "float32"
-    out: Path | None = None
-    online: bool = False
-    lookahead: bool = True
-
-    def __post_init__(self):
-        if self.work().lever == "decode" and not self.lookahead:
-            raise SenteiError("--no-lookahead", expected="a prefill workload", got=repr(self.workload),
-                              do="leave it out: what a decoded token keeps is never chosen from a later one")
-        self.goal()
-        if self.dtype not in DTYPES:
-            raise SenteiError("--dtype", expected=f"one of {', '.join(DTYPES)}", got=repr(self.dtype),
-                              do="choose one, or convert the model with model.float()")
-
-    def goal(self) -> Goal:
-        """The bound that is asked."""
-        return Goal(quality=self.quality, speed=self.speed, lookahead=self.lookahead)
-
-    def work(self) -> Workload:
-        """What is to become faster."""
-        return workload_of(self.workload)
-
-    def command(self) -> str:
-        """The command line that asks the same."""
-        flags = {"--text": self.text, "--workload": self.workload, "--quality": self.quality, "--speed": self.speed,
-                 "--dtype": self.dtype, "--out": self.out}
-        words = ["sentei", "prune", *([self.model] if self.model else [])]
-        words += [str(word) for flag, value in flags.items() if value is not None for word in (flag, value)]
-        return shlex.join(words + ["--no-lookahead"] * (not self.lookahead) + ["--online"] * self.online)
-
-    def call(self) -> str:
-        """The Python that asks the same of a model in memory."""
-        settings = {"text": self.text and str(self.text), "workload": self.workload, "quality": self.quality,
-                    "speed": self.speed, "out": self.out and str(self.out)}
-        given = [f"{name}={value!r}" for name, value in settings.items() if value is not None]
-        given += ["lookahead=False"] * (not self.lookahead)
-        return f"sentei.prune({', '.join(['model', 'tokenizer', *given])})"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -247,7 +191,7 @@ def _prune(subject: Subject, text: Text, windows: dict[str, torch.Tensor], reque
               "environment": environment(), "kernel": native.identity(), "config": config.to_json(),
               "rules": [rule.to_json() for rule in rules],
               "windows": {use: len(rows) for use, rows in windows.items()}}
-    stages, clock = Stages(out and out / "stages"), Clock()
+    stages, clock, cuts = Stages(out and out / "stages"), Clock(), windows
     library = Library(subject.model, windows["calibrate"], workload.lever)
     windows = {**windows, "calibrate": windows["calibrate"][:WINDOWS["calibrate"]]}
     judge = Judge(subject.model, workload, windows, stages, inputs, library)
@@ -278,9 +222,12 @@ def _prune(subject: Subject, text: Text, windows: dict[str, torch.Tensor], reque
     readings = 1 if goal.lookahead else 2
     with clock("measure"), progress.stage("measure", 2 * RUNS + 2 + readings * len(windows["verify"])) as step:
         proof = best_proven(goal, solution, judge, step)
+    with clock("heal") if request.heal else nullcontext():
+        healed = _healed(subject, text, request, judge, proof, cuts, progress)
+    proof, report = (healed.proof if healed else proof), None
     convert(subject.model, proof.candidate.plan, judge.statistics(proof.candidate.plan))
-    result = _result(request, subject, proof, layers, out)
-    report = None
+    result = _result(request, subject, proof, layers, out) | ({"healed": healed.to_json()} if healed else {})
+    subject = replace(subject, model=healed.model) if healed and healed.model else subject
     if out is not None:
         with clock("export"), progress.stage("export", 2) as step:
             receipt = _export(subject, proof, windows["verify"][0], out, result, step)
@@ -296,6 +243,23 @@ def _prune(subject: Subject, text: Text, windows: dict[str, torch.Tensor], reque
                    quality_interval=(quality.low, quality.high), plan=proof.candidate.plan)
 
 
+def _healed(subject: Subject, text: Text, request: Request, judge: Judge, proof: Proof,
+            cuts: dict[str, torch.Tensor], progress: Progress) -> Healed | None:
+    """What healing came to, where it is asked for."""
+    config = request.healing()
+    if config is None:
+        return None
+    size = healing.context_of(proof.candidate.plan, request.work().tokens)
+    rows = healing.text_for(subject.tokenizer, text.text, cuts, size)
+    with progress.stage("heal", healing.STEPS) as step:
+        return healing.heal(judge, request.goal(), proof, rows, config, step=step)
+
+
+def needed(workload: Workload) -> dict[str, int]:
+    """How many windows each use of a job needs."""
+    return {**WINDOWS, "choose": 1} if workload.tokens >= LONG else WINDOWS
+
+
 def _windows(subject: Subject, text: Text, workload: Workload) -> dict[str, torch.Tensor]:
     """The text as tokens, cut for each use; checks that model and workload fit."""
     if not prunable_layers(subject.model):
@@ -305,7 +269,7 @@ def _windows(subject: Subject, text: Text, workload: Workload) -> dict[str, torc
     if workload.tokens > context:
         raise SenteiError("--workload", expected=f"at most the model's context of {context:,} tokens",
                           got=f"{workload.tokens:,}", do="choose a shorter workload")
-    windows = windows_of(subject.tokenizer, text.text, length=workload.tokens, needed=WINDOWS,
+    windows = windows_of(subject.tokenizer, text.text, length=workload.tokens, needed=needed(workload),
                          wished={"calibrate": -(-TOKENS // workload.tokens) - WINDOWS["calibrate"]})
     require_known(max(int(part.max()) for part in windows.values()), subject.model.config.vocab_size, subject.name)
     return windows
@@ -342,7 +306,7 @@ def _mean(values: list[float]) -> float:
 
 def _export(subject: Subject, proof: Proof, tokens: torch.Tensor, out: Path, result: dict, step: Callable) -> dict:
     """Writes the model and proves in a fresh process that it gives the same logits; the receipt."""
-    names = "workload", "speedup", "quality", "quality_without_lookahead", "density", "threads"
+    names = "workload", "speedup", "quality", "quality_without_lookahead", "density", "threads", "healed"
     measured = {key: result[key] for key in names if key in result}
     measured |= {"verify_attempts": proof.attempts, "date": proof.comparison.date}
     export.export(subject.model, subject.tokenizer, proof.candidate.plan, out, tokens=tokens[:RECEIPT_TOKENS],
@@ -374,7 +338,7 @@ def _details(subject: Subject, text: Text, request: Request, proof: Proof, layer
             "met": not proof.reason, "reason": proof.reason, "quality_interval": [quality.low, quality.high],
             "speedup_interval": [min(ratios), max(ratios)], "source": subject.source, "density": density,
             "text": {"name": text.name, "sha256": text.sha256,
-                     "tokens": {use: count * work.tokens for use, count in WINDOWS.items()}},
+                     "tokens": {use: count * work.tokens for use, count in needed(work).items()}},
             "timings": timings, "timed_tokens": work.timed_tokens, "environment": environment(),
             "verify_attempts": proof.attempts, "licence": subject.licence,
             "strict": proof.strict and {"quality_interval": [proof.strict.quality.low, proof.strict.quality.high],

@@ -19,6 +19,7 @@ SMALL = [
     (r"sentei\.prune\(workload", 'sentei.prune("my-model", workload'),
     (r"quality=0\.99\b", "quality=0.5"),
     (r"--(quality|speed) [\d.]+", "--quality 0.5"),
+    (r"--heal [\d.]+", "--heal 0.1"),
     (r"^sentei prune (?=-)", "sentei prune my-model "),
     (r"^sentei trace default", "sentei trace my-model"),
     (r"\bDIR\b", "faster"),

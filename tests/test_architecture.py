@@ -30,7 +30,7 @@ FLOORS = {
     "model": LOWER,
     "training": TRAINING,
     "lab": TRAINING | {"training", "benches", "geometry", "circuit"},
-    "budget": LOWER | {"conversion", "measurement"},
+    "budget": TRAINING | {"training"},
     "pipeline": LOWER | {"conversion", "measurement", "budget"},
     "commands": TRAINING | {"training", "budget", "pipeline", "benches", "geometry", "circuit", "lab"},
     "cli": {"core", "commands"},

@@ -18,7 +18,7 @@ from sentei import cli
 ROOT = Path(cli.__file__).parents[1]
 HEAVY = {"torch", "transformers", "numpy", "safetensors", "matplotlib", "tqdm", "accelerate", "gguf"}
 FLAGS = {
-    "prune": {"MODEL", "--text", "--workload", "--quality", "--speed", "--no-lookahead", "--dtype", "--out",
+    "prune": {"MODEL", "--text", "--workload", "--quality", "--speed", "--no-lookahead", "--dtype", "--heal", "--out",
               "--online", "--json"},
     "slack": {"MODEL", "--text", "--workload", "--dtype", "--online", "--json"},
     "verify": {"DIR", "--json"},

@@ -10,7 +10,6 @@ st-moe-pytorch, where it is installed, chooses by itself and drops tokens: it do
 its own router, and is no peer to be compared outputs with.
 """
 
-import ctypes
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -19,13 +18,12 @@ from importlib.util import find_spec
 
 import torch
 
-from sentei.kernels import native
+from sentei.benches import cold
 from sentei.kernels.routing import Stack, route
 from sentei.measurement.latency import Comparison, measured
 from sentei.measurement.outcome import today
 
 PEERS = ("eager", "grouped_mm", "batched_mm")
-COLD = 1 << 30  # bytes of weights that are cycled through: a host may have a cache of 260 MiB
 OTHER = "st-moe-pytorch, its own choice"
 
 
@@ -86,7 +84,7 @@ class Subject:
 
         generator = torch.Generator().manual_seed(0)
         config = MixtralConfig(hidden_size=case.width, intermediate_size=case.inner, num_local_experts=case.experts)
-        copies = 1 if case.kind == "many" else max(2, COLD // (case.bytes * case.experts))
+        copies = 1 if case.kind == "many" else max(2, cold.size() // (case.bytes * case.experts))
         self.modules = []
         for _ in range(copies):
             module = MixtralExperts(config).to(case.dtype)
@@ -172,7 +170,7 @@ def turns(subject: Subject, runs: int) -> dict[str, list[float]]:
     floats = len(subject.ids.unique()) * case.bytes // 4 // 128 * 128
     if each > 1:
         seconds["read"] = []
-        memory = torch.ones(COLD // 4)
+        memory = torch.ones(cold.size() // 4)
         named["read"] = lambda number: read(memory, number * floats % memory.numel() // 128 * 128, floats)
     for turn in range(runs + 1):
         for name in seconds if turn % 2 else reversed(seconds):
@@ -188,8 +186,7 @@ def read(memory: torch.Tensor, at: int, count: int) -> None:
     while count > memory.numel() - at:
         read(memory, at, memory.numel() - at)
         at, count = 0, count - (memory.numel() - at)
-    native.load().sentei_read(ctypes.c_void_p(memory.data_ptr() + 4 * at), ctypes.c_int64(count),
-                              ctypes.byref(ctypes.c_float()), ctypes.c_int64(torch.get_num_threads()))
+    cold.read(memory[at:at + count])
 
 
 def rows(names: list[str], runs: int, absent: Callable[[str], None]) -> Iterator[dict]:

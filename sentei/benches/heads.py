@@ -13,9 +13,9 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from sentei.axes.heads import Config, Heads, cache_bytes
+from sentei.benches import cold
 from sentei.measurement.latency import interleave, measured
 
-COLD = 256 << 20  # bytes of caches that are read in turn, many times the processor's own
 HEADS, WIDTH = 8, 64
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 4e-2}
 
@@ -42,7 +42,7 @@ class Case:
         generator = torch.Generator().manual_seed(0)
         return [tuple(torch.randn(1, rows, heads, WIDTH, generator=generator).to(self.dtype)
                       for rows, heads in ((1, HEADS), (self.keys, self.groups), (self.keys, self.groups)))
-                for _ in range(max(2, COLD // self.bytes))]
+                for _ in range(max(2, cold.size() // self.bytes))]
 
 
 ROOM = Heads(Config())

@@ -11,6 +11,7 @@ BENCHES = ("attention", "decode", "linear", "memory", "rooms", "topk")
 WIDTHS = 60, 30
 # What a row may hold besides seconds, and how it is written.
 MORE = {"gflops": "{:,.0f} GFLOP/s", "gb_s": "{:,.1f} GB/s", "bandwidth": "{:.2f} of read bandwidth",
+        "a_call": "{:.2f} of reading one a call",
         "ours_mib": "ours {:,.1f} MiB", "peer_mib": "peer {:,.1f} MiB",
         "share": "{:.1%} of the peer's work or bytes", "over": "{:+.1%} time over that share"}
 

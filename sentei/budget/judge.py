@@ -54,6 +54,8 @@ class Judge:
         statistics: gives those a plan wants; of none by default.
     """
 
+    named = ""  # before the names of the stages
+
     def __init__(self, model: nn.Module, workload: Workload, windows: dict[str, torch.Tensor], stages: Stages,
                  inputs: dict, statistics: Callable[[Plan], Statistics | None] = lambda plan: None):
         self.model, self.workload, self.windows, self.stages = model, workload, windows, stages
@@ -68,7 +70,7 @@ class Judge:
         def work() -> dict:
             prefixes = self._prefixes(use)
             convert(self.model, Plan())
-            return {"losses": self._losses(use, prefixes, step)}
+            return {"losses": self._losses(self.model, use, prefixes, step)}
 
         result = self.stages.run(f"dense-{use}", {**self.inputs, "use": use}, work)
         self.dense[use] = torch.tensor(result["losses"], dtype=torch.float64)
@@ -76,13 +78,12 @@ class Judge:
     def judge(self, plan: Plan, use: str, step: Step) -> Judgement:
         """The plan on the windows of one use; a step a window."""
         def work() -> dict:
-            prefixes = self._prefixes(use)
-            convert(self.model, plan, self.statistics(plan))
+            prefixes, model = self._prefixes(use), self.standing(plan)
             try:
-                with trace(self.model, _Counts()) as counts:
-                    losses = self._losses(use, prefixes, step)
+                with trace(model, _Counts()) as counts:
+                    losses = self._losses(model, use, prefixes, step)
                 density = {entry.layer: [0.0] for entry in plan.entries if takes_attention(entry)}
-                density |= {entry.layer: counts.density_at(f"{attention_path(self.model, entry.layer)}.connections")
+                density |= {entry.layer: counts.density_at(f"{attention_path(model, entry.layer)}.connections")
                             for entry in plan.entries if entry.room == "connections"}
             finally:
                 convert(self.model, Plan())
@@ -90,7 +91,7 @@ class Judge:
             return {"quality": asdict(quality), "density": density}
 
         inputs = {**self.inputs, "use": use, "plan": plan.to_json()}
-        result = self.stages.run(f"{use}-{short_key(plan)}", inputs, work)
+        result = self.stages.run(f"{self.named}{use}-{short_key(plan)}", inputs, work)
         return Judgement(quality=Quality(**result["quality"]),
                          density={int(layer): heads for layer, heads in result["density"].items()})
 
@@ -110,13 +111,15 @@ class Judge:
             return asdict(found if plan.entries else replace(found, pruned=found.dense))
 
         inputs = {**self.inputs, "use": use, "plan": plan.to_json(), "runs": runs}
-        return Comparison(**self.stages.run(f"time-{short_key(plan)}", inputs, work))
+        return Comparison(**self.stages.run(f"{self.named}time-{short_key(plan)}", inputs, work))
 
     def seconds(self, plan: Plan, use: str, step: Step) -> float:
         """Seconds of one run of the workload with a plan, for forecasts; what is reported comes from `time`."""
         def work() -> dict:
             run = self.run(use)
             try:
+                run.begin(plan)
+                run()  # the first pays for what later ones find ready
                 run.begin(plan)
                 start = time.perf_counter()
                 run()
@@ -128,6 +131,10 @@ class Judge:
 
         inputs = {**self.inputs, "use": use, "plan": plan.to_json()}
         return self.stages.run(f"seconds-{short_key(plan)}", inputs, work)["seconds"]
+
+    def standing(self, plan: Plan) -> nn.Module:
+        """The model with the plan; `convert(self.model, Plan())` ends it."""
+        return convert(self.model, plan, self.statistics(plan))
 
     def run(self, use: str) -> "Run":
         """The workload on the first window of a use, to be timed."""
@@ -141,10 +148,10 @@ class Judge:
             self._read = use, [self.workload.prefix(self.model, row) for row in self.windows[use]]
         return self._read[1]
 
-    def _losses(self, use: str, prefixes: list, step: Step) -> list[list[float]]:
+    def _losses(self, model: nn.Module, use: str, prefixes: list, step: Step) -> list[list[float]]:
         losses = []
         for row, prefix in zip(self.windows[use], prefixes, strict=True):
-            losses.append(self.workload.losses(self.model, row, prefix).tolist())
+            losses.append(self.workload.losses(model, row, prefix).tolist())
             step()
         return losses
 
@@ -153,15 +160,14 @@ class Run:
     """One run of a judge's workload on the first window of a use: `begin`, which is not timed, and the call itself."""
 
     def __init__(self, judge: Judge, use: str):
-        self.model, self.workload, self.statistics = judge.model, judge.workload, judge.statistics
+        self.judge, self.workload = judge, judge.workload
         self.row, self.prefix = judge.windows[use][0], judge._prefixes(use)[0]
         self.work: Step = lambda: None
 
     def begin(self, plan: Plan) -> None:
         """Converts the model and does what comes before the work."""
         self.work = lambda: None  # what the last run holds is let go first
-        convert(self.model, plan, self.statistics(plan))
-        self.work = self.workload.begin(self.model, self.row, self.prefix)
+        self.work = self.workload.begin(self.judge.standing(plan), self.row, self.prefix)
 
     def __call__(self) -> None:
         self.work()

@@ -29,6 +29,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
                         "is the usual one, which chooses for a block of tokens with the whole block in sight")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32",
                         help="number format of dense and pruned model alike (default: %(default)s)")
+    parser.add_argument("--heal", metavar="MINUTES", help="train the pruned model for so long to say what the dense "
+                        "one does, on text that nothing is judged on, and measure it then (default: 0, no training)")
     parser.add_argument("--out", metavar="DIR", help="folder for the pruned model and the report; the same folder goes "
                         "on with an interrupted run (default: chosen and printed)")
     parser.add_argument("--online", action="store_true", help="allow a download from the hub (default: no network)")
@@ -39,6 +41,7 @@ def work(options: argparse.Namespace, say: Say) -> bool:
     """Runs the main job, and says its public result and whether the bound is met."""
     quality = number("--quality", options.quality, "a number above 0 and at most 1", lambda value: 0 < value <= 1)
     speed = number("--speed", options.speed, "a number that is 1 or more", lambda value: 1 <= value < float("inf"))
+    heal = number("--heal", options.heal, "minutes, 0 or more", lambda value: 0 <= value < float("inf"))
     pipeline = importlib.import_module("sentei.pipeline")
     request = pipeline.Request(
         model=options.model,
@@ -50,6 +53,7 @@ def work(options: argparse.Namespace, say: Say) -> bool:
         out=None if options.out is None else Path(options.out),
         online=options.online,
         lookahead=options.lookahead,
+        heal=heal or 0.0,
     )
     outcome = pipeline.run(request, Progress(sys.stderr, bars=draws(sys.stderr)))
     if not outcome.met:
@@ -70,10 +74,18 @@ def summary(result: dict, interval: tuple[float, float], report: Path) -> str:
         "quality": f"{result['quality']:.4f}, between {interval[0]:.4f} and {interval[1]:.4f} "
                    f"(perplexity {dense['perplexity']:.4g} dense, {pruned['perplexity']:.4g} pruned)",
         **({"without lookahead": f"quality {strict:.4f}"} if strict is not None else {}),
+        **({"healed": healed_words(result["healed"])} if "healed" in result else {}),
         "density": f"{result['density']:.3f} of the connections are computed",
         "report": str(report),
         "use it": code,
     })
+
+
+def healed_words(healed: dict) -> str:
+    """What healing came to, in a line."""
+    if not healed["kept"]:
+        return f"not kept: {healed['reason']}"
+    return f"for {healed['minutes']:g} minutes; quality {healed['quality_unhealed']:.4f} before"
 
 
 VERB = Verb(
@@ -84,6 +96,7 @@ VERB = Verb(
         "sentei prune --workload prefill:8000 --speed 1.5",
         "sentei prune --workload decode:8000",
         "sentei prune --no-lookahead",
+        "sentei prune --workload prefill:1024 --speed 1.3 --heal 10",
         "sentei prune --json > result.json",
     ),
     arguments=arguments,

@@ -23,6 +23,12 @@ LIMITS = (
     "The weights are those of the base model, with its knowledge, its biases and its licence.",
 )
 
+HEALED_LIMITS = (
+    "Without sentei these are the healed weights, without the choices that are made for each input.",
+    "The weights are those of the base model, changed by healing on one text; what that does elsewhere was not "
+    "measured. Its knowledge, its biases and its licence stay.",
+)
+
 
 def licence_in(card: Path) -> str | None:
     """The licence that the front matter of a model card names, where it is one plain word; else None.
@@ -61,13 +67,14 @@ def render(result: dict, details: dict, receipt: dict) -> str:
         f"{result['speedup']:.2f} times as fast as dense at quality {result['quality']:.4f}, "
         f"{words(result['workload'])}, {words(result['dtype'])}. {verdict}",
         "## Measured", _table(result, details), _method(result, details),
+        *_healing(result),
         "## Made with", fenced(details["command"]),
         f"A fresh process has loaded this folder and compared logits: the largest difference is "
         f"{receipt['difference']:.2g}, of {receipt['tolerance']:.2g} allowed. `sentei verify` does it again.",
         "## Use", fenced('import sentei\n\nmodel = sentei.load("path/of/this/folder")', lines=True),
         "## Base model",
         f"{words(details['source'])}. Licence: {words(details['licence'] or 'not known to sentei; see its source')}.",
-        "## Limits", "\n".join(f"- {limit}" for limit in LIMITS),
+        "## Limits", "\n".join(f"- {limit}" for limit in _limits(result)),
     ]
     return "\n\n".join(filter(None, parts)) + "\n"
 
@@ -93,6 +100,28 @@ def _table(result: dict, details: dict) -> str:
             *([("quality without lookahead", "1", f"{strict:.4f}")] if strict is not None else []),
             ("connections computed", "1", f"{result['density']:.3f}")]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _healing(result: dict) -> list[str]:
+    """What each minute of healing bought, where the plan was to be healed."""
+    healed = result.get("healed")
+    if healed is None:
+        return []
+    outcome = f"Quality before, as measured above: {healed['quality_unhealed']:.4f}." if healed["kept"] else \
+        f"The healed weights are **not** these: {words(healed['reason'])}."
+    rows = [("minutes", "steps", "tokens", "perplexity", "quality"), ("---",) * 5] + [
+        (f"{row['minutes']:.2f}", f"{row['step']:,}", f"{row['tokens']:,}", f"{row['perplexity']:.4g}",
+         f"{row['quality']:.4f}") for row in healed["table"]]
+    return ["## Healed", "Trained by sentei to say what the dense model says (KL of the next token, low-rank changes, "
+            f"merged), {healed['minutes']:g} minutes by the clock, on text that nothing is judged on. {outcome}",
+            *(["\n".join(f"| {' | '.join(row)} |" for row in rows)] if healed["table"] else [])]
+
+
+def _limits(result: dict) -> tuple[str, ...]:
+    """What is not promised; healed weights are no longer those of the base model."""
+    if not result.get("healed", {}).get("kept"):
+        return LIMITS
+    return (*LIMITS[:-2], *HEALED_LIMITS)
 
 
 def _method(result: dict, details: dict) -> str:

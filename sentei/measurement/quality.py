@@ -49,15 +49,16 @@ def losses_after(model: nn.Module, row: torch.Tensor, cache: object, *, rows: in
 
 def _losses(model: nn.Module, hidden: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     """Of tokens [N], from the decoder's states [N, width] that foretell them."""
-    head = model.get_output_embeddings()
-    softcap = getattr(model.config, "final_logit_softcapping", None)
-    losses = []
-    for rows, targets in zip(hidden.split(ROWS_AT_ONCE), tokens.split(ROWS_AT_ONCE), strict=True):
-        logits = head(rows).float()
-        if softcap:
-            logits = softcap * torch.tanh(logits / softcap)
-        losses.append(cross_entropy(logits, targets, reduction="none"))
+    losses = [cross_entropy(logits_of(model, rows), targets, reduction="none")
+              for rows, targets in zip(hidden.split(ROWS_AT_ONCE), tokens.split(ROWS_AT_ONCE), strict=True)]
     return torch.cat(losses).double()
+
+
+def logits_of(model: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+    """Float32 [N, vocabulary] of the decoder's states [N, width], soft-capped where the model is."""
+    logits = model.get_output_embeddings()(hidden).float()
+    softcap = getattr(model.config, "final_logit_softcapping", None)
+    return softcap * torch.tanh(logits / softcap) if softcap else logits
 
 
 @dataclass(frozen=True, kw_only=True)

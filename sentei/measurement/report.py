@@ -46,8 +46,8 @@ def write_report(out: Path, result: dict, details: dict) -> Path:
 
 def render(result: dict, details: dict) -> str:
     """The report as HTML text; arguments as for `write_report`."""
-    sections = (_comparison(result, details), _tried(result, details), _slack(details), _plan(result, details),
-                _method(result, details), _repeat(details))
+    sections = (_comparison(result, details), _healing(result), _tried(result, details), _slack(details),
+                _plan(result, details), _method(result, details), _repeat(details))
     return fill(
         title=escape(visible(f"{result['model']}, pruned by sentei")),
         state="met" if details["met"] else "unmet",
@@ -132,9 +132,26 @@ def _comparison(result: dict, details: dict) -> str:
     caption = f"Every timed run{run}, taking turns ({counts}); upright strokes are medians."
     figure = f"<figure>{strip}<figcaption>{caption}</figcaption></figure>" if strip else ""
     return _section("Dense against pruned",
-                    "Same weights, same tokens, same threads. Dense is the attention of transformers itself (scaled "
-                    f"dot product){' with its own cache' if decodes else ''}. Small print: intervals.",
+                    f"{'Healed' if _is_healed(result) else 'Same'} weights, same tokens, same threads. Dense is the "
+                    "attention of transformers itself (scaled dot product)"
+                    f"{' with its own cache' if decodes else ''}. Small print: intervals.",
                     f'<div class="pair even"><div>{table}</div>{figure}</div>')
+
+
+def _healing(result: dict) -> str:
+    """What each minute of healing bought, where the plan was to be healed."""
+    healed = result.get("healed")
+    if healed is None:
+        return ""
+    outcome = ("Kept: its quality on the text for checking the bound was "
+               f"{percent(healed['quality_unhealed'])} before.") if healed["kept"] else \
+        f"Not kept, all else is of the unhealed model: {_words(healed['reason'], None)}."
+    rows = [_row(_number(row["minutes"], ".2f"), f"{row['step']:,}", f"{row['tokens']:,}",
+                 _number(row["perplexity"], ",.4g"), percent(row["quality"])) for row in healed["table"]]
+    table = _table(("minutes", "steps", "tokens", "perplexity", "quality"), rows) if rows else ""
+    return _section("What healing bought", f"{_number(healed['minutes'], 'g')} minutes by the clock to say what the "
+                    "dense model says, on text that nothing is judged on; measured where plans were chosen. "
+                    + outcome.replace(" %", "&nbsp;%"), table)
 
 
 def _tried(result: dict, details: dict) -> str:
@@ -229,6 +246,10 @@ def _held_out(details: dict, plan: str) -> str:
     ending = "th" if attempts % 100 in (11, 12, 13) else {1: "st", 2: "nd", 3: "rd"}.get(attempts % 10, "th")
     return (f"held-out text (the {attempts}{ending} plan judged on this text; "
             f"{attempts - 1} before it did not meet the goal)")
+
+
+def _is_healed(result: dict) -> bool:
+    return "healed" in result and result["healed"]["kept"]
 
 
 def _decodes(result: dict) -> bool:

@@ -102,15 +102,46 @@ def windows_of(tokenizer, text: str, *, length: int, needed: dict[str, int], wis
         length: tokens of a window, the first token included.
         wished: more windows of a use, as many as the text has beside those needed.
     """
-    tokens = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    for use, count in (wished or {}).items():
-        spare = max(0, len(tokens) // max(length, 1) - sum(needed.values()))
-        needed = {**needed, use: needed[use] + min(count, spare)}
+    tokens, first = _encoded(tokenizer, text)
+    cuts = cut(tokens, length=length - len(first), needed=_granted(len(tokens), length, needed, wished))
+    return {use: _led(rows, first) for use, rows in cuts.items()}
+
+
+def spare_of(tokenizer, text: str, *, length: int, needed: dict[str, int], wished: dict[str, int] | None = None,
+             size: int) -> torch.LongTensor:
+    """What `windows_of` leaves of the text, int64 [n, size]: windows that share no token with those or one another.
+
+    Args:
+        size: tokens of a window; the others are as for `windows_of`.
+    """
+    tokens, first = _encoded(tokenizer, text)
+    length, own = length - len(first), size - len(first)
+    needed = _granted(len(tokens), length + len(first), needed, wished)
+    starts = sorted(start for _, start in _places(len(tokens), length, needed))
+    gaps = zip([0, *(start + length for start in starts)], [*starts, len(tokens)], strict=True)
+    rows = [torch.tensor(tokens[start:start + own], dtype=torch.int64)
+            for begin, end in gaps for start in range(begin, end - own + 1, own)]
+    return _led(torch.stack(rows) if rows else torch.empty((0, own), dtype=torch.int64), first)
+
+
+def _encoded(tokenizer, text: str) -> tuple[list[int], list[int]]:
+    """The tokens of a text, and the first token of the model's own, if it has one."""
     first = tokenizer("")["input_ids"][:1]
-    if not first or first[0] != tokenizer.bos_token_id:
-        return cut(tokens, length=length, needed=needed)
-    cuts = cut(tokens, length=length - 1, needed=needed)
-    return {use: torch.cat([torch.full((len(rows), 1), first[0]), rows], 1) for use, rows in cuts.items()}
+    return (tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"],
+            first if first and first[0] == tokenizer.bos_token_id else [])
+
+
+def _granted(tokens: int, length: int, needed: dict[str, int], wished: dict[str, int] | None) -> dict[str, int]:
+    """The windows needed, and of those wished as many as there are tokens for."""
+    for use, count in (wished or {}).items():
+        spare = max(0, tokens // max(length, 1) - sum(needed.values()))
+        needed = {**needed, use: needed[use] + min(count, spare)}
+    return needed
+
+
+def _led(rows: torch.Tensor, first: list[int]) -> torch.Tensor:
+    """Rows with the model's own first token before them."""
+    return torch.cat([torch.tensor(first, dtype=torch.int64).expand(len(rows), -1), rows], 1) if first else rows
 
 
 def cut(tokens: Sequence[int], *, length: int, needed: dict[str, int]) -> dict[str, torch.LongTensor]:
@@ -138,13 +169,17 @@ def cut(tokens: Sequence[int], *, length: int, needed: dict[str, int]) -> dict[s
             "--text", expected=f"at least {total * length:,} tokens ({total} windows of {length:,}), "
                                f"roughly {total * length * CHARACTERS_PER_TOKEN:,} characters",
             got=f"{len(tokens):,} tokens", do="give a longer text, or choose a shorter workload")
-    # Window j of n sits at (j + 1/2) / n of the text; sorting those places interleaves the uses.
-    order = sorted(((2 * j + 1) / (2 * count), rank, use)
-                   for rank, (use, count) in enumerate(needed.items()) for j in range(count))
     rows: dict[str, list[torch.Tensor]] = {use: [] for use in needed}
-    for place, (_, _, use) in enumerate(order):
-        # The last window ends with the text; floors of equal steps >= length keep the windows apart.
-        start = place * (len(tokens) - length) // max(total - 1, 1)
+    for use, start in _places(len(tokens), length, needed):
         rows[use].append(torch.tensor(list(tokens[start:start + length]), dtype=torch.int64))
     return {use: torch.stack(windows) if windows else torch.empty((0, length), dtype=torch.int64)
             for use, windows in rows.items()}
+
+
+def _places(tokens: int, length: int, needed: dict[str, int]) -> list[tuple[str, int]]:
+    """The use and the start of every window of a text, in the text's order."""
+    # Window j of n sits at (j + 1/2) / n of the text; sorting those places interleaves the uses.
+    order = sorted(((2 * j + 1) / (2 * count), rank, use)
+                   for rank, (use, count) in enumerate(needed.items()) for j in range(count))
+    # The last window ends with the text; floors of equal steps >= length keep the windows apart.
+    return [(use, place * (tokens - length) // max(len(order) - 1, 1)) for place, (_, _, use) in enumerate(order)]

@@ -210,7 +210,7 @@ class Windows:
     def batch(self, step: int, size: int) -> torch.Tensor:
         """The windows of a step, int64 [size, context + 1]; each is read once an epoch."""
         number = len(self.places)
-        return self._read([self.places[_order(number, self.seed, n // number)[n % number]]
+        return self._read([self.places[order(number, self.seed, n // number)[n % number]]
                            for n in range(step * size, (step + 1) * size)])
 
     def held_out(self) -> torch.Tensor:
@@ -222,7 +222,7 @@ class Windows:
 
 
 @lru_cache(maxsize=2)
-def _order(number: int, seed: int, epoch: int) -> torch.Tensor:
+def order(number: int, seed: int, epoch: int) -> torch.Tensor:
     """The permutation of one epoch."""
     return torch.randperm(number, generator=torch.Generator().manual_seed(mixed(seed, epoch)))
 

@@ -66,9 +66,12 @@ class Optimizer:
 
     def rate_at(self, step: int, steps: int) -> float:
         """The learning rate of step 0 … steps - 1."""
+        return self.rate_after(step, (step - self.warmup) / max(steps - self.warmup, 1))
+
+    def rate_after(self, step: int, done: float) -> float:
+        """The learning rate of a step when this share of the way down, 0 to 1, is done."""
         if step < self.warmup:
             return self.rate * (step + 1) / self.warmup
-        done = (step - self.warmup) / max(steps - self.warmup, 1)
         return self.rate * (self.final + (1 - self.final) * (1 + math.cos(math.pi * done)) / 2)
 
 
@@ -126,7 +129,7 @@ def train(model: nn.Module, windows: Windows, config: Config, out: Path, *, job:
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        run = _Run(model, windows, config, out, job, terms, world)
+        run = Run(model, windows, config, out, job, terms, world)
         first, start = run.resume(), time.perf_counter()
         for number in range(first, config.steps):
             step(f"loss {run.advance(number):.4f}")
@@ -135,8 +138,8 @@ def train(model: nn.Module, windows: Windows, config: Config, out: Path, *, job:
                 "seconds": time.perf_counter() - start}
 
 
-class _Run:
-    """The state of one run."""
+class Run:
+    """The state of one run; arguments as for `train`. What is trained are the parameters that want a gradient."""
 
     def __init__(self, model, windows, config, out, job, terms, world=None):
         self.model, self.windows, self.config, self.out = model, windows, config, out
@@ -171,8 +174,18 @@ class _Run:
 
     def advance(self, number: int) -> float:
         """Does step `number`, evaluates and saves where it is time, and returns the loss."""
-        config, done = self.config, number + 1
-        rate = config.optimizer.rate_at(number, config.steps)
+        row, done = self.step(number), number + 1
+        last = done == self.config.steps
+        if last or done % self.config.evaluate == 0:
+            row["held_out"] = self.evaluate()
+        self.tell(row)
+        if last or done % self.config.save == 0:
+            self.world.save(self.out, done, self.state(), {"job": self.job})
+        return row["loss"]
+
+    def step(self, number: int) -> dict:
+        """Does step `number`, and returns its line of the metrics."""
+        config, done, rate = self.config, number + 1, self.rate(number)
         for group in self.adam.param_groups:
             group["lr"] = rate
         loss, added = self.gradients(number)
@@ -190,13 +203,11 @@ class _Run:
         row = {"step": done, "loss": loss, "added": added, "norm": norm, "rate": rate}
         for term in self.balanced:
             row |= term.numbers()
-        last = done == config.steps
-        if last or done % config.evaluate == 0:
-            row["held_out"] = self.evaluate()
-        self.tell(row)
-        if last or done % config.save == 0:
-            self.world.save(self.out, done, self.state(), {"job": self.job})
-        return loss
+        return row
+
+    def rate(self, number: int) -> float:
+        """The learning rate of step `number`."""
+        return self.config.optimizer.rate_at(number, self.config.steps)
 
     def gradients(self, number: int) -> tuple[float, float]:
         """Adds up the gradients of a step's passes; their mean loss, and the mean of what the terms added."""
@@ -258,10 +269,12 @@ class _Run:
 
     def state(self) -> dict[str, torch.Tensor]:
         """Everything the next step depends on, by name."""
-        moments = {f"optimizer.{name}.{key}": value for name, parameter in self.named.items()
-                   for key, value in self.adam.state[parameter].items()}
-        weights = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
-        return {**weights, **moments}
+        return {**{f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}, **self.moments()}
+
+    def moments(self) -> dict[str, torch.Tensor]:
+        """The optimizer's part of `state`."""
+        return {f"optimizer.{name}.{key}": value for name, parameter in self.named.items()
+                for key, value in self.adam.state[parameter].items()}
 
     def load(self, found: checkpoints.Checkpoint) -> None:
         """Puts a checkpoint's tensors in their places, if they are exactly those."""

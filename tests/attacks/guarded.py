@@ -62,8 +62,11 @@ def memory() -> tuple[int, int]:
 
 def attempt(open_door, path: Path, folder: Path, out: int) -> None:
     """Opens `path` in this process, tells on `out` how it ended and ends the process."""
+    import torch
+
     from sentei.cli import Ending
 
+    torch.set_num_threads(1)  # makes torch's pool anew after the fork; left to threads that load, they race for it
     seen: list[str] = []
     words = io.StringIO()
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins again

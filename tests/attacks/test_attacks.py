@@ -48,7 +48,6 @@ def check(cases: list[dict]) -> None:
         assert {case["kind"] for case in cases if case["door"] == door} == {"attack", "twin"}, door
 
 
-@pytest.mark.slow
 def test_some_attacks_are_refused_and_their_twins_are_not(tmp_path):
     cases = results(tmp_path, "--some")
     check(cases)

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch._dynamo.exc import BackendCompilerFailed
 
-from sentei.benches import attention, decode, layers, linear, memory, topk
+from sentei.benches import attention, cold, decode, layers, linear, memory, topk
 from sentei.benches import table as benches
 from sentei.benches.attention import Case
-from sentei.core.errors import SenteiError
+from sentei.core.errors import ResourceError, SenteiError
 from sentei.measurement.latency import Comparison, measured
 
 KEYS = {"bench", "case", "peer", "ours_s", "peer_s", "ratio", "machine", "low", "high"}
@@ -152,9 +152,8 @@ SMALL = {
 def test_every_bench_has_rows_of_the_same_keys(bench, monkeypatch):
     module, cases = SMALL[bench]
     monkeypatch.setattr(module, "CASES", {"small": cases})
-    if bench == "linear":
-        monkeypatch.setattr(linear, "COLD", 1 << 20)
-        monkeypatch.setattr(linear, "TURN", 1 << 16)
+    monkeypatch.setattr(cold, "size", lambda: 1 << 20)
+    monkeypatch.setattr(linear, "TURN", 1 << 16)
     found = list(benches.rows(bench, [], 2, lambda reason: None))
     assert {row["case"] for row in found} == {str(case) for case in cases}
     for row in found:
@@ -162,7 +161,7 @@ def test_every_bench_has_rows_of_the_same_keys(bench, monkeypatch):
         assert 0 < row["ours_s"] < 5 and 0 < row["peer_s"] < 5 and row["low"] <= row["ratio"] <= row["high"]
 
 
-WRONG = {"topk": "attend_topk", "linear": "linear", "decode": "scaled_dot_product_attention"}
+WRONG = {"topk": "attend_topk", "linear": "torch_linear", "decode": "scaled_dot_product_attention"}
 
 
 @pytest.mark.parametrize("bench", SMALL)
@@ -175,6 +174,7 @@ def test_no_bench_has_a_ratio_where_the_outputs_differ(bench, monkeypatch):
         return (made[0] * 1.5, *made[1:]) if isinstance(made, tuple) else made * 1.5
 
     monkeypatch.setattr(module, "CASES", {"small": cases})
+    monkeypatch.setattr(cold, "size", lambda: 1 << 20)
     monkeypatch.setattr(module, WRONG[bench], wrong)
     with pytest.raises(AssertionError, match="differ|not close"):
         list(benches.rows(bench, [], 1, lambda reason: None))
@@ -202,7 +202,51 @@ def test_bandwidth_is_the_time_of_reading_by_ours(monkeypatch):
     case = linear.Case(64, 96, 1, torch.float32)
     monkeypatch.setattr(linear, "CASES", {"small": [case]})
     monkeypatch.setattr(linear, "turns", lambda *given: {"ours": [2e-6, 4e-6, 4e-6], "torch": [6e-6, 8e-6, 6e-6],
-                                                         "read": [1e-6, 1e-6, 3e-6]})
+                                                         "read": [1e-6, 1e-6, 3e-6], "call": [2e-6, 3e-6, 3e-6]})
     row, = benches.rows("linear", [], 3, print)
-    assert (row["bandwidth"], row["ratio"]) == (0.5, 2.0)
+    assert (row["bandwidth"], row["a_call"], row["ratio"]) == (0.5, 0.75, 2.0)
     assert row["gb_s"] == pytest.approx(64 * 96 * 4 / 1e9 / 1e-6)
+
+
+def test_a_weight_is_cold_when_its_turn_comes_again(monkeypatch):
+    """Every copy is used before one is used twice, and reading goes over the copies themselves."""
+    case, used = linear.Case(64, 96, 1, torch.bfloat16), []
+    monkeypatch.setattr(cold, "size", lambda: 20 * case.bytes)
+    monkeypatch.setattr(linear, "TURN", 2 * case.bytes)
+    for name in ("ours", "torch_linear"):
+        own = getattr(linear, name)
+        monkeypatch.setattr(linear, name, lambda x, weight, own=own: used.append(weight.data_ptr()) or own(x, weight))
+    read = cold.read
+    monkeypatch.setattr(cold, "read", lambda memory: used.extend(
+        range(memory.data_ptr(), memory.data_ptr() + memory.nbytes, case.bytes)) or read(memory))
+    with torch.no_grad():
+        seconds = linear.turns(case, 4)
+    assert {name: len(found) for name, found in seconds.items()} == {"ours": 4, "torch": 4, "call": 4, "read": 4}
+    used = used[2:]  # that of the comparison
+    assert len(used) == 5 * 4 * 2
+    for first in range(0, len(used), 20):
+        assert len(set(used[first:first + 20])) == 20
+
+
+@pytest.mark.parametrize(("caches", "memory", "expected"), [
+    ({"L1": 48 << 10, "L3": 260 << 20}, 1 << 40, 1040 << 20), ({"L2": 1 << 20}, 1 << 40, 256 << 20),
+    ({}, 1 << 30, 256 << 20), ({}, (1 << 30) - 4096, None), ({"L3": 260 << 20}, 4 << 30, None)], ids=str)
+def test_cold_memory_is_four_times_the_largest_cache_or_there_is_no_bench(caches, memory, expected, monkeypatch):
+    monkeypatch.setattr(cold, "cache_sizes", lambda: caches)
+    monkeypatch.setattr(cold.os, "sysconf", {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": memory // 4096}.get)
+    if expected:
+        assert cold.size() == expected
+    else:
+        with pytest.raises(ResourceError, match="bench: expected .* MiB of memory, 16 times"):
+            cold.size()
+
+
+def test_reading_reads_all_but_the_last_few_bytes(monkeypatch):
+    counts = []
+    monkeypatch.setattr(cold.native, "load", lambda: SimpleNamespace(
+        sentei_read=lambda at, count, *rest: counts.append((at.value, count.value)) or len(counts) - 1))
+    memory = torch.ones(3, 200, dtype=torch.bfloat16)
+    cold.read(memory)
+    assert counts == [(memory.data_ptr(), 256)]
+    with pytest.raises(ResourceError, match="bench: expected memory"):
+        cold.read(memory)

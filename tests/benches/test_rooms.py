@@ -5,7 +5,7 @@ import importlib.util
 import pytest
 import torch
 
-from sentei.benches import depth, experts, heads, lora, rooms, soft
+from sentei.benches import cold, depth, experts, heads, lora, rooms, soft
 from sentei.benches import table as benches
 from sentei.measurement.latency import Comparison
 
@@ -40,8 +40,7 @@ def small(request, monkeypatch) -> str:
     for other in rooms.PARTS:
         if other is not module:
             monkeypatch.setattr(other, "CASES", {})
-    for cold in (experts, heads):
-        monkeypatch.setattr(cold, "COLD", 1 << 18)
+    monkeypatch.setattr(cold, "size", lambda: 1 << 18)
     monkeypatch.setattr(lora, "SIZES", lora.SIZES | {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48,
                                                      "num_hidden_layers": 1, "num_attention_heads": 2,
                                                      "num_key_value_heads": 1})

@@ -1,5 +1,7 @@
 """Every implementation of `route` through a `Stack`, and what the native one must leave alone."""
 
+import ctypes
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -252,3 +254,36 @@ def test_tokens_of_another_width_than_the_experts_are_refused(impl, width, token
     ids, weights = torch.zeros(tokens, 1, dtype=torch.int64), torch.ones(tokens, 1)
     with pytest.raises(ShapeError, match="as wide as the experts"):
         route(torch.ones(tokens, width), ids, weights, stack, impl=impl)
+
+
+@needs_library
+def test_room_goes_to_the_next_call_and_what_it_holds_does_not_count():
+    count = fused_cpp.MANY
+    room = fused_cpp._room(count)
+    where = room.fill_(float("nan")).data_ptr()
+    assert fused_cpp._room(count).data_ptr() != where, "two hold one room"
+    del room
+    assert fused_cpp._room(count).data_ptr() == where
+    for dtype in (torch.float32, HALF):
+        case = drawn(700, 3, 2, 97, 200, 300, dtype=dtype)
+        spoil()
+        check("fused_cpp", *case)
+
+
+def spoil():
+    """Every room that waits is full of what no answer has."""
+    held = []
+    for size in range(16, 24):
+        for _ in range(4):
+            held.append(fused_cpp._room(1 << size).fill_(float("nan")))
+            held.append(fused_cpp._room((3 << size) // 2).fill_(float("nan")))
+
+
+@needs_library
+def test_room_is_not_kept_without_end():
+    rooms = [fused_cpp._room(1 << 22) for _ in range(40)]  # 640 MiB, never touched
+    kept = native.load().sentei_route_kept
+    kept.restype = ctypes.c_int64
+    before = kept()
+    del rooms
+    assert before < kept() <= 256 << 20

@@ -116,7 +116,7 @@ def test_killed_after_any_step_it_goes_on_bit_for_bit(whole, tmp_path, monkeypat
             raise Killed
 
     if last == 0:
-        monkeypatch.setattr(loop._Run, "advance", lambda *_: (_ for _ in ()).throw(Killed()))
+        monkeypatch.setattr(loop.Run, "advance", lambda *_: (_ for _ in ()).throw(Killed()))
     with pytest.raises(Killed):
         started(out, step=kill)
     monkeypatch.undo()

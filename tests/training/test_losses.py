@@ -15,7 +15,7 @@ from sentei.core.tracing import trace
 from sentei.model import Config as Shape
 from sentei.model import Routed, Transformer
 from sentei.training.data import Bytes, Windows, prepare
-from sentei.training.loop import METRICS, Config, _Run, read_metrics, train
+from sentei.training.loop import METRICS, Config, Run, read_metrics, train
 from sentei.training.losses import Balanced, Weights, next_token, of_rooms
 
 ROOMS = {"switch": Room(rule=TopK(1), gate=Softmax(), unit=8),
@@ -49,10 +49,10 @@ def windows(tmp_path_factory):
     return Windows(prepare([TEXT], Bytes(), tmp_path_factory.mktemp("text")), context=16, held_out=3, seed=0)
 
 
-def run_of(windows, tmp_path, kind, weights, batch=8, accumulate=1) -> tuple[_Run, Balanced]:
+def run_of(windows, tmp_path, kind, weights, batch=8, accumulate=1) -> tuple[Run, Balanced]:
     term = Balanced(weights)
     config = Config(steps=4, batch=batch, accumulate=accumulate)
-    return _Run(model_of(kind), windows, config, tmp_path, {}, [of_rooms, term]), term
+    return Run(model_of(kind), windows, config, tmp_path, {}, [of_rooms, term]), term
 
 
 @pytest.mark.parametrize("weights", [ALL, LINEAR], ids=["all", "linear"])

@@ -14,7 +14,7 @@ from sentei.model import Config as Shape
 from sentei.model import Transformer
 from sentei.training.data import Bytes, Windows, prepare
 from sentei.training.job import load_model, run
-from sentei.training.loop import Config, _Run
+from sentei.training.loop import Config, Run
 from sentei.training.losses import next_token, of_predictors
 
 TEXT = " ".join(f"{number} squared is {number * number}." for number in range(400))
@@ -77,7 +77,7 @@ def test_without_something_to_teach_it_adds_nothing(windows):
 def test_a_batch_is_its_parts(windows, tmp_path):
     seen = []
     for batch, accumulate in ((8, 1), (2, 4)):
-        state = _Run(model_of(), windows, Config(steps=2, batch=batch, accumulate=accumulate), tmp_path, {},
+        state = Run(model_of(), windows, Config(steps=2, batch=batch, accumulate=accumulate), tmp_path, {},
                      [of_predictors])
         seen.append((state.gradients(0)[1], [room.predictor.weight.grad for room in state.model.blocks]))
     assert seen[0][0] == pytest.approx(seen[1][0], rel=1e-12)

@@ -32,9 +32,8 @@ struct Heads {
   float epsilon, shift;                     // as in Norm
 };
 
-constexpr int64_t kNear = 20000;       // bytes of weight rows read at once that are little enough to prefetch the next
-constexpr int64_t kFar = 8192;         // how many bytes ahead then; in longer rows
-constexpr int64_t kAhead = 1024;       //   the processor sees them coming itself
+constexpr int64_t kAhead = 1024;  // bytes ahead at which each row of weights is prefetched; at its end, a later row
+constexpr int kLevel = 2;         // to which cache: the second holds more requests on their way than the first
 
 // Keeps a vector in its register, where the compiler would load it again for each product.
 template <class Vec>
@@ -65,17 +64,18 @@ INLINE void outputs(const Linear& p, const float* inputs, int64_t first) {
         for (int k = 0; k < K; ++k) sum[r][k] += part[half][k] * x;
       }
   };
-  // Short rows are prefetched in the order in which they lie in memory, long ones each for itself.
-  constexpr int64_t size = sizeof(Number), lines = (K * 2 * L * size + 63) / 64;
-  const bool near = K * p.weight_stride * size < kNear;
-  const char* next = reinterpret_cast<const char*>(weight) + (near ? kFar : kAhead);
-  const int64_t pace = near ? K * size : size, apart = near ? 64 : p.weight_stride * size;
+  // What is prefetched beyond the end of a row belongs to the rows that come after these K.
+  constexpr int64_t size = sizeof(Number), line = 64, step = 2 * L * size;
+  const int64_t row = p.weight_stride * size, turn = p.width * size - kAhead;
+  const char* ahead = reinterpret_cast<const char*>(weight) + kAhead;
   const int64_t whole = p.width / (2 * L) * (2 * L);
   for (int64_t j = 0; j < whole; j += 2 * L) {
+    const char* next = ahead + j * size + (j * size < turn ? 0 : (K - 1) * row);
 #pragma GCC unroll 8
     for (int k = 0; k < K; ++k) {
       from[k] = weight + k * p.weight_stride + j;
-      if (k < lines || !near) __builtin_prefetch(next + j * pace + k * apart);
+#pragma GCC unroll 2
+      for (int64_t at = 0; at < step; at += line) __builtin_prefetch(next + k * row + at, 0, kLevel);
     }
     add(j);
   }
@@ -102,10 +102,10 @@ INLINE void outputs(const Linear& p, const float* inputs, int64_t first) {
     }
 }
 
-// Outputs first … last - 1; as many at once as the registers hold sums of.
+// Outputs first … last - 1; as many at once as the registers hold sums of: an input is then read once for all of them.
 template <class Kind, int L, int R>
 INLINE void run(const Linear& p, const float* inputs, int64_t first, int64_t last) {
-  constexpr int K = R <= 2 ? 4 : R <= 4 ? 2 : 1;
+  constexpr int K = L == 16 ? (R <= 5 ? 4 : 3) : R <= 2 ? 4 : R <= 4 ? 2 : 1;
   for (; first + K <= last; first += K) outputs<Kind, L, R, K>(p, inputs, first);
   for (; first < last; ++first) outputs<Kind, L, R, 1>(p, inputs, first);
 }
@@ -137,6 +137,51 @@ INLINE void run_bfloat16(const Linear& p, const float* inputs, int64_t first, in
 }
 ON_EVERY_MACHINE(run_bfloat16, (const Linear& p, const float* inputs, int64_t first, int64_t last),
                  (p, inputs, first, last))
+
+// Inputs as `LaidOut` has them; the last dimension of the tensor is contiguous.
+template <class Kind, int L>
+INLINE void lay(const void* input, int64_t rows, int64_t width, int64_t stride, float* to) {
+  using Number = typename Kind::Number;
+  typename Simd<L>::Vec one, two;
+  for (int64_t r = 0; r < rows; ++r) {
+    const auto* from = static_cast<const Number*>(input) + r * stride;
+    auto put = [&](const Number* numbers, int64_t at) INLINE_LAMBDA {
+      Kind::template load<L>(numbers, one, two);
+      Simd<L>::store(to + at * rows + 2 * r * L, one);
+      Simd<L>::store(to + at * rows + (2 * r + 1) * L, two);
+    };
+    const int64_t whole = width / (2 * L) * (2 * L);
+    for (int64_t j = 0; j < whole; j += 2 * L) put(from + j, j);
+    if (whole == width) continue;
+    Number rest[2 * L]{};
+    std::copy(from + whole, from + width, rest);
+    put(rest, whole);
+  }
+}
+
+template <int L>
+INLINE void lay_float32(const void* input, int64_t rows, int64_t width, int64_t stride, float* to) {
+  lay<Float32, L>(input, rows, width, stride, to);
+}
+ON_EVERY_MACHINE(lay_float32, (const void* input, int64_t rows, int64_t width, int64_t stride, float* to),
+                 (input, rows, width, stride, to))
+
+template <int L>
+INLINE void lay_bfloat16(const void* input, int64_t rows, int64_t width, int64_t stride, float* to) {
+  lay<BFloat16, L>(input, rows, width, stride, to);
+}
+ON_EVERY_MACHINE(lay_bfloat16, (const void* input, int64_t rows, int64_t width, int64_t stride, float* to),
+                 (input, rows, width, stride, to))
+
+// The inputs of a call, laid out with the instructions of a machine.
+template <class Kind>
+Zeros laid(const void* input, int64_t rows, int64_t width, int64_t stride, int machine) {
+  const int64_t step = 8 << machine;
+  Zeros to((width + step - 1) / step * step * rows);
+  const auto lay_on = sizeof(typename Kind::Number) == 2 ? lay_bfloat16_on : lay_float32_on;
+  lay_on[machine](input, rows, width, stride, to.data());
+  return to;
+}
 
 // gate becomes act(gate) · up, where act(g) = g / (1 + 2^t): silu with t = -g log2(e), and gelu by tanh, because
 // (1 + tanh u) / 2 = 1 / (1 + e^(-2u)).
@@ -220,7 +265,7 @@ void in_pieces(int64_t outputs, int64_t bytes, int64_t threads, Work work) {
 
 template <class Kind, class Run>
 void linear(const Linear& p, Run run, int64_t threads, int machine) {
-  const auto inputs = laid_out<Kind>(p.input, p.rows, p.width, p.input_stride, 4 << machine);
+  const auto inputs = laid<Kind>(p.input, p.rows, p.width, p.input_stride, machine);
   in_pieces(p.outputs, p.width * int64_t(sizeof(typename Kind::Number)), threads, [&](int64_t first, int64_t last) {
     run(p, inputs.data(), first, last);
   });
@@ -229,11 +274,10 @@ void linear(const Linear& p, Run run, int64_t threads, int machine) {
 // What is between the products stays in fp32, whatever the dtype.
 template <class Kind, class Run>
 void gated(const Gated& p, Run run, int64_t threads, int machine) {
-  const int lanes = 4 << machine;
   const int64_t size = sizeof(typename Kind::Number);
-  const auto inputs = laid_out<Kind>(p.input, p.rows, p.width, p.width, lanes);
+  const auto inputs = laid<Kind>(p.input, p.rows, p.width, p.width, machine);
   Zeros gates(p.rows * p.hidden), ups(p.rows * p.hidden);
-  LaidOut<Kind> hidden(p.rows, p.hidden, lanes);
+  LaidOut<Kind> hidden(p.rows, p.hidden, 4 << machine);
   const Linear gate{nullptr, p.gate, p.gate_bias, nullptr, gates.data(), p.rows, p.width, p.hidden, 0, p.width};
   const Linear up{nullptr, p.up, p.up_bias, nullptr, ups.data(), p.rows, p.width, p.hidden, 0, p.width};
   const Linear down{nullptr, p.down, p.down_bias, p.output, nullptr, p.rows, p.hidden, p.outputs, 0, p.hidden};
@@ -273,7 +317,7 @@ void turn(const Heads& p, const void* norm, int64_t row, float* x, typename Kind
 template <class Kind, class Run>
 void heads(const Heads& p, Run run, int64_t threads, int machine) {
   using Number = typename Kind::Number;
-  const auto inputs = laid_out<Kind>(p.input, p.rows, p.width, p.width, 4 << machine);
+  const auto inputs = laid<Kind>(p.input, p.rows, p.width, p.width, machine);
   const int64_t total = p.outputs[0] + p.outputs[1] + p.outputs[2];
   Zeros wide(p.rows * total);
   Linear part[3];

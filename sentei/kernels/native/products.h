@@ -1,7 +1,8 @@
 // Products of blocks, and what goes before and after them in a mixture of feed-forward networks. Tokens stand in vectors
 // and weights are read as they lie: no weight is ever laid out anew.
 //
-// A panel is as many tokens (or columns) as the micro-kernel takes at once: numbers [depth][panel], beside each other.
+// A panel is as many tokens (or columns) as the micro-kernel takes at once: numbers [depth][panel], beside each other. A
+// strip is kStrip lines: numbers [depth][kStrip].
 #pragma once
 
 #include "call.h"
@@ -10,8 +11,20 @@ namespace {
 
 enum Activation { kSilu = 0, kGeluTanh = 1, kRelu = 2, kIdentity = 3, kGelu = 4 };
 
-constexpr int kLines = 96, kDepth = 256, kTokens = 256;    // of a block: what the caches hold
+constexpr int kLines = 96, kDepth = 256, kTokens = 512;    // of a block, at most: what the caches hold
 constexpr int kLine = kDepth + 16, kToken = kTokens + 16;  // from one line to the next: no power of two
+constexpr int kStripLines = 12;                            // what lines are rounded up to
+constexpr int kAhead = kCacheLine / sizeof(float);
+
+// The micro-kernel: a panel of kDepth is no more than half of the first cache, and its accumulators fill the registers.
+template <int L>
+struct Micro {
+  static constexpr int lines = L == 16 ? kStripLines : kRows, vectors = (L == 16 ? 32 : kColumns) / L;
+  static constexpr int panel = vectors * L;
+};
+int panel_of(int set) { return set == 2 ? Micro<16>::panel : Micro<8>::panel; }
+int64_t tokens_of(int set) { return set == 2 ? kTokens : kTokens / 2; }  // of a block
+int round_lines(int lines) { return (lines + kStripLines - 1) / kStripLines * kStripLines; }
 
 // Rows of a tensor in the order of a list.
 struct Rows {
@@ -47,7 +60,7 @@ INLINE void* at(void* data, bool half, int64_t element) { return static_cast<cha
 // A panel of rows first … of `count` rows (zeros beyond), turned: [depth][panel]. `room` holds a panel x kDepth floats.
 template <int L>
 INLINE void turn_panel(const Rows& rows, int64_t first, int64_t count, int64_t depth, float* to, float* room) {
-  constexpr int panel = Simd<L>::kVectors * L;
+  constexpr int panel = Micro<L>::panel;
   const int lines = int(std::min<int64_t>(panel, count - first));
   if (lines < panel) std::fill(to, to + depth * panel, 0.0f);
   for (int64_t d = 0; d < depth; d += kDepth) {
@@ -63,7 +76,7 @@ ON_EVERY_MACHINE(turn_panel, (const Rows& rows, int64_t first, int64_t count, in
 // A panel of columns first … of `columns` (zeros beyond) of `count` rows: [row][panel].
 template <int L>
 INLINE void copy_panel(const Rows& rows, int64_t first, int64_t columns, int64_t count, float* to) {
-  constexpr int panel = Simd<L>::kVectors * L;
+  constexpr int panel = Micro<L>::panel;
   const int some = int(std::min<int64_t>(panel, columns - first));
   for (int64_t i = 0; i < count; ++i, to += panel) {
     widen_row(at(rows.data, rows.half, rows.order[i] * rows.stride + first), rows.half, some, to);
@@ -81,13 +94,21 @@ struct Left {
   enum { kAlong, kAcross, kPanels } how;  // depth contiguous; lines contiguous; panels [panel][stride][panel]
 };
 
-// Lines line … of `lines`, depths depth … of `depths`, to [lines][kLine], or across to [depths][kLines].
+// `count` numbers of a depth, which are of so many lines, to strips.
+INLINE void copy_across(const void* from, bool half, int count, float* to) {
+  int i = 0;
+  for (; i + kStripLines <= count; i += kStripLines, to += kDepth * kStripLines)
+    widen_row(at(from, half, i), half, kStripLines, to);
+  widen_row(at(from, half, i), half, count - i, to);
+}
+
+// Lines line … of `lines`, depths depth … of `depths`, to [lines][kLine], or across to strips, kDepth apart.
 template <int L>
 INLINE void copy_left(const Left& left, int64_t line, int lines, int64_t depth, int depths, float* to) {
-  constexpr int panel = Simd<L>::kVectors * L;
+  constexpr int panel = Micro<L>::panel;
   if (left.how == Left::kAcross) {
     for (int d = 0; d < depths; ++d)
-      widen_row(at(left.data, left.half, (depth + d) * left.stride + line), left.half, lines, to + d * kLines);
+      copy_across(at(left.data, left.half, (depth + d) * left.stride + line), left.half, lines, to + d * kStripLines);
     return;
   }
   for (int i = 0; i < lines; ++i) {
@@ -103,42 +124,56 @@ INLINE void copy_left(const Left& left, int64_t line, int lines, int64_t depth, 
 ON_EVERY_MACHINE(copy_left, (const Left& left, int64_t line, int lines, int64_t depth, int depths, float* to),
                  (left, line, lines, depth, depths, to))
 
-// C[6 x panel] = (add ? C : 0) + A B; number (r, d) of A stands at r · line + d · step.
+// C[lines x panel] = (add ? C : 0) + A B; number (r, d) of A stands at r · line + d · step. At `ahead` is what is read
+// soon: a cache line every four depths.
 template <int L, int line, int step>
-INLINE void tile(const float* a, const float* b, float* c, int depths, bool add) {
-  constexpr int V = Simd<L>::kVectors;
-  typename Simd<L>::Vec sum[kRows][V];
-#pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r)
+INLINE void tile(const float* a, const float* b, float* c, int depths, bool add, const float* ahead) {
+  constexpr int R = Micro<L>::lines, V = Micro<L>::vectors;
+  typename Simd<L>::Vec sum[R][V];
+#pragma GCC unroll 12
+  for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) sum[r][v] = add ? Simd<L>::load(c + r * kToken + v * L) : typename Simd<L>::Vec{};
-#pragma GCC unroll 4
-  for (int d = 0; d < depths; ++d, a += step, b += V * L) {
+  auto one_depth = [&]() INLINE_LAMBDA {
     typename Simd<L>::Vec row[V];
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) row[v] = Simd<L>::load(b + v * L);
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 12
+    for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
       for (int v = 0; v < V; ++v) sum[r][v] += a[r * line] * row[v];
+    a += step, b += V * L;
+  };
+  int d = 0;
+  for (; d + 4 <= depths; d += 4, ahead += kAhead) {
+    __builtin_prefetch(ahead, 0, 2);
+#pragma GCC unroll 4
+    for (int next = 0; next < 4; ++next) one_depth();
   }
-#pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r)
+  for (; d < depths; ++d) one_depth();
+#pragma GCC unroll 12
+  for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) Simd<L>::store(c + r * kToken + v * L, sum[r][v]);
 }
 
-// C[lines x columns] = (add ? C : 0) + A B, of a block of A and as many panels of B, which lie `apart`.
+// C[lines x columns] = (add ? C : 0) + A B, of a block of A and as many panels of B, which lie `apart`. While one panel
+// is multiplied the next one is fetched, or the first of the depths that follow: they come from far.
 template <int L>
 INLINE void multiply(const float* a, const float* b, int64_t apart, float* c, int lines, int columns, int depths,
                      bool across, bool add) {
-  constexpr int panel = Simd<L>::kVectors * L;
+  constexpr int panel = Micro<L>::panel;
+  const float* follows = b + depths * panel;
   for (int j = 0; j < columns; j += panel, b += apart)
-    for (int i = 0; i < lines; i += kRows)
+    for (int i = 0; i < lines; i += Micro<L>::lines) {
+      const int64_t part = int64_t(i) / Micro<L>::lines * (depths / 4) * kAhead;
+      const float* ahead = part < depths * panel ? (j + panel < columns ? b + apart : follows) + part : b;
       if (across)
-        tile<L, 1, kLines>(a + i, b, c + i * kToken + j, depths, add);
+        tile<L, 1, kStripLines>(a + i / kStripLines * kStripLines * kDepth + i % kStripLines, b, c + i * kToken + j,
+                                depths, add, ahead);
       else
-        tile<L, kLine, 1>(a + i * kLine, b, c + i * kToken + j, depths, add);
+        tile<L, kLine, 1>(a + i * kLine, b, c + i * kToken + j, depths, add, ahead);
+    }
 }
 ON_EVERY_MACHINE(multiply, (const float* a, const float* b, int64_t apart, float* c, int lines, int columns,
                             int depths, bool across, bool add),
@@ -223,9 +258,9 @@ ON_EVERY_MACHINE(activate_row, (float* products, const float* up, int64_t count,
 template <int L>
 INLINE void finish_up(const float* c, int lines, int columns, bool gated, int64_t kind, int64_t inner, float* acts,
                       float* saved) {
-  constexpr int panel = Simd<L>::kVectors * L;
+  constexpr int panel = Micro<L>::panel;
   const Activate<L> act{kind};
-  const float* gates = c + (lines + kRows - 1) / kRows * kRows * kToken;
+  const float* gates = c + round_lines(lines) * kToken;
   for (int j = 0; j < columns; j += panel, acts += inner * panel) {
     for (int i = 0; i < lines; ++i)
       for (int v = 0; v < panel; v += L) {
@@ -248,7 +283,7 @@ template <int L>
 INLINE void finish_slopes(const float* c, int lines, int columns, bool gated, int64_t kind, int64_t inner,
                           const float* saved, const float* weights, float* slopes, float* acts, float* sums) {
   using Vec = typename Simd<L>::Vec;
-  constexpr int panel = Simd<L>::kVectors * L;
+  constexpr int panel = Micro<L>::panel;
   const Activate<L> act{kind};
   const int64_t apart = (gated ? 2 : 1) * inner * panel;
   for (int j = 0; j < columns; j += panel, saved += apart, slopes += apart, acts += inner * panel)

@@ -1,6 +1,7 @@
 // Mixtures of feed-forward networks: the products of each expert with its own tokens, forward and backward.
 #include "products.h"
 #include "rows.h"
+#include "shelf.h"
 
 namespace {
 
@@ -24,23 +25,25 @@ struct RouteBackward {
   float* weights;                  // [T, K]
 };
 
+constexpr int64_t kBlock = kLines * std::max(kLine, kTokens);  // numbers of a left factor, or of a product
+
 // Each thread's own blocks, kept from one phase to the next.
 class Rooms {
  public:
   Rooms(int64_t threads, int64_t width) : rooms_(size_t(threads)), next_(0) {
-    for (Room& room : rooms_) room.row = floats(width);
+    for (Room& room : rooms_) room.row = Lent(width);
   }
   // Makes the blocks, which few rows have no use for.
   void prepare() {
     for (Room& room : rooms_) {
-      if (room.a) continue;
-      room.a = floats(kLines * kLine);
-      room.c = floats(kLines * kToken);
-      std::fill_n(room.a.get(), kLines * kLine, 0.0f);  // what is beyond a block is computed with, and left
+      if (room.a.get()) continue;
+      room.a = Lent(kBlock);
+      room.c = Lent(kLines * kToken);
+      std::fill_n(room.a.get(), kBlock, 0.0f);  // what is beyond a block is computed with, and left
     }
   }
   struct Room {
-    Floats a, c, row;  // a block of the left factor (and what is turned in one), of the product, and a row
+    Lent a, c, row;  // a block of the left factor (and what is turned in one), of the product, and a row
   };
   // work(i, room) for 0 … count - 1.
   template <class Work>
@@ -86,22 +89,14 @@ struct Share {
 // A block of a product: lines and columns of an expert's.
 struct Block {
   const Share* share;
-  int64_t line, column;
+  int64_t line, first, columns;
+  int lines;
 };
-
-std::vector<Block> blocks_of(const std::vector<Share>& wave, int64_t lines, int64_t line_step, int64_t columns) {
-  std::vector<Block> blocks;
-  for (const Share& share : wave)
-    for (int64_t line = 0; line < lines; line += line_step)
-      for (int64_t column = 0; column < (columns < 0 ? share.rows : columns); column += kTokens)
-        blocks.push_back({&share, line, column});
-  return blocks;
-}
 
 // Everything about a call that its phases share.
 struct Call {
   explicit Call(const Route& p)
-      : p(p), order(p), machine(set_of(p.machine)), panel(machine == 2 ? 64 : kColumns),
+      : p(p), order(p), machine(set_of(p.machine)), panel(panel_of(machine)),
         rooms(std::max<int64_t>(p.threads, 1), std::max(p.width, p.outputs)) {}
 
   // The product of a block of a left factor with panels: C[lines x columns] of the room.
@@ -114,6 +109,20 @@ struct Call {
       multiply_on[machine](room.a.get(), b + d * panel, apart, room.c.get() + below * kToken, lines,
                            int(columns), depths, across, add || d > 0);
     }
+  }
+
+  // The blocks of lines times so many columns, or each expert's rows (-1), of each of a wave; those of an expert are of
+  // about as many columns.
+  std::vector<Block> blocks(const std::vector<Share>& wave, int64_t lines, int64_t step, int64_t columns) const {
+    std::vector<Block> found;
+    for (const Share& share : wave) {
+      const int64_t all = columns < 0 ? share.rows : columns, parts = (all + tokens_of(machine) - 1) / tokens_of(machine);
+      const int64_t each = parts ? ((all + parts - 1) / parts + panel - 1) / panel * panel : 1;
+      for (int64_t line = 0; line < lines; line += step)
+        for (int64_t first = 0; first < all; first += each)
+          found.push_back({&share, line, first, std::min(each, all - first), int(std::min(step, lines - line))});
+    }
+    return found;
   }
 
   // Rows of the wave's experts, turned into panels.
@@ -187,8 +196,8 @@ class FewRows {
       begins_.push_back(rows);
       rows += share.rows;
     }
-    ups_ = floats(rows * p_.inner);
-    gates_ = floats(p_.gate ? rows * p_.inner : 0);
+    ups_ = Lent(rows * p_.inner);
+    gates_ = Lent(p_.gate ? rows * p_.inner : 0);
   }
 
   void run() {
@@ -253,7 +262,7 @@ class FewRows {
   const ProductOfRows product_;
   std::vector<LaidOut<Kind>> inputs_, hidden_;
   std::vector<int64_t> begins_;
-  Floats ups_, gates_;
+  Lent ups_, gates_;
 };
 
 // Many rows of each expert of a wave.
@@ -262,27 +271,24 @@ void many_rows(Call& call, const std::vector<Share>& wave, float* inputs, float*
   const int64_t panel = call.panel, inner = p.inner;
   call.turn(wave, {p.hidden, p.hidden_stride, call.half(), call.order.token.data()}, p.width, inputs);
   const int step = p.gate ? kLines / 2 : kLines;
-  const auto up_blocks = blocks_of(wave, inner, step, -1);
+  const auto up_blocks = call.blocks(wave, inner, step, -1);
   call.rooms.each(int64_t(up_blocks.size()), [&](int64_t i, Rooms::Room& room) {
-    const auto [share, line, first] = up_blocks[i];
-    const int lines = int(std::min<int64_t>(step, inner - line));
-    const int64_t columns = std::min<int64_t>(kTokens, share->rows - first), at_panel = share->panel + first / panel;
+    const auto [share, line, first, columns, lines] = up_blocks[i];
+    const int64_t at_panel = share->panel + first / panel;
     const float* b = inputs + at_panel * panel * p.width;
     call.product(room, call.left(p.up, p.up_stride, share->expert, false), line, lines, b, p.width * panel, columns,
                  p.width);
     if (p.gate)
       call.product(room, call.left(p.gate, p.gate_stride, share->expert, false), line, lines, b, p.width * panel,
-                   columns, p.width, (lines + kRows - 1) / kRows * kRows);
+                   columns, p.width, round_lines(lines));
     float* saved = p.saved ? p.saved + ((share->all_panel + first / panel) * inner * (p.gate ? 2 : 1) + line) * panel
                            : nullptr;
     finish_up_on[call.machine](room.c.get(), lines, int(columns), p.gate != nullptr, p.activation, inner,
                                acts + (at_panel * inner + line) * panel, saved);
   });
-  const auto down_blocks = blocks_of(wave, p.outputs, kLines, -1);
+  const auto down_blocks = call.blocks(wave, p.outputs, kLines, -1);
   call.rooms.each(int64_t(down_blocks.size()), [&](int64_t i, Rooms::Room& room) {
-    const auto [share, line, first] = down_blocks[i];
-    const int lines = int(std::min<int64_t>(kLines, p.outputs - line));
-    const int64_t columns = std::min<int64_t>(kTokens, share->rows - first);
+    const auto [share, line, first, columns, lines] = down_blocks[i];
     call.product(room, call.left(p.down, p.down_stride, share->expert, false), line, lines,
                  acts + (share->panel + first / panel) * panel * inner, inner * panel, columns, inner);
     turn_block_on[call.machine](room.c.get(), lines, int(columns), answers + (share->first + first) * p.outputs + line,
@@ -294,20 +300,20 @@ constexpr int64_t kFew = 8;  // rows, of which linear.cpp makes a product
 
 void forward(const Route& p) {
   Call call(p);
-  const Floats answers = floats(int64_t(call.order.token.size()) * p.outputs);
+  const Lent answers(int64_t(call.order.token.size()) * p.outputs);
   std::vector<Share> few;
   for (int64_t e = 0; e < p.experts; ++e)
     if (!p.saved && 0 < call.order.rows(e) && call.order.rows(e) <= kFew)
       few.push_back({e, call.order.start[e], call.order.rows(e), 0, 0});
   if (!few.empty() && call.half()) FewRows<BFloat16>(call, few, answers.get()).run();
   if (!few.empty() && !call.half()) FewRows<Float32>(call, few, answers.get()).run();
-  Floats inputs, acts;
+  Lent inputs, acts;
   int64_t room_for = 0;
   in_waves(call, p.saved ? 0 : kFew, (p.width + p.inner) * 4, [&](const std::vector<Share>& wave, int64_t panels) {
     if (panels > room_for) {
       room_for = panels;
-      inputs = floats(panels * call.panel * p.width);
-      acts = floats(panels * call.panel * p.inner);
+      inputs = Lent(panels * call.panel * p.width);
+      acts = Lent(panels * call.panel * p.inner);
     }
     many_rows(call, wave, inputs.get(), acts.get(), answers.get());
   });
@@ -327,19 +333,19 @@ struct BackwardRoom {
     if (panels <= panels_) return;
     panels_ = panels;
     const int64_t tokens = panels * panel, inner = p.inner, products = p.gate ? 2 * inner : inner;
-    turned = floats(tokens * p.outputs);
-    slopes = floats(tokens * products);
-    acts = floats(tokens * inner);
-    gradients = floats(tokens * ((p.outputs + panel - 1) / panel * panel));
-    inputs = floats(tokens * ((p.width + panel - 1) / panel * panel));
-    weights = floats(tokens);
-    sums = floats((inner + kLines - 1) / kLines * tokens);
+    turned = Lent(tokens * p.outputs);
+    slopes = Lent(tokens * products);
+    acts = Lent(tokens * inner);
+    gradients = Lent(tokens * ((p.outputs + panel - 1) / panel * panel));
+    inputs = Lent(tokens * ((p.width + panel - 1) / panel * panel));
+    weights = Lent(tokens);
+    sums = Lent((inner + kLines - 1) / kLines * tokens);
     tokens_ = tokens;
   }
-  Floats turned;             // the output's gradients in panels of tokens: [panel][O][panel]
-  Floats slopes, acts;       // gradients of gate's and up's products; weighed activations: [panel][2 F][panel]
-  Floats gradients, inputs;  // the output's gradients, and the tokens, in panels of columns: an expert's [O / panel][N]
-  Floats weights, sums;      // of a row; its weight's gradient, in parts: [F / kLines][tokens]
+  Lent turned;             // the output's gradients in panels of tokens: [panel][O][panel]
+  Lent slopes, acts;       // gradients of gate's and up's products; weighed activations: [panel][2 F][panel]
+  Lent gradients, inputs;  // the output's gradients, and the tokens, in panels of columns: an expert's [O / panel][N]
+  Lent weights, sums;      // of a row; its weight's gradient, in parts: [F / kLines][tokens]
   int64_t panels_ = 0, tokens_ = 0;
 };
 
@@ -365,11 +371,10 @@ void slopes_of(Call& call, const RouteBackward& q, const std::vector<Share>& wav
     std::fill_n(to, (share.rows + panel - 1) / panel * panel, 0.0f);
     for (int64_t i = 0; i < share.rows; ++i) to[i] = p.weights[call.order.pair[share.first + i]];
   }
-  const auto blocks = blocks_of(wave, inner, kLines, -1);
+  const auto blocks = call.blocks(wave, inner, kLines, -1);
   call.rooms.each(int64_t(blocks.size()), [&](int64_t i, Rooms::Room& room) {
-    const auto [share, line, first] = blocks[i];
-    const int lines = int(std::min<int64_t>(kLines, inner - line));
-    const int64_t columns = std::min<int64_t>(kTokens, share->rows - first), at_panel = share->panel + first / panel;
+    const auto [share, line, first, columns, lines] = blocks[i];
+    const int64_t at_panel = share->panel + first / panel;
     call.product(room, call.left(p.down, p.down_stride, share->expert, true), line, lines,
                  own.turned.get() + at_panel * panel * p.outputs, p.outputs * panel, columns, p.outputs);
     finish_slopes_on[call.machine](
@@ -392,11 +397,10 @@ void slopes_of(Call& call, const RouteBackward& q, const std::vector<Share>& wav
 void weight_gradient(Call& call, const std::vector<Share>& wave, const float* lefts, int64_t lines, const float* rights,
                      int64_t columns, bool turned, void* to) {
   const int64_t panel = call.panel, padded = (columns + panel - 1) / panel * panel;
-  const auto blocks = blocks_of(wave, lines, kLines, columns);
+  const auto blocks = call.blocks(wave, lines, kLines, columns);
   call.rooms.each(int64_t(blocks.size()), [&](int64_t i, Rooms::Room& room) {
-    const auto [share, line, first] = blocks[i];
-    const int some = int(std::min<int64_t>(kLines, lines - line));
-    const int64_t across = std::min<int64_t>(kTokens, columns - first), start = share->expert * lines * columns;
+    const auto [share, line, first, across, some] = blocks[i];
+    const int64_t start = share->expert * lines * columns;
     const Left left{lefts + share->panel * panel * lines, lines, false, Left::kPanels};
     call.product(room, left, line, some, rights + (share->panel * padded + first / panel * share->rows) * panel,
                  share->rows * panel, across, share->rows);
@@ -417,11 +421,9 @@ void weight_gradient(Call& call, const std::vector<Share>& wave, const float* le
 void row_gradients(Call& call, const std::vector<Share>& wave, const float* slopes, float* rows) {
   const Route& p = call.p;
   const int64_t panel = call.panel, inner = p.inner, products = p.gate ? 2 * inner : inner;
-  const auto blocks = blocks_of(wave, p.width, kLines, -1);
+  const auto blocks = call.blocks(wave, p.width, kLines, -1);
   call.rooms.each(int64_t(blocks.size()), [&](int64_t i, Rooms::Room& room) {
-    const auto [share, line, first] = blocks[i];
-    const int lines = int(std::min<int64_t>(kLines, p.width - line));
-    const int64_t columns = std::min<int64_t>(kTokens, share->rows - first);
+    const auto [share, line, first, columns, lines] = blocks[i];
     const float* b = slopes + (share->panel + first / panel) * panel * products;
     if (p.gate)
       call.product(room, call.left(p.gate, p.gate_stride, share->expert, true), line, lines, b, products * panel,
@@ -437,7 +439,7 @@ void backward(const RouteBackward& q) {
   const Route& p = q.call;
   Call call(p);
   const int64_t inner = p.inner, products = p.gate ? 2 * inner : inner, size = call.half() ? 2 : 4;
-  const Floats rows = floats(q.hidden ? int64_t(call.order.token.size()) * p.width : 0);
+  const Lent rows(q.hidden ? int64_t(call.order.token.size()) * p.width : 0);
   for (int64_t e = 0; e < p.experts; ++e) {
     if (call.order.rows(e)) continue;
     if (q.first) std::memset(at(q.first, call.half(), e * products * p.width), 0, products * p.width * size);
@@ -580,7 +582,16 @@ int sentei_route(const void* hidden, const int64_t* ids, const float* weights, c
 }
 
 // Numbers in `saved` of a call that keeps it: a panel is as many tokens as this.
-int64_t sentei_route_panel(int64_t machine) { return set_of(machine) == 2 ? 64 : kColumns; }
+int64_t sentei_route_panel(int64_t machine) { return panel_of(set_of(machine)); }
+
+// Room of so many numbers, from what earlier calls left, null where memory ran out; to be given back with their count.
+void* sentei_route_take(int64_t count) {
+  void* numbers = nullptr;
+  status_of([&] { numbers = shelf().take(count).numbers.release(); });
+  return numbers;
+}
+void sentei_route_give(void* numbers, int64_t count) { shelf().give({Floats(static_cast<float*>(numbers)), count}); }
+int64_t sentei_route_kept() { return shelf().bytes(); }
 
 int sentei_route_backward(const RouteBackward* q) {
   return status_of([&] { backward(*q); });

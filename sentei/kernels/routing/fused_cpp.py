@@ -6,6 +6,7 @@ blocks, and an expert that is one neuron is three rows of numbers. A call is an 
 """
 
 import ctypes
+import weakref
 from collections.abc import Callable, Sequence
 from functools import cache
 
@@ -20,6 +21,7 @@ from sentei.kernels.routing.stack import Stack
 _KINDS = ("silu", "gelu_tanh", "relu", "identity", "gelu")  # of native/products.h, in order
 _LONGS = ("hidden_stride", "up_stride", "up_row", "gate_stride", "gate_row", "down_stride", "down_row", "tokens",
           "slots", "experts", "width", "inner", "outputs", "activation", "bfloat16", "threads", "machine")
+MANY = 1 << 16  # numbers that are worth keeping for the next call
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 _C = torch._C
 
@@ -112,7 +114,7 @@ def _run(hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, up: tor
          gate: torch.Tensor | None, kind: int, save: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The output [T, O] and, if asked, what the backward needs."""
     output = hidden.new_empty(len(hidden), down.shape[1])
-    saved = hidden.new_empty(_numbers_saved(ids, up, gate) if save else 0, dtype=torch.float32)
+    saved = _room(_numbers_saved(ids, up, gate) if save else 0)
     if _is_nothing(ids, up, down):
         return _checked_ids(ids, up, output.zero_()), saved
     arguments, held = _arguments(hidden, ids, weights, up, down, gate, kind)
@@ -155,13 +157,31 @@ def _numbers_saved(ids: torch.Tensor, up: torch.Tensor, gate: torch.Tensor | Non
     return (pairs + min(pairs, len(up)) * (panel - 1)) * up.shape[1] * (1 if gate is None else 2)
 
 
+def _room(count: int) -> torch.Tensor:
+    """So many float32 numbers of any value. Many are what earlier calls left, and go back when nobody holds them: the
+    first touch of new memory costs as much as a product."""
+    if count < MANY:
+        return torch.empty(count, dtype=torch.float32)
+    take, give = _shelf()
+    pointer = take(count)
+    if not pointer:
+        raise _no_memory()
+    numbers = (ctypes.c_float * count).from_address(pointer)
+    weakref.finalize(numbers, give, pointer, count).atexit = False
+    return torch.frombuffer(numbers, dtype=torch.float32)
+
+
 def _finish(status: int, up: torch.Tensor) -> None:
     if status == native.BAD_PLAN:
         raise ShapeError("route", expected=f"ids in -1..{len(up) - 1}", got="others",
                          do="give one function an expert, and -1 where a slot is empty")
     if status:
-        raise ResourceError("route", expected="memory for the kept tokens' rows", got="none left",
-                            do="route fewer tokens at once")
+        raise _no_memory()
+
+
+def _no_memory() -> ResourceError:
+    return ResourceError("route", expected="memory for the kept tokens' rows", got="none left",
+                         do="route fewer tokens at once")
 
 
 @cache
@@ -170,6 +190,15 @@ def _library():
     function = native.load().sentei_route
     function.argtypes = [ctypes.c_void_p] * 8 + [ctypes.c_int64] * len(_LONGS)
     return function
+
+
+@cache
+def _shelf() -> tuple[Callable, Callable]:
+    """Takes room for so many numbers, and gives it back."""
+    take, give = native.load().sentei_route_take, native.load().sentei_route_give
+    take.argtypes, take.restype = [ctypes.c_int64], ctypes.c_void_p
+    give.argtypes, give.restype = [ctypes.c_void_p, ctypes.c_int64], None
+    return take, give
 
 
 @cache

@@ -1,0 +1,171 @@
+"""A chosen plan, healed: the pruned model learns what the dense one says, and is proved again as a model of its own.
+
+Text for healing is what no plan was chosen or proved on. What each minute bought is read on the windows on which plans
+were chosen; the proof is made on those that played no part.
+"""
+
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from sentei.axes.connections import Config as Connections
+from sentei.budget.goal import Goal
+from sentei.budget.judge import Judge
+from sentei.budget.proof import RUNS, Proof, first_proven
+from sentei.budget.solver import Solution
+from sentei.conversion.plan import Plan, convert
+from sentei.conversion.student import adapted, settled, student_of
+from sentei.core.rules import All
+from sentei.measurement.text import spare_of
+from sentei.training import healing as training
+
+# Tokens of a window to heal on; longer where attention is pruned, which short windows do not feel.
+CONTEXT, LONG_CONTEXT = 256, 2048
+# A check is on so many windows at most, and about so many tokens.
+CHECKS, CHECKED = 2, 2048
+# About how many calls of `step` there are; only the length of a progress bar.
+STEPS = training.PARTS + 1 + 2 * RUNS + 2 + 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Healed:
+    """What healing came to.
+
+    Args:
+        before: the proof of the unhealed model.
+        proof: of the healed one, or `before` where that is kept.
+        minutes: that were asked for.
+        model: the healed one, a model of its own; None where it is not kept.
+        reason: why it is not kept; empty where it is.
+        table: see `training.healing.Healing`; empty where nothing was trained.
+    """
+
+    before: Proof
+    proof: Proof
+    minutes: float
+    model: nn.Module | None = None
+    reason: str = ""
+    table: list[dict] = field(default_factory=list)
+
+    def to_json(self) -> dict:
+        """For the public object: the minutes asked, whether it is kept, why not, the quality before, and the table."""
+        return {"minutes": self.minutes, "kept": self.model is not None, "reason": self.reason,
+                "quality_unhealed": self.before.judgement.quality.value, "table": self.table}
+
+
+class HealedJudge(Judge):
+    """A judge of the healed model, a model of its own beside the dense one, on the same windows.
+
+    Args:
+        judge: of the dense model; what it has read is used.
+        student: healed, without rooms.
+        key: differs for different healed models.
+    """
+
+    named = "healed-"
+
+    def __init__(self, judge: Judge, student: nn.Module, key: str):
+        vars(self).update(vars(judge))
+        self.student, self.inputs, self._read = student, {**judge.inputs, "healed": key}, ("", [])
+
+    def standing(self, plan: Plan) -> nn.Module:
+        """The dense model for the empty plan, else the healed one with what the plan still installs."""
+        return convert(self.student, plan.standing("under")) if plan.entries else convert(self.model, plan)
+
+    def _prefixes(self, use: str) -> list:
+        """As read by the healed model itself: it is the one that will read prompts."""
+        if self._read[0] != use:
+            model = convert(self.student, Plan())
+            self._read = use, [self.workload.prefix(model, row) for row in self.windows[use]]
+        return self._read[1]
+
+
+def feels(plan: Plan) -> bool:
+    """Whether the reading of a text feels anything of the plan: what only decoding prunes cannot be healed so."""
+    return any(not isinstance(entry.config, Connections) or not isinstance(entry.config.rule, All)
+               for entry in plan.entries)
+
+
+def context_of(plan: Plan, tokens: int) -> int:
+    """Tokens of a window to heal on, for a workload of so many tokens."""
+    return min(tokens, LONG_CONTEXT if plan.standing("under").entries and feels(plan.standing("under")) else CONTEXT)
+
+
+def text_for(tokenizer, text: str, windows: dict[str, torch.Tensor], size: int) -> torch.Tensor:
+    """int64 [N, size]: all of the text that is not in other windows than those for calibration.
+
+    Args:
+        windows: those that were cut of the text, by use.
+    """
+    length, counts = windows["calibrate"].shape[1], {use: len(rows) for use, rows in windows.items()}
+    between = spare_of(tokenizer, text, length=length, needed=counts, size=size)
+    within = [part for row in windows["calibrate"] for part in row.split(size) if len(part) == size]
+    return torch.cat([torch.stack(within), between]) if within else between
+
+
+def checks_of(windows: torch.Tensor, context: int) -> torch.Tensor:
+    """The beginnings of windows [N, T], int64 [M, C], no shorter than those to heal on."""
+    rows = windows[:CHECKS]
+    return rows[:, :max(context, CHECKED // len(rows))]
+
+
+def heal(judge: Judge, goal: Goal, before: Proof, rows: torch.Tensor, config: training.Config, *,
+         step: Callable[[str], object] = lambda note="": None) -> Healed:
+    """Heals the model with a proven plan, and proves it again; checkpoints go where the judge keeps its stages.
+
+    Args:
+        judge: its model is dense afterwards.
+        before: the proof of the plan.
+        rows: int64 [N, T], to heal on.
+        step: called after every check, every window and every timing.
+    Raises:
+        SenteiError, FileError: see `training.healing.heal`.
+    """
+    plan, kept = before.candidate.plan, Healed(before=before, proof=before, minutes=config.minutes)
+    if not feels(plan):
+        return replace(kept, reason="the plan prunes nothing that the reading of a text would feel")
+    checks = checks_of(judge.windows["choose"], rows.shape[1])
+    job = {**judge.inputs, "plan": plan.to_json(), "rows": _digest(rows), "checks": _digest(checks)}
+    key = hashlib.sha256(json.dumps({**job, "healing": config.to_json()}, sort_keys=True).encode()).hexdigest()[:16]
+    convert(judge.model, Plan())
+    student, dtypes = student_of(judge.model, plan, judge.statistics(plan))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        adapted(student, config.rank)
+    convert(student, plan.standing("under"))
+    with _work(judge.stages.folder, key) as place:
+        found = training.heal(judge.model, student, training.Texts(rows=rows, checks=checks, seed=config.seed), config,
+                              place, job=job, step=step)
+    if not found.kept:
+        return replace(kept, table=found.table, reason="it is no better than unhealed: quality on the checks "
+                       f"{found.table[-1]['quality']:.4f}, {found.table[0]['quality']:.4f} before")
+    settled(convert(student, Plan()), dtypes)
+    proof = first_proven(goal, Solution(ladder=[before.candidate], judged=[]), HealedJudge(judge, student, key),
+                         lambda: step(""))
+    convert(judge.model, Plan())
+    return replace(kept, proof=proof, model=convert(student, plan.standing("under")), table=found.table)
+
+
+def _digest(tokens: torch.Tensor) -> str:
+    return hashlib.sha256(tokens.numpy().tobytes()).hexdigest()
+
+
+@contextmanager
+def _work(folder: Path | None, key: str) -> Iterator[Path]:
+    """Where checkpoints go: a folder for each job, of which the last one is kept; or one for now."""
+    if folder is None:
+        with tempfile.TemporaryDirectory() as place:
+            yield Path(place)
+        return
+    for other in folder.glob("heal-*"):
+        if other.name != f"heal-{key}":
+            shutil.rmtree(other)
+    yield folder / f"heal-{key}"

@@ -1,0 +1,189 @@
+"""A chosen plan, healed, through the whole job: what is trained on, what is proved, what is written, what is kept."""
+
+import json
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from terminal import watching
+from tiny import tiny_tokenizer
+
+from sentei import pipeline
+from sentei.axes import connections, depth, heads, weights
+from sentei.budget import healing
+from sentei.budget.proof import first_proven
+from sentei.budget.solver import Candidate, Solution
+from sentei.commands import prune as main_job
+from sentei.conversion.plan import Entry, Plan
+from sentei.core.rules import Fixed, Threshold, TopK
+from sentei.core.storage import read_json
+from sentei.measurement.text import spare_of, windows_of
+from sentei.training import healing as training
+
+UNEVEN = Plan((Entry(layer=0, room="weights", config=weights.Config(rule=TopK(64), saliency="obs")),
+               Entry(layer=1, room="heads", config=heads.Config(num_kv_heads=1, merge="joint")),
+               Entry(layer=2, room="depth", config=depth.Config(rule=Fixed(()), part="network"))))
+SPARSE = Plan.everywhere(range(3), "connections", connections.Config(rule=Threshold(0.3)))
+PAGES = Plan.everywhere(range(3), "connections", connections.Config(decode=Threshold(0.3)))
+EVEN = Plan.everywhere(range(3), "weights", weights.Config(rule=TopK(64), saliency="obs"))
+SLOW = pytest.mark.slow
+MINUTES = ("--heal", "0.025")
+
+
+class Ticks:
+    """A clock that goes on a twentieth of a second whenever it is read."""
+
+    seconds = 0.0
+
+    def __call__(self) -> float:
+        self.seconds += 0.05
+        return self.seconds
+
+
+@pytest.fixture
+def healed(prune, tmp_path, monkeypatch):
+    """`sentei prune --heal` of the tiny job with a plan; returns the finished command and the public result.
+
+    The tiny model is random, so that saying what it says makes no text likelier: `better` says whether it is kept.
+    """
+    heal = training.heal
+
+    def run(plan: Plan, *flags: str, better: bool = True, **changes):
+        candidate = Candidate(name="given", plan=plan, seconds=1.0, density=1.0)
+        monkeypatch.setattr(pipeline, "best_proven", lambda goal, solution, judge, step: first_proven(
+            goal, Solution(ladder=[candidate], judged=[]), judge, step))
+        monkeypatch.setattr(training.Healing, "kept", better)
+        monkeypatch.setattr(training, "heal", partial(heal, now=Ticks()))
+        done = prune(*(flags or MINUTES), "--json", **{"quality": 0.1} | changes)
+        assert not done.returncode, done.stderr[-2000:]
+        return done, json.loads(done.stdout)
+
+    return run
+
+
+@pytest.mark.parametrize("plan, rung, changes", [
+    (UNEVEN, "B", {"dtype": "bfloat16"}), pytest.param(EVEN, "A", {}, marks=SLOW),
+    pytest.param(SPARSE, "C", {}, marks=SLOW), pytest.param(UNEVEN, "B", {"workload": "decode:256"}, marks=SLOW),
+], ids=["B in bfloat16", "A", "C", "B for decoding"])
+def test_the_healed_model_is_proved_and_written(healed, subject, tmp_path, plan, rung, changes):
+    _, result = healed(plan, **changes)
+    out, table = tmp_path / "out", result["healed"]["table"]
+    stages = {path.stem: read_json(path)["result"] for path in (out / "stages").glob("*.json")}
+    unhealed, = (stage for name, stage in stages.items() if name.startswith("verify-"))
+    own, = (stage for name, stage in stages.items() if name.startswith("healed-verify-"))
+    timed, = (stage for name, stage in stages.items() if name.startswith("healed-time-"))
+    assert result["healed"]["kept"] and result["healed"]["minutes"] == 0.025 and table[-1]["minutes"] <= 0.025
+    assert result["quality"] == pytest.approx(own["quality"]["value"], rel=1e-9)
+    assert abs(result["quality"] - unhealed["quality"]["value"]) > 1e-6
+    assert result["healed"]["quality_unhealed"] == unhealed["quality"]["value"]
+    assert result["pruned"]["seconds"] == sorted(timed["pruned"])[1]
+    receipt, policy = read_json(out / "sentei-receipt.json"), read_json(out / "sentei.json")
+    assert receipt["met"] and policy["rung"] == rung and policy["facts"]["healed"] == result["healed"]
+    name = "model.layers.1.mlp.down_proj.weight"
+    own, dense = (load_file(folder / "model.safetensors")[name] for folder in (out, Path(subject["model"])))
+    assert own.shape != dense.shape or not torch.equal(own, dense.to(own.dtype))
+    page, card = (out / "report.html").read_text(), (out / "README.md").read_text()
+    for told in (page, card):
+        assert f"{table[-1]['tokens']:,}" in told and "ealed" in told
+    assert "plain weights" not in card and "the healed weights" in card and "Healed weights, same tokens" in page
+
+
+@pytest.mark.slow
+def test_a_healed_model_that_is_no_better_is_not_kept_and_says_so(healed, tmp_path):
+    done, result = healed(EVEN, better=False)
+    out, told = tmp_path / "out", result["healed"]
+    assert not told["kept"] and "no better than unhealed: quality on the checks" in told["reason"] and told["table"]
+    assert result["quality"] == pytest.approx(told["quality_unhealed"], rel=1e-9)
+    assert not list(out.glob("stages/healed-*"))
+    page, card = (out / "report.html").read_text(), (out / "README.md").read_text()
+    assert "Not kept" in page and "Same weights, same tokens" in page
+    assert "are **not** these" in card and "plain weights" in card
+
+
+@pytest.mark.slow
+def test_without_minutes_nothing_changes(healed, tmp_path):
+    """Bit for bit: the same weights, and the same object, but for what the clock says."""
+    _, result = healed(EVEN, better=False)
+    tried = (tmp_path / "out" / "model.safetensors").read_bytes()
+    for flags in (("--heal", "0"), ("--no-lookahead",)):
+        _, plain = healed(EVEN, *flags, out=tmp_path / flags[0].strip("-"))
+        strict = {"quality_without_lookahead"} if len(flags) < 2 else set()
+        assert plain.keys() == result.keys() - {"healed"} | strict
+        assert plain["quality"] == result["quality"]
+        assert (tmp_path / flags[0].strip("-") / "model.safetensors").read_bytes() == tried
+        assert not list((tmp_path / flags[0].strip("-")).rglob("heal*"))
+
+
+@pytest.mark.slow
+def test_what_only_decoding_prunes_is_not_healed_and_says_so(healed):
+    _, result = healed(PAGES, workload="decode:256")
+    told = result["healed"]
+    assert not told["kept"] and "nothing that the reading of a text would feel" in told["reason"] and not told["table"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("step", [0, 1, 2, 4])
+def test_ctrl_c_while_healing_and_the_same_command_goes_on(healed, prune, tmp_path, monkeypatch, step):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    healed(EVEN, "--heal", "0")  # sets the plan
+    with monkeypatch.context() as patch:
+        patch.setattr(main_job, "Progress", watching(lambda *at: at == ("heal", step) and interrupt()))
+        assert prune(*MINUTES, quality=0.1).returncode == 130
+    done, result = healed(EVEN)
+    assert result["healed"]["kept"] and len(list((tmp_path / "out" / "stages").glob("heal-*"))) == 1
+    once = healed(EVEN)[1]
+    assert once == result
+
+
+def test_the_text_for_healing_is_all_that_is_not_used_to_judge():
+    tokenizer = tiny_tokenizer()
+    text = "".join(chr(0x100 + number) for number in range(1500))  # every letter once, of two bytes
+    needed, wished = {"calibrate": 1, "choose": 2, "verify": 2}, {"calibrate": 1}
+    windows = windows_of(tokenizer, text, length=256, needed=needed, wished=wished)
+    assert {use: len(rows) for use, rows in windows.items()} == {"calibrate": 2, "choose": 2, "verify": 2}
+    rows = healing.text_for(tokenizer, text, windows, 64)
+    stream = tokenizer(text, add_special_tokens=False)["input_ids"]
+    where = {tuple(stream[start:start + 64]): start for start in range(len(stream) - 63)}
+    places = sorted(where[tuple(row)] for row in rows.tolist())
+    judged = [where[tuple(row[:64])] for use in ("choose", "verify") for row in windows[use].tolist()]
+    assert all(after - before >= 64 for before, after in zip(places, places[1:], strict=False))
+    assert all(place + 64 <= start or start + 256 <= place for place in places for start in judged)
+    assert len(rows) * 64 > len(stream) - 4 * 256 - 8 * 64
+    assert len(spare_of(tokenizer, text, length=256, needed={"one": 11}, size=128)) == 0  # gaps of 18 tokens
+    assert len(spare_of(tokenizer, text, length=256, needed={"one": 11}, size=16)) == 10
+
+
+@pytest.mark.parametrize("plan, felt, context", [(Plan(), False, 256), (PAGES, False, 256), (EVEN, True, 256),
+                                                 (SPARSE, True, 2048)], ids=["none", "pages", "even", "sparse"])
+def test_windows_are_long_where_attention_is_pruned(plan, felt, context):
+    assert healing.feels(plan) == felt
+    assert healing.context_of(plan, 4096) == context and healing.context_of(plan, 128) == 128
+
+
+@pytest.mark.parametrize("windows, context, shape", [((2, 512), 256, (2, 512)), ((2, 4096), 256, (2, 1024)),
+                                                     ((1, 4096), 256, (1, 2048)), ((3, 4096), 2048, (2, 2048))])
+def test_checks_are_bounded_and_no_shorter_than_what_is_healed_on(windows, context, shape):
+    assert healing.checks_of(torch.zeros(windows), context).shape == shape
+
+
+@pytest.mark.parametrize("text", ["-1", "inf", "nan", "ten", ""])
+def test_minutes_that_are_none_are_refused(prune, text):
+    done = prune("--heal", text)
+    assert done.returncode == 2 and "error    --heal" in done.stderr
+
+
+@pytest.mark.slow
+def test_too_little_time_is_an_error_that_says_how_much_it_takes(healed, prune):
+    healed(EVEN, "--heal", "0")
+    done = prune("--heal", "0.00001", quality=0.1)
+    assert done.returncode == 2 and "which a step and the checks before and after it take here" in done.stderr
+
+
+def test_the_command_says_what_was_asked():
+    request = pipeline.Request(quality=0.9, heal=2.5, out=Path("faster"))
+    assert "--heal 2.5 --out faster" in request.command()
+    assert "heal" not in pipeline.Request(quality=0.9).command()
