@@ -273,15 +273,15 @@ def test_room_goes_to_the_next_call_and_what_it_holds_does_not_count():
 def spoil():
     """Every room that waits is full of what no answer has."""
     held = []
-    for size in range(16, 24):
-        for _ in range(4):
+    for size in range(16, 21):
+        for _ in range(2):
             held.append(fused_cpp._room(1 << size).fill_(float("nan")))
             held.append(fused_cpp._room((3 << size) // 2).fill_(float("nan")))
 
 
 @needs_library
 def test_room_is_not_kept_without_end():
-    rooms = [fused_cpp._room(1 << 22) for _ in range(40)]  # 640 MiB, never touched
+    rooms = [fused_cpp._room(1 << 22) for _ in range(20)]  # 320 MiB, never touched
     kept = native.load().sentei_route_kept
     kept.restype = ctypes.c_int64
     before = kept()
