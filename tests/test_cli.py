@@ -148,7 +148,7 @@ def test_arguments_reach_the_request(sentei, arguments, expected):
     done = sentei("prune", *arguments, "--json", body=body)
     told = json.loads(done.stdout)["told"]
     assert {key: told[key] for key in expected} == expected
-    assert set(told) == {"model", "text", "workload", "quality", "speed", "dtype", "out", "online", "lookahead"}
+    assert set(told) == {"model", "text", "workload", "quality", "speed", "dtype", "out", "online", "lookahead", "heal"}
 
 
 NOISE = """

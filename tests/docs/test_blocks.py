@@ -18,7 +18,7 @@ from tiny import tiny_model, tiny_tokenizer
 
 from docs.builder.markdown import parse
 from sentei import pipeline
-from sentei.benches import attention, experts, heads, layers, linear, lora, rooms
+from sentei.benches import attention, cold, layers, linear, lora, rooms
 from sentei.budget import slack
 from sentei.conversion import export
 from sentei.lab.table import chosen
@@ -72,9 +72,8 @@ def small_cases(monkeypatch, text):
     for module, cases in [*SMALL_BENCHES.values(), *SMALL_ROOMS.values()]:
         shrink(module, cases[:1])
     monkeypatch.setattr(rooms, "CASES", {name: cases for part in rooms.PARTS for name, cases in part.CASES.items()})
-    for module, name, value in ((experts, "COLD", 1 << 18), (heads, "COLD", 1 << 18), (linear, "COLD", 1 << 20),
-                                (linear, "TURN", 1 << 16)):
-        monkeypatch.setattr(module, name, value)
+    monkeypatch.setattr(cold, "size", lambda: 1 << 18)
+    monkeypatch.setattr(linear, "TURN", 1 << 16)
     monkeypatch.setattr(lora, "SIZES", lora.SIZES | {
         "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2,
         "num_key_value_heads": 1})
