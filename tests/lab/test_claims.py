@@ -158,7 +158,7 @@ def test_the_flops_of_a_real_mixture():
 
 
 def test_what_layers_save(monkeypatch):
-    monkeypatch.setattr(savings.heads_bench.cold, "size", lambda: 1 << 20)  # two layers, so small that they stay in a cache
+    monkeypatch.setattr(savings.heads_bench.cold, "size", lambda: 1 << 20)  # two layers, in a cache
     parts = [*savings.grouped_heads(), *savings.low_rank()]
     for part in parts:
         assert part.left / part.whole == part.formula
