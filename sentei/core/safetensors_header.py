@@ -60,6 +60,8 @@ def read_whole_header(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             raw = file.read(length)
     except OSError as error:
         raise unreadable(path, error) from error
+    if raw.count(b'"data_offsets"') > MAX_TENSORS:  # counted before, because parsing them takes seconds
+        raise _malformed(path, f"more than {MAX_TENSORS:,} tensors")
     try:
         entries = parse_json(raw)
         if b"\\u" in raw:  # half a surrogate pair is JSON and no text: safetensors' own reader fails at it
