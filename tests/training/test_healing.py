@@ -157,10 +157,13 @@ def test_a_checkpoint_of_another_job_is_refused(whole):
         started(whole[3], job={"text": "two"})
 
 
-@pytest.mark.parametrize("minutes", [0.5 / 60, 1.5 / 60, 2.5 / 60])
-def test_less_time_than_a_step_and_its_checks_take_is_said(tmp_path, minutes):
+@pytest.mark.parametrize(("minutes", "steps"), [(0.5 / 60, 0), (2.5 / 60, 0), (4.5 / 60, 1)])
+def test_less_time_than_a_step_and_its_checks_take_is_said_at_once(tmp_path, monkeypatch, minutes, steps):
+    taken, gradients = [], healing._Healer.gradients
+    monkeypatch.setattr(healing._Healer, "gradients", lambda *given: taken.append(1) or gradients(*given))
     with pytest.raises(SenteiError, match="--heal: expected more than .* which a step and the checks"):
         started(tmp_path, minutes=minutes)
+    assert len(taken) == steps
 
 
 def test_without_text_there_is_nothing_to_learn_from(tmp_path):
