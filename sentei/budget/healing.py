@@ -74,11 +74,16 @@ class HealedJudge(Judge):
 
     def __init__(self, judge: Judge, student: nn.Module, key: str):
         vars(self).update(vars(judge))
+        self.plain = judge
         self.student, self.inputs, self._read = student, {**judge.inputs, "healed": key}, ("", [])
 
     def standing(self, plan: Plan) -> nn.Module:
         """The dense model for the empty plan, else the healed one with what the plan still installs."""
         return convert(self.student, plan.standing("under")) if plan.entries else convert(self.model, plan)
+
+    def prefix(self, plan: Plan, use: str) -> object:
+        """The dense model's for the empty plan: it does not go on from another model's cache."""
+        return (super() if plan.entries else self.plain).prefix(plan, use)
 
     def _prefixes(self, use: str) -> list:
         """As read by the healed model itself: it is the one that will read prompts."""
@@ -148,9 +153,15 @@ def heal(judge: Judge, goal: Goal, before: Proof, rows: torch.Tensor, config: tr
         return replace(kept, table=found.table, reason="it is no better than unhealed: quality on the checks "
                        f"{found.table[-1]['quality']:.4f}, {found.table[0]['quality']:.4f} before")
     settled(convert(student, Plan()), dtypes)
+    # What came out depends on the clock too: another healing of the same job is another model.
+    key += "-" + hashlib.sha256(json.dumps(found.losses).encode()).hexdigest()[:16]
     proof = first_proven(goal, Solution(ladder=[before.candidate], judged=[]), HealedJudge(judge, student, key),
                          lambda: step(""))
     convert(judge.model, Plan())
+    if goal.quality is not None and proof.quality < goal.quality <= before.quality:
+        return replace(kept, table=found.table, reason=f"its quality on held-out text is {proof.quality:.4f}, below "
+                       "the bound, which the unhealed one keeps")
+    proof = replace(proof, attempts=before.attempts)
     return replace(kept, proof=proof, model=convert(student, plan.standing("under")), table=found.table)
 
 

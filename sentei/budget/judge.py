@@ -136,6 +136,10 @@ class Judge:
         """The model with the plan; `convert(self.model, Plan())` ends it."""
         return convert(self.model, plan, self.statistics(plan))
 
+    def prefix(self, plan: Plan, use: str) -> object:
+        """What a run with the plan on the first window of a use begins with."""
+        return self._prefixes(use)[0]
+
     def run(self, use: str) -> "Run":
         """The workload on the first window of a use, to be timed."""
         return Run(self, use)
@@ -161,13 +165,14 @@ class Run:
 
     def __init__(self, judge: Judge, use: str):
         self.judge, self.workload = judge, judge.workload
-        self.row, self.prefix = judge.windows[use][0], judge._prefixes(use)[0]
+        self.row, self.use = judge.windows[use][0], use
         self.work: Step = lambda: None
 
     def begin(self, plan: Plan) -> None:
         """Converts the model and does what comes before the work."""
         self.work = lambda: None  # what the last run holds is let go first
-        self.work = self.workload.begin(self.judge.standing(plan), self.row, self.prefix)
+        prefix = self.judge.prefix(plan, self.use)
+        self.work = self.workload.begin(self.judge.standing(plan), self.row, prefix)
 
     def __call__(self) -> None:
         self.work()

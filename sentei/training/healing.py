@@ -3,7 +3,8 @@
     loss = mean over tokens of KL(dense ‖ pruned)
 
 The clock is the bound. Steps are counted and times are not: the rate of a step depends on its number and on what the
-checkpoint before it says of the clock, so a run that is killed goes on with the same losses, bit for bit.
+checkpoint before it says of the clock, so the steps that a killed run does again have the same losses, bit for bit;
+later rates depend on the clock.
 References: Hinton et al. 2015, arXiv 1503.02531 (distillation, here at temperature 1); Hu et al. 2021, 2106.09685.
 """
 

@@ -1,6 +1,7 @@
 """A chosen plan, healed, through the whole job: what is trained on, what is proved, what is written, what is kept."""
 
 import json
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -8,17 +9,20 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from terminal import watching
-from tiny import tiny_tokenizer
+from tiny import tiny_model, tiny_tokenizer
 
 from sentei import pipeline
 from sentei.axes import connections, depth, heads, weights
 from sentei.budget import healing
+from sentei.budget.judge import Judge
 from sentei.budget.proof import first_proven
 from sentei.budget.solver import Candidate, Solution
+from sentei.budget.workload import Decode
 from sentei.commands import prune as main_job
 from sentei.conversion.plan import Entry, Plan
+from sentei.conversion.student import student_of
 from sentei.core.rules import Fixed, Threshold, TopK
-from sentei.core.storage import read_json
+from sentei.core.storage import Stages, read_json
 from sentei.measurement.text import spare_of, windows_of
 from sentei.training import healing as training
 
@@ -100,6 +104,29 @@ def test_a_healed_model_that_is_no_better_is_not_kept_and_says_so(healed, tmp_pa
     page, card = (out / "report.html").read_text(), (out / "README.md").read_text()
     assert "Not kept" in page and "Same weights, same tokens" in page
     assert "are **not** these" in card and "plain weights" in card
+
+
+def test_a_plan_that_keeps_the_bound_does_not_make_way_for_a_healed_one_that_does_not(healed, tmp_path, monkeypatch):
+    judged = healing.HealedJudge.judge
+
+    def worse(judge, *given):
+        found = judged(judge, *given)
+        return replace(found, quality=replace(found.quality, value=0.05))
+
+    monkeypatch.setattr(healing.HealedJudge, "judge", worse)
+    _, result = healed(EVEN)
+    assert not result["healed"]["kept"] and "below the bound, which the unhealed" in result["healed"]["reason"]
+    assert result["quality"] == pytest.approx(result["healed"]["quality_unhealed"], rel=1e-9)
+
+
+def test_dense_is_timed_from_its_own_prompt_and_the_healed_model_from_its_own(tmp_path):
+    """A model without an attention leaves a layer of its cache empty, which the dense model cannot go on from."""
+    plan = Plan((Entry(layer=1, room="depth", config=depth.Config(rule=Fixed(()), part="attention")),))
+    windows = {"verify": torch.randint(3, 259, (1, 96), generator=torch.Generator().manual_seed(0))}
+    judge = Judge(tiny_model("llama"), Decode(64), windows, Stages(None), {})
+    student, _ = student_of(judge.model, plan)
+    found = healing.HealedJudge(judge, student, "key").time(plan, "verify", 1, lambda: None)
+    assert len(found.dense) == len(found.pruned) == 1
 
 
 @pytest.mark.slow
