@@ -44,7 +44,7 @@ def times(workload: Workload, row: torch.Tensor, contenders: dict[str, Contender
     workload = Steps(workload.tokens) if isinstance(workload, Decode) else workload
     prefix = workload.prefix(next(iter(contenders.values())).ready(), row)
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    for number in range(clock is not time.perf_counter, runs + 1):
+    for number in range(runs + 1):
         for name in contenders if number % 2 else reversed(contenders):
             model = contenders[name].ready()
             work = workload.begin(model, row, cache_of(model, prefix))

@@ -287,3 +287,15 @@ def test_room_is_not_kept_without_end():
     before = kept()
     del rooms
     assert before < kept() <= 256 << 20
+
+
+def test_room_that_is_lent_for_less_comes_back_whole():
+    kept = native.load().sentei_route_kept
+    kept.restype = ctypes.c_int64
+    room = fused_cpp._room(1 << 23)
+    del room
+    before = kept()
+    for count in (1 << 22, 1 << 21):
+        room = fused_cpp._room(count)
+        del room
+        assert kept() >= before

@@ -584,10 +584,15 @@ int sentei_route(const void* hidden, const int64_t* ids, const float* weights, c
 // Numbers in `saved` of a call that keeps it: a panel is as many tokens as this.
 int64_t sentei_route_panel(int64_t machine) { return panel_of(set_of(machine)); }
 
-// Room of so many numbers, from what earlier calls left, null where memory ran out; to be given back with their count.
-void* sentei_route_take(int64_t count) {
+// Room of at least so many numbers, from what earlier calls left, null where memory ran out; `count` becomes how many
+// there are, with which it is to be given back.
+void* sentei_route_take(int64_t* count) {
   void* numbers = nullptr;
-  status_of([&] { numbers = shelf().take(count).numbers.release(); });
+  status_of([&] {
+    Shelf::Piece piece = shelf().take(*count);
+    *count = piece.count;
+    numbers = piece.numbers.release();
+  });
   return numbers;
 }
 void sentei_route_give(void* numbers, int64_t count) { shelf().give({Floats(static_cast<float*>(numbers)), count}); }

@@ -163,11 +163,12 @@ def _room(count: int) -> torch.Tensor:
     if count < MANY:
         return torch.empty(count, dtype=torch.float32)
     take, give = _shelf()
-    pointer = take(count)
+    given = ctypes.c_int64(count)
+    pointer = take(ctypes.byref(given))
     if not pointer:
         raise _no_memory()
     numbers = (ctypes.c_float * count).from_address(pointer)
-    weakref.finalize(numbers, give, pointer, count).atexit = False
+    weakref.finalize(numbers, give, pointer, given.value).atexit = False
     return torch.frombuffer(numbers, dtype=torch.float32)
 
 
@@ -194,9 +195,9 @@ def _library():
 
 @cache
 def _shelf() -> tuple[Callable, Callable]:
-    """Takes room for so many numbers, and gives it back."""
+    """Takes room for so many numbers, says how many it is, and gives it back."""
     take, give = native.load().sentei_route_take, native.load().sentei_route_give
-    take.argtypes, take.restype = [ctypes.c_int64], ctypes.c_void_p
+    take.argtypes, take.restype = [ctypes.POINTER(ctypes.c_int64)], ctypes.c_void_p
     give.argtypes, give.restype = [ctypes.c_void_p, ctypes.c_int64], None
     return take, give
 
