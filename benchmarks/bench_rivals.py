@@ -8,7 +8,6 @@ Run from the repository's root, for each workload; the steps keep what they find
 `front` makes sentei's plans, from dense to the leanest; `find` times a few settings of each, `time` those that come
 nearest to 1.2, 1.5 and 2 times dense, and `judge` reads text with these.
 
-Those that choose a token's depth (`--only "economize CALM" tide-inference`) only decode: `time` and `judge` are theirs.
 `--python optipfair=PYTHON` names the interpreter of an environment that has a rival's package; what runs there is in
 benchmarks/rivals/elsewhere and knows nothing of sentei. Everything is float32 and unhealed. All have the same
 calibration text and are judged on the same windows, which are those of `sentei prune`, with more to verify on. Dense is
@@ -27,7 +26,6 @@ from torch import nn
 
 from benchmarks.rivals import contest, ours
 from benchmarks.rivals.contest import Contender
-from benchmarks.rivals.dynamic import DYNAMIC, Dynamic, judged, ran
 from benchmarks.rivals.page import write_page
 from benchmarks.rivals.rebuilt import rebuild
 from benchmarks.rivals.table import OURS, RIVALS, Rival
@@ -119,9 +117,9 @@ def front(bench: Bench, rival: Rival) -> None:
     print([f"{speed:.2f}" for speed, _ in pairs])
 
 
-def find(bench: Bench, rival: Rival | Dynamic) -> None:
+def find(bench: Bench, rival: Rival) -> None:
     """Times the settings of a ladder once."""
-    if isinstance(rival, Dynamic) or bench.rows(rival.name, "about"):
+    if bench.rows(rival.name, "about"):
         return
     ladder = rival.ladder if rival.name != OURS else places(bench.found["foreseen"])
     if len(ladder) > 1 or rival.whole is not None:
@@ -137,15 +135,12 @@ def places(foreseen: list[float]) -> list[int]:
     return sorted({max(1, round(part * last / PLACES)) for part in range(PLACES + 1)})
 
 
-def time(bench: Bench, rival: Rival | Dynamic) -> None:
+def time(bench: Bench, rival: Rival) -> None:
     """Times the settings that come nearest to the targets, in turn with dense."""
     before = bench.rows(rival.name, "times")
-    if isinstance(rival, Dynamic):
-        found = {setting: ran(bench, rival, setting, "seconds") for setting in rival.settings if setting not in before}
-    else:
-        settings = [setting for setting in chosen(bench, rival) if f"{setting:g}" not in before]
-        pairs = timed(bench, rival, settings, RUNS) if settings else {}
-        found = {f"{setting:g}": pair for setting, pair in pairs.items()}
+    settings = [setting for setting in chosen(bench, rival) if f"{setting:g}" not in before]
+    pairs = timed(bench, rival, settings, RUNS) if settings else {}
+    found = {f"{setting:g}": pair for setting, pair in pairs.items()}
     for setting, pair in found.items():
         print(bench.workload, rival.name, setting, f"{ratio(pair):.3f}", flush=True)
     before |= found
@@ -174,17 +169,14 @@ def ratio(seconds: dict[str, list[float]]) -> float:
     return (pairs[(len(pairs) - 1) // 2] + pairs[len(pairs) // 2]) / 2
 
 
-def judge(bench: Bench, rival: Rival | Dynamic) -> None:
+def judge(bench: Bench, rival: Rival) -> None:
     """Reads the windows to verify on with every setting that was timed."""
     windows, (prefixes, own) = bench.windows["verify"][:bench.judged], bench.reading()
     for setting in bench.rows(rival.name, "times"):
         if setting in bench.rows(rival.name, "quality"):
             continue
-        if isinstance(rival, Dynamic):
-            found = {"itself": judged(bench, rival, setting)}
-        else:
-            found = contest.losses(bench.workload, windows, prefixes, bench.contender(rival, float(setting)))
-        quality = {who: compare(own[:len(losses)], losses) for who, losses in found.items()}
+        found = contest.losses(bench.workload, windows, prefixes, bench.contender(rival, float(setting)))
+        quality = {who: compare(own, losses) for who, losses in found.items()}
         bench.rows(rival.name, "quality")[setting] = {who: [1 / one.value, 1 / one.high, 1 / one.low, one.dense]
                                                       for who, one in quality.items()}
         bench.keep(rival.name)
@@ -213,7 +205,7 @@ def main() -> None:
     bench = Bench(workload, asked.work, dict(pair.split("=", 1) for pair in asked.python), asked.windows,
                   process_time if asked.processor else perf_counter)
     bench.settings = asked.settings
-    named = {**RIVALS, **DYNAMIC, OURS: Rival.ours()}
+    named = {**RIVALS, OURS: Rival.ours()}
     for name in asked.only:
         for step in asked.steps:
             steps[step](bench, named[name])

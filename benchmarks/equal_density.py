@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
+from benchmarks.subject import read
 from sentei.axes.connections import Config, Connections
 from sentei.conversion import wrapper
 from sentei.conversion.plan import Plan, convert, prunable_layers
@@ -78,11 +79,8 @@ def observe(model: nn.Module, windows: torch.Tensor, observation: Observation) -
     convert(model, everywhere(model, Config()))
     handles = [room.register_forward_pre_hook(observation) for room in wrapper.rooms(model).values()]
     try:
-        for row in windows:
-            model.get_decoder()(input_ids=row[None], use_cache=False)
+        read(model, windows, handles)
     finally:
-        for handle in handles:
-            handle.remove()
         convert(model, Plan())
 
 

@@ -35,6 +35,16 @@ def parser(about: str) -> argparse.ArgumentParser:
     return made
 
 
+def read(model: nn.Module, windows: torch.Tensor, handles: list) -> None:
+    """Lets the decoder read windows [N, T], one by one, while hooks look on, and removes their `handles`."""
+    try:
+        for row in windows:
+            model.get_decoder()(input_ids=row[None], use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def load(arguments: argparse.Namespace, tune: int = 0) -> Subject:
     """Loads what `parser` was given, and `tune` windows more."""
     checkpoint, text = locate(arguments.model), read_text(arguments.text)

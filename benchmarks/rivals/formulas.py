@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from benchmarks.rivals.rebuilt import save
+from benchmarks.subject import read
 from sentei.conversion.statistics import Influence
 
 
@@ -34,7 +35,7 @@ def block_influence(model: nn.Module, calibration: torch.Tensor) -> torch.Tensor
 
     handles = [layer.register_forward_hook(listen(state), with_kwargs=True)
                for layer, state in zip(model.model.layers, states, strict=True)]
-    _read(model, calibration, handles)
+    read(model, calibration, handles)
     return torch.tensor([state.influence for state in states], dtype=torch.float64)
 
 
@@ -67,7 +68,7 @@ def input_norms(model: nn.Module, calibration: torch.Tensor) -> dict[str, torch.
 
         return hook
 
-    _read(model, calibration, [linear.register_forward_pre_hook(listen(name))
+    read(model, calibration, [linear.register_forward_pre_hook(listen(name))
                                for name, linear in linears(model).items()])
     return {name: total.sqrt().float() for name, total in squares.items()}
 
@@ -76,12 +77,3 @@ def _zeroed(weight: torch.Tensor, scores: torch.Tensor, share: float) -> torch.T
     """The weights without the share of each row of scores that is smallest; scores have as many numbers."""
     drop = scores.detach().argsort(dim=1, stable=True)[:, :round(share * scores.shape[1])]
     return weight.detach().clone().view_as(scores).scatter_(1, drop, 0.0).view_as(weight)
-
-
-def _read(model: nn.Module, calibration: torch.Tensor, handles: list) -> None:
-    try:
-        for row in calibration:
-            model.get_decoder()(input_ids=row[None], use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()

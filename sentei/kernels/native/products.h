@@ -2,7 +2,7 @@
 // and weights are read as they lie: no weight is ever laid out anew.
 //
 // A panel is as many tokens (or columns) as the micro-kernel takes at once: numbers [depth][panel], beside each other. A
-// strip is kStrip lines: numbers [depth][kStrip].
+// strip is kStripLines lines: numbers [depth][kStripLines].
 #pragma once
 
 #include "call.h"
