@@ -15,7 +15,7 @@ from sentei.kernels.linear import rows
 def valid(draw: Random) -> Arguments:
     """Everything an entry here can be given, by name; `tokens` are what heads are made of."""
     width, hidden, outputs = draw.randint(1, 40), draw.randint(0, 20), draw.randint(0, 20)
-    batch, count, head, groups = draw.randint(1, 2), draw.randint(1, 4), 2 * draw.randint(1, 4), draw.randint(1, 2)
+    batch, count, head, groups = draw.randint(1, 2), draw.choice([1, 4, 99]), 2 * draw.randint(1, 4), draw.randint(1, 2)
     shapes = {
         "x": draw.choice([(width,), (draw.randint(1, 8), width), (2, draw.randint(1, 4), width)]),
         "gate": (hidden, width), "up": (hidden, width), "down": (outputs, hidden), "gain": (width,), "bias": (hidden,),

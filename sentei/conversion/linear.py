@@ -1,5 +1,5 @@
-"""Linear layers of a model by the faster way: few rows, as in decoding, with the native kernel, and many rows of half
-precision in float32, each where that was measured faster.
+"""Linear layers of a model by the faster way: few rows, as in decoding, and many, as in a prompt, natively, each
+where that was measured faster.
 
 Nothing is rewritten: a module of exactly `nn.Linear` gets another class with the same parameters and another `forward`,
 so its path, state_dict, hooks and tied weights stay what they are.
@@ -10,20 +10,22 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from sentei.kernels.linear import fused_cpp, widened
+from sentei.kernels.linear import fused_cpp
 
 ROWS = (1, 4, 8)  # measured, in turn; a number that is not faster ends it
-MANY_ROWS = (1024, 256)  # measured in float32 where numbers are halves, in turn as above
+MANY_ROWS = (1024, 256)  # the same of many rows: so many and more
 RUNS = 4
 SAMPLE, MANY_SAMPLE = 12, 2  # modules of a shape that are measured, with few rows and with many
 MARGIN = 1.02  # below this a gain is noise
 # The attribute of a model that holds what was measured, by kind of module.
-MEASURED = "few_rows_of_sentei"
-Known = dict[Hashable, tuple[int, str]]  # kind of module: the most rows, and why
+MEASURED = "rows_measured_by_sentei"
+Known = dict[Hashable, tuple[int, str]]  # kind of module: the last number of rows at which ours was faster, and why
+MANY = "many"  # before the kind, where the rows are many
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +37,7 @@ class Choice:
         outputs, width, dtype: the numbers it makes of a row, those of the row, and their dtype.
         most_rows: the native kernel takes up to so many; 0 for none.
         reason: measured gains, or what the kernel cannot take.
-        many_rows: so many and more are multiplied in float32; 0 for never. With both 0 the module is as it was.
+        many_rows: it takes so many and more; 0 for never. With both 0 the module is as it was.
     """
 
     path: str
@@ -46,26 +48,35 @@ class Choice:
     reason: str
     many_rows: int = 0
 
+    def takes(self, input: torch.Tensor) -> bool:
+        """Whether the native kernel is for so many rows, of this dtype."""
+        count = input.numel()
+        return input.dtype is self.dtype and (count <= self.most_rows * self.width
+                                              or 0 < self.many_rows * self.width <= count)
 
-class FewRowLinear(nn.Linear):
-    """An `nn.Linear` whose products of few rows, and of many, are ours; `few_rows` is its Choice."""
 
-    few_rows: Choice
+class Steps(NamedTuple):
+    """Numbers of rows at which a kind of module is measured, in turn."""
+
+    few: tuple[int, ...] = ROWS
+    many: tuple[int, ...] = MANY_ROWS
+
+
+class NativeLinear(nn.Linear):
+    """An `nn.Linear` of which few rows, and many, are the native kernel's; `native_rows` is its Choice."""
+
+    native_rows: Choice
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """As `nn.Linear`; other rows and dtypes, gradients and what a kernel refuses take torch's own path."""
-        choice, own = self.few_rows, self._parameters
-        few = input.dtype is choice.dtype and input.numel() <= choice.most_rows * choice.width
-        if few:
+        takes, own = self.native_rows.takes(input), self._parameters
+        if takes:
             output = fused_cpp.at_once(input, own.get("weight"), own.get("bias"))
             if output is not None:
                 return output
         weight, bias = self.weight, self.bias
-        if few and input.shape[-1:] == weight.shape[1:] and not fused_cpp.refusal(input, weight, bias):
+        if takes and input.shape[-1:] == weight.shape[1:] and not fused_cpp.refusal(input, weight, bias):
             return fused_cpp.run(input, weight, bias)
-        many = choice.many_rows and input.numel() >= choice.many_rows * choice.width
-        if many and input.dtype is weight.dtype is choice.dtype and not torch.is_grad_enabled():
-            return widened.linear(input, weight, bias)
         return nn.functional.linear(input, weight, bias)
 
 
@@ -75,7 +86,7 @@ def install(model: nn.Module, *, most_rows: int | None = None, many_rows: int | 
     Args:
         model: any model; modules of exactly `nn.Linear` are considered, the output head among them.
         most_rows: the native kernel takes so many without measuring, 0 to 8.
-        many_rows: so many and more are multiplied in float32 without measuring, if they are of half precision.
+        many_rows: it takes so many and more without measuring; 0 for never.
     Returns:
         a Choice for every `nn.Linear`, in the model's order.
     Cost: measuring takes about a hundred passes over a dozen layers of each shape, with the present number of threads;
@@ -88,30 +99,28 @@ def install(model: nn.Module, *, most_rows: int | None = None, many_rows: int | 
     modules = {path: module for path, module in model.named_modules() if type(module) is nn.Linear}
     refused = {path: _refusal(module) for path, module in modules.items()}
     taken = [module for path, module in modules.items() if not refused[path]]
-    found = _measured(taken, known) if most_rows is None else {
-        _kind(module): (min(most_rows, fused_cpp.MOST_ROWS), "asked for") for module in taken}
-    halves = [module for module in modules.values() if _is_half(module)]
-    wide = _measured_wide(halves, known) if many_rows is None else {
-        ("many", *_kind(module)): (many_rows, "asked for") for module in halves}
+    ways = (lambda module, x: nn.functional.linear(x, module.weight, module.bias),
+            lambda module, x: fused_cpp.linear(x, module.weight, module.bias))
+    few = None if most_rows is None else min(most_rows, fused_cpp.FEW_ROWS)
+    found = rows_taken(taken, _kind, ways, known, Steps(), few, many_rows)
     choices = []
     for path, module in modules.items():
-        rows, reason = (0, refused[path]) if refused[path] else found[_kind(module)]
-        many, why = wide.get(("many", *_kind(module)), (0, ""))
+        few, many, reason = (0, 0, refused[path]) if refused[path] else found[_kind(module)]
         outputs, width = module.weight.shape
-        choice = Choice(path=path, outputs=outputs, width=width, dtype=module.weight.dtype, most_rows=rows,
-                        many_rows=many, reason=f"{reason}; in float32 {why}" if why else reason)
+        choice = Choice(path=path, outputs=outputs, width=width, dtype=module.weight.dtype, most_rows=few,
+                        many_rows=many, reason=reason)
         choices.append(choice)
-        if rows or many:
-            module.few_rows = choice
-            module.__class__ = FewRowLinear
+        if few or many:
+            module.native_rows = choice
+            module.__class__ = NativeLinear
     return choices
 
 
 def remove(model: nn.Module) -> None:
     """Makes the model's linear layers plain again."""
     for module in model.modules():
-        if type(module) is FewRowLinear:
-            del module.few_rows
+        if type(module) is NativeLinear:
+            del module.native_rows
             module.__class__ = nn.Linear
 
 
@@ -130,25 +139,31 @@ def _kind(module: nn.Linear) -> tuple:
     return tuple(module.weight.shape), module.weight.dtype, module.bias is not None, torch.get_num_threads()
 
 
-def _measured(modules: list[nn.Linear], known: Known) -> Known:
-    return faster_rows(modules, _kind, (lambda module, x: nn.functional.linear(x, module.weight, module.bias),
-                                        lambda module, x: fused_cpp.linear(x, module.weight, module.bias)), known)
+def rows_taken(modules: list[nn.Module], kind_of: Callable[[nn.Module], Hashable], ways: tuple[Callable, Callable],
+               known: Known, steps: Steps, most_rows: int | None, many_rows: int | None
+               ) -> dict[Hashable, tuple[int, int, str]]:
+    """The most few rows and the fewest many at which the second way is taken, and why, for every kind of module.
 
+    Args:
+        most_rows, many_rows: asked for; None to measure. See `faster_rows` for the rest.
+    """
+    def found(asked: int | None, kind_of: Callable, steps: tuple[int, ...], most: int) -> Known:
+        if asked is None:
+            return faster_rows(modules, kind_of, ways, known, steps, most)
+        return {kind_of(module): (asked, "asked for") for module in modules}
 
-def _is_half(module: nn.Linear) -> bool:
-    weight = module.weight
-    return weight.dtype in (torch.bfloat16, torch.float16) and weight.numel() > 0 and weight.device.type == "cpu"
-
-
-def _measured_wide(modules: list[nn.Linear], known: Known) -> Known:
-    return faster_rows(modules, lambda module: ("many", *_kind(module)),
-                       (lambda module, x: nn.functional.linear(x, module.weight, module.bias),
-                        lambda module, x: widened.linear(x, module.weight, module.bias)), known, MANY_ROWS, MANY_SAMPLE)
+    few = found(most_rows, kind_of, steps.few, SAMPLE)
+    many = found(many_rows, lambda module: (MANY, kind_of(module)), steps.many, MANY_SAMPLE)
+    taken = {}
+    for kind in {kind_of(module): None for module in modules}:
+        (most, why), (least, also) = few[kind], many[MANY, kind]
+        taken[kind] = most, least, why if why == also else f"{why}; {also}"
+    return taken
 
 
 @torch.no_grad()
 def faster_rows(modules: list[nn.Module], kind_of: Callable[[nn.Module], Hashable], ways: tuple[Callable, Callable],
-                known: Known, steps: tuple[int, ...] = ROWS, most: int = SAMPLE) -> Known:
+                known: Known, steps: tuple[int, ...], most: int) -> Known:
     """The last of `steps` at which the second way is faster than the first, and the gains, for every kind of module.
 
     Args:

@@ -1,16 +1,15 @@
-"""What a decoding step is made of, few rows in native calls: linear layers, gated MLPs, RMS norms, attention's heads.
+"""What a layer is made of besides attention, in native calls: linear layers, gated MLPs, RMS norms, attention's heads.
 
 Found by what they are made of and proven by what they compute, whatever the family: a module of three linear layers and
 an activation is taken for a gated MLP, one whose class ends in RMSNorm for a norm, one with a room and the layers of
-heads for an attention; and each only where the native result is that of the module's own forward on random rows. As in
-`conversion.linear` a module gets another class, a subclass of its own, and keeps its parameters, path, state_dict and
-hooks.
+heads for an attention; and each only where the native result is that of the module's own forward on random rows. Few
+rows, as in decoding, and many, as in a prompt, are measured apart. As in `conversion.linear` a module gets another
+class, a subclass of its own, and keeps its parameters, path, state_dict and hooks.
 """
 
 import copy
 import inspect
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from functools import cache
 from typing import NamedTuple
 
@@ -19,7 +18,7 @@ from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from sentei.conversion import linear
-from sentei.conversion.linear import Choice, FewRowLinear, faster_rows, input_of
+from sentei.conversion.linear import Choice, NativeLinear, Steps, input_of, rows_taken
 from sentei.core.modes import is_plain_call
 from sentei.kernels import native
 from sentei.kernels.linear import fused_cpp, rows
@@ -27,31 +26,30 @@ from sentei.kernels.linear import fused_cpp, rows
 LAYERS = ("gate_proj", "up_proj", "down_proj")
 HEADS, HEAD_NORMS = ("q_proj", "k_proj", "v_proj"), ("q_norm", "k_norm")
 ATTENTION_INPUTS = ["self", "hidden_states", "position_embeddings", "attention_mask", "past_key_values", "kwargs"]
-NORM_ROWS = (1, 8, 64)  # measured; a norm of each head has many to a token
+NORM_STEPS = Steps(few=(1, 8, 64))  # a norm of each head has many to a token
+MORE_ROWS = fused_cpp.FEW_ROWS + 5  # rows that a module is tried on, which are many to the kernel
 EPSILONS = ("variance_epsilon", "eps")
 SCALES = (1.0, 1e-3, 30.0)  # of the rows a module is tried on: small ones tell the epsilon
 ROUNDINGS = 8  # of the dtype, of a result's largest number: what the own forward may differ by
 HEADS_DIFFER = 1e-3  # the same in fp32, where a softmax of scores is between; every other rotation differs by far more
 
 
-class FewRows:
-    """A module whose few rows are a native call's; what that call does not take goes to the class it had before."""
+class NativeRows:
+    """A module whose rows are a native call's; what that call does not take goes to the class it had before."""
 
-    few_rows: Choice
+    native_rows: Choice
 
     def forward(self, *inputs, **named):
-        """As the module's own; see `FewRowLinear.forward`."""
-        choice = self.few_rows
+        """As the module's own; see `NativeLinear.forward`."""
         if len(inputs) == 1 and not named:
             x = inputs[0]
-            if type(x) is torch.Tensor and x.dtype is choice.dtype and x.numel() <= choice.most_rows * choice.width:
-                output = self._native(x)
-                if output is not None:
-                    return output
+            output = self._native(x) if type(x) is torch.Tensor and self.native_rows.takes(x) else None
+            if output is not None:
+                return output
         return super().forward(*inputs, **named)
 
 
-class FewRowGated(FewRows):
+class NativeGated(NativeRows):
     """down(act(gate(x)) · up(x)); `activation` is the module of it and the name of what it computes."""
 
     activation: tuple[nn.Module, str]
@@ -65,7 +63,7 @@ class FewRowGated(FewRows):
         return None if layers is None else rows.gated(x, *layers, name)
 
 
-class FewRowNorm(FewRows):
+class NativeNorm(NativeRows):
     """x / √(mean(x²) + ε) · (shift + weight); `form` is the name of ε's attribute and the shift."""
 
     form: tuple[str, float]
@@ -75,20 +73,20 @@ class FewRowNorm(FewRows):
         return rows.norm(x, self._parameters.get("weight"), self.__dict__[epsilon], shift)
 
 
-class FewRowHeads:
-    """An attention module whose queries, keys and values of few rows, turned, are made by one native call.
+class NativeHeads:
+    """An attention module whose queries, keys and values, turned, are made by one native call.
 
     What comes before and after them is the module's own: the cache, the attention function, the output layer.
     """
 
-    few_rows: Choice
+    native_rows: Choice
     turn: tuple[str, float, tuple[nn.Module, ...]]  # the name of ε's attribute in its norms, their shift, the norms
 
     def forward(self, hidden_states, position_embeddings=None, attention_mask=None, past_key_values=None, **named):
-        """As the module's own; see `FewRowLinear.forward`."""
-        choice, heads = self.few_rows, None
-        if (not self.training and type(hidden_states) is torch.Tensor and hidden_states.dtype is choice.dtype
-                and hidden_states.numel() <= choice.most_rows * choice.width and is_plain_call()):
+        """As the module's own; see `NativeLinear.forward`."""
+        heads = None
+        if (not self.training and type(hidden_states) is torch.Tensor and self.native_rows.takes(hidden_states)
+                and is_plain_call()):
             attend = attention_functions().get(self.config._attn_implementation)
             heads = None if attend is None else self._native(hidden_states, position_embeddings)
         if heads is None:
@@ -125,7 +123,7 @@ def _plain_layers(parts: dict[str, nn.Module], names: tuple[str, ...]) -> list[r
     layers = []
     for name in names:
         layer = parts[name]
-        if type(layer) is not FewRowLinear and type(layer) is not nn.Linear or _is_altered(layer):
+        if type(layer) is not NativeLinear and type(layer) is not nn.Linear or _is_altered(layer):
             return None
         layers.append((layer._parameters.get("weight"), layer._parameters.get("bias")))
     return layers
@@ -144,22 +142,23 @@ def attention_functions():
     return ALL_ATTENTION_FUNCTIONS
 
 
-def install(model: nn.Module, *, most_rows: int | None = None) -> list[Choice]:
-    """Lets the model take few rows in native calls where they are faster on this machine.
+def install(model: nn.Module, *, most_rows: int | None = None, many_rows: int | None = None) -> list[Choice]:
+    """Lets the model take few rows, and many, in native calls where these are faster on this machine.
 
     Args:
         model: any model; see `conversion.linear.install`.
         most_rows: take so many without measuring, 0 to 8.
+        many_rows: take so many and more without measuring; 0 for never.
     Returns:
         a Choice for every `nn.Linear`, then one for every module that looks like one of KINDS, each kind in the model's
         order.
     Cost: as `conversion.linear.install`, about twice. Measured one after the other, each on top of what is before it.
     """
     remove(model)
-    choices = linear.install(model, most_rows=most_rows)
+    choices = linear.install(model, most_rows=most_rows, many_rows=many_rows)
     for kind in KINDS:
         modules = {path: module for path, module in model.named_modules() if kind.looks_like(module)}
-        choices += _install(modules, kind, most_rows, model.__dict__[linear.MEASURED])
+        choices += _install(modules, kind, most_rows, many_rows, model.__dict__[linear.MEASURED])
     return choices
 
 
@@ -167,18 +166,18 @@ def remove(model: nn.Module) -> None:
     """Makes the model plain again."""
     linear.remove(model)
     for module in model.modules():
-        if isinstance(module, (FewRows, FewRowHeads)):
+        if isinstance(module, (NativeRows, NativeHeads)):
             _restore(module)
 
 
 def _restore(module: nn.Module) -> None:
     module.__class__ = type(module).__bases__[1]
-    for name in ("few_rows", "activation", "form", "turn"):
+    for name in ("native_rows", "activation", "form", "turn"):
         module.__dict__.pop(name, None)
 
 
 @cache
-def _few_rows_class(mixin: type, own: type) -> type:
+def _native_class(mixin: type, own: type) -> type:
     """The class a module of class `own` gets; its name stays, which some code asks for."""
     return type(own.__name__, (mixin, own), {"__module__": own.__module__, "__qualname__": own.__qualname__})
 
@@ -189,7 +188,7 @@ class Kind(NamedTuple):
     Args:
         mixin: what its class becomes a subclass of.
         looks_like: whether a module is worth a try.
-        prove: switches the module, or says why not.
+        prove: switches the module, with a Choice of all the rows it is proven on, or says why not.
         steps: numbers of rows that are measured.
         outputs: the numbers it makes of a row.
         more: what it is called with beside the rows.
@@ -198,28 +197,32 @@ class Kind(NamedTuple):
     mixin: type
     looks_like: Callable[[nn.Module], bool]
     prove: Callable[[nn.Module, type], str]
-    steps: tuple[int, ...]
+    steps: Steps
     outputs: Callable[[nn.Module], int]
     more: Callable[[nn.Module, torch.Tensor], tuple] = lambda module, x: ()
 
 
-def _install(modules: dict[str, nn.Module], kind: Kind, most_rows: int | None, known: linear.Known) -> list[Choice]:
-    """Switches modules that are proven and, unless a number of rows is asked for, measured faster."""
+def _install(modules: dict[str, nn.Module], kind: Kind, most_rows: int | None, many_rows: int | None,
+             known: linear.Known) -> list[Choice]:
+    """Switches modules that are proven and, unless numbers of rows are asked for, measured faster."""
     refused = {path: kind.prove(module, kind.mixin) for path, module in modules.items()}
     proven = [module for path, module in modules.items() if not refused[path]]
     ways = (lambda module, x: type(module).__bases__[1].forward(module, x, *kind.more(module, x)),
             lambda module, x: module(x, *kind.more(module, x)))
-    found = {_alike(module): (min(most_rows, fused_cpp.MOST_ROWS) * kind.steps[-1] // linear.ROWS[-1], "asked for")
-             for module in proven} if most_rows is not None else faster_rows(proven, _alike, ways, known, kind.steps)
+    if most_rows:  # of a token, of which a norm may have many
+        most_rows = min(most_rows, fused_cpp.FEW_ROWS) * kind.steps.few[-1] // linear.ROWS[-1]
+    found = rows_taken(proven, _alike, ways, known, kind.steps, most_rows, many_rows)
     choices = []
     for path, module in modules.items():
-        few, reason = (0, refused[path]) if refused[path] else found[_alike(module)]
+        few, many, reason = (0, 0, refused[path]) if refused[path] else found[_alike(module)]
+        if not refused[path] and not module.native_rows.many_rows:
+            many = 0
         x = input_of(module, 1)
         choice = Choice(path=path, outputs=kind.outputs(module), width=x.shape[-1], dtype=x.dtype, most_rows=few,
-                        reason=reason)
+                        many_rows=many, reason=reason)
         choices.append(choice)
-        if few:
-            module.few_rows = choice
+        if few or many:
+            module.native_rows = choice
         elif not refused[path]:
             _restore(module)
     return choices
@@ -234,7 +237,7 @@ def _alike(module: nn.Module) -> tuple:
 
 def _looks_gated(module: nn.Module) -> bool:
     return {name for name, _ in module.named_children()} == {*LAYERS, "act_fn"} and all(
-        type(getattr(module, name)) in (nn.Linear, FewRowLinear) for name in LAYERS)
+        type(getattr(module, name)) in (nn.Linear, NativeLinear) for name in LAYERS)
 
 
 def _looks_like_a_norm(module: nn.Module) -> bool:
@@ -245,7 +248,7 @@ def _looks_like_heads(module: nn.Module) -> bool:
     """Only where a room chooses: there the attention function is known to take what ours makes."""
     names = {name for name, _ in module.named_children()}
     return names - set(HEAD_NORMS) == {*HEADS, "o_proj", "connections"} and len(names) in (5, 7) and all(
-        type(getattr(module, name)) in (nn.Linear, FewRowLinear) for name in HEADS)
+        type(getattr(module, name)) in (nn.Linear, NativeLinear) for name in HEADS)
 
 
 def _turns(module: nn.Module, x: torch.Tensor) -> tuple[tuple[torch.Tensor, torch.Tensor], None]:
@@ -275,18 +278,18 @@ def _prove_heads(module: nn.Module, mixin: type) -> str:
     config = copy.copy(module.config)
     config._attn_implementation = "sdpa"
     trial = copy.deepcopy(module, {id(module.config): config}).float().eval()
-    tried = [input_of(trial, 4) * scale for scale in SCALES[:2]]
+    tried = [input_of(trial, count) * scale for count in (4, MORE_ROWS) for scale in SCALES[:2]]
     expected = [trial(x, *_turns(trial, x))[0] for x in tried]
     own = type(module)
-    trial.__class__ = _few_rows_class(mixin, own)
-    trial.few_rows = Choice(path="", outputs=0, width=tried[0].shape[-1], dtype=torch.float32, most_rows=4, reason="")
+    trial.__class__ = _native_class(mixin, own)
+    trial.native_rows = _all_rows(trial)
     for shift in (0.0, 1.0) if norms else (0.0,):
         trial.turn = names[0], shift, tuple(getattr(trial, name) for name in HEAD_NORMS if hasattr(trial, name))
-        if all(trial._native(x, _turns(trial, x)[0]) is not None and _near(trial(x, *_turns(trial, x))[0], y)
-               for x, y in zip(tried, expected, strict=True)):
-            module.__class__, module.turn = _few_rows_class(mixin, own), (names[0], shift, tuple(norms))
-            x = input_of(module, 1)
-            module.few_rows = replace(trial.few_rows, dtype=x.dtype, most_rows=fused_cpp.MOST_ROWS)
+        proven = [trial._native(x, _turns(trial, x)[0]) is not None and _near(trial(x, *_turns(trial, x))[0], y)
+                  for x, y in zip(tried, expected, strict=True)]
+        if all(proven[:2]):
+            module.__class__, module.turn = _native_class(mixin, own), (names[0], shift, tuple(norms))
+            module.native_rows = _all_rows(module, many=all(proven))
             return ""
     return "another result than with native heads, on random rows"
 
@@ -333,16 +336,23 @@ def _try(module: nn.Module, mixin: type, attribute: str, forms: list[tuple]) -> 
     expected = list(_results(module))
     own = type(module)
     for form in forms:
-        module.__class__ = _few_rows_class(mixin, own)
+        module.__class__ = _native_class(mixin, own)
         setattr(module, attribute, form)
-        width, dtype = input_of(module, 1).shape[-1], input_of(module, 1).dtype
-        module.few_rows = Choice(path="", outputs=0, width=width, dtype=dtype, most_rows=NORM_ROWS[-1],
-                                 reason="")
         found = [module._native(x) for x in _tried(module)]
         if all(y is not None and _same(y, expected[i]) for i, y in enumerate(found)):
+            x = input_of(module, MORE_ROWS)
+            y = module._native(x)
+            module.native_rows = _all_rows(module, many=y is not None and _same(y, own.forward(module, x)))
             return ""
         _restore(module)
     return "another result than the native one, on random rows"
+
+
+def _all_rows(module: nn.Module, *, many: bool = True) -> Choice:
+    """Few rows of any number, and many if they were proven, too."""
+    x = input_of(module, 1)
+    return Choice(path="", outputs=0, width=x.shape[-1], dtype=x.dtype, most_rows=NORM_STEPS.few[-1], reason="",
+                  many_rows=int(many))
 
 
 def _tried(module: nn.Module) -> Iterator[torch.Tensor]:
@@ -366,8 +376,8 @@ def _same(y: torch.Tensor, own: torch.Tensor) -> bool:
 
 
 KINDS = (
-    Kind(FewRowHeads, _looks_like_heads, _prove_heads, linear.ROWS,
+    Kind(NativeHeads, _looks_like_heads, _prove_heads, Steps(),
          lambda module: sum(len(getattr(module, name).weight) for name in HEADS), _turns),
-    Kind(FewRowGated, _looks_gated, _prove_gated, linear.ROWS, lambda module: len(module.down_proj.weight)),
-    Kind(FewRowNorm, _looks_like_a_norm, _prove_norm, NORM_ROWS, lambda module: len(module.weight)),
+    Kind(NativeGated, _looks_gated, _prove_gated, Steps(), lambda module: len(module.down_proj.weight)),
+    Kind(NativeNorm, _looks_like_a_norm, _prove_norm, NORM_STEPS, lambda module: len(module.weight)),
 )

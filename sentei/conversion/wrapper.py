@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from sentei.axes.connections import Connections
-from sentei.conversion import cache, linear
-from sentei.conversion import rows as few_rows
+from sentei.conversion import cache
+from sentei.conversion import rows as native_rows
 from sentei.core.errors import UnsupportedError
 from sentei.core.rules import All
 from sentei.core.tracing import trace
@@ -74,11 +74,10 @@ def _place(model: nn.Module, new: dict[str, Connections]) -> None:
         room.scale = module.scaling
         module.connections = room.to(next(module.parameters()).device)
     layers = cache.pruned_layers(model)
-    few_rows.remove(model)
-    if new and not layers:
-        linear.install(model, most_rows=0)
+    native_rows.remove(model)
+    if new:
+        native_rows.install(model, most_rows=None if layers else 0)
     if layers:
-        few_rows.install(model)
         setattr(model, HOOK, cache.watch(model.get_decoder(), layers, IMPLEMENTATION))
 
 

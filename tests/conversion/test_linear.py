@@ -8,7 +8,7 @@ from tiny import tiny_model
 from torch import nn
 
 from sentei.conversion import linear
-from sentei.conversion.linear import FewRowLinear, install, remove
+from sentei.conversion.linear import NativeLinear, install, remove
 from sentei.kernels import native
 
 pytestmark = pytest.mark.skipif(bool(native.missing()), reason=native.missing())
@@ -44,7 +44,7 @@ def test_logits_stay_within_rounding_and_removing_gives_the_same_bits(family, dt
     exact = copy.deepcopy(model).double()(TOKENS).logits
     before, state = model(TOKENS).logits, {name: tensor.data_ptr() for name, tensor in model.state_dict().items()}
     count = plain(model)
-    choices = install(model, most_rows=8)
+    choices = install(model, most_rows=8, many_rows=0)
     assert len(choices) == count and plain(model) == 0 and {choice.most_rows for choice in choices} == {8}
     assert {name: tensor.data_ptr() for name, tensor in model.state_dict().items()} == state
     after = model(TOKENS).logits
@@ -52,7 +52,7 @@ def test_logits_stay_within_rounding_and_removing_gives_the_same_bits(family, dt
     assert (after - exact).norm() <= 2 * (before - exact).norm()
     remove(model)
     assert plain(model) == count and torch.equal(model(TOKENS).logits, before)
-    assert not any("few_rows" in vars(module) for module in model.modules())
+    assert not any("native_rows" in vars(module) for module in model.modules())
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -60,7 +60,7 @@ def test_generate_gives_the_same_tokens_and_decodes_natively(family, calls):
     model = tiny_model(family)
     options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
     expected = model.generate(TOKENS, **options)
-    install(model, most_rows=8)
+    install(model, most_rows=8, many_rows=0)
     assert torch.equal(model.generate(TOKENS, **options), expected)
     assert 1 in calls
 
@@ -68,8 +68,8 @@ def test_generate_gives_the_same_tokens_and_decodes_natively(family, calls):
 @torch.no_grad()
 def test_the_tied_head_stays_tied():
     model = tiny_model("llama")
-    install(model, most_rows=8)
-    assert type(model.lm_head) is FewRowLinear
+    install(model, most_rows=8, many_rows=0)
+    assert type(model.lm_head) is NativeLinear
     assert model.lm_head.weight is model.get_input_embeddings().weight
     model.get_input_embeddings().weight[7] += 1
     assert model(TOKENS).logits[0, -1, 7] != tiny_model("llama")(TOKENS).logits[0, -1, 7]
@@ -77,7 +77,7 @@ def test_the_tied_head_stays_tied():
 
 def test_more_rows_other_dtypes_and_gradients_take_torchs_own_path(calls):
     module = nn.Sequential(nn.Linear(6, 5))
-    install(module, most_rows=4)
+    install(module, most_rows=4, many_rows=0)
     with torch.no_grad():
         module(torch.ones(4, 6))
         assert calls == [4]
@@ -94,12 +94,12 @@ def test_hooks_and_copies_go_on_working(calls):
     module = nn.Sequential(nn.Linear(6, 5))
     seen = []
     module[0].register_forward_hook(lambda *_: seen.append(1))
-    install(module, most_rows=8)
+    install(module, most_rows=8, many_rows=0)
     twin = copy.deepcopy(module)
     assert torch.equal(twin(torch.ones(1, 6)), module(torch.ones(1, 6)))
     assert seen == [1, 1] and calls == [1, 1]
     remove(module)
-    assert type(module[0]) is nn.Linear and type(twin[0]) is FewRowLinear
+    assert type(module[0]) is nn.Linear and type(twin[0]) is NativeLinear
 
 
 def test_what_the_kernel_cannot_take_is_left_and_said():
@@ -107,7 +107,7 @@ def test_what_the_kernel_cannot_take_is_left_and_said():
         pass
 
     module = nn.Sequential(nn.Linear(6, 5).double(), Own(6, 5), nn.Linear(0, 5))
-    assert [(choice.path, choice.most_rows, choice.reason) for choice in install(module, most_rows=8)] == [
+    assert [(choice.path, choice.most_rows, choice.reason) for choice in install(module, most_rows=8, many_rows=0)] == [
         ("0", 0, "torch.float64 on cpu"), ("2", 0, "a weight without numbers")]
     assert [type(part) for part in module] == [nn.Linear, Own, nn.Linear]
 
@@ -118,10 +118,10 @@ def test_only_what_was_measured_faster_is_switched(gains, most_rows, monkeypatch
     module = nn.Sequential(nn.Linear(6, 5), nn.Linear(6, 5))
     monkeypatch.setattr(linear, "_gains", lambda modules, kind_of, ways, rows: dict.fromkeys(
         map(kind_of, modules), gains[linear.ROWS.index(rows)]))
-    choices = install(module)
+    choices = install(module, many_rows=0)
     assert {choice.most_rows for choice in choices} == {most_rows}
     assert f"{gains[0]:.2f} times as fast at 1 rows" in choices[0].reason
-    assert {type(part) is FewRowLinear for part in module} == {most_rows > 0}
+    assert {type(part) is NativeLinear for part in module} == {most_rows > 0}
 
 
 @pytest.mark.parametrize("own, ours, gain", [(3.0, 2.0, 1.5), (2.0, 4.0, 0.5)])
@@ -140,41 +140,41 @@ def test_a_gain_is_the_first_ways_time_by_the_seconds(monkeypatch, own, ours, ga
 
 def test_it_measures_every_shape_and_a_second_install_starts_afresh():
     module = nn.Sequential(nn.Linear(6, 5), nn.Linear(6, 7, bias=False))
-    install(module, most_rows=8)
+    install(module, most_rows=8, many_rows=0)
     assert all("times as fast" in choice.reason for choice in install(module))
 
 
 @torch.no_grad()
 def test_an_input_of_another_width_is_refused_by_torch():
     module = nn.Sequential(nn.Linear(6, 5))
-    install(module, most_rows=8)
+    install(module, most_rows=8, many_rows=0)
     for wrong in (torch.ones(1, 12), torch.ones(2, 3)):
         with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
             module(wrong)
 
 
-def test_many_rows_of_halves_are_multiplied_in_float32_where_asked():
-    module = nn.Sequential(nn.Linear(6, 5).bfloat16(), nn.Linear(5, 4, dtype=torch.float32))
-    twin, x = copy.deepcopy(module)[0], torch.randn(2, 8, 6, dtype=torch.bfloat16)
-    choices = install(module, most_rows=0, many_rows=16)
-    assert [(choice.many_rows, type(part) is FewRowLinear) for choice, part in zip(choices, module, strict=True)] == [
-        (16, True), (0, False)]
-    wide = nn.functional.linear(x.float(), twin.weight.float(), twin.bias.float()).bfloat16()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_many_rows_are_the_native_kernels_where_asked(dtype, calls):
+    module = nn.Sequential(nn.Linear(6, 5, dtype=dtype))
+    twin, x = copy.deepcopy(module)[0], torch.randn(2, 8, 6, dtype=dtype)
+    assert [choice.many_rows for choice in install(module, most_rows=0, many_rows=16)] == [16]
+    wide = nn.functional.linear(x.double(), twin.weight.double(), twin.bias.double())
     with torch.no_grad():
-        assert torch.equal(module[0](x), wide)
-        assert torch.equal(module[0](x[:, :7]), nn.functional.linear(x[:, :7], twin.weight, twin.bias))
-    module[0](x).float().sum().backward()
-    assert module[0].weight.grad.dtype == torch.bfloat16
+        assert torch.allclose(module(x).double(), wide, rtol=torch.finfo(dtype).eps, atol=torch.finfo(dtype).eps)
+        assert calls == [16]
+        assert torch.equal(module(x[:, :7]), nn.functional.linear(x[:, :7], twin.weight, twin.bias))
+    module(x).float().sum().backward()
+    assert module[0].weight.grad.dtype == dtype and calls == [16]
 
 
 @pytest.mark.parametrize("gains, many_rows", [((1.6, 1.4), 256), ((1.6, 0.9), 1024), ((0.9, 1.4), 0)], ids=str)
 def test_many_rows_are_switched_only_where_that_was_measured_faster(gains, many_rows, monkeypatch):
-    module = nn.Sequential(nn.Linear(6, 5), nn.Linear(6, 5)).bfloat16()
+    module = nn.Sequential(nn.Linear(6, 5), nn.Linear(6, 5))
     monkeypatch.setattr(linear, "_gains", lambda modules, kind_of, ways, rows: dict.fromkeys(
         map(kind_of, modules), gains[linear.MANY_ROWS.index(rows)]))
     choices = install(module, most_rows=0)
     assert {choice.many_rows for choice in choices} == {many_rows}
-    assert f"in float32 {gains[0]:.2f} times as fast at 1024 rows" in choices[0].reason
-    assert {type(part) is FewRowLinear for part in module} == {many_rows > 0}
+    assert f"asked for; {gains[0]:.2f} times as fast at 1024 rows" in choices[0].reason
+    assert {type(part) is NativeLinear for part in module} == {many_rows > 0}
     remove(module)
     assert {type(part) for part in module} == {nn.Linear}

@@ -12,7 +12,7 @@ from sentei.axes.connections import Config
 from sentei.conversion import rows, wrapper
 from sentei.conversion.families import FAMILIES
 from sentei.conversion.plan import Plan, convert, prunable_layers
-from sentei.conversion.rows import FewRowGated, FewRowHeads, FewRowNorm, FewRows, install, remove
+from sentei.conversion.rows import NativeGated, NativeHeads, NativeNorm, NativeRows, install, remove
 from sentei.core.rules import Threshold
 from sentei.kernels import native
 
@@ -68,25 +68,25 @@ def test_logits_stay_within_rounding_and_removing_gives_the_same_bits(family, dt
     exact = copy.deepcopy(model).double()(TOKENS).logits
     before, classes = model(TOKENS).logits, [type(module) for module in model.modules()]
     state = {name: tensor.data_ptr() for name, tensor in model.state_dict().items()}
-    choices = install(model, most_rows=8)
+    choices = install(model, most_rows=8, many_rows=0)
     calls.clear()
     assert all(choice.most_rows for choice in choices), [choice for choice in choices if not choice.most_rows]
-    assert sum(isinstance(module, FewRowGated) for module in model.modules()) == 3
-    assert sum(isinstance(module, FewRowNorm) for module in model.modules()) >= 7
+    assert sum(isinstance(module, NativeGated) for module in model.modules()) == 3
+    assert sum(isinstance(module, NativeNorm) for module in model.modules()) >= 7
     assert {name: tensor.data_ptr() for name, tensor in model.state_dict().items()} == state
     after = copy.deepcopy(model)(TOKENS).logits
     assert calls.count("gated") == 3 and calls.count("norm") >= 7
     assert (after - exact).norm() <= 2 * (before - exact).norm()
     remove(model)
     assert [type(module) for module in model.modules()] == classes
-    assert not any({"few_rows", "form", "activation"} & set(vars(module)) for module in model.modules())
+    assert not any({"native_rows", "form", "activation"} & set(vars(module)) for module in model.modules())
     assert torch.equal(model(TOKENS).logits, before)
 
 
 @pytest.mark.parametrize("activation", [nn.GELU(), nn.ReLU(), nn.Tanh(), nn.Hardswish()], ids=repr)
 def test_another_activation_is_left(activation):
     model = nn.Sequential(Gated(activation).bfloat16())
-    assert install(model, most_rows=8)[-1].reason.startswith("an activation that is neither")
+    assert install(model, most_rows=8, many_rows=0)[-1].reason.startswith("an activation that is neither")
     assert type(model[0]) is Gated
 
 
@@ -95,13 +95,13 @@ def test_what_computes_something_else_is_left(module):
     own = type(module)
     choice = install(nn.Sequential(module), most_rows=8)[-1]
     assert (choice.most_rows, choice.reason) == (0, "another result than the native one, on random rows")
-    assert type(module) is own and "few_rows" not in vars(module)
+    assert type(module) is own and "native_rows" not in vars(module)
 
 
 def test_gradients_autocast_hooks_and_more_rows_take_the_own_path_and_a_graph_ops(calls):
     model = nn.Sequential(Gated(nn.SiLU()), nn.RMSNorm(6, eps=1e-6))
     plain, x = copy.deepcopy(model), torch.randn(2, 6)
-    install(model, most_rows=8)
+    install(model, most_rows=8, many_rows=0)
     calls.clear()
     own, expected = (torch.autograd.grad(m(x).sum(), list(m.parameters())) for m in (model, plain))
     assert all(map(torch.equal, own, expected))
@@ -134,7 +134,7 @@ def test_only_what_was_measured_faster_is_switched(monkeypatch):
         choices = install(model)
         assert [choice.path for choice in choices[-2:]] == ["0", "1"]
         assert all(f"{gain:.2f} times as fast" in choice.reason for choice in choices)
-        assert {isinstance(module, FewRows) for module in model} == {switched}
+        assert {isinstance(module, NativeRows) for module in model} == {switched}
 
 
 def test_it_measures_and_a_second_install_starts_afresh(monkeypatch):
@@ -147,15 +147,16 @@ def test_it_measures_and_a_second_install_starts_afresh(monkeypatch):
         return output
 
     monkeypatch.setattr(rows.rows, "norm", noted)
-    install(model, most_rows=8)
+    install(model, most_rows=8, many_rows=0)
     assert all("times as fast" in choice.reason for choice in install(model))
-    assert counts >= set(rows.NORM_ROWS)
+    assert counts >= {*rows.NORM_STEPS.few, *rows.NORM_STEPS.many}
 
 
 def decoding(family: str, monkeypatch, dtype=torch.float32) -> nn.Module:
     """A tiny model that reads every page natively, whatever is faster here."""
     model = tiny_model(family).to(dtype)
-    monkeypatch.setattr(rows, "install", lambda given, right=rows.install: right(given, most_rows=8))
+    monkeypatch.setattr(rows, "install", lambda given, right=rows.install, **asked: right(
+        given, most_rows=8, many_rows=0))
     convert(model, Plan.everywhere(prunable_layers(model), "connections", Config(decode=Threshold(0.0))))
     return model
 
@@ -181,14 +182,33 @@ def test_native_heads_decode_as_the_dense_model_does(family, dtype, calls, monke
     before = steps(tiny_model(family).to(dtype), tokens)
     exact = steps(tiny_model(family).double(), tokens)
     model = decoding(family, monkeypatch, dtype)
-    switched = [module for module in model.modules() if isinstance(module, FewRowHeads)]
+    switched = [module for module in model.modules() if isinstance(module, NativeHeads)]
     calls.clear()
     after = steps(model, tokens)
     assert len(switched) == TURNING[family] and calls.count("heads") == 4 * len(switched)
     assert (after - exact).norm() <= max(2 * (before - exact).norm(), torch.finfo(torch.float32).eps * exact.norm())
     convert(model, Plan())
-    assert not any(isinstance(module, FewRowHeads) or "turn" in vars(module) for module in model.modules())
+    assert not any(isinstance(module, NativeHeads) or "turn" in vars(module) for module in model.modules())
     assert torch.equal(steps(model, tokens), before)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_prompt_is_read_natively_where_its_rows_are_many(family, dtype, calls, monkeypatch):
+    tokens = torch.arange(24).view(2, 12) * 7 % 90 + 3
+    model, exact = tiny_model(family).to(dtype), tiny_model(family).to(dtype).double()(tokens).logits
+    before = model(tokens).logits
+    monkeypatch.setattr(rows, "install", lambda given, right=rows.install, **asked: right(
+        given, most_rows=0, many_rows=24))
+    convert(model, Plan.everywhere(prunable_layers(model), "connections", Config()))
+    calls.clear()
+    after = model(tokens).logits
+    assert calls.count("heads") == TURNING[family] and calls.count("gated") == 3 and calls.count("norm") >= 7
+    assert (after - exact).norm() <= max(2 * (before - exact).norm(), torch.finfo(torch.float32).eps * exact.norm())
+    calls.clear()
+    model(tokens[:1])
+    assert set(calls) <= {"norm"}, "only norms of heads have as many rows"
 
 
 @pytest.mark.parametrize("wrong", ["sign", "pairs", "no turn"])
@@ -208,7 +228,7 @@ def test_heads_that_are_turned_otherwise_are_left(wrong, monkeypatch):
 
     monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", other)
     model = decoding("llama", monkeypatch)
-    assert not any(isinstance(module, FewRowHeads) for module in model.modules())
+    assert not any(isinstance(module, NativeHeads) for module in model.modules())
 
 
 def test_another_forward_or_norms_of_unlike_epsilons_are_left(monkeypatch):

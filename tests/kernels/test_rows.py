@@ -44,10 +44,11 @@ def eager_norm(x, weight, epsilon, shift):
 
 @pytest.mark.parametrize("activation", rows.ACTIVATIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=str)
-@pytest.mark.parametrize("width, hidden, outputs", [(1, 1, 1), (37, 53, 29), (64, 96, 64), (130, 401, 7)])
+@pytest.mark.parametrize("width, hidden, outputs", [(1, 1, 1), (37, 53, 29), (64, 96, 64), (130, 401, 7),
+                                                    (300, 260, 530)])
 @pytest.mark.parametrize("size", [1.0, 40.0])
 def test_gated_is_as_near_to_fp64_as_torch(activation, dtype, width, hidden, outputs, size, machine):
-    for count in range(1, 9):
+    for count in (*range(1, 9), 9, 13, 100):
         x = (random(1, count, width, seed=count) * size).to(dtype)
         layers = to(dtype, *(layer(*shape, seed, count % 2 == 0) for seed, shape in enumerate(
             [(hidden, width), (hidden, width), (outputs, hidden)])))
@@ -55,8 +56,8 @@ def test_gated_is_as_near_to_fp64_as_torch(activation, dtype, width, hidden, out
         y, own = rows.gated(x, *layers, activation), eager(x, *layers, activation)
         assert y.dtype is dtype and y.shape == own.shape
         unit = torch.finfo(torch.float32 if dtype is torch.float32 else dtype).eps * exact.norm()
-        # The plainest instruction set rounds after the product too, and sums 401 of them in a few lanes.
-        assert (y - exact).norm() <= max(2 * (own - exact).norm(), 4 * unit)
+        # The plainest instruction set rounds after the product too, and sums 401 of them in a few lanes, or in one.
+        assert (y - exact).norm() <= max(2 * (own - exact).norm(), 6 * unit)
 
 
 @pytest.mark.parametrize("shift", [0.0, 1.0])
@@ -70,16 +71,19 @@ def test_norm_is_as_near_to_fp64_as_torch(shift, dtype, width, size, machine):
     assert y.dtype is dtype and y.shape == x.shape
     assert (y - exact).norm() <= max(2 * (own - exact).norm(), torch.finfo(dtype).eps * exact.norm())
     assert all(torch.equal(rows.norm(x[:, :count], weight, 1e-6, shift), y[:, :count]) for count in range(1, 9))
+    many = rows.norm(x.repeat(1, 200, 1), weight, 1e-6, shift)  # in several pieces of work
+    assert torch.equal(many, y.repeat(1, 200, 1))
 
 
 @pytest.mark.parametrize("activation", rows.ACTIVATIONS)
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf, -torch.inf, 1e30], ids=str)
 def test_what_is_not_a_number_reaches_its_row_and_no_other(activation, poison, machine):
     layers = to(torch.float32, layer(33, 21, 1, False), layer(33, 21, 2, False), layer(5, 33, 3, False))
-    x, weight = random(3, 21).float(), random(21, seed=4).float()
+    x, weight = random(11, 21).float(), random(21, seed=4).float()
     x[1, 20] = poison
-    torch.testing.assert_close(rows.gated(x, *layers, activation), eager(x, *layers, activation), equal_nan=True,
-                               rtol=1e-4, atol=1e-4)
+    for count in (3, 11):
+        torch.testing.assert_close(rows.gated(x[:count], *layers, activation), eager(x[:count], *layers, activation),
+                                   equal_nan=True, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(rows.norm(x, weight, 1e-6, 0.0), eager_norm(x, weight, 1e-6, 0.0), equal_nan=True)
 
 
@@ -92,6 +96,21 @@ def test_a_row_of_gated_depends_on_nothing_but_itself(machine, monkeypatch):
         assert torch.equal(rows.gated(x, *layers, "silu"), expected)
 
 
+def test_a_row_of_many_depends_on_nothing_but_itself(machine, monkeypatch):
+    layers = to(torch.float32, layer(401, 131, 1, True), layer(401, 131, 2, False), layer(603, 401, 3, True))
+    x = random(250, 131).float()
+    case = heads_case(torch.float32, inputs=131, tokens=(1, 250), normed=True, bias=True)
+    expected, turned = rows.gated(x, *layers, "silu"), rows.heads(*case)
+    for threads in (1, 2, 3):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        for first, count in ((0, 9), (1, 96), (100, 97), (3, 200)):
+            some = slice(first, first + count)
+            assert torch.equal(rows.gated(x[some], *layers, "silu"), expected[some])
+            turn = case[4]._replace(cosine=case[4].cosine[:, some], sine=case[4].sine[:, some])
+            for y, whole in zip(rows.heads(case[0][:, some], *case[1:4], turn), turned, strict=True):
+                assert torch.equal(y, whole[:, :, some])
+
+
 def test_every_other_case_is_left():
     x, weight = torch.ones(2, 6), torch.ones(6)
     layers = to(torch.float32, layer(5, 6, 1, False), layer(5, 6, 2, False), layer(4, 5, 3, False))
@@ -99,9 +118,7 @@ def test_every_other_case_is_left():
     for other in (x.double(), x.half(), x.to(HALF), x.to("meta"), torch.ones(0, 6), torch.ones(2, 3),
                   torch.ones(6, 2).T, torch.tensor(1.0), nn.Parameter(x).as_subclass(type("Own", (torch.Tensor,), {}))):
         assert rows.gated(other, *layers, "silu") is None and rows.norm(other, weight, 1e-6, 0.0) is None
-    assert rows.gated(torch.ones(9, 6), *layers, "silu") is None
     assert rows.gated(x, layers[0], layers[0], layers[0], "silu") is None
-    assert rows.norm(torch.ones(rows.MOST_NUMBERS // 6 + 1, 6), weight, 1e-6, 0.0) is None
     needing = [tuple(part if part is None else part.clone().requires_grad_() for part in layer) for layer in layers]
     for context in (torch.enable_grad(), torch.autocast("cpu"), torch.device("cpu")):
         with context:
@@ -113,7 +130,7 @@ def test_every_other_case_is_left():
             assert rows.gated(x, *needing, "silu") is None
         with torch.autocast("cpu"):
             assert rows.gated(x, *layers, "silu") is None and rows.norm(x, weight, 1e-6, 0.0) is None
-        for other in (x.double(), torch.ones(9, 6), torch.ones(2, 3), torch.ones(0, 6)):
+        for other in (x.double(), torch.ones(2, 3), torch.ones(0, 6)):
             assert rows.gated(other, *layers, "silu") is None
         assert rows.norm(x, weight.double(), 1e-6, 0.0) is None and rows.norm(x, weight[:5], 1e-6, 0.0) is None
 
@@ -147,7 +164,10 @@ def heads_case(dtype, heads=(3, 1), widths=(8, 6), inputs=37, tokens=(1, 2), tur
 
 CASES = [{}, {"bias": True}, {"normed": True}, {"tokens": (2, 3), "turns": (1, 3)}, {"tokens": (4, 2)},
          {"heads": (9, 3), "widths": (64, 64), "inputs": 130, "tokens": (1, 1), "normed": True, "bias": True},
-         {"heads": (1, 1), "widths": (2, 1), "inputs": 1, "tokens": (1, 8)}]
+         {"heads": (1, 1), "widths": (2, 1), "inputs": 1, "tokens": (1, 8)},
+         {"heads": (9, 3), "widths": (64, 64), "inputs": 130, "tokens": (1, 100), "normed": True, "bias": True},
+         {"tokens": (3, 70), "turns": (1, 70)}, {"tokens": (70, 2), "bias": True},
+         {"heads": (14, 2), "widths": (48, 40), "tokens": (1, 13)}]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=str)
@@ -163,11 +183,24 @@ def test_heads_are_as_near_to_fp64_as_torch(case, dtype, machine):
         assert (y - best).norm() <= max(2 * (mine - best).norm(), unit)
 
 
-def test_what_is_not_a_number_reaches_its_row_of_heads_and_no_other(machine):
-    x, *others = heads_case(torch.float32, tokens=(1, 3))
+@pytest.mark.parametrize("tokens", [3, 11])
+def test_what_is_not_a_number_reaches_its_row_of_heads_and_no_other(tokens, machine):
+    x, *others = heads_case(torch.float32, tokens=(1, tokens))
     x[0, 1, 5] = torch.nan
     for y in rows.heads(x, *others):
-        assert y[:, :, 1].isnan().all() and y[:, :, [0, 2]].isfinite().all()
+        assert y[:, :, 1].isnan().all() and y[:, :, [0, *range(2, tokens)]].isfinite().all()
+
+
+def test_weights_too_many_to_be_copied_are_left_where_rows_are_many(monkeypatch):
+    layers = to(torch.float32, layer(5, 6, 1, False), layer(5, 6, 2, False), layer(4, 5, 3, False))
+    monkeypatch.setattr(rows, "MOST_LAID_OUT", 79)  # they are 80
+    assert rows.gated(torch.ones(8, 6), *layers, "silu") is not None
+    assert rows.gated(torch.ones(9, 6), *layers, "silu") is None
+    case = heads_case(torch.float32, tokens=(1, 9))
+    monkeypatch.setattr(rows, "MOST_LAID_OUT", sum(part[0].numel() for part in case[1:4]))
+    assert rows.heads(*case) is not None
+    monkeypatch.setattr(rows, "MOST_LAID_OUT", rows.MOST_LAID_OUT - 1)
+    assert rows.heads(*case) is None
 
 
 def test_heads_of_every_other_case_are_left():
@@ -180,7 +213,7 @@ def test_heads_of_every_other_case_are_left():
                   turn._replace(cosine=turn.cosine[..., :7].contiguous(), sine=turn.sine[..., :7].contiguous()),
                   turn._replace(cosine=turn.cosine.mT.contiguous().mT)):
         assert rows.heads(x, query, key, value, other) is None
-    for other in (x.double(), x[0], x[:, :0], x.repeat(5, 1, 1), x[..., :36].contiguous(), x.mT.contiguous().mT):
+    for other in (x.double(), x[0], x[:, :0], x[..., :36].contiguous(), x.mT.contiguous().mT):
         assert rows.heads(other, query, key, value, turn) is None
     assert rows.heads(x, (query[0][:20], None), key, value, turn) is None
     assert rows.heads(x, query, (key[0][:0], None), value, turn) is None
@@ -272,8 +305,8 @@ def test_an_op_takes_strided_tensors_and_refuses_what_does_not_fit(name):
     for place, part in enumerate(arguments):
         if isinstance(part, torch.Tensor):
             for wrong in (part.double(), part[..., :-1], part.to("meta"), part[None].expand(9, *part.shape)):
-                if name == "norm" and place == 0 and wrong.shape[0] == 9:
-                    continue  # rows of a norm may be many
+                if name != "heads" and place == 0 and wrong.shape[0] == 9:
+                    continue  # more dimensions are more rows
                 with pytest.raises(ShapeError, match=f"^{name}: expected x "):
                     op(*arguments[:place], wrong, *arguments[place + 1:])
     if name == "gated":

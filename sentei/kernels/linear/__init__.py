@@ -3,12 +3,11 @@
 import torch
 
 from sentei.core.errors import ImplError, ShapeError
-from sentei.kernels.linear import eager, fused_cpp, reference, widened
+from sentei.kernels.linear import eager, fused_cpp, reference
 
 __all__ = ["IMPLS", "choose_impl", "linear"]
 
-IMPLS = {"reference": reference.linear, "eager": eager.linear, "widened": widened.linear,
-         "fused_cpp": fused_cpp.linear}
+IMPLS = {"reference": reference.linear, "eager": eager.linear, "fused_cpp": fused_cpp.linear}
 
 
 def linear(
@@ -24,12 +23,14 @@ def linear(
         bias: [O], or None.
         impl: "auto", or one of IMPLS, which then runs or raises.
     Returns:
-        [..., O]. A row's numbers depend neither on the other rows nor on the number of threads in `fused_cpp`.
+        [..., O]. In `fused_cpp` a row's numbers depend neither on the number of threads nor on the other rows, but for
+        whether they are few.
     Raises:
         ShapeError: shapes do not fit.
         ImplError: an unknown implementation, or a named one that cannot take the tensors.
-    Cost: reading the weights once where the rows are few; `auto` then takes `fused_cpp` without asking whether it is
-    faster here, which `sentei.conversion.linear` measures.
+    Cost: reading the weights once where the rows are few; `auto` then takes `fused_cpp`, and `eager` for more rows,
+    without asking which is faster here: `sentei.conversion.linear` measures. Many rows are multiplied by a copy of the
+    weights in fp32, 64 MiB at once.
     """
     if weight.dim() != 2 or x.dim() == 0 or x.shape[-1] != weight.shape[1] or (
             bias is not None and bias.shape != weight.shape[:1]):
@@ -54,4 +55,7 @@ def choose_impl(
         raise ImplError("linear", expected=f"impl 'auto', {', '.join(map(repr, IMPLS))}", got=repr(impl),
                         do="choose one of these")
     reason = fused_cpp.refusal(x, weight, bias)
-    return ("eager", f"fused_cpp cannot take {reason}") if reason else ("fused_cpp", "made for few rows")
+    if reason:
+        return "eager", f"fused_cpp cannot take {reason}"
+    few = x.numel() <= fused_cpp.FEW_ROWS * x.shape[-1]
+    return ("fused_cpp", "made for few rows") if few else ("eager", "many rows, and nobody has measured")

@@ -1,4 +1,5 @@
-"""A linear layer for few rows on the CPU, in C++: every weight is read once, for all rows.
+"""A linear layer on the CPU, in C++: up to FEW_ROWS rows read every weight once, for all of them; more are multiplied
+block by block, in fp32, by weights that are laid out once a call.
 
 fp32 and bfloat16, summed in fp32; no gradients. A call is an op of torch (`sentei::linear`) where torch looks on (a
 compiled graph, a dispatch mode, a tensor that is more than its memory), and a plain call of the library elsewhere,
@@ -15,7 +16,7 @@ from sentei.core.errors import ImplError, ResourceError, ShapeError
 from sentei.core.modes import is_plain_call, is_watched
 from sentei.kernels import native, ops
 
-MOST_ROWS = 8  # of native/linear.cpp
+FEW_ROWS = 8  # of native/rows.h
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 _C = torch._C
 
@@ -49,7 +50,7 @@ def at_once(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) ->
         return None
     shape, (outputs, width), dtype = x.shape, weight.shape, x.dtype
     rows = x.numel() // (width or 1)
-    if (shape[-1] if shape else 0) != width or weight.dtype is not dtype or not 1 <= rows <= MOST_ROWS or (
+    if (shape[-1] if shape else 0) != width or weight.dtype is not dtype or rows < 1 or (
             bias is not None and bias.dtype is not dtype):
         return None
     output = x.new_empty((*shape[:-1], outputs))
@@ -72,7 +73,7 @@ def is_plain(x: object) -> bool:
 def checked(status: int) -> None:
     """Raises ResourceError where a call of the library ran out of memory."""
     if status:
-        raise ResourceError("linear", expected="memory for a copy of the input", got="none left",
+        raise ResourceError("linear", expected="memory for a copy of the input, or of the weights", got="none left",
                             do="use a machine with more memory")
 
 
@@ -89,8 +90,8 @@ def refusal(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) ->
             return f"{other.dtype} on {other.device} with {dtype} on {x.device}"
     if not x.layout is weight.layout is torch.strided:
         return f"an input of {x.layout} and weights of {weight.layout}"
-    if not 1 <= x.numel() <= MOST_ROWS * x.shape[-1]:
-        return f"an input that is empty or has more than {MOST_ROWS} rows"
+    if x.numel() == 0:
+        return "an input that is empty"
     if weight.stride(1) != 1:
         return "weights whose rows are not contiguous"
     if torch.is_autocast_enabled("cpu"):
@@ -155,10 +156,10 @@ def _check(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> 
     given = (x, weight) if bias is None else (x, weight, bias)
     if (x.dim() == 0 or weight.dim() != 2 or x.shape[-1] != weight.shape[1] or weight.stride(1) != 1
             or bias is not None and bias.shape != weight.shape[:1]
-            or not 1 <= x.numel() <= MOST_ROWS * x.shape[-1] or x.dtype not in (torch.float32, torch.bfloat16)
+            or x.numel() == 0 or x.dtype not in (torch.float32, torch.bfloat16)
             or any(tensor.dtype != x.dtype or tensor.device.type != "cpu" for tensor in given)):
-        raise ShapeError("linear", expected=f"x [..., I] of 1 to {MOST_ROWS} rows, weight [O, I] of contiguous rows "
-                         "and bias [O], float32 or bfloat16, on the CPU", do="call it through linear",
+        raise ShapeError("linear", expected="x [..., I] of a row or more, weight [O, I] of contiguous rows and "
+                         "bias [O], float32 or bfloat16, on the CPU", do="call it through linear",
                          got=", ".join(f"{x.dtype} {list(x.shape)} on {x.device}" for x in given))
 
 

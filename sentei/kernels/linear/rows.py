@@ -1,10 +1,10 @@
-"""What else a decoding step is made of, in one native call each: a gated MLP, an RMS norm, an attention's heads.
+"""What a layer is made of besides attention, in one native call each: a gated MLP, an RMS norm, an attention's heads.
 
-For few rows on the CPU. In the plain case (`fused_cpp.is_plain`, while `fused_cpp.is_quiet`) a plain call of the
-library, because a token takes hundreds of them; where torch looks on (a compiled graph, a dispatch mode) an op of torch
-(`sentei::gated`, `sentei::norm`, `sentei::heads`). Every other case is answered None: for it the module's own forward
-is there. fp32 and bfloat16; what is between the first number read and the last one written is fp32, so that bfloat16
-is rounded once where torch rounds at every step. No gradients.
+For rows on the CPU, few or many, as `fused_cpp`. In the plain case (`fused_cpp.is_plain`, while `fused_cpp.is_quiet`) a
+plain call of the library, because a token takes hundreds of them; where torch looks on (a compiled graph, a dispatch
+mode) an op of torch (`sentei::gated`, `sentei::norm`, `sentei::heads`). Every other case is answered None: for it the
+module's own forward is there. fp32 and bfloat16; what is between the first number read and the last one written is
+fp32, so that bfloat16 is rounded once where torch rounds at every step. No gradients.
 """
 
 import ctypes
@@ -20,19 +20,20 @@ from sentei.kernels import native, ops
 from sentei.kernels.linear import fused_cpp
 from sentei.kernels.linear.layers import ACTIVATIONS, Layer, Turn
 
-MOST_NUMBERS = 1 << 17  # of a norm, which is made by one thread
+MOST_LAID_OUT = 1 << 26  # numbers of the weights of a call of many rows, which it copies: 256 MiB
 
 
 def gated(x: torch.Tensor, gate: Layer, up: Layer, down: Layer, activation: str) -> torch.Tensor | None:
     """Returns down(act(gate(x)) · up(x)), or None where it is left to the module.
 
     Args:
-        x: [..., I], one to eight rows.
+        x: [..., I].
         gate, up, down: weight and bias, or None: [F, I] and [F], the same, [O, F] and [O]; of the input's dtype.
         activation: one of ACTIVATIONS.
     Raises:
         ResourceError: memory ran out.
-    Cost: reading the weights once. A row depends neither on the other rows nor on the number of threads.
+    Cost: few rows read the weights once; many rows a copy of them in fp32, MOST_LAID_OUT numbers at most. A row depends
+    on neither the other rows (but on whether they are few) nor the number of threads.
     """
     given = x, *gate, *up, *down
     run = _runner("gated", (x, gate[0], up[0], down[0]), (gate[1], up[1], down[1]))
@@ -43,7 +44,7 @@ def norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float, shift: float) ->
     """Returns x / √(mean(x²) + ε) · (shift + weight), or None where it is left to the module.
 
     Args:
-        x: [..., I], up to MOST_NUMBERS numbers.
+        x: [..., I].
         weight: [I], of the input's dtype.
         epsilon: ε.
         shift: 1 where the weights are kept less one, as Gemma's; else 0.
@@ -59,7 +60,7 @@ def heads(x: torch.Tensor, query: Layer, key: Layer, value: Layer, turn: Turn
         turn(norm(q_proj(x))), turn(norm(k_proj(x))), v_proj(x);   turn(u)_j = u_j cos_j ∓ u_(j ± D/2) sin_j
 
     Args:
-        x: [B, T, I], one to eight rows.
+        x: [B, T, I].
         query, key, value: weight and bias, or None: [H·D, I], [G·D, I] and [G·Dv, I].
         turn: of the input's dtype.
     Raises:
@@ -118,23 +119,29 @@ def _layer_fits(weight: torch.Tensor, bias: torch.Tensor | None, outputs: int, w
     return weight.shape == (outputs, width) and (bias is None or bias.shape == (outputs,))
 
 
+def _rows_fit(x: torch.Tensor, *weights: torch.Tensor) -> bool:
+    """Whether there are rows, few or of weights that may be copied."""
+    count = x.numel()
+    return 0 < count and (count <= fused_cpp.FEW_ROWS * x.shape[-1]
+                          or sum(weight.numel() for weight in weights) <= MOST_LAID_OUT)
+
+
 def _gated_fits(x, gate, gate_bias, up, up_bias, down, down_bias) -> bool:
-    """Whether these are few rows and layers that follow one another."""
-    width = x.shape[-1] if x.dim() else 0
-    if gate.dim() != 2 or down.dim() != 2:
+    """Whether these are rows and layers that follow one another."""
+    if x.dim() == 0 or gate.dim() != 2 or down.dim() != 2:
         return False
-    hidden = len(gate)
-    return 1 <= x.numel() <= fused_cpp.MOST_ROWS * width and _layer_fits(gate, gate_bias, hidden, width) and (
+    width, hidden = x.shape[-1], len(gate)
+    return _rows_fit(x, gate, up, down) and _layer_fits(gate, gate_bias, hidden, width) and (
         _layer_fits(up, up_bias, hidden, width) and _layer_fits(down, down_bias, len(down), hidden))
 
 
 def _norm_fits(x, weight) -> bool:
-    """Whether these are few numbers and one weight for each of a row."""
-    return x.dim() > 0 and weight.shape == x.shape[-1:] and 1 <= x.numel() <= MOST_NUMBERS
+    """Whether these are rows and one weight for each number of them."""
+    return x.dim() > 0 and weight.shape == x.shape[-1:] and x.numel() > 0
 
 
 def _heads_fit(*given: torch.Tensor | None) -> bool:
-    """Whether these are few rows, whole heads of an even width, and a turn of that width for every row or token.
+    """Whether these are rows, whole heads of an even width, and a turn of that width for every row or token.
 
     Args:
         given: x, three layers' weights and biases, cosine and sine, and the norms of query and key.
@@ -143,7 +150,7 @@ def _heads_fit(*given: torch.Tensor | None) -> bool:
     if not (x.dim() == 3 and query.dim() == key.dim() == value.dim() == 2 and cosine.dim()):
         return False
     (batch, tokens, width), sizes, head = x.shape, (len(query), len(key), len(value)), cosine.shape[-1]
-    if not 1 <= batch * tokens <= fused_cpp.MOST_ROWS or not width or head < 2 or head % 2 or sizes[0] % head or (
+    if not _rows_fit(x, query, key, value) or head < 2 or head % 2 or sizes[0] % head or (
             not sizes[1]) or sizes[1] % head or sizes[2] % (sizes[1] // head) or not sizes[2]:
         return False
     layers = (query, query_bias), (key, key_bias), (value, value_bias)
@@ -172,8 +179,9 @@ def _gated_shape(x, down) -> torch.Tensor:
 def _norm(x, weight, epsilon: float, shift: float) -> torch.Tensor:
     """The call, of contiguous tensors that fit."""
     output, width = torch.empty_like(x), len(weight)
-    _norm_call()(*_pointers(x, weight, output), x.numel() // width, width, epsilon, shift, x.dtype is torch.bfloat16,
-                 native.MACHINE)
+    fused_cpp.checked(_norm_call()(
+        *_pointers(x, weight, output), x.numel() // width, width, epsilon, shift, x.dtype is torch.bfloat16,
+        torch.get_num_threads(), native.MACHINE))
     return output
 
 
@@ -216,18 +224,18 @@ def _checked_gated(given, activation: str) -> list:
     if activation not in ACTIVATIONS:
         raise ShapeError("gated", expected=f"an activation of {', '.join(ACTIVATIONS)}", got=activation[:50],
                          do="call it through sentei.kernels.linear.rows")
-    return _checked("gated", _gated_fits, given, f"x [..., I] of 1 to {fused_cpp.MOST_ROWS} rows, gate and up [F, I] "
-                    "and down [O, F], with biases that fit")
+    return _checked("gated", _gated_fits, given, "x [..., I], gate and up [F, I] and down [O, F], with biases that "
+                    f"fit; with more than {fused_cpp.FEW_ROWS} rows weights of {MOST_LAID_OUT} numbers")
 
 
 def _checked_norm(given) -> list:
-    return _checked("norm", _norm_fits, given, f"x [..., I] of 1 to {MOST_NUMBERS} numbers and weight [I]")
+    return _checked("norm", _norm_fits, given, "x [..., I] and weight [I]")
 
 
 def _checked_heads(given) -> list:
-    return _checked("heads", _heads_fit, given, f"x [B, T, I] of 1 to {fused_cpp.MOST_ROWS} rows, query [H·D, I], "
-                    "key [G·D, I], value [G·Dv, I], biases that fit, cosine and sine [N, D] of an even D, N rows or "
-                    "tokens, and norms [D]")
+    return _checked("heads", _heads_fit, given, "x [B, T, I], query [H·D, I], key [G·D, I], value [G·Dv, I], "
+                    "biases that fit, cosine and sine [N, D] of an even D, N rows or tokens, and norms [D]; with more "
+                    f"than {fused_cpp.FEW_ROWS} rows weights of {MOST_LAID_OUT} numbers")
 
 
 _CALLS = {"gated": _gated, "norm": _norm, "heads": _heads}
@@ -258,8 +266,7 @@ def _gated_call():
 @cache
 def _norm_call():
     function = native.load().sentei_norm
-    function.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_int64] * 2 + [ctypes.c_double] * 2 + [ctypes.c_int64] * 2
-    function.restype = None
+    function.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_int64] * 2 + [ctypes.c_double] * 2 + [ctypes.c_int64] * 3
     return function
 
 

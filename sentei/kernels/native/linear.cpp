@@ -1,36 +1,9 @@
-// What a step of decoding is made of, for few rows: a linear layer, a gated MLP, an RMS norm, the queries, keys and values
-// of an attention layer. Every weight is read from memory once, for all rows, as fast as memory gives it.
-#include "rows.h"
+// What a layer of a transformer is made of besides attention: a linear layer, a gated MLP, an RMS norm, the queries, keys
+// and values of an attention layer. Of few rows, here, every weight is read from memory once, for all of them, as fast as
+// memory gives it; many.cpp has what many rows take.
+#include "heads.h"
 
 namespace {
-
-// All contiguous and of one dtype; biases may be null.
-struct Gated {
-  const void *input, *gate, *up, *down;               // [R, I], [F, I], [F, I], [O, F]
-  const void *gate_bias, *up_bias, *down_bias;        // [F], [F], [O]
-  void* output;                                       // [R, O]
-  int64_t rows, width, hidden, outputs;               // hidden: F
-  bool tanh;                                          // the activation: gelu by tanh, else silu
-};
-
-// All contiguous and of one dtype.
-struct Norm {
-  const void *input, *weight;  // [R, I], [I]
-  void* output;                // [R, I]
-  int64_t rows, width;
-  float epsilon, shift;        // the weights are shift + weight
-};
-
-// All contiguous and of one dtype; biases and norms may be null.
-struct Heads {
-  const void* input;                        // [R, I]
-  const void *weight[3], *bias[3];          // of queries, keys and values: [O, I] and [O]
-  const void* norm[2];                      // [D]: of every query and of every key
-  const void *cosine, *sine;                // [N, D]: row r is turned by row r % N
-  void* output;                             // [R, the three O together]
-  int64_t rows, width, outputs[3], head, turns;  // head: D
-  float epsilon, shift;                     // as in Norm
-};
 
 constexpr int64_t kAhead = 1024;  // bytes ahead at which each row of weights is prefetched; at its end, a later row
 constexpr int kLevel = 2;         // to which cache: the second holds more requests on their way than the first
@@ -295,28 +268,8 @@ void gated(const Gated& p, Run run, int64_t threads, int machine) {
   });
 }
 
-// A query or a key, normed and turned (the rotary embedding: number j goes with number j + D / 2), rounded once.
-template <class Kind>
-void turn(const Heads& p, const void* norm, int64_t row, float* x, typename Kind::Number* to) {
-  using Number = typename Kind::Number;
-  if (norm) {
-    float total = 0;
-    for (int64_t j = 0; j < p.head; ++j) total += x[j] * x[j];
-    const float factor = 1.0f / std::sqrt(total / float(p.head) + p.epsilon);
-    for (int64_t j = 0; j < p.head; ++j) x[j] *= factor * (p.shift + Kind::widen(static_cast<const Number*>(norm)[j]));
-  }
-  const auto* cosine = static_cast<const Number*>(p.cosine) + row % p.turns * p.head;
-  const auto* sine = static_cast<const Number*>(p.sine) + row % p.turns * p.head;
-  const int64_t half = p.head / 2;
-  for (int64_t j = 0; j < half; ++j) {
-    to[j] = Kind::narrow(x[j] * Kind::widen(cosine[j]) - x[j + half] * Kind::widen(sine[j]));
-    to[j + half] = Kind::narrow(x[j + half] * Kind::widen(cosine[j + half]) + x[j] * Kind::widen(sine[j + half]));
-  }
-}
-
 template <class Kind, class Run>
 void heads(const Heads& p, Run run, int64_t threads, int machine) {
-  using Number = typename Kind::Number;
   const auto inputs = laid<Kind>(p.input, p.rows, p.width, p.width, machine);
   const int64_t total = p.outputs[0] + p.outputs[1] + p.outputs[2];
   Zeros wide(p.rows * total);
@@ -325,18 +278,19 @@ void heads(const Heads& p, Run run, int64_t threads, int machine) {
   for (int i = 0; i < 3; ++i)
     part[i] = {nullptr, p.weight[i], p.bias[i], nullptr, wide.data() + p.rows * before[i], p.rows, p.width, p.outputs[i],
                0, p.width};
-  in_pieces(total, p.width * int64_t(sizeof(Number)), threads, [&](int64_t first, int64_t last) {
+  in_pieces(total, p.width * int64_t(sizeof(typename Kind::Number)), threads, [&](int64_t first, int64_t last) {
     for (int i = 0; i < 3; ++i) {
       const int64_t begin = std::max<int64_t>(first - before[i], 0), end = std::min(last - before[i], p.outputs[i]);
       if (begin < end) run(part[i], inputs.data(), begin, end);
     }
   });
+  constexpr bool half = sizeof(typename Kind::Number) == 2;
+  const Zeros norms = norms_of(p, half);
+  Zeros room(2 * p.head);
   for (int64_t r = 0; r < p.rows; ++r) {
-    auto* to = static_cast<Number*>(p.output) + r * total;
-    for (int i = 0; i < 2; ++i)
-      for (int64_t at = 0; at < p.outputs[i]; at += p.head)
-        turn<Kind>(p, p.norm[i], r, part[i].wide + r * p.outputs[i] + at, to + before[i] + at);
-    for (int64_t o = 0; o < p.outputs[2]; ++o) to[before[2] + o] = Kind::narrow(part[2].wide[r * p.outputs[2] + o]);
+    float* const made[] = {part[0].wide + r * p.outputs[0], part[1].wide + r * p.outputs[1],
+                           part[2].wide + r * p.outputs[2]};
+    turn_row_on[machine](p, half, norms.data(), r, made, room.data());
   }
 }
 
@@ -348,7 +302,7 @@ ProductOfRows product_of_rows(bool bfloat16, int machine) {
 
 extern "C" {
 
-// One to eight rows; `half` says bfloat16, `machine` the instruction set, -1 the best. Returns 0, or 1 when memory ran
+// Any number of rows; `half` says bfloat16, `machine` the instruction set, -1 the best. Returns 0, or 1 when memory ran
 // out; the output is then unfinished. Plain arguments: a struct filled from Python costs more than some layers.
 int sentei_linear(const void* input, const void* weight, const void* bias, void* output, int64_t rows, int64_t width,
                   int64_t outputs, int64_t input_stride, int64_t weight_stride, int64_t half, int64_t threads,
@@ -356,14 +310,16 @@ int sentei_linear(const void* input, const void* weight, const void* bias, void*
   return status_of([&] {
     const Linear p{input, weight, bias, output, nullptr, rows, width, outputs, input_stride, weight_stride};
     const int set = set_of(machine);
-    if (half)
+    if (rows > kFew)
+      linear_of_many(p, half, threads, set);
+    else if (half)
       linear<BFloat16>(p, run_bfloat16_on[set], threads, set);
     else
       linear<Float32>(p, run_float32_on[set], threads, set);
   });
 }
 
-// down(act(gate(x)) · up(x)) for one to eight rows; `tanh` says gelu by tanh, else silu; the rest as above.
+// down(act(gate(x)) · up(x)); `tanh` says gelu by tanh, else silu; the rest as above.
 int sentei_gated(const void* input, const void* gate, const void* up, const void* down, const void* gate_bias,
                  const void* up_bias, const void* down_bias, void* output, int64_t rows, int64_t width, int64_t hidden,
                  int64_t outputs, int64_t tanh, int64_t half, int64_t threads, int64_t machine) {
@@ -371,21 +327,29 @@ int sentei_gated(const void* input, const void* gate, const void* up, const void
     const Gated p{input, gate, up, down, gate_bias, up_bias, down_bias, output, rows, width, hidden, outputs,
                   tanh != 0};
     const int set = set_of(machine);
-    if (half)
+    if (rows > kFew)
+      gated_of_many(p, half, threads, set);
+    else if (half)
       gated<BFloat16>(p, run_bfloat16_on[set], threads, set);
     else
       gated<Float32>(p, run_float32_on[set], threads, set);
   });
 }
 
-// An RMS norm of any number of rows, on this thread.
-void sentei_norm(const void* input, const void* weight, void* output, int64_t rows, int64_t width, double epsilon,
-                 double shift, int64_t half, int64_t machine) {
-  const Norm p{input, weight, output, rows, width, float(epsilon), float(shift)};
-  (half ? norm_bfloat16_on : norm_float32_on)[set_of(machine)](p);
+// An RMS norm of any number of rows.
+int sentei_norm(const void* input, const void* weight, void* output, int64_t rows, int64_t width, double epsilon,
+                double shift, int64_t half, int64_t threads, int64_t machine) {
+  const auto norm = (half ? norm_bfloat16_on : norm_float32_on)[set_of(machine)];
+  const int64_t row = width * (half ? 2 : 4), piece = std::max<int64_t>(kPiece / row, 1);
+  auto some = [&](int64_t i, int) {
+    const int64_t at = i * piece * row;
+    norm({static_cast<const char*>(input) + at, weight, static_cast<char*>(output) + at,
+          std::min(piece, rows - i * piece), width, float(epsilon), float(shift)});
+  };
+  return status_of([&] { in_parallel((rows + piece - 1) / piece, threads, [] { return 0; }, some); });
 }
 
-// The queries, keys and values of one to eight rows; the head's width is even and divides the queries' and the keys'. The
+// The queries, keys and values of rows; the head's width is even and divides the queries' and the keys'. The
 // rest as above.
 int sentei_heads(const void* input, const void* query, const void* key, const void* value, const void* query_bias,
                  const void* key_bias, const void* value_bias, const void* query_norm, const void* key_norm,
@@ -396,7 +360,9 @@ int sentei_heads(const void* input, const void* query, const void* key, const vo
     const Heads p{input, {query, key, value}, {query_bias, key_bias, value_bias}, {query_norm, key_norm}, cosine, sine,
                   output, rows, width, {queries, keys, values}, head, turns, float(epsilon), float(shift)};
     const int set = set_of(machine);
-    if (half)
+    if (rows > kFew)
+      heads_of_many(p, half, threads, set);
+    else if (half)
       heads<BFloat16>(p, run_bfloat16_on[set], threads, set);
     else
       heads<Float32>(p, run_float32_on[set], threads, set);

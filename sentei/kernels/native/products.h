@@ -5,7 +5,7 @@
 // strip is kStripLines lines: numbers [depth][kStripLines].
 #pragma once
 
-#include "call.h"
+#include "shelf.h"
 
 namespace {
 
@@ -24,6 +24,11 @@ struct Micro {
 };
 int panel_of(int set) { return set == 2 ? Micro<16>::panel : Micro<8>::panel; }
 int64_t tokens_of(int set) { return set == 2 ? kTokens : kTokens / 2; }  // of a block
+// What `all` is cut into, so that no part is larger than `most`: parts about as large, multiples of `unit`.
+int64_t even_part(int64_t all, int64_t most, int64_t unit) {
+  const int64_t parts = std::max<int64_t>((all + most - 1) / most, 1), each = (all + parts - 1) / parts;
+  return std::max<int64_t>((each + unit - 1) / unit * unit, unit);
+}
 int round_lines(int lines) { return (lines + kStripLines - 1) / kStripLines * kStripLines; }
 
 // Rows of a tensor in the order of a list.
@@ -33,29 +38,6 @@ struct Rows {
   bool half;
   const int64_t* order;
 };
-
-INLINE void widen_row(const void* from, bool half, int64_t count, float* to) {
-  if (half) {
-    const auto* numbers = static_cast<const uint16_t*>(from);
-    for (int64_t i = 0; i < count; ++i) to[i] = widen(numbers[i]);
-  } else {
-    std::memcpy(to, from, count * sizeof(float));
-  }
-}
-
-INLINE void narrow_row(const float* from, bool half, int64_t count, void* to) {
-  if (half) {
-    auto* numbers = static_cast<uint16_t*>(to);
-    for (int64_t i = 0; i < count; ++i) numbers[i] = narrow(from[i]);
-  } else {
-    std::memcpy(to, from, count * sizeof(float));
-  }
-}
-
-INLINE const void* at(const void* data, bool half, int64_t element) {
-  return static_cast<const char*>(data) + element * (half ? 2 : 4);
-}
-INLINE void* at(void* data, bool half, int64_t element) { return static_cast<char*>(data) + element * (half ? 2 : 4); }
 
 // A panel of rows first … of `count` rows (zeros beyond), turned: [depth][panel]. `room` holds a panel x kDepth floats.
 template <int L>
@@ -342,5 +324,51 @@ INLINE void combine(const float* rows, int64_t width, const int64_t* places, con
 ON_EVERY_MACHINE(combine, (const float* rows, int64_t width, const int64_t* places, const float* weights,
                            int64_t slots, bool half, float* sum, void* to),
                  (rows, width, places, weights, slots, half, sum, to))
+
+constexpr int64_t kBlock = kLines * std::max(kLine, kTokens);  // numbers of a left factor, or of a product
+
+// Each thread's own blocks, kept from one phase to the next.
+class Rooms {
+ public:
+  Rooms(int64_t threads, int64_t width) : rooms_(size_t(threads)), next_(0) {
+    for (Room& room : rooms_) room.row = Lent(width);
+  }
+  // Makes the blocks, which few rows have no use for.
+  void prepare() {
+    for (Room& room : rooms_) {
+      if (room.a.get()) continue;
+      room.a = Lent(kBlock);
+      room.c = Lent(kLines * kToken);
+      std::fill_n(room.a.get(), kBlock, 0.0f);  // what is beyond a block is computed with, and left
+    }
+  }
+  struct Room {
+    Lent a, c, row;  // a block of the left factor (and what is turned in one), of the product, and a row
+  };
+  // work(i, room) for 0 … count - 1.
+  template <class Work>
+  void each(int64_t count, Work work) {
+    next_ = 0;
+    in_parallel(count, int64_t(rooms_.size()), [&] { return &rooms_[next_++]; },
+                [&](int64_t i, Room* room) { work(i, *room); });
+  }
+
+ private:
+  std::vector<Room> rooms_;
+  std::atomic<int64_t> next_;
+};
+
+// The product of a block of a left factor with panels of `depth`, which lie `apart`: C[lines x columns], to which it is
+// added where `add` says so.
+inline void block_product(int machine, Rooms::Room& room, const Left& left, int64_t line, int lines, const float* b,
+                          int64_t apart, int columns, int64_t depth, float* c, bool add = false) {
+  const int64_t each = even_part(depth, kDepth, 32);  // which every panel divides
+  for (int64_t d = 0; d < depth; d += each) {
+    const int depths = int(std::min(each, depth - d));
+    copy_left_on[machine](left, line, lines, d, depths, room.a.get());
+    multiply_on[machine](room.a.get(), b + d * panel_of(machine), apart, c, lines, columns, depths,
+                         left.how == Left::kAcross, add || d > 0);
+  }
+}
 
 }  // namespace

@@ -1,7 +1,6 @@
 // Mixtures of feed-forward networks: the products of each expert with its own tokens, forward and backward.
 #include "products.h"
 #include "rows.h"
-#include "shelf.h"
 
 namespace {
 
@@ -23,39 +22,6 @@ struct RouteBackward {
   const void* gradient;            // [T, O], contiguous: of the output
   void *hidden, *first, *down;     // [T, D], [E, 2 F or F, D] (gate's rows, then up's), [E, O, F]; null: not wanted
   float* weights;                  // [T, K]
-};
-
-constexpr int64_t kBlock = kLines * std::max(kLine, kTokens);  // numbers of a left factor, or of a product
-
-// Each thread's own blocks, kept from one phase to the next.
-class Rooms {
- public:
-  Rooms(int64_t threads, int64_t width) : rooms_(size_t(threads)), next_(0) {
-    for (Room& room : rooms_) room.row = Lent(width);
-  }
-  // Makes the blocks, which few rows have no use for.
-  void prepare() {
-    for (Room& room : rooms_) {
-      if (room.a.get()) continue;
-      room.a = Lent(kBlock);
-      room.c = Lent(kLines * kToken);
-      std::fill_n(room.a.get(), kBlock, 0.0f);  // what is beyond a block is computed with, and left
-    }
-  }
-  struct Room {
-    Lent a, c, row;  // a block of the left factor (and what is turned in one), of the product, and a row
-  };
-  // work(i, room) for 0 … count - 1.
-  template <class Work>
-  void each(int64_t count, Work work) {
-    next_ = 0;
-    in_parallel(count, int64_t(rooms_.size()), [&] { return &rooms_[next_++]; },
-                [&](int64_t i, Room* room) { work(i, *room); });
-  }
-
- private:
-  std::vector<Room> rooms_;
-  std::atomic<int64_t> next_;
 };
 
 // The kept (token, slot) pairs, sorted by expert; each is a row.
@@ -99,16 +65,10 @@ struct Call {
       : p(p), order(p), machine(set_of(p.machine)), panel(panel_of(machine)),
         rooms(std::max<int64_t>(p.threads, 1), std::max(p.width, p.outputs)) {}
 
-  // The product of a block of a left factor with panels: C[lines x columns] of the room.
   void product(Rooms::Room& room, const Left& left, int64_t line, int lines, const float* b, int64_t apart,
                int64_t columns, int64_t depth, int below = 0, bool add = false) const {
-    const bool across = left.how == Left::kAcross;
-    for (int64_t d = 0; d < depth; d += kDepth) {
-      const int depths = int(std::min<int64_t>(kDepth, depth - d));
-      copy_left_on[machine](left, line, lines, d, depths, room.a.get());
-      multiply_on[machine](room.a.get(), b + d * panel, apart, room.c.get() + below * kToken, lines,
-                           int(columns), depths, across, add || d > 0);
-    }
+    block_product(machine, room, left, line, lines, b, apart, int(columns), depth,
+                  room.c.get() + below * kToken, add);
   }
 
   // The blocks of lines times so many columns, or each expert's rows (-1), of each of a wave; those of an expert are of
@@ -116,8 +76,7 @@ struct Call {
   std::vector<Block> blocks(const std::vector<Share>& wave, int64_t lines, int64_t step, int64_t columns) const {
     std::vector<Block> found;
     for (const Share& share : wave) {
-      const int64_t all = columns < 0 ? share.rows : columns, parts = (all + tokens_of(machine) - 1) / tokens_of(machine);
-      const int64_t each = parts ? ((all + parts - 1) / parts + panel - 1) / panel * panel : 1;
+      const int64_t all = columns < 0 ? share.rows : columns, each = even_part(all, tokens_of(machine), panel);
       for (int64_t line = 0; line < lines; line += step)
         for (int64_t first = 0; first < all; first += each)
           found.push_back({&share, line, first, std::min(each, all - first), int(std::min(step, lines - line))});
@@ -295,8 +254,6 @@ void many_rows(Call& call, const std::vector<Share>& wave, float* inputs, float*
                                 p.outputs);
   });
 }
-
-constexpr int64_t kFew = 8;  // rows, of which linear.cpp makes a product
 
 void forward(const Route& p) {
   Call call(p);

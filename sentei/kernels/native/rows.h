@@ -1,4 +1,4 @@
-// Products of few rows with a matrix of weights, which is read once: what linear.cpp makes and others use.
+// Layers of rows: what linear.cpp makes of few, whose weights are read once, and many.cpp of many.
 #pragma once
 
 #include "call.h"
@@ -10,6 +10,39 @@ struct Linear {
   float* wide;                        // [R, O]: takes the output's place where it is not null
   int64_t rows, width, outputs, input_stride, weight_stride;
 };
+
+// All contiguous and of one dtype; biases may be null.
+struct Gated {
+  const void *input, *gate, *up, *down;               // [R, I], [F, I], [F, I], [O, F]
+  const void *gate_bias, *up_bias, *down_bias;        // [F], [F], [O]
+  void* output;                                       // [R, O]
+  int64_t rows, width, hidden, outputs;               // hidden: F
+  bool tanh;                                          // the activation: gelu by tanh, else silu
+};
+
+// All contiguous and of one dtype.
+struct Norm {
+  const void *input, *weight;  // [R, I], [I]
+  void* output;                // [R, I]
+  int64_t rows, width;
+  float epsilon, shift;        // the weights are shift + weight
+};
+
+// All contiguous and of one dtype; biases and norms may be null.
+struct Heads {
+  const void* input;                        // [R, I]
+  const void *weight[3], *bias[3];          // of queries, keys and values: [O, I] and [O]
+  const void* norm[2];                      // [D]: of every query and of every key
+  const void *cosine, *sine;                // [N, D]: row r is turned by row r % N
+  void* output;                             // [R, the three O together]
+  int64_t rows, width, outputs[3], head, turns;  // head: D
+  float epsilon, shift;                     // as in Norm
+};
+
+constexpr int64_t kFew = 8;  // rows; more of them are many
+void linear_of_many(const Linear& p, bool bfloat16, int64_t threads, int machine);
+void gated_of_many(const Gated& p, bool bfloat16, int64_t threads, int machine);
+void heads_of_many(const Heads& p, bool bfloat16, int64_t threads, int machine);
 
 // Outputs first … last - 1 of one to eight rows of inputs `LaidOut`.
 using ProductOfRows = void (*)(const Linear& p, const float* inputs, int64_t first, int64_t last);

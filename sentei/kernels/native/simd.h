@@ -52,6 +52,30 @@ INLINE uint16_t narrow(float value) {
   return value != value ? uint16_t(bits >> 16 | 0x40) : uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
+// Rows of numbers, `half` of them bfloat16, else float32.
+INLINE void widen_row(const void* from, bool half, int64_t count, float* to) {
+  if (half) {
+    const auto* numbers = static_cast<const uint16_t*>(from);
+    for (int64_t i = 0; i < count; ++i) to[i] = widen(numbers[i]);
+  } else {
+    std::memcpy(to, from, count * sizeof(float));
+  }
+}
+
+INLINE void narrow_row(const float* from, bool half, int64_t count, void* to) {
+  if (half) {
+    auto* numbers = static_cast<uint16_t*>(to);
+    for (int64_t i = 0; i < count; ++i) numbers[i] = narrow(from[i]);
+  } else {
+    std::memcpy(to, from, count * sizeof(float));
+  }
+}
+
+INLINE const void* at(const void* data, bool half, int64_t element) {
+  return static_cast<const char*>(data) + element * (half ? 2 : 4);
+}
+INLINE void* at(void* data, bool half, int64_t element) { return static_cast<char*>(data) + element * (half ? 2 : 4); }
+
 // Pairs of bfloat16 numbers are multiplied on one instruction set; elsewhere nothing of that is compiled.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 constexpr bool kPairs = true;

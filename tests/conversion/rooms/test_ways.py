@@ -190,11 +190,11 @@ def test_what_was_built_once_is_used_again():
 def test_what_is_built_is_made_of_plain_modules(room, before):
     """Modules that are switched to native rows, or hold a room, are plain again before others are made of them."""
     model, ids = convert(tiny_model("llama"), before), tokens(40)
-    rows.install(model, most_rows=8)
+    rows.install(model, most_rows=8, many_rows=0)
     lean, fresh = plan_of(model, room, -1), tiny_model("llama")
     convert(model, lean, calibrate(tiny_model("llama"), TEXT, wanted_by_rooms(model, INSIDE, "rule")))
     convert(fresh, lean, statistics("llama"))
     assert torch.equal(logits(model, ids), logits(fresh, ids))
-    assert not wrapper.rooms(model) and not any(hasattr(module, "few_rows") for module in model.modules())
+    assert not wrapper.rooms(model) and not any(hasattr(module, "native_rows") for module in model.modules())
     convert(model, Plan())
     assert not wrapper.rooms(model)
