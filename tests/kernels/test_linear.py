@@ -18,7 +18,7 @@ def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> to
 
 
 def check(function, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-    """The result differs from fp64 by at most twice what torch's own does, or by what one rounding may; by that of five where
+    """The result differs from fp64 by at most twice what torch's own does, or by what one rounding may; or five, where
     rows are many: their sums are made number by number, torch's in parts."""
     wide = [None if tensor is None else tensor.double() for tensor in (x, weight, bias)]
     exact = torch.nn.functional.linear(*wide)

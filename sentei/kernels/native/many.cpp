@@ -14,17 +14,18 @@ struct Panels {
   Zeros bias;
 };
 
-// What the layers of a call share.
+// What the layers of a call share: its rows, cut into blocks, and room for each thread.
 class RowBlocks {
  public:
   // `rows` of `width` numbers, `stride` apart.
   RowBlocks(const void* input, int64_t rows, int64_t width, int64_t stride, bool half, int64_t threads, int machine)
-      : half(half), machine(machine), panel(panel_of(machine)), most(tokens_of(machine)), rooms_(threads, 1),
-        input_{input, stride, half, Left::kAlong}, rows_(rows), width_(width) {
+      : half(half), machine(machine), panel(panel_of(machine)), most(tokens_of(machine)),
+        input_{input, stride, half, Left::kAlong}, rows_(rows), width_(width), depth_(even_part(width, kDepth, 32)),
+        rooms_(threads, (width + depth_ - 1) / depth_ * kLeft) {
+    const int64_t rounds = (rows + kLines * threads - 1) / (kLines * threads), blocks = rounds * threads;
+    lines_ = std::min(round_lines(int((rows + blocks - 1) / blocks)), kLines);
+    few_ = std::max<int64_t>(4 * threads * lines_ / rows, 1);
     rooms_.prepare();
-    const int64_t rounds = (rows + kLines * threads - 1) / (kLines * threads);
-    lines_ = even_part(rows, (rows + rounds * threads - 1) / (rounds * threads), 1);
-    lines_ = std::min<int64_t>(round_lines(int(lines_)), kLines);
   }
 
   Panels lay_out(const void* weight, const void* bias, int64_t outputs, int64_t width, int64_t stride) {
@@ -40,21 +41,35 @@ class RowBlocks {
     return made;
   }
 
-  // work(first row, rows, part, room) for every block of rows and part of 0 … parts - 1, the blocks fastest.
+  // work(first row, rows, room) for every block of rows, which is then in the room.
   template <class Work>
-  void each(int64_t parts, Work work) {
+  void each(Work work) {
+    each(1, [&](int64_t first, int lines, int64_t, int64_t, Rooms::Room& room) { work(first, lines, room); });
+  }
+  // work(first row, rows, first output, outputs, room), where few blocks are cut into parts of the outputs, too.
+  template <class Work>
+  void each(int64_t outputs, Work work) {
     const int64_t blocks = (rows_ + lines_ - 1) / lines_;
+    const int64_t part = even_part(outputs, (outputs + few_ - 1) / few_, panel), parts = (outputs + part - 1) / part;
     rooms_.each(blocks * parts, [&](int64_t i, Rooms::Room& room) {
-      const int64_t first = i % blocks * lines_;
-      work(first, int(std::min(lines_, rows_ - first)), i / blocks, room);
+      const int64_t first = i % blocks * lines_, output = i / blocks * part;
+      const int lines = int(std::min<int64_t>(lines_, rows_ - first));
+      float* to = room.row.get();
+      for (int64_t d = 0; d < width_; d += depth_, to += kLeft) {
+        copy_left_on[machine](input_, first, lines, d, int(std::min(depth_, width_ - d)), to);
+        std::fill(to + lines * kLine, to + round_lines(lines) * kLine, 0.0f);  // computed with, and left
+      }
+      work(first, lines, output, std::min(part, outputs - output), room);
     });
   }
 
-  // C[lines x columns] of the inputs from row `first` and the outputs from `column`, which a panel begins with.
-  void product(Rooms::Room& room, int64_t first, int lines, const Panels& weights, int64_t column, int64_t columns,
+  // C[lines x columns] of the rows in the room and the outputs from `first`, which a panel begins with.
+  void product(const Rooms::Room& room, int lines, const Panels& weights, int64_t first, int64_t columns,
                float* c) const {
-    block_product(machine, room, input_, first, lines, weights.numbers.get() + column * width_, width_ * panel,
-                  int(columns), width_, c);
+    const float *a = room.row.get(), *b = weights.numbers.get() + first * width_;
+    for (int64_t d = 0; d < width_; d += depth_, a += kLeft)
+      multiply_on[machine](a, b + d * panel, width_ * panel, c, lines, int(columns),
+                           int(std::min(depth_, width_ - d)), false, d > 0);
   }
 
   const bool half;
@@ -62,10 +77,12 @@ class RowBlocks {
   const int64_t panel, most;  // outputs of a panel; columns of a product
 
  private:
-  Rooms rooms_;
+  static constexpr int64_t kLeft = kLines * kLine;  // numbers of a left factor
   const Left input_;
-  const int64_t rows_, width_;
-  int64_t lines_;
+  const int64_t rows_, width_, depth_;
+  Rooms rooms_;
+  int lines_;
+  int64_t few_;
 };
 
 // C[lines x columns] + bias, rounded, to rows `stride` apart.
@@ -100,14 +117,17 @@ void linear_of_many(const Linear& p, bool half, int64_t threads, int machine) {
   RowBlocks blocks(p.input, p.rows, p.width, p.input_stride, half, threads, machine);
   const int64_t group = std::max(kLaidOut / p.width / blocks.panel, int64_t(1)) * blocks.panel;
   for (int64_t begin = 0; begin < p.outputs; begin += group) {
-    const int64_t count = std::min(group, p.outputs - begin), each = even_part(count, blocks.most, blocks.panel);
+    const int64_t count = std::min(group, p.outputs - begin);
     const Panels weights = blocks.lay_out(at(p.weight, half, begin * p.weight_stride),
                                           p.bias ? at(p.bias, half, begin) : nullptr, count, p.width, p.weight_stride);
-    blocks.each((count + each - 1) / each, [&](int64_t first, int lines, int64_t part, Rooms::Room& room) {
-      const int64_t column = part * each, columns = std::min(each, count - column);
-      blocks.product(room, first, lines, weights, column, columns, room.c.get());
-      write_block_on[machine](room.c.get(), lines, columns, weights.bias.data() + column, half,
-                              at(p.output, half, first * p.outputs + begin + column), p.outputs);
+    blocks.each(count, [&](int64_t row, int lines, int64_t first, int64_t outputs, Rooms::Room& room) {
+      const int64_t each = even_part(outputs, blocks.most, blocks.panel);
+      for (int64_t column = first; column < first + outputs; column += each) {
+        const int64_t columns = std::min(each, first + outputs - column);
+        blocks.product(room, lines, weights, column, columns, room.c.get());
+        write_block_on[machine](room.c.get(), lines, columns, weights.bias.data() + column, half,
+                                at(p.output, half, row * p.outputs + begin + column), p.outputs);
+      }
     });
   }
 }
@@ -120,17 +140,16 @@ void gated_of_many(const Gated& p, bool half, int64_t threads, int machine) {
   const int64_t panel = blocks.panel, some = even_part(p.hidden, std::min<int64_t>(blocks.most / 2, kDepth), panel);
   const int64_t each = even_part(p.outputs, blocks.most, panel), parts = (p.outputs + each - 1) / each;
   gate.bias.resize(p.hidden + panel), up.bias.resize(p.hidden + panel);  // what lies beyond is computed with, and left
-  blocks.each(1, [&](int64_t first, int lines, int64_t, Rooms::Room& room) {
-    const Lent hidden(kBlock), sums(parts * kLines * kToken);  // act(gate) · up; the outputs, [part][line][kToken]
-    std::fill_n(hidden.get(), kBlock, 0.0f);
+  blocks.each([&](int64_t first, int lines, Rooms::Room& room) {
+    const Lent sums(parts * kLines * kToken);  // the outputs, [part][line][kToken]
     for (int64_t f = 0; f < p.hidden; f += some) {
       const int64_t depths = std::min(some, p.hidden - f);
-      blocks.product(room, first, lines, gate, f, depths, room.c.get());
-      blocks.product(room, first, lines, up, f, depths, room.c.get() + some);
+      blocks.product(room, lines, gate, f, depths, room.c.get());
+      blocks.product(room, lines, up, f, depths, room.c.get() + some);
       join_block_on[machine](room.c.get(), lines, depths, some, gate.bias.data() + f, up.bias.data() + f,
-                             p.tanh ? kGeluTanh : kSilu, hidden.get());
+                             p.tanh ? kGeluTanh : kSilu, room.a.get());
       for (int64_t part = 0; part < parts; ++part)
-        multiply_on[machine](hidden.get(), down.numbers.get() + part * each * p.hidden + f * panel, p.hidden * panel,
+        multiply_on[machine](room.a.get(), down.numbers.get() + part * each * p.hidden + f * panel, p.hidden * panel,
                              sums.get() + part * kLines * kToken, lines,
                              int(std::min(each, p.outputs - part * each)), int(depths), false, f > 0);
     }
@@ -148,7 +167,7 @@ void heads_of_many(const Heads& p, bool half, int64_t threads, int machine) {
     weights.push_back(blocks.lay_out(p.weight[i], p.bias[i], p.outputs[i], p.width, p.width));
   const Zeros norms = norms_of(p, half);
   const int64_t total = p.outputs[0] + p.outputs[1] + p.outputs[2];
-  blocks.each(1, [&](int64_t first, int lines, int64_t, Rooms::Room& room) {
+  blocks.each([&](int64_t first, int lines, Rooms::Room& room) {
     Lent rows(kLines * total + 2 * p.head);
     float* made[3];
     int64_t before = 0;
@@ -157,7 +176,7 @@ void heads_of_many(const Heads& p, bool half, int64_t threads, int machine) {
       const int64_t each = even_part(p.outputs[i], blocks.most, blocks.panel);
       for (int64_t column = 0; column < p.outputs[i]; column += each) {
         const int64_t columns = std::min(each, p.outputs[i] - column);
-        blocks.product(room, first, lines, weights[i], column, columns, room.c.get());
+        blocks.product(room, lines, weights[i], column, columns, room.c.get());
         write_block_on[machine](room.c.get(), lines, columns, weights[i].bias.data() + column, false,
                                 made[i] + column, total);
       }
