@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from sentei.core.errors import SenteiError
 
 # Each is a module beside this one, which has CASES, a table by name, and rows(names, runs, absent).
-BENCHES = ("attention", "decode", "linear", "memory", "rooms", "topk")
+BENCHES = ("attention", "decode", "linear", "memory", "prompt", "rooms", "topk")
 WIDTHS = 60, 30
 # What a row may hold besides seconds, and how it is written.
 MORE = {"gflops": "{:,.0f} GFLOP/s", "gb_s": "{:,.1f} GB/s", "bandwidth": "{:.2f} of read bandwidth",

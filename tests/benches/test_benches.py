@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch._dynamo.exc import BackendCompilerFailed
 
-from sentei.benches import attention, cold, decode, layers, linear, memory, topk
+from sentei.benches import attention, cold, decode, layers, linear, memory, prompt, topk
 from sentei.benches import table as benches
 from sentei.benches.attention import Case
 from sentei.core.errors import ResourceError, SenteiError
@@ -102,7 +102,8 @@ def test_a_layer_that_chooses_is_timed_beside_the_peers_or_the_peer_is_said_to_b
 
 
 @pytest.mark.parametrize(("given", "error"), [
-    (("atention", [], 1), "bench: expected one of attention, decode, linear, memory, rooms, topk, got 'atention'"),
+    (("atention", [], 1),
+     "bench: expected one of attention, decode, linear, memory, prompt, rooms, topk, got 'atention'"),
     (("attention", ["exact", "dense"], 1), "bench attention: expected cases of exact, .*, got dense"),
     (("attention", [], 0), "--runs: expected 1 or more, got 0"),
 ])
@@ -145,6 +146,8 @@ SMALL = {
     "topk": (topk, [topk.Case(40, False), topk.Case(40, True)]),
     "linear": (linear, [linear.Case(64, 96, 2, torch.float32), linear.Case(64, 96, 1, torch.bfloat16)]),
     "decode": (decode, [decode.Case(90, torch.float32)]),
+    "prompt": (prompt, [prompt.Case(layer, 20, dtype) for layer, dtype in zip(
+        prompt.LAYERS, [torch.float32, torch.bfloat16] * 3, strict=True)]),
 }
 
 
@@ -161,7 +164,8 @@ def test_every_bench_has_rows_of_the_same_keys(bench, monkeypatch):
         assert 0 < row["ours_s"] < 5 and 0 < row["peer_s"] < 5 and row["low"] <= row["ratio"] <= row["high"]
 
 
-WRONG = {"topk": "attend_topk", "linear": "torch_linear", "decode": "scaled_dot_product_attention"}
+WRONG = {"topk": "attend_topk", "linear": "torch_linear", "decode": "scaled_dot_product_attention",
+         "prompt": "linear"}
 
 
 @pytest.mark.parametrize("bench", SMALL)

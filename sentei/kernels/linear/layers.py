@@ -1,4 +1,4 @@
-"""What gated MLPs, norms and heads of few rows are given, whoever computes them."""
+"""What gated MLPs, norms and heads are given, whoever computes them."""
 
 from typing import NamedTuple
 

@@ -1,4 +1,4 @@
-// Queries and keys as attention reads them: normed, and turned by the rotary embedding (number j goes with number j + D / 2).
+// Queries and keys as attention reads them: normed, and turned by the rotary embedding, number j with number j + D / 2.
 #pragma once
 
 #include "rows.h"
