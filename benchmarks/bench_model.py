@@ -131,7 +131,8 @@ def main() -> None:
                       f"**{row['ratio']:.2f}** ({row['low']:.2f} to {row['high']:.2f})",
                       f"{row['quality']:.4f} ({row['quality_low']:.4f} to {row['quality_high']:.4f})"])
     head = ["case", "dense side", "ours ms", "dense ms", "dense ÷ ours", "quality"]
-    write_result(f"model-{'-'.join(asked.kinds)}-{asked.tokens}", __doc__, [table(head, lines)])
+    name = "-".join(["model", *asked.kinds, str(asked.tokens), *([asked.dtype] if asked.dtype else [])])
+    write_result(name, __doc__, [table(head, lines)])
 
 
 if __name__ == "__main__":
