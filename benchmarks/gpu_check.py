@@ -5,9 +5,9 @@ Run from the repository's root: python -m benchmarks.gpu_check
 First correctness: output, lse and gradients of the Triton kernels, and of FlexAttention on the same plan, at the sizes
 of models, against masked attention in fp64, whose error in the same dtype they may double. A case that fails makes the
 run fail, and its kernel is not timed. Then times, from events on the GPU: both run in turn, the level-2 cache is
-flushed before each run, a ratio is the median over neighbouring pairs, peer ÷ ours. Compilation is not timed. Of a
-sparse plan a share of the blocks is drawn at random among those wholly in the past; the diagonal and block 0 are always
-there. What the time did not suffice for is listed, with its reason.
+flushed before each run, a ratio is the median over neighbouring pairs, peer ÷ ours. Compilation is not timed. A share
+of the blocks counts every one that is permitted; the diagonal and block 0 are always among them. What the time did not
+suffice for is listed, with its reason.
 """
 
 import argparse
@@ -25,6 +25,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks import gpu_routing
 from benchmarks.publish import table, write_result
+from sentei.benches.attention import drawn
 from sentei.core.errors import ResourceError, SenteiError
 from sentei.kernels.attention import Grid, Tiles, attend
 
@@ -36,7 +37,7 @@ GOALS = {"sparse": "at least 1.3 times compiled FlexAttention with the same plan
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One call: a causal text of one row, and the share of its past blocks that is kept (None: the dense plan).
+    """One call: a causal text of one row, and the share of its permitted blocks that is kept (None: the dense plan).
 
     window and softcap: as in Grid and attend, 0 for none.
     """
@@ -74,11 +75,7 @@ class Case:
                     window=self.window or None)
         if self.kept is None:
             return Tiles(grid=grid)
-        generator = torch.Generator(self.device).manual_seed(1)
-        draw = torch.rand(1, self.groups, grid.num_query_blocks, grid.num_key_blocks, generator=generator,
-                          device=self.device) < self.kept
-        draw[..., 0] = True
-        return Tiles.from_mask(draw | ~grid.full(draw.device), grid)
+        return drawn(grid, self.groups, self.kept, self.device)
 
     def operations(self) -> float:
         """Floating-point operations of the forward, two a multiply-add."""

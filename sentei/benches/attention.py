@@ -61,14 +61,7 @@ class Case:
     @cached_property
     def tiles(self) -> Tiles:
         """The plan; every tile is named, also where all are kept."""
-        grid = self.grid
-        permitted, full = (blocks(torch.device("cpu")) for blocks in (grid.permitted, grid.full))
-        draw = torch.rand(1, self.groups, *permitted.shape[-2:], generator=torch.Generator().manual_seed(1))
-        draw.masked_fill_(~full, 2.0)[..., 0] = 2.0  # always drawn
-        draw.masked_fill_(~permitted, -1.0)
-        wanted = round(self.kept * permitted.sum().item())
-        least = draw.flatten(2).topk(wanted).values[..., -1, None, None]
-        return Tiles.from_mask(draw >= least, grid)
+        return drawn(self.grid, self.groups, self.kept)
 
     @property
     def operations(self) -> int:
@@ -79,6 +72,16 @@ class Case:
     def ours(self) -> torch.Tensor:
         """sentei's own kernel, whatever `auto` would choose."""
         return attend(*self.tensors, self.tiles, impl="fused_cpp")
+
+
+def drawn(grid: Grid, groups: int, share: float, device: str = "cpu") -> Tiles:
+    """A plan of that share of the permitted tiles, drawn at random; partial ones and the first of a row always are."""
+    permitted, full = (blocks(torch.device("cpu")) for blocks in (grid.permitted, grid.full))
+    draw = torch.rand(1, groups, *permitted.shape[-2:], generator=torch.Generator().manual_seed(1))
+    draw.masked_fill_(~full, 2.0)[..., 0] = 2.0  # before all others
+    draw.masked_fill_(~permitted, -1.0)
+    least = draw.flatten(2).topk(max(round(share * permitted.sum().item()), 1)).values[..., -1, None, None]
+    return Tiles.from_mask((draw >= least).to(device), grid)
 
 
 def sdpa(case: Case) -> torch.Tensor:

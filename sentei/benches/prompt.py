@@ -1,8 +1,9 @@
 """What a layer is made of besides attention, for a prompt's many rows: sentei's native calls against transformers'.
 
 The sizes are SmolLM2's: 576 wide, 1,536 between the layers of its MLP, 9 query and 3 key/value heads of 64. Peers are
-transformers' own modules for Llama, and torch for a linear layer alone; of attention only what comes before it. Before
-a case is timed the outputs are compared. Products of bfloat16 are made in float32 by ours.
+torch for a linear layer, transformers' modules for the MLP and the norm of Llama, and for the heads three linear layers
+of torch and transformers' rotation. Of bfloat16, whose products ours makes in float32, a second peer does the same with
+torch: casts, the product in float32, and a cast back. Before a case is timed the outputs are compared.
 """
 
 from collections.abc import Callable, Iterator
@@ -11,12 +12,14 @@ from functools import partial
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from sentei.kernels.linear import linear
 from sentei.kernels.linear import rows as native
 from sentei.measurement.latency import interleave, measured
 
 WIDTH, HIDDEN, HEADS, GROUPS, HEAD = 576, 1536, 9, 3, 64
+CAST = "torch in float32, casts included"
 DIFFER = {torch.float32: 1e-4, torch.bfloat16: 0.03}  # of the largest number: torch rounds at every step
 
 
@@ -31,14 +34,19 @@ class Case:
     def __str__(self) -> str:
         return f"{self.layer}, {self.rows:,} rows, {str(self.dtype).removeprefix('torch.')}"
 
-    def ways(self) -> "Ways":
-        """What is timed, of the same weights every time."""
-        torch.manual_seed(0)
-        return LAYERS[self.layer](torch.randn(1, self.rows, WIDTH).to(self.dtype))
+    @property
+    def x(self) -> torch.Tensor:
+        """Float [1, R, 576], the same every time."""
+        return torch.randn(1, self.rows, WIDTH, generator=torch.Generator().manual_seed(0)).to(self.dtype)
 
 
-# The peer's call, ours, and the floating-point operations of each, where they are counted.
-Ways = tuple[Callable[[], object], Callable[[], object], float | None]
+@dataclass(frozen=True)
+class Ways:
+    """One layer's calls, of the same weights: ours, the peers' by name, and the floating-point operations of each."""
+
+    ours: Callable[[], object]
+    peers: dict[str, Callable[[], object]]
+    operations: float | None = None
 
 
 def layer(outputs: int, width: int, dtype: torch.dtype) -> nn.Linear:
@@ -46,20 +54,34 @@ def layer(outputs: int, width: int, dtype: torch.dtype) -> nn.Linear:
     return nn.Linear(width, outputs, bias=False).to(dtype)
 
 
+def in_float32(x: torch.Tensor, *weights: torch.Tensor, join: Callable) -> torch.Tensor:
+    """What `join` makes of float32 copies, cast back."""
+    return join(x.float(), *(weight.float() for weight in weights)).to(x.dtype)
+
+
 def product(x: torch.Tensor, outputs: int = HIDDEN, width: int = WIDTH) -> Ways:
     """A linear layer."""
-    own = layer(outputs, width, x.dtype)
+    weight = layer(outputs, width, x.dtype).weight
     if width != WIDTH:
         x = torch.randn(*x.shape[:-1], width).to(x.dtype)
-    return partial(own, x), partial(linear, x, own.weight, impl="fused_cpp"), 2.0 * x.numel() * outputs
+    peers = {"torch F.linear": partial(F.linear, x, weight)}
+    if x.dtype != torch.float32:
+        peers[CAST] = partial(in_float32, x, weight, join=F.linear)
+    return Ways(partial(linear, x, weight, impl="fused_cpp"), peers, 2.0 * x.numel() * outputs)
 
 
 def gated(x: torch.Tensor) -> Ways:
     """A gated MLP."""
-    gate, up, down = (layer(*shape, x.dtype) for shape in ((HIDDEN, WIDTH), (HIDDEN, WIDTH), (WIDTH, HIDDEN)))
-    layers = [(part.weight, None) for part in (gate, up, down)]
-    return lambda: down(nn.functional.silu(gate(x)) * up(x)), partial(native.gated, x, *layers, "silu"), (
-        6.0 * x.numel() * HIDDEN)
+    from transformers.models.llama.modeling_llama import LlamaConfig, LlamaMLP
+
+    own = LlamaMLP(LlamaConfig(hidden_size=WIDTH, intermediate_size=HIDDEN)).to(x.dtype)
+    weights = own.gate_proj.weight, own.up_proj.weight, own.down_proj.weight
+    peers = {"transformers LlamaMLP": partial(own, x)}
+    if x.dtype != torch.float32:
+        peers[CAST] = partial(in_float32, x, *weights, join=lambda x, gate, up, down: F.linear(
+            F.silu(F.linear(x, gate)) * F.linear(x, up), down))
+    return Ways(partial(native.gated, x, *((weight, None) for weight in weights), "silu"), peers,
+                6.0 * x.numel() * HIDDEN)
 
 
 def norm(x: torch.Tensor) -> Ways:
@@ -67,24 +89,23 @@ def norm(x: torch.Tensor) -> Ways:
     from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
     own = LlamaRMSNorm(WIDTH, 1e-5).to(x.dtype)
-    return partial(own, x), partial(native.norm, x, own.weight, 1e-5, 0.0), None
+    return Ways(partial(native.norm, x, own.weight, 1e-5, 0.0), {"transformers LlamaRMSNorm": partial(own, x)})
 
 
 def heads(x: torch.Tensor) -> Ways:
     """Queries, keys and values, turned."""
     from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-    layers = [layer(count * HEAD, WIDTH, x.dtype) for count in (HEADS, GROUPS, GROUPS)]
+    weights = [layer(count * HEAD, WIDTH, x.dtype).weight for count in (HEADS, GROUPS, GROUPS)]
     angles = torch.randn(1, x.shape[1], HEAD // 2).repeat(1, 1, 2)
     cosine, sine = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
 
-    def own():
-        query, key, value = (part(x).unflatten(-1, (-1, HEAD)).transpose(1, 2) for part in layers)
+    def own() -> tuple[torch.Tensor, ...]:
+        query, key, value = (F.linear(x, weight).unflatten(-1, (-1, HEAD)).transpose(1, 2) for weight in weights)
         return *apply_rotary_pos_emb(query, key, cosine, sine), value
 
-    given = [(part.weight, None) for part in layers]
-    return own, partial(native.heads, x, *given, native.Turn(cosine, sine)), (
-        2.0 * x.numel() * (HEADS + 2 * GROUPS) * HEAD)
+    ours = partial(native.heads, x, *((weight, None) for weight in weights), native.Turn(cosine, sine))
+    return Ways(ours, {"torch, transformers' rotation": own}, 2.0 * x.numel() * (HEADS + 2 * GROUPS) * HEAD)
 
 
 LAYERS = {"linear 576 to 1,536": product, "linear 1,536 to 576": partial(product, outputs=WIDTH, width=HIDDEN),
@@ -93,26 +114,19 @@ CASES = {str(dtype).removeprefix("torch."): [Case(layer, count, dtype) for layer
          for dtype in (torch.float32, torch.bfloat16)}
 
 
-def check(own: object, ours: object, dtype: torch.dtype) -> None:
-    """
+def check(ours: object, peer: object, dtype: torch.dtype) -> None:
+    """Compares results, one or several.
+
     Raises:
         AssertionError: a result differs from the peer's by more than rounding.
     """
-    for peer, found in zip(*(part if isinstance(part, tuple) else (part,) for part in (own, ours)), strict=True):
-        assert (found - peer).abs().max() <= DIFFER[dtype] * peer.abs().max(), "ours and the peer's outputs differ"
+    for found, own in zip(*(part if isinstance(part, tuple) else (part,) for part in (ours, peer)), strict=True):
+        assert (found - own).abs().max() <= DIFFER[dtype] * own.abs().max(), "ours and the peer's outputs differ"
 
 
 @torch.no_grad()
-def measure(case: Case, runs: int) -> dict:
-    """The row of a case, after its outputs were compared."""
-    peer, ours, operations = case.ways()
-    check(peer(), ours(), case.dtype)
-    name = "torch F.linear" if case.layer.startswith("linear") else "transformers"
-    return measured("prompt", str(case), name, interleave(peer, ours, runs=runs), operations=operations)
-
-
 def rows(names: list[str], runs: int, absent: Callable[[str], None]) -> Iterator[dict]:
-    """One row for every case: the keys of `sentei.benches.table`.
+    """One row for every case and peer: the keys of `sentei.benches.table`.
 
     Args:
         names: of CASES.
@@ -120,4 +134,9 @@ def rows(names: list[str], runs: int, absent: Callable[[str], None]) -> Iterator
         absent: not used: torch and transformers are always there.
     """
     for case in (case for name in names for case in CASES[name]):
-        yield measure(case, runs)
+        torch.manual_seed(0)
+        ways = LAYERS[case.layer](case.x)
+        for name, peer in ways.peers.items():
+            check(ways.ours(), peer(), case.dtype)
+            timed = interleave(peer, ways.ours, runs=runs)
+            yield measured("prompt", str(case), name, timed, operations=ways.operations)

@@ -25,6 +25,7 @@ MARGIN = 1.02  # below this a gain is noise
 # The attribute of a model that holds what was measured, by kind of module.
 MEASURED = "rows_measured_by_sentei"
 Known = dict[Hashable, tuple[int, str]]  # kind of module: the last number of rows at which ours was faster, and why
+MOST_NUMBERS = 1 << 25  # a layer that would make more where it is measured takes no many rows: an output head
 MANY = "many"  # before the kind, where the rows are many
 
 
@@ -89,8 +90,8 @@ def install(model: nn.Module, *, most_rows: int | None = None, many_rows: int | 
         many_rows: it takes so many and more without measuring; 0 for never.
     Returns:
         a Choice for every `nn.Linear`, in the model's order.
-    Cost: measuring takes about a hundred passes over a dozen layers of each shape, with the present number of threads;
-        once a model and number of threads.
+    Cost: measuring takes about a hundred passes of few rows over a dozen layers of each shape, and ten of 1,024 and of
+        256 rows over two, with the present number of threads; once a model and number of threads.
 
     The choice holds for the dtype the weights now have; in another one torch's own path runs.
     """
@@ -147,16 +148,17 @@ def rows_taken(modules: list[nn.Module], kind_of: Callable[[nn.Module], Hashable
     Args:
         most_rows, many_rows: asked for; None to measure. See `faster_rows` for the rest.
     """
-    def found(asked: int | None, kind_of: Callable, steps: tuple[int, ...], most: int) -> Known:
+    def found(asked: int | None, modules: list, kind_of: Callable, steps: tuple[int, ...], most: int) -> Known:
         if asked is None:
             return faster_rows(modules, kind_of, ways, known, steps, most)
         return {kind_of(module): (asked, "asked for") for module in modules}
 
-    few = found(most_rows, kind_of, steps.few, SAMPLE)
-    many = found(many_rows, lambda module: (MANY, kind_of(module)), steps.many, MANY_SAMPLE)
+    few = found(most_rows, modules, kind_of, steps.few, SAMPLE)
+    narrow = [module for module in modules if len(next(module.parameters())) * steps.many[0] <= MOST_NUMBERS]
+    many = found(many_rows, narrow, lambda module: (MANY, kind_of(module)), steps.many, MANY_SAMPLE)
     taken = {}
     for kind in {kind_of(module): None for module in modules}:
-        (most, why), (least, also) = few[kind], many[MANY, kind]
+        (most, why), (least, also) = few[kind], many.get((MANY, kind), (0, "too many outputs to measure many rows"))
         taken[kind] = most, least, why if why == also else f"{why}; {also}"
     return taken
 

@@ -114,8 +114,8 @@ def convert(model: nn.Module, plan: Plan, statistics: Statistics | None = None) 
             exist or is not of full attention where connections are pruned, attention that does not go through
             transformers' interface, or statistics that are missing.
         RuleError: two rooms in one place, or a configuration that does not fit the model.
-    Cost: what the rooms' `build` costs, once for each set of statistics; a forward pass or two of two tokens where
-        connections are pruned, to see that every room is reached.
+    Cost: what the rooms' `build` costs, once for each set of statistics; where connections are pruned a forward pass or
+        two of two tokens, to see that every room is reached, and once what `conversion.rows.install` measures.
 
     Whatever is raised, the model is then as it was.
     """

@@ -184,7 +184,7 @@ def _native_class(mixin: type, own: type) -> type:
 
 
 class Kind(NamedTuple):
-    """One kind of module that few rows take natively.
+    """One kind of module whose rows are taken natively.
 
     Args:
         mixin: what its class becomes a subclass of.

@@ -1,4 +1,4 @@
-"""Few-row linear layers put into a model and taken out again."""
+"""Native linear layers put into a model and taken out again."""
 
 import copy
 
@@ -142,6 +142,28 @@ def test_it_measures_every_shape_and_a_second_install_starts_afresh():
     module = nn.Sequential(nn.Linear(6, 5), nn.Linear(6, 7, bias=False))
     install(module, most_rows=8, many_rows=0)
     assert all("times as fast" in choice.reason for choice in install(module))
+
+
+@torch.no_grad()
+def test_a_bias_of_another_size_is_torchs_business(calls):
+    module = nn.Sequential(nn.Linear(6, 500))
+    install(module, most_rows=8, many_rows=9)
+    own = module[0].bias
+    for rows in (1, 9):
+        module[0].bias = nn.Parameter(torch.ones(1))
+        assert torch.equal(module(torch.zeros(rows, 6)), torch.ones(rows, 500))
+        module[0].bias = nn.Parameter(torch.ones(499))
+        with pytest.raises(RuntimeError):
+            module(torch.zeros(rows, 6))
+    module[0].bias = own
+    module(torch.zeros(9, 6))
+    assert calls == [9]
+
+
+def test_an_output_head_takes_no_many_rows():
+    module = nn.Sequential(nn.Linear(1, linear.MOST_NUMBERS // linear.MANY_ROWS[0] + 1, bias=False))
+    choice, = install(module, most_rows=0)
+    assert (choice.many_rows, choice.reason) == (0, "asked for; too many outputs to measure many rows")
 
 
 @torch.no_grad()

@@ -211,6 +211,22 @@ def test_a_prompt_is_read_natively_where_its_rows_are_many(family, dtype, calls,
     assert set(calls) <= {"norm"}, "only norms of heads have as many rows"
 
 
+@torch.no_grad()
+def test_weights_too_many_to_be_copied_take_few_rows_alone(calls, monkeypatch):
+    monkeypatch.setattr(rows.rows, "MOST_LAID_OUT", 10)
+    monkeypatch.setattr(rows, "install", lambda given, right=rows.install, **asked: right(
+        given, most_rows=8, many_rows=9))
+    model, tokens = tiny_model("llama"), torch.arange(12)[None] * 7 + 3
+    before = model(tokens).logits
+    convert(model, Plan.everywhere(prunable_layers(model), "connections", Config()))
+    chosen = {kind: {(module.native_rows.most_rows > 0, module.native_rows.many_rows) for module in model.modules()
+                     if isinstance(module, kind)} for kind in (NativeHeads, NativeGated, NativeNorm)}
+    assert chosen == {NativeHeads: {(True, 0)}, NativeGated: {(True, 0)}, NativeNorm: {(True, 9)}}
+    calls.clear()
+    torch.testing.assert_close(model(tokens).logits, before)
+    assert set(calls) == {"norm"}
+
+
 @pytest.mark.parametrize("wrong", ["sign", "pairs", "no turn"])
 def test_heads_that_are_turned_otherwise_are_left(wrong, monkeypatch):
     from transformers.models.llama import modeling_llama

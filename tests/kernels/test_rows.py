@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sentei.core.errors import ImplError, ShapeError
 from sentei.kernels import native
-from sentei.kernels.linear import reference, rows
+from sentei.kernels.linear import fused_cpp, reference, rows
 
 pytestmark = pytest.mark.skipif(bool(native.missing()), reason=native.missing())
 HALF = torch.bfloat16
@@ -57,7 +57,8 @@ def test_gated_is_as_near_to_fp64_as_torch(activation, dtype, width, hidden, out
         assert y.dtype is dtype and y.shape == own.shape
         unit = torch.finfo(torch.float32 if dtype is torch.float32 else dtype).eps * exact.norm()
         # The plainest instruction set rounds after the product too, and sums 401 of them in a few lanes, or in one.
-        assert (y - exact).norm() <= max(2 * (own - exact).norm(), 6 * unit)
+        few = count <= fused_cpp.FEW_ROWS
+        assert (y - exact).norm() <= max(2 * (own - exact).norm(), (4 if few else 6) * unit)
 
 
 @pytest.mark.parametrize("shift", [0.0, 1.0])
@@ -109,6 +110,14 @@ def test_a_row_of_many_depends_on_nothing_but_itself(machine, monkeypatch):
             turn = case[4]._replace(cosine=case[4].cosine[:, some], sine=case[4].sine[:, some])
             for y, whole in zip(rows.heads(case[0][:, some], *case[1:4], turn), turned, strict=True):
                 assert torch.equal(y, whole[:, :, some])
+
+
+def test_nothing_between_the_layers_is_nothing(machine):
+    layers = [(torch.empty(0, 6), None), (torch.empty(0, 6), None), (torch.empty(600, 0), torch.ones(600))]
+    rows.gated(torch.ones(40, 6), *to(torch.float32, layer(300, 6, 1, False), layer(300, 6, 2, False),
+                                      layer(600, 300, 3, False)), "silu")  # leaves memory to the next calls
+    for count in (3, 40):
+        assert torch.equal(rows.gated(torch.ones(count, 6), *layers, "silu"), torch.ones(count, 600))
 
 
 def test_every_other_case_is_left():

@@ -51,7 +51,7 @@ def at_once(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) ->
     shape, (outputs, width), dtype = x.shape, weight.shape, x.dtype
     rows = x.numel() // (width or 1)
     if (shape[-1] if shape else 0) != width or weight.dtype is not dtype or rows < 1 or (
-            bias is not None and bias.dtype is not dtype):
+            bias is not None and (bias.dtype is not dtype or bias.shape != weight.shape[:1])):
         return None
     output = x.new_empty((*shape[:-1], outputs))
     checked(_call()(x.data_ptr(), weight.data_ptr(), None if bias is None else bias.data_ptr(), output.data_ptr(), rows,
@@ -70,10 +70,10 @@ def is_plain(x: object) -> bool:
             and (x.dtype is torch.float32 or x.dtype is torch.bfloat16) and not x.is_neg())
 
 
-def checked(status: int) -> None:
+def checked(status: int, name: str = "linear") -> None:
     """Raises ResourceError where a call of the library ran out of memory."""
     if status:
-        raise ResourceError("linear", expected="memory for a copy of the input, or of the weights", got="none left",
+        raise ResourceError(name, expected="memory for a copy of the input, or of the weights", got="none left",
                             do="use a machine with more memory")
 
 
@@ -94,6 +94,8 @@ def refusal(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) ->
         return "an input that is empty"
     if weight.stride(1) != 1:
         return "weights whose rows are not contiguous"
+    if bias is not None and bias.shape != weight.shape[:1]:
+        return f"a bias of {list(bias.shape)} for {len(weight)} outputs"
     if torch.is_autocast_enabled("cpu"):
         return "autocast"
     if torch.is_grad_enabled() and (x.requires_grad or any(other.requires_grad for other in others)):

@@ -1,4 +1,4 @@
-"""A linear layer as the definition reads: one output at a time; and what a decoding step is made of besides.
+"""A linear layer as the definition reads: one output at a time; and what else a layer is made of.
 
     y_ro = Σ_i x_ri w_oi + b_o
 

@@ -32,8 +32,9 @@ def gated(x: torch.Tensor, gate: Layer, up: Layer, down: Layer, activation: str)
         activation: one of ACTIVATIONS.
     Raises:
         ResourceError: memory ran out.
-    Cost: few rows read the weights once; many rows a copy of them in fp32, MOST_LAID_OUT numbers at most. A row depends
-    on neither the other rows (but on whether they are few) nor the number of threads.
+    Cost: few rows read the weights once; many rows a copy of them in fp32, MOST_LAID_OUT numbers at most, whose memory
+    the process keeps for its next calls (256 MiB of all native calls, at most). A row depends on neither the other
+    rows (but on whether they are few) nor the number of threads.
     """
     given = x, *gate, *up, *down
     run = _runner("gated", (x, gate[0], up[0], down[0]), (gate[1], up[1], down[1]))
@@ -168,7 +169,8 @@ def _gated(x, gate, gate_bias, up, up_bias, down, down_bias, activation: str) ->
     output, (hidden, width) = _gated_shape(x, down), gate.shape
     fused_cpp.checked(_gated_call()(
         *_pointers(x, gate, up, down, gate_bias, up_bias, down_bias, output), x.numel() // width, width, hidden,
-        len(down), activation == "gelu_tanh", x.dtype is torch.bfloat16, torch.get_num_threads(), native.MACHINE))
+        len(down), activation == "gelu_tanh", x.dtype is torch.bfloat16, torch.get_num_threads(), native.MACHINE),
+        "gated")
     return output
 
 
@@ -181,7 +183,7 @@ def _norm(x, weight, epsilon: float, shift: float) -> torch.Tensor:
     output, width = torch.empty_like(x), len(weight)
     fused_cpp.checked(_norm_call()(
         *_pointers(x, weight, output), x.numel() // width, width, epsilon, shift, x.dtype is torch.bfloat16,
-        torch.get_num_threads(), native.MACHINE))
+        torch.get_num_threads(), native.MACHINE), "norm")
     return output
 
 
@@ -198,7 +200,7 @@ def _heads(*given) -> torch.Tensor:
     fused_cpp.checked(_heads_call()(
         *_pointers(x, query, key, value, query_bias, key_bias, value_bias, query_norm, key_norm, cosine, sine, output),
         count, x.shape[2], len(query), len(key), len(value), head, cosine.numel() // head, epsilon, shift,
-        x.dtype is torch.bfloat16, torch.get_num_threads(), native.MACHINE))
+        x.dtype is torch.bfloat16, torch.get_num_threads(), native.MACHINE), "heads")
     return output
 
 
@@ -225,7 +227,7 @@ def _checked_gated(given, activation: str) -> list:
         raise ShapeError("gated", expected=f"an activation of {', '.join(ACTIVATIONS)}", got=activation[:50],
                          do="call it through sentei.kernels.linear.rows")
     return _checked("gated", _gated_fits, given, "x [..., I], gate and up [F, I] and down [O, F], with biases that "
-                    f"fit; with more than {fused_cpp.FEW_ROWS} rows weights of {MOST_LAID_OUT} numbers")
+                    f"fit; with more than {fused_cpp.FEW_ROWS} rows weights of {MOST_LAID_OUT} numbers at most")
 
 
 def _checked_norm(given) -> list:
@@ -235,7 +237,7 @@ def _checked_norm(given) -> list:
 def _checked_heads(given) -> list:
     return _checked("heads", _heads_fit, given, "x [B, T, I], query [H·D, I], key [G·D, I], value [G·Dv, I], "
                     "biases that fit, cosine and sine [N, D] of an even D, N rows or tokens, and norms [D]; with more "
-                    f"than {fused_cpp.FEW_ROWS} rows weights of {MOST_LAID_OUT} numbers")
+                    f"than {fused_cpp.FEW_ROWS} rows weights of {MOST_LAID_OUT} numbers at most")
 
 
 _CALLS = {"gated": _gated, "norm": _norm, "heads": _heads}

@@ -142,6 +142,7 @@ void gated_of_many(const Gated& p, bool half, int64_t threads, int machine) {
   gate.bias.resize(p.hidden + panel), up.bias.resize(p.hidden + panel);  // what lies beyond is computed with, and left
   blocks.each([&](int64_t first, int lines, Rooms::Room& room) {
     const Lent sums(parts * kLines * kToken);  // the outputs, [part][line][kToken]
+    if (!p.hidden) std::fill_n(sums.get(), parts * kLines * kToken, 0.0f);
     for (int64_t f = 0; f < p.hidden; f += some) {
       const int64_t depths = std::min(some, p.hidden - f);
       blocks.product(room, lines, gate, f, depths, room.c.get());

@@ -1,5 +1,4 @@
-// Products of blocks, and what goes before and after them in a mixture of feed-forward networks. Tokens stand in vectors
-// and weights are read as they lie: no weight is ever laid out anew.
+// Products of blocks, and what goes before and after them in feed-forward networks.
 //
 // A panel is as many tokens (or columns) as the micro-kernel takes at once: numbers [depth][panel], beside each other. A
 // strip is kStripLines lines: numbers [depth][kStripLines].
@@ -357,18 +356,5 @@ class Rooms {
   std::vector<Room> rooms_;
   std::atomic<int64_t> next_;
 };
-
-// The product of a block of a left factor with panels of `depth`, which lie `apart`: C[lines x columns], to which it is
-// added where `add` says so.
-inline void block_product(int machine, Rooms::Room& room, const Left& left, int64_t line, int lines, const float* b,
-                          int64_t apart, int columns, int64_t depth, float* c, bool add = false) {
-  const int64_t each = even_part(depth, kDepth, 32);  // which every panel divides
-  for (int64_t d = 0; d < depth; d += each) {
-    const int depths = int(std::min(each, depth - d));
-    copy_left_on[machine](left, line, lines, d, depths, room.a.get());
-    multiply_on[machine](room.a.get(), b + d * panel_of(machine), apart, c, lines, columns, depths,
-                         left.how == Left::kAcross, add || d > 0);
-  }
-}
 
 }  // namespace

@@ -1,4 +1,5 @@
-// Mixtures of feed-forward networks: the products of each expert with its own tokens, forward and backward.
+// Mixtures of feed-forward networks: the products of each expert with its own tokens, forward and backward. Tokens stand
+// in vectors and weights are read as they lie: each is used by few tokens, and is not laid out anew.
 #include "products.h"
 #include "rows.h"
 
@@ -67,8 +68,13 @@ struct Call {
 
   void product(Rooms::Room& room, const Left& left, int64_t line, int lines, const float* b, int64_t apart,
                int64_t columns, int64_t depth, int below = 0, bool add = false) const {
-    block_product(machine, room, left, line, lines, b, apart, int(columns), depth,
-                  room.c.get() + below * kToken, add);
+    const int64_t each = even_part(depth, kDepth, 32);  // which every panel divides
+    for (int64_t d = 0; d < depth; d += each) {
+      const int depths = int(std::min(each, depth - d));
+      copy_left_on[machine](left, line, lines, d, depths, room.a.get());
+      multiply_on[machine](room.a.get(), b + d * panel, apart, room.c.get() + below * kToken, lines, int(columns),
+                           depths, left.how == Left::kAcross, add || d > 0);
+    }
   }
 
   // The blocks of lines times so many columns, or each expert's rows (-1), of each of a wave; those of an expert are of

@@ -91,6 +91,28 @@ struct Pick {
     }
   }
 
+  // On AVX-512 the lanes of a mask move together in one instruction.
+  static constexpr bool kPacks = kPairs && L == kPairLanes;
+
+  // A bit for every lane that holds -1.
+  static INLINE uint32_t lanes_of(Ints lanes) {
+    uint16_t bits = 0;
+    if constexpr (kPacks) asm("vpmovd2m %1, %0" : "=Yk"(bits) : "v"(lanes));
+    return bits;
+  }
+
+  // Writes the lanes of both vectors that have a bit one after another, and L numbers in all; returns how many had one.
+  static INLINE int pack(Vec scores, Ints ids, uint32_t bits, float* to, int32_t* ids_to) {
+    const uint16_t mask = uint16_t(bits);
+    if constexpr (kPacks) {
+      asm("vcompressps %0, %0 %{%1%}%{z%}" : "+v"(scores) : "Yk"(mask));
+      asm("vpcompressd %0, %0 %{%1%}%{z%}" : "+v"(ids) : "Yk"(mask));
+    }
+    S::store(to, scores);
+    std::memcpy(ids_to, &ids, sizeof ids);
+    return __builtin_popcount(mask);
+  }
+
   static INLINE int at_least(const float* scores, int count, float bound) {
     Ints sum{};
     for (int j = 0; j < count; j += L) sum -= S::load(scores + j) >= bound;
@@ -122,7 +144,14 @@ struct Pick {
     if (low == kNone) low = *std::min_element(scores, scores + count);
     float bound = between(scores, count, wanted, most, low);
     int kept = 0;
-    if (bound == bound) {
+    if (kPacks && bound == bound) {
+      for (int j = 0; j < count; j += L) {
+        const Vec part = S::load(scores + j);
+        Ints part_ids;
+        std::memcpy(&part_ids, ids + j, sizeof part_ids);
+        kept += pack(part, part_ids, lanes_of(part >= bound), scores + kept, ids + kept);
+      }
+    } else if (bound == bound) {
       for (int j = 0; j < count; ++j) {
         const float score = scores[j];
         scores[kept] = score;
@@ -161,6 +190,8 @@ struct Pick {
   // beyond are read.
   static INLINE void scan(Row& row, const float* scores, int from, int to, float scale, int64_t base, int wanted,
                           int room, float* spare) {
+    Ints lane;
+    for (int l = 0; l < L; ++l) lane[l] = l;
     for (int j = from; j < to; j += kGroup) {
       float scaled[kGroup];
       const float threshold = row.threshold;
@@ -178,7 +209,14 @@ struct Pick {
         count += score > threshold;
         broken |= !(score < kInfinite);
       };
-      if (threshold == kNone)  // as a rule all of them
+      if (kPacks)
+        for (int c = 0; c < kGroup; c += L) {
+          const Vec part = S::load(scaled + c) + 0.0f;
+          const uint32_t some = bits >> c & ((1u << L) - 1), sound = lanes_of(part < kInfinite);
+          count += pack(part, lane + int32_t(base + j + c), some & sound, list + count, ids + count);
+          broken |= some & ~sound;
+        }
+      else if (threshold == kNone)  // as a rule all of them
         for (int c = 0; c < std::min(kGroup, to - j); ++c) take(c);
       else
         for (; bits; bits &= bits - 1) take(__builtin_ctz(bits));
