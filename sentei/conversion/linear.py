@@ -26,6 +26,7 @@ MARGIN = 1.02  # below this a gain is noise
 MEASURED = "rows_measured_by_sentei"
 Known = dict[Hashable, tuple[int, str]]  # kind of module: the last number of rows at which ours was faster, and why
 MOST_NUMBERS = 1 << 25  # a layer that would make more where it is measured takes no many rows: an output head
+UNMEASURED = "many rows are not for it"
 MANY = "many"  # before the kind, where the rows are many
 
 
@@ -154,11 +155,12 @@ def rows_taken(modules: list[nn.Module], kind_of: Callable[[nn.Module], Hashable
         return {kind_of(module): (asked, "asked for") for module in modules}
 
     few = found(most_rows, modules, kind_of, steps.few, SAMPLE)
-    narrow = [module for module in modules if len(next(module.parameters())) * steps.many[0] <= MOST_NUMBERS]
+    most = max(steps.many, default=0)
+    narrow = [module for module in modules if most and len(next(module.parameters())) * most <= MOST_NUMBERS]
     many = found(many_rows, narrow, lambda module: (MANY, kind_of(module)), steps.many, MANY_SAMPLE)
     taken = {}
     for kind in {kind_of(module): None for module in modules}:
-        (most, why), (least, also) = few[kind], many.get((MANY, kind), (0, "too many outputs to measure many rows"))
+        (most, why), (least, also) = few[kind], many.get((MANY, kind), (0, UNMEASURED))
         taken[kind] = most, least, why if why == also else f"{why}; {also}"
     return taken
 

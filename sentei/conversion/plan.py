@@ -8,7 +8,7 @@ from torch import nn
 
 from sentei.axes import AXES
 from sentei.conversion import layers as placing
-from sentei.conversion import rows, wrapper
+from sentei.conversion import native, wrapper
 from sentei.conversion.families import FAMILIES
 from sentei.conversion.rooms import WAYS
 from sentei.conversion.statistics import Statistics
@@ -115,7 +115,7 @@ def convert(model: nn.Module, plan: Plan, statistics: Statistics | None = None) 
             transformers' interface, or statistics that are missing.
         RuleError: two rooms in one place, or a configuration that does not fit the model.
     Cost: what the rooms' `build` costs, once for each set of statistics; where connections are pruned a forward pass or
-        two of two tokens, to see that every room is reached, and once what `conversion.rows.install` measures.
+        two of two tokens, to see that every room is reached, and once what `conversion.native.install` measures.
 
     Whatever is raised, the model is then as it was.
     """
@@ -126,7 +126,7 @@ def convert(model: nn.Module, plan: Plan, statistics: Statistics | None = None) 
         return model
     try:
         wrapper.remove(model)  # before anything is built: what is built is made of the plain modules
-        rows.remove(model)
+        native.remove(model)
         placing.swap(model, _inside(model, plan, statistics or Statistics()))
         _attach(model, plan)
     except BaseException:

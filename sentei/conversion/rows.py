@@ -9,30 +9,36 @@ class, a subclass of its own, and keeps its parameters, path, state_dict and hoo
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator
-from functools import cache
-from typing import NamedTuple
+from collections.abc import Iterator
 
 import torch
 from torch import nn
-from torch.nn.modules.module import _has_any_global_hook
 
-from sentei.conversion import linear
-from sentei.conversion.linear import Choice, NativeLinear, Steps, input_of, rows_taken
+from sentei.conversion.altered import (
+    NORM_STEPS,
+    Kind,
+    all_rows,
+    attention_functions,
+    is_altered,
+    native_class,
+    near,
+    plain_layers,
+    restore,
+    turns,
+)
+from sentei.conversion.linear import Choice, NativeLinear, Steps, input_of
 from sentei.core.modes import is_plain_call
 from sentei.kernels import native
-from sentei.kernels.linear import fused_cpp, rows
+from sentei.kernels.linear import block, fused_cpp, rows
 
 LAYERS = ("gate_proj", "up_proj", "down_proj")
 HEADS, HEAD_NORMS = ("q_proj", "k_proj", "v_proj"), ("q_norm", "k_norm")
 ATTENTION_INPUTS = ["self", "hidden_states", "position_embeddings", "attention_mask", "past_key_values", "kwargs"]
-NORM_STEPS = Steps(few=(1, 8, 64))  # a norm of each head has many to a token
 HEADS_STEPS = Steps(many=(256,))  # of more rows the attention itself, which is in the time, takes most
 MORE_ROWS = fused_cpp.FEW_ROWS + 5  # rows that a module is tried on, which are many to the kernel
 EPSILONS = ("variance_epsilon", "eps")
 SCALES = (1.0, 1e-3, 30.0)  # of the rows a module is tried on: small ones tell the epsilon
 ROUNDINGS = 8  # of the dtype, of a result's largest number: what the own forward may differ by
-HEADS_DIFFER = 1e-3  # the same in fp32, where a softmax of scores is between; every other rotation differs by far more
 
 
 class NativeRows:
@@ -56,12 +62,13 @@ class NativeGated(NativeRows):
     activation: tuple[nn.Module, str]
 
     def _native(self, x):
-        parts = self._modules
-        act, name = self.activation
-        if parts.get("act_fn") is not act or _is_altered(act):
-            return None
-        layers = _plain_layers(parts, LAYERS)
-        return None if layers is None else rows.gated(x, *layers, name)
+        layers = self.layers()
+        return None if layers is None else rows.gated(x, *layers, self.activation[1])
+
+    def layers(self) -> list[rows.Layer] | None:
+        """Gate, up and down, unless somebody has altered one of them or the activation."""
+        parts, act = self._modules, self.activation[0]
+        return plain_layers(parts, LAYERS) if parts.get("act_fn") is act and not is_altered(act) else None
 
 
 class NativeNorm(NativeRows):
@@ -70,8 +77,12 @@ class NativeNorm(NativeRows):
     form: tuple[str, float]
 
     def _native(self, x):
+        return rows.norm(x, *self.norm())
+
+    def norm(self) -> block.Norm:
+        """What is computed."""
         epsilon, shift = self.form
-        return rows.norm(x, self._parameters.get("weight"), self.__dict__[epsilon], shift)
+        return block.Norm(self._parameters.get("weight"), self.__dict__[epsilon], shift)
 
 
 class NativeHeads:
@@ -100,8 +111,13 @@ class NativeHeads:
         return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1)), weights
 
     def _native(self, x, position_embeddings):
+        heads = self.heads(position_embeddings)
+        return None if heads is None else rows.heads(x, *heads)
+
+    def heads(self, position_embeddings) -> tuple[rows.Layer, rows.Layer, rows.Layer, rows.Turn] | None:
+        """Queries', keys' and values' layers and what turns them, unless somebody has altered one of them."""
         parts = self._modules
-        layers = _plain_layers(parts, HEADS)
+        layers = plain_layers(parts, HEADS)
         norms = tuple(parts[name] for name in HEAD_NORMS if name in parts)
         name, shift, proven = self.turn
         if layers is None or not isinstance(position_embeddings, tuple) or len(norms) != len(proven):
@@ -109,131 +125,12 @@ class NativeHeads:
         weights, epsilons = [], {0.0} if not norms else set()
         for norm, known in zip(norms, proven, strict=True):
             weights.append(norm._parameters.get("weight"))
-            if norm is not known or weights[-1] is None or _is_altered(norm):
+            if norm is not known or weights[-1] is None or is_altered(norm):
                 return None
             epsilons.add(norm.__dict__[name])
         if len(epsilons) > 1:
             return None
-        return rows.heads(x, *layers, rows.Turn(*position_embeddings, *(weights or (None, None)), *epsilons, shift))
-
-
-def _plain_layers(parts: dict[str, nn.Module], names: tuple[str, ...]) -> list[rows.Layer] | None:
-    """Weight and bias of linear layers that nobody has altered; else None."""
-    if _has_any_global_hook():
-        return None
-    layers = []
-    for name in names:
-        layer = parts[name]
-        if type(layer) is not NativeLinear and type(layer) is not nn.Linear or _is_altered(layer):
-            return None
-        layers.append((layer._parameters.get("weight"), layer._parameters.get("bias")))
-    return layers
-
-
-def _is_altered(module: nn.Module) -> bool:
-    """Whether someone put a hook on it, or a forward of their own, as accelerate does."""
-    return bool(module._forward_hooks or module._forward_pre_hooks) or "forward" in module.__dict__
-
-
-@cache
-def attention_functions():
-    """transformers' table of attention functions, in which ours is."""
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    return ALL_ATTENTION_FUNCTIONS
-
-
-def install(model: nn.Module, *, most_rows: int | None = None, many_rows: int | None = None) -> list[Choice]:
-    """Lets the model take few rows, and many, in native calls where these are faster on this machine.
-
-    Args:
-        model: any model; see `conversion.linear.install`.
-        most_rows: take so many without measuring, 0 to 8.
-        many_rows: take so many and more without measuring; 0 for never.
-    Returns:
-        a Choice for every `nn.Linear`, then one for every module that looks like one of KINDS, each kind in the model's
-        order.
-    Cost: as `conversion.linear.install`, about twice. Measured one after the other, each on top of what is before it.
-    """
-    remove(model)
-    choices = linear.install(model, most_rows=most_rows, many_rows=many_rows)
-    for kind in KINDS:
-        modules = {path: module for path, module in model.named_modules() if kind.looks_like(module)}
-        choices += _install(modules, kind, most_rows, many_rows, model.__dict__[linear.MEASURED])
-    return choices
-
-
-def remove(model: nn.Module) -> None:
-    """Makes the model plain again."""
-    linear.remove(model)
-    for module in model.modules():
-        if isinstance(module, (NativeRows, NativeHeads)):
-            _restore(module)
-
-
-def _restore(module: nn.Module) -> None:
-    module.__class__ = type(module).__bases__[1]
-    for name in ("native_rows", "activation", "form", "turn"):
-        module.__dict__.pop(name, None)
-
-
-@cache
-def _native_class(mixin: type, own: type) -> type:
-    """The class a module of class `own` gets; its name stays, which some code asks for."""
-    return type(own.__name__, (mixin, own), {"__module__": own.__module__, "__qualname__": own.__qualname__})
-
-
-class Kind(NamedTuple):
-    """One kind of module whose rows are taken natively.
-
-    Args:
-        mixin: what its class becomes a subclass of.
-        looks_like: whether a module is worth a try.
-        prove: switches the module, with a Choice of all the rows it is proven on, or says why not.
-        steps: numbers of rows that are measured.
-        outputs: the numbers it makes of a row.
-        more: what it is called with beside the rows.
-    """
-
-    mixin: type
-    looks_like: Callable[[nn.Module], bool]
-    prove: Callable[[nn.Module, type], str]
-    steps: Steps
-    outputs: Callable[[nn.Module], int]
-    more: Callable[[nn.Module, torch.Tensor], tuple] = lambda module, x: ()
-
-
-def _install(modules: dict[str, nn.Module], kind: Kind, most_rows: int | None, many_rows: int | None,
-             known: linear.Known) -> list[Choice]:
-    """Switches modules that are proven and, unless numbers of rows are asked for, measured faster."""
-    refused = {path: kind.prove(module, kind.mixin) for path, module in modules.items()}
-    proven = [module for path, module in modules.items() if not refused[path]]
-    ways = (lambda module, x: type(module).__bases__[1].forward(module, x, *kind.more(module, x)),
-            lambda module, x: module(x, *kind.more(module, x)))
-    if most_rows:  # of a token, of which a norm may have many
-        most_rows = min(most_rows, fused_cpp.FEW_ROWS) * kind.steps.few[-1] // linear.ROWS[-1]
-    found = rows_taken(proven, _alike, ways, known, kind.steps, most_rows, many_rows)
-    choices = []
-    for path, module in modules.items():
-        few, many, reason = (0, 0, refused[path]) if refused[path] else found[_alike(module)]
-        if not refused[path] and not module.native_rows.many_rows:
-            many = 0
-        x = input_of(module, 1)
-        choice = Choice(path=path, outputs=kind.outputs(module), width=x.shape[-1], dtype=x.dtype, most_rows=few,
-                        many_rows=many, reason=reason)
-        choices.append(choice)
-        if few or many:
-            module.native_rows = choice
-        elif not refused[path]:
-            _restore(module)
-    return choices
-
-
-def _alike(module: nn.Module) -> tuple:
-    """Modules that give the same are measured together. Of names: the answers stay with a model that may be pickled."""
-    mixin, own = type(module).__bases__[:2]
-    return mixin.__name__, own.__module__, own.__qualname__, torch.get_num_threads(), *(
-        (tuple(weight.shape), weight.dtype) for weight in module.parameters())
+        return *layers, rows.Turn(*position_embeddings, *(weights or (None, None)), *epsilons, shift)
 
 
 def _looks_gated(module: nn.Module) -> bool:
@@ -250,17 +147,6 @@ def _looks_like_heads(module: nn.Module) -> bool:
     names = {name for name, _ in module.named_children()}
     return names - set(HEAD_NORMS) == {*HEADS, "o_proj", "connections"} and len(names) in (5, 7) and all(
         type(getattr(module, name)) in (nn.Linear, NativeLinear) for name in HEADS)
-
-
-def _turns(module: nn.Module, x: torch.Tensor) -> tuple[tuple[torch.Tensor, torch.Tensor], None]:
-    """The position embeddings of rows of unlike positions, and no mask."""
-    return _turns_of(x.shape[1], module.head_dim, x.dtype), None
-
-
-@cache
-def _turns_of(rows: int, width: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    angles = torch.linspace(0.1, 9, rows * (width // 2)).view(1, rows, width // 2).repeat(1, 1, 2)
-    return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
 @torch.no_grad()
@@ -280,23 +166,19 @@ def _prove_heads(module: nn.Module, mixin: type) -> str:
     config._attn_implementation = "sdpa"
     trial = copy.deepcopy(module, {id(module.config): config}).float().eval()
     tried = [input_of(trial, count) * scale for count in (4, MORE_ROWS) for scale in SCALES[:2]]
-    expected = [trial(x, *_turns(trial, x))[0] for x in tried]
+    expected = [trial(x, *turns(trial, x))[0] for x in tried]
     own = type(module)
-    trial.__class__ = _native_class(mixin, own)
-    trial.native_rows = _all_rows(trial)
+    trial.__class__ = native_class(mixin, own)
+    trial.native_rows = all_rows(trial)
     for shift in (0.0, 1.0) if norms else (0.0,):
         trial.turn = names[0], shift, tuple(getattr(trial, name) for name in HEAD_NORMS if hasattr(trial, name))
-        proven = [trial._native(x, _turns(trial, x)[0]) is not None and _near(trial(x, *_turns(trial, x))[0], y)
+        proven = [trial._native(x, turns(trial, x)[0]) is not None and near(trial(x, *turns(trial, x))[0], y)
                   for x, y in zip(tried, expected, strict=True)]
         if all(proven[:2]):
-            module.__class__, module.turn = _native_class(mixin, own), (names[0], shift, tuple(norms))
-            module.native_rows = _all_rows(module, many=all(proven))
+            module.__class__, module.turn = native_class(mixin, own), (names[0], shift, tuple(norms))
+            module.native_rows = all_rows(module, many=all(proven))
             return ""
     return "another result than with native heads, on random rows"
-
-
-def _near(y: torch.Tensor, own: torch.Tensor) -> bool:
-    return y.shape == own.shape and bool((y - own).abs().max() <= HEADS_DIFFER * own.abs().max())
 
 
 def _prove_gated(module: nn.Module, mixin: type) -> str:
@@ -337,23 +219,16 @@ def _try(module: nn.Module, mixin: type, attribute: str, forms: list[tuple]) -> 
     expected = list(_results(module))
     own = type(module)
     for form in forms:
-        module.__class__ = _native_class(mixin, own)
+        module.__class__ = native_class(mixin, own)
         setattr(module, attribute, form)
         found = [module._native(x) for x in _tried(module)]
         if all(y is not None and _same(y, expected[i]) for i, y in enumerate(found)):
             x = input_of(module, MORE_ROWS)
             y = module._native(x)
-            module.native_rows = _all_rows(module, many=y is not None and _same(y, own.forward(module, x)))
+            module.native_rows = all_rows(module, many=y is not None and _same(y, own.forward(module, x)))
             return ""
-        _restore(module)
+        restore(module)
     return "another result than the native one, on random rows"
-
-
-def _all_rows(module: nn.Module, *, many: bool = True) -> Choice:
-    """Few rows of any number, and many if they were proven, too."""
-    x = input_of(module, 1)
-    return Choice(path="", outputs=0, width=x.shape[-1], dtype=x.dtype, most_rows=NORM_STEPS.few[-1], reason="",
-                  many_rows=int(many))
 
 
 def _tried(module: nn.Module) -> Iterator[torch.Tensor]:
@@ -378,7 +253,7 @@ def _same(y: torch.Tensor, own: torch.Tensor) -> bool:
 
 KINDS = (
     Kind(NativeHeads, _looks_like_heads, _prove_heads, HEADS_STEPS,
-         lambda module: sum(len(getattr(module, name).weight) for name in HEADS), _turns),
+         lambda module: sum(len(getattr(module, name).weight) for name in HEADS), turns),
     Kind(NativeGated, _looks_gated, _prove_gated, Steps(), lambda module: len(module.down_proj.weight)),
     Kind(NativeNorm, _looks_like_a_norm, _prove_norm, NORM_STEPS, lambda module: len(module.weight)),
 )

@@ -11,7 +11,7 @@ from torch import nn
 
 from sentei.axes.connections import Connections
 from sentei.conversion import cache
-from sentei.conversion import rows as native_rows
+from sentei.conversion import native as native_rows
 from sentei.core.errors import UnsupportedError
 from sentei.core.rules import All
 from sentei.core.tracing import trace

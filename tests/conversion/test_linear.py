@@ -163,7 +163,7 @@ def test_a_bias_of_another_size_is_torchs_business(calls):
 def test_an_output_head_takes_no_many_rows():
     module = nn.Sequential(nn.Linear(1, linear.MOST_NUMBERS // linear.MANY_ROWS[0] + 1, bias=False))
     choice, = install(module, most_rows=0)
-    assert (choice.many_rows, choice.reason) == (0, "asked for; too many outputs to measure many rows")
+    assert (choice.many_rows, choice.reason) == (0, "asked for; many rows are not for it")
 
 
 @torch.no_grad()

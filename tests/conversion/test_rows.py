@@ -9,10 +9,12 @@ from tiny import tiny_model
 from torch import nn
 
 from sentei.axes.connections import Config
-from sentei.conversion import rows, wrapper
+from sentei.conversion import altered, linear, rows, wrapper
+from sentei.conversion import native as conversion
 from sentei.conversion.families import FAMILIES
+from sentei.conversion.native import install, remove
 from sentei.conversion.plan import Plan, convert, prunable_layers
-from sentei.conversion.rows import NativeGated, NativeHeads, NativeNorm, NativeRows, install, remove
+from sentei.conversion.rows import NativeGated, NativeHeads, NativeNorm, NativeRows
 from sentei.core.rules import Threshold
 from sentei.kernels import native
 
@@ -128,7 +130,7 @@ def test_gradients_autocast_hooks_and_more_rows_take_the_own_path_and_a_graph_op
 
 def test_only_what_was_measured_faster_is_switched(monkeypatch):
     for gain, switched in ((0.9, False), (2.0, True)):
-        monkeypatch.setattr(rows.linear, "_gains", lambda modules, kind_of, ways, count, gain=gain: dict.fromkeys(
+        monkeypatch.setattr(linear, "_gains", lambda modules, kind_of, ways, count, gain=gain: dict.fromkeys(
             map(kind_of, modules), gain))
         model = nn.Sequential(Gated(nn.SiLU()), nn.RMSNorm(6, eps=1e-6))
         choices = install(model)
@@ -149,14 +151,16 @@ def test_it_measures_and_a_second_install_starts_afresh(monkeypatch):
     monkeypatch.setattr(rows.rows, "norm", noted)
     install(model, most_rows=8, many_rows=0)
     assert all("times as fast" in choice.reason for choice in install(model))
-    assert counts >= {*rows.NORM_STEPS.few, *rows.NORM_STEPS.many}
+    assert counts >= {*altered.NORM_STEPS.few, *altered.NORM_STEPS.many}
 
 
-def decoding(family: str, monkeypatch, dtype=torch.float32) -> nn.Module:
-    """A tiny model that reads every page natively, whatever is faster here."""
+def decoding(family: str, monkeypatch, dtype=torch.float32, *, whole: bool = False) -> nn.Module:
+    """A tiny model that reads every page natively, whatever is faster here; `whole`: its layers too, in three calls."""
     model = tiny_model(family).to(dtype)
-    monkeypatch.setattr(rows, "install", lambda given, right=rows.install, **asked: right(
+    monkeypatch.setattr(conversion, "install", lambda given, right=conversion.install, **asked: right(
         given, most_rows=8, many_rows=0))
+    if not whole:
+        monkeypatch.setattr(conversion, "KINDS", rows.KINDS)
     convert(model, Plan.everywhere(prunable_layers(model), "connections", Config(decode=Threshold(0.0))))
     return model
 
@@ -185,7 +189,8 @@ def test_native_heads_decode_as_the_dense_model_does(family, dtype, calls, monke
     switched = [module for module in model.modules() if isinstance(module, NativeHeads)]
     calls.clear()
     after = steps(model, tokens)
-    assert len(switched) == TURNING[family] and calls.count("heads") == 4 * len(switched)
+    assert len(switched) == TURNING[family] and (
+        calls.count("heads") == 4 * len(switched))
     assert (after - exact).norm() <= max(2 * (before - exact).norm(), torch.finfo(torch.float32).eps * exact.norm())
     convert(model, Plan())
     assert not any(isinstance(module, NativeHeads) or "turn" in vars(module) for module in model.modules())
@@ -199,7 +204,7 @@ def test_a_prompt_is_read_natively_where_its_rows_are_many(family, dtype, calls,
     tokens = torch.arange(24).view(2, 12) * 7 % 90 + 3
     model, exact = tiny_model(family).to(dtype), tiny_model(family).to(dtype).double()(tokens).logits
     before = model(tokens).logits
-    monkeypatch.setattr(rows, "install", lambda given, right=rows.install, **asked: right(
+    monkeypatch.setattr(conversion, "install", lambda given, right=conversion.install, **asked: right(
         given, most_rows=0, many_rows=24))
     convert(model, Plan.everywhere(prunable_layers(model), "connections", Config()))
     calls.clear()
@@ -214,7 +219,7 @@ def test_a_prompt_is_read_natively_where_its_rows_are_many(family, dtype, calls,
 @torch.no_grad()
 def test_weights_too_many_to_be_copied_take_few_rows_alone(calls, monkeypatch):
     monkeypatch.setattr(rows.rows, "MOST_LAID_OUT", 10)
-    monkeypatch.setattr(rows, "install", lambda given, right=rows.install, **asked: right(
+    monkeypatch.setattr(conversion, "install", lambda given, right=conversion.install, **asked: right(
         given, most_rows=8, many_rows=9))
     model, tokens = tiny_model("llama"), torch.arange(12)[None] * 7 + 3
     before = model(tokens).logits
@@ -249,11 +254,11 @@ def test_heads_that_are_turned_otherwise_are_left(wrong, monkeypatch):
 
 def test_another_forward_or_norms_of_unlike_epsilons_are_left(monkeypatch):
     model = decoding("qwen3", monkeypatch)
-    choices = {choice.path: choice for choice in rows.install(model)}
+    choices = {choice.path: choice for choice in conversion.install(model)}
     path = "model.layers.1.self_attn"
     assert choices[path].most_rows == 8
     model.get_submodule(path).q_norm.variance_epsilon = 1e-3
-    assert {choice.path: choice for choice in rows.install(model)}[path].reason == (
+    assert {choice.path: choice for choice in conversion.install(model)}[path].reason == (
         "norms without one epsilon, or an odd width")
 
     class Other(type(model.model.layers[0].self_attn).__bases__[1]):
@@ -262,7 +267,7 @@ def test_another_forward_or_norms_of_unlike_epsilons_are_left(monkeypatch):
 
     remove(model)
     model.model.layers[0].self_attn.__class__ = Other
-    assert {choice.path: choice for choice in rows.install(model)}["model.layers.0.self_attn"].reason == (
+    assert {choice.path: choice for choice in conversion.install(model)}["model.layers.0.self_attn"].reason == (
         "another forward than transformers' attention has")
 
 
@@ -317,7 +322,7 @@ def test_a_model_made_dense_again_is_pickled(monkeypatch):
     monkeypatch.undo()
     install(model)
     convert(model, Plan())
-    assert model.__dict__[rows.linear.MEASURED]
+    assert model.__dict__[linear.MEASURED]
     twin = pickle.loads(pickle.dumps(model))
     assert torch.equal(twin(TOKENS).logits, model(TOKENS).logits)
 

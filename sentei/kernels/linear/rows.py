@@ -38,7 +38,7 @@ def gated(x: torch.Tensor, gate: Layer, up: Layer, down: Layer, activation: str)
     """
     given = x, *gate, *up, *down
     run = _runner("gated", (x, gate[0], up[0], down[0]), (gate[1], up[1], down[1]))
-    return run(*given, activation) if run is not None and _gated_fits(*given) else None
+    return run(*given, activation) if run is not None and gated_fits(*given) else None
 
 
 def norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float, shift: float) -> torch.Tensor | None:
@@ -70,13 +70,23 @@ def heads(x: torch.Tensor, query: Layer, key: Layer, value: Layer, turn: Turn
     """
     given = x, *query, *key, *value, *turn[:4]
     run = _runner("heads", (x, query[0], key[0], value[0], *turn[:2]), (query[1], key[1], value[1], *turn[2:4]))
-    if run is None or not _heads_fit(*given):
+    if run is None or not heads_fit(*given):
         return None
     output = run(*given, *turn[4:])
+    return heads_of(output, [layer[0].shape[0] for layer in (query, key, value)], turn.cosine.shape[-1])
+
+
+def heads_of(output: torch.Tensor, sizes: list[int], head: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The views [B, H, T, D], [B, G, T, D] and [B, G, T, Dv] of queries, keys and values side by side.
+
+    Args:
+        output: [B, T, H·D + G·D + G·Dv], contiguous.
+        sizes: of the three in its last dimension.
+        head: D.
+    """
     batch, tokens, total = output.shape
-    head, groups, before, made = turn.cosine.shape[-1], len(key[0]) // turn.cosine.shape[-1], 0, []
-    for (weight, _), each in zip((query, key, value), (head, head, len(value[0]) // groups), strict=True):
-        size = len(weight)
+    before, made = 0, []
+    for size, each in zip(sizes, (head, head, sizes[2] // (sizes[1] // head)), strict=True):
         made.append(output.as_strided((batch, size // each, tokens, each), (tokens * total, each, total, 1), before))
         before += size
     return tuple(made)
@@ -127,13 +137,13 @@ def _rows_fit(x: torch.Tensor, *weights: torch.Tensor) -> bool:
                           or sum(weight.numel() for weight in weights) <= MOST_LAID_OUT)
 
 
-def _gated_fits(x, gate, gate_bias, up, up_bias, down, down_bias) -> bool:
+def gated_fits(x, gate, gate_bias, up, up_bias, down, down_bias) -> bool:
     """Whether these are rows and layers that follow one another."""
     if x.dim() == 0 or gate.dim() != 2 or down.dim() != 2:
         return False
-    width, hidden = x.shape[-1], len(gate)
+    width, hidden = x.shape[-1], gate.shape[0]
     return _rows_fit(x, gate, up, down) and _layer_fits(gate, gate_bias, hidden, width) and (
-        _layer_fits(up, up_bias, hidden, width) and _layer_fits(down, down_bias, len(down), hidden))
+        _layer_fits(up, up_bias, hidden, width) and _layer_fits(down, down_bias, down.shape[0], hidden))
 
 
 def _norm_fits(x, weight) -> bool:
@@ -141,7 +151,7 @@ def _norm_fits(x, weight) -> bool:
     return x.dim() > 0 and weight.shape == x.shape[-1:] and x.numel() > 0
 
 
-def _heads_fit(*given: torch.Tensor | None) -> bool:
+def heads_fit(*given: torch.Tensor | None) -> bool:
     """Whether these are rows, whole heads of an even width, and a turn of that width for every row or token.
 
     Args:
@@ -150,7 +160,8 @@ def _heads_fit(*given: torch.Tensor | None) -> bool:
     x, query, query_bias, key, key_bias, value, value_bias, cosine, sine, query_norm, key_norm = given
     if not (x.dim() == 3 and query.dim() == key.dim() == value.dim() == 2 and cosine.dim()):
         return False
-    (batch, tokens, width), sizes, head = x.shape, (len(query), len(key), len(value)), cosine.shape[-1]
+    (batch, tokens, width), head = x.shape, cosine.shape[-1]
+    sizes = query.shape[0], key.shape[0], value.shape[0]
     if not _rows_fit(x, query, key, value) or head < 2 or head % 2 or sizes[0] % head or (
             not sizes[1]) or sizes[1] % head or sizes[2] % (sizes[1] // head) or not sizes[2]:
         return False
@@ -169,18 +180,18 @@ def _gated(x, gate, gate_bias, up, up_bias, down, down_bias, activation: str) ->
     output, (hidden, width) = _gated_shape(x, down), gate.shape
     fused_cpp.checked(_gated_call()(
         *_pointers(x, gate, up, down, gate_bias, up_bias, down_bias, output), x.numel() // width, width, hidden,
-        len(down), activation == "gelu_tanh", x.dtype is torch.bfloat16, torch.get_num_threads(), native.MACHINE),
+        down.shape[0], activation == "gelu_tanh", x.dtype is torch.bfloat16, torch.get_num_threads(), native.MACHINE),
         "gated")
     return output
 
 
 def _gated_shape(x, down) -> torch.Tensor:
-    return x.new_empty((*x.shape[:-1], len(down)))
+    return x.new_empty((*x.shape[:-1], down.shape[0]))
 
 
 def _norm(x, weight, epsilon: float, shift: float) -> torch.Tensor:
     """The call, of contiguous tensors that fit."""
-    output, width = torch.empty_like(x), len(weight)
+    output, width = torch.empty_like(x), weight.shape[0]
     fused_cpp.checked(_norm_call()(
         *_pointers(x, weight, output), x.numel() // width, width, epsilon, shift, x.dtype is torch.bfloat16,
         torch.get_num_threads(), native.MACHINE), "norm")
@@ -191,7 +202,7 @@ def _heads(*given) -> torch.Tensor:
     """The call, of contiguous tensors that fit: queries, keys and values of a row side by side.
 
     Args:
-        given: as of `_heads_fit`, then epsilon and shift.
+        given: as of `heads_fit`, then epsilon and shift.
     """
     (x, query, query_bias, key, key_bias, value, value_bias, cosine, sine, query_norm, key_norm, epsilon,
      shift) = given
@@ -199,13 +210,13 @@ def _heads(*given) -> torch.Tensor:
     head, count = cosine.shape[-1], x.shape[0] * x.shape[1]
     fused_cpp.checked(_heads_call()(
         *_pointers(x, query, key, value, query_bias, key_bias, value_bias, query_norm, key_norm, cosine, sine, output),
-        count, x.shape[2], len(query), len(key), len(value), head, cosine.numel() // head, epsilon, shift,
+        count, x.shape[2], query.shape[0], key.shape[0], value.shape[0], head, cosine.numel() // head, epsilon, shift,
         x.dtype is torch.bfloat16, torch.get_num_threads(), native.MACHINE), "heads")
     return output
 
 
 def _heads_shape(x, query, key, value) -> torch.Tensor:
-    return x.new_empty((*x.shape[:2], len(query) + len(key) + len(value)))
+    return x.new_empty((*x.shape[:2], query.shape[0] + key.shape[0] + value.shape[0]))
 
 
 def _checked(name: str, fits: Callable, given: tuple[torch.Tensor | None, ...], expected: str) -> list:
@@ -226,7 +237,7 @@ def _checked_gated(given, activation: str) -> list:
     if activation not in ACTIVATIONS:
         raise ShapeError("gated", expected=f"an activation of {', '.join(ACTIVATIONS)}", got=activation[:50],
                          do="call it through sentei.kernels.linear.rows")
-    return _checked("gated", _gated_fits, given, "x [..., I], gate and up [F, I] and down [O, F], with biases that "
+    return _checked("gated", gated_fits, given, "x [..., I], gate and up [F, I] and down [O, F], with biases that "
                     f"fit; with more than {fused_cpp.FEW_ROWS} rows weights of {MOST_LAID_OUT} numbers at most")
 
 
@@ -235,7 +246,7 @@ def _checked_norm(given) -> list:
 
 
 def _checked_heads(given) -> list:
-    return _checked("heads", _heads_fit, given, "x [B, T, I], query [H·D, I], key [G·D, I], value [G·Dv, I], "
+    return _checked("heads", heads_fit, given, "x [B, T, I], query [H·D, I], key [G·D, I], value [G·Dv, I], "
                     "biases that fit, cosine and sine [N, D] of an even D, N rows or tokens, and norms [D]; with more "
                     f"than {fused_cpp.FEW_ROWS} rows weights of {MOST_LAID_OUT} numbers at most")
 

@@ -5,6 +5,22 @@
 
 namespace {
 
+// The queries, keys and values of what an RMS norm makes of the rows: `heads.input`.
+struct Before {
+  Heads heads;
+  const void* gain;          // [I]
+  int64_t half, threads, machine;
+  float epsilon, shift;      // as in Norm
+};
+
+// h = residual + a linear layer of what attention gave, and h + a gated MLP of an RMS norm of h: `gated`, but its input.
+struct After {
+  Gated gated;
+  const void *attended, *residual, *weight, *bias, *gain;  // [R, H], [R, I], [I, H], [I] or null, [I]
+  int64_t inner, half, threads, machine;                   // inner: H
+  float epsilon, shift;                                    // as in Norm
+};
+
 constexpr int64_t kAhead = 1024;  // bytes ahead at which each row of weights is prefetched; at its end, a later row
 constexpr int kLevel = 2;         // to which cache: the second holds more requests on their way than the first
 
@@ -294,6 +310,40 @@ void heads(const Heads& p, Run run, int64_t threads, int machine) {
   }
 }
 
+// The numbers between two products, rounded as a tensor's.
+template <class Kind>
+using Rounded = std::vector<typename Kind::Number, Aligned<typename Kind::Number>>;
+
+template <class Kind>
+void add_rows(const void* one, const void* other, int64_t count, void* sum) {
+  using Number = typename Kind::Number;
+  const auto *a = static_cast<const Number*>(one), *b = static_cast<const Number*>(other);
+  for (int64_t i = 0; i < count; ++i) static_cast<Number*>(sum)[i] = Kind::narrow(Kind::widen(a[i]) + Kind::widen(b[i]));
+}
+
+template <class Kind, class Run, class Normalize>
+void before_attention(const Before& p, Run run, Normalize normalize, int64_t threads, int machine) {
+  Rounded<Kind> normed(p.heads.rows * p.heads.width);
+  normalize({p.heads.input, p.gain, normed.data(), p.heads.rows, p.heads.width, p.epsilon, p.shift});
+  Heads then = p.heads;
+  then.input = normed.data();
+  heads<Kind>(then, run, threads, machine);
+}
+
+template <class Kind, class Run, class Normalize>
+void after_attention(const After& p, Run run, Normalize normalize, int64_t threads, int machine) {
+  const int64_t rows = p.gated.rows, width = p.gated.width, count = rows * width;
+  Rounded<Kind> hidden(count), normed(count);
+  linear<Kind>({p.attended, p.weight, p.bias, hidden.data(), nullptr, rows, p.inner, width, p.inner, p.inner}, run,
+               threads, machine);
+  add_rows<Kind>(p.residual, hidden.data(), count, hidden.data());
+  normalize({hidden.data(), p.gain, normed.data(), rows, width, p.epsilon, p.shift});
+  Gated then = p.gated;
+  then.input = normed.data();
+  gated<Kind>(then, run, threads, machine);
+  add_rows<Kind>(hidden.data(), p.gated.output, count, p.gated.output);
+}
+
 }  // namespace
 
 ProductOfRows product_of_rows(bool bfloat16, int machine) {
@@ -301,6 +351,9 @@ ProductOfRows product_of_rows(bool bfloat16, int machine) {
 }
 
 extern "C" {
+
+int sentei_before_size() { return int(sizeof(Before)); }
+int sentei_after_size() { return int(sizeof(After)); }
 
 // Any number of rows; `half` says bfloat16, `machine` the instruction set, -1 the best. Returns 0, or 1 when memory ran
 // out; the output is then unfinished. Plain arguments: a struct filled from Python costs more than some layers.
@@ -325,7 +378,7 @@ int sentei_gated(const void* input, const void* gate, const void* up, const void
                  int64_t outputs, int64_t tanh, int64_t half, int64_t threads, int64_t machine) {
   return status_of([&] {
     const Gated p{input, gate, up, down, gate_bias, up_bias, down_bias, output, rows, width, hidden, outputs,
-                  tanh != 0};
+                  tanh};
     const int set = set_of(machine);
     if (rows > kFew)
       gated_of_many(p, half, threads, set);
@@ -366,6 +419,27 @@ int sentei_heads(const void* input, const void* query, const void* key, const vo
       heads<BFloat16>(p, run_bfloat16_on[set], threads, set);
     else
       heads<Float32>(p, run_float32_on[set], threads, set);
+  });
+}
+
+// What a layer of a transformer has before its attention, and after it, of one to eight rows; statuses as above.
+int sentei_before(const Before* p) {
+  return status_of([&] {
+    const int set = set_of(p->machine);
+    if (p->half)
+      before_attention<BFloat16>(*p, run_bfloat16_on[set], norm_bfloat16_on[set], p->threads, set);
+    else
+      before_attention<Float32>(*p, run_float32_on[set], norm_float32_on[set], p->threads, set);
+  });
+}
+
+int sentei_after(const After* p) {
+  return status_of([&] {
+    const int set = set_of(p->machine);
+    if (p->half)
+      after_attention<BFloat16>(*p, run_bfloat16_on[set], norm_bfloat16_on[set], p->threads, set);
+    else
+      after_attention<Float32>(*p, run_float32_on[set], norm_float32_on[set], p->threads, set);
   });
 }
 

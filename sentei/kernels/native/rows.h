@@ -17,7 +17,7 @@ struct Gated {
   const void *gate_bias, *up_bias, *down_bias;        // [F], [F], [O]
   void* output;                                       // [R, O]
   int64_t rows, width, hidden, outputs;               // hidden: F
-  bool tanh;                                          // the activation: gelu by tanh, else silu
+  int64_t tanh;                                       // the activation: gelu by tanh if not 0, else silu
 };
 
 // All contiguous and of one dtype.

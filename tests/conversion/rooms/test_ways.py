@@ -13,7 +13,7 @@ from sentei.axes.connections import Config as Connections
 from sentei.axes.depth import Config as Depth
 from sentei.axes.weights import Config as Weights
 from sentei.budget.calibration import calibrate, wanted_by_rooms
-from sentei.conversion import rows, wrapper
+from sentei.conversion import native, wrapper
 from sentei.conversion.families import FAMILIES
 from sentei.conversion.layers import layer_of, layers_of, originals
 from sentei.conversion.plan import Entry, Plan, convert, prunable_layers, wanted
@@ -190,7 +190,7 @@ def test_what_was_built_once_is_used_again():
 def test_what_is_built_is_made_of_plain_modules(room, before):
     """Modules that are switched to native rows, or hold a room, are plain again before others are made of them."""
     model, ids = convert(tiny_model("llama"), before), tokens(40)
-    rows.install(model, most_rows=8, many_rows=0)
+    native.install(model, most_rows=8, many_rows=0)
     lean, fresh = plan_of(model, room, -1), tiny_model("llama")
     convert(model, lean, calibrate(tiny_model("llama"), TEXT, wanted_by_rooms(model, INSIDE, "rule")))
     convert(fresh, lean, statistics("llama"))

@@ -1,0 +1,100 @@
+"""What modules whose rows are taken natively have in common, and how one is told from a module that was altered.
+
+Modules get another class, a subclass of their own, and keep their parameters, path, state_dict and hooks.
+"""
+
+from collections.abc import Callable
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.nn.modules.module import _has_any_global_hook
+
+from sentei.conversion.linear import Choice, NativeLinear, Steps, input_of
+from sentei.kernels.linear.layers import Layer
+
+NORM_STEPS = Steps(few=(1, 8, 64))  # a norm of each head has many to a token
+# Of a result's largest number, in fp32, where a softmax of scores is between; every other rotation differs by far more.
+DIFFER = 1e-3
+
+def plain_layers(parts: dict[str, nn.Module], names: tuple[str, ...]) -> list[Layer] | None:
+    """Weight and bias of linear layers that nobody has altered; else None."""
+    if _has_any_global_hook():
+        return None
+    layers = []
+    for name in names:
+        layer = parts[name]
+        if type(layer) is not NativeLinear and type(layer) is not nn.Linear or is_altered(layer):
+            return None
+        layers.append((layer._parameters.get("weight"), layer._parameters.get("bias")))
+    return layers
+
+
+def is_altered(module: nn.Module) -> bool:
+    """Whether someone put a hook on it, or a forward of their own, as accelerate does."""
+    return bool(module._forward_hooks or module._forward_pre_hooks) or "forward" in module.__dict__
+
+
+@cache
+def attention_functions():
+    """transformers' table of attention functions, in which ours is."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    return ALL_ATTENTION_FUNCTIONS
+
+
+def restore(module: nn.Module) -> None:
+    """Gives the module the class it had."""
+    module.__class__ = type(module).__bases__[1]
+    for name in ("native_rows", "activation", "form", "turn", "parts"):
+        module.__dict__.pop(name, None)
+
+
+@cache
+def native_class(mixin: type, own: type) -> type:
+    """The class a module of class `own` gets; its name stays, which some code asks for."""
+    return type(own.__name__, (mixin, own), {"__module__": own.__module__, "__qualname__": own.__qualname__})
+
+
+class Kind(NamedTuple):
+    """One kind of module whose rows are taken natively.
+
+    Args:
+        mixin: what its class becomes a subclass of.
+        looks_like: whether a module is worth a try.
+        prove: switches the module, with a Choice of all the rows it is proven on, or says why not.
+        steps: numbers of rows that are measured.
+        outputs: the numbers it makes of a row.
+        more: what it is called with beside the rows.
+    """
+
+    mixin: type
+    looks_like: Callable[[nn.Module], bool]
+    prove: Callable[[nn.Module, type], str]
+    steps: Steps
+    outputs: Callable[[nn.Module], int]
+    more: Callable[[nn.Module, torch.Tensor], tuple] = lambda module, x: ()
+
+
+def near(y: torch.Tensor, own: torch.Tensor) -> bool:
+    """Whether a result in fp32 is the module's own."""
+    return y.shape == own.shape and bool((y - own).abs().max() <= DIFFER * own.abs().max())
+
+
+def all_rows(module: nn.Module, *, many: bool = True) -> Choice:
+    """Few rows of any number, and many if they were proven, too."""
+    x = input_of(module, 1)
+    return Choice(path="", outputs=0, width=x.shape[-1], dtype=x.dtype, most_rows=NORM_STEPS.few[-1], reason="",
+                  many_rows=int(many))
+
+
+def turns(module: nn.Module, x: torch.Tensor) -> tuple[tuple[torch.Tensor, torch.Tensor], None]:
+    """The position embeddings of rows of unlike positions, and no mask."""
+    return _turns_of(x.shape[1], module.head_dim, x.dtype), None
+
+
+@cache
+def _turns_of(rows: int, width: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    angles = torch.linspace(0.1, 9, rows * (width // 2)).view(1, rows, width // 2).repeat(1, 1, 2)
+    return angles.cos().to(dtype), angles.sin().to(dtype)

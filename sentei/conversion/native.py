@@ -1,0 +1,73 @@
+"""What of a model runs natively besides attention: found, proven, measured, switched; and all of it taken back."""
+
+import torch
+from torch import nn
+
+from sentei.conversion import block, linear, rows
+from sentei.conversion.altered import Kind, restore
+from sentei.conversion.linear import Choice, input_of, rows_taken
+from sentei.kernels.linear import fused_cpp
+
+KINDS = (*rows.KINDS, block.KIND)
+
+
+def install(model: nn.Module, *, most_rows: int | None = None, many_rows: int | None = None) -> list[Choice]:
+    """Lets the model take few rows, and many, in native calls where these are faster on this machine.
+
+    Args:
+        model: any model; see `conversion.linear.install`.
+        most_rows: take so many without measuring, 0 to 8.
+        many_rows: take so many and more without measuring; 0 for never.
+    Returns:
+        a Choice for every `nn.Linear`, then one for every module that looks like one of KINDS, each kind in the model's
+        order.
+    Cost: as `conversion.linear.install`, about twice. Measured one after the other, each on top of what is before it.
+    """
+    remove(model)
+    choices = linear.install(model, most_rows=most_rows, many_rows=many_rows)
+    for kind in KINDS:
+        modules = {path: module for path, module in model.named_modules() if kind.looks_like(module)}
+        choices += _install(modules, kind, most_rows, many_rows, model.__dict__[linear.MEASURED])
+    return choices
+
+
+def remove(model: nn.Module) -> None:
+    """Makes the model plain again."""
+    linear.remove(model)
+    for module in model.modules():
+        if isinstance(module, tuple(kind.mixin for kind in KINDS)):
+            restore(module)
+
+
+def _install(modules: dict[str, nn.Module], kind: Kind, most_rows: int | None, many_rows: int | None,
+             known: linear.Known) -> list[Choice]:
+    """Switches modules that are proven and, unless numbers of rows are asked for, measured faster."""
+    refused = {path: "a forward of its own" if "forward" in vars(module) else kind.prove(module, kind.mixin)
+               for path, module in modules.items()}
+    proven = [module for path, module in modules.items() if not refused[path]]
+    ways = (lambda module, x: type(module).__bases__[1].forward(module, x, *kind.more(module, x)),
+            lambda module, x: module(x, *kind.more(module, x)))
+    if most_rows:  # of a token, of which a norm may have many
+        most_rows = min(most_rows, fused_cpp.FEW_ROWS) * kind.steps.few[-1] // linear.ROWS[-1]
+    found = rows_taken(proven, _alike, ways, known, kind.steps, most_rows, many_rows)
+    choices = []
+    for path, module in modules.items():
+        few, many, reason = (0, 0, refused[path]) if refused[path] else found[_alike(module)]
+        if not refused[path] and not module.native_rows.many_rows:
+            many = 0
+        x = input_of(module, 1)
+        choice = Choice(path=path, outputs=kind.outputs(module), width=x.shape[-1], dtype=x.dtype, most_rows=few,
+                        many_rows=many, reason=reason)
+        choices.append(choice)
+        if few or many:
+            module.native_rows = choice
+        elif not refused[path]:
+            restore(module)
+    return choices
+
+
+def _alike(module: nn.Module) -> tuple:
+    """Modules that give the same are measured together. Of names: the answers stay with a model that may be pickled."""
+    mixin, own = type(module).__bases__[:2]
+    return mixin.__name__, own.__module__, own.__qualname__, torch.get_num_threads(), *(
+        (tuple(weight.shape), weight.dtype) for weight in module.parameters())
