@@ -44,9 +44,15 @@ INLINE typename Simd<L>::Vec wide(const float* from) { return Simd<L>::load(from
 
 template <int L>
 INLINE typename Simd<L>::Vec wide(const uint16_t* from) {
-  typename Half<L>::Halves halves;
-  std::memcpy(&halves, from, sizeof halves);
-  const typename Half<L>::Words words = __builtin_convertvector(halves, typename Half<L>::Words) << 16;
+  typename Half<L>::Words words;
+  if constexpr (kPairs && L == kPairLanes) {  // in one instruction, where the compiler takes five
+    asm("vpmovzxwd %1, %0" : "=v"(words) : "m"(*reinterpret_cast<const char(*)[2 * L]>(from)));
+  } else {
+    typename Half<L>::Halves halves;
+    std::memcpy(&halves, from, sizeof halves);
+    words = __builtin_convertvector(halves, typename Half<L>::Words);
+  }
+  words <<= 16;
   typename Simd<L>::Vec result;
   std::memcpy(&result, &words, sizeof result);
   return result;
@@ -81,38 +87,58 @@ INLINE void by_heads(int64_t heads, Use use) {
   if (heads - h == 1) use(std::integral_constant<int, 1>(), h);
 }
 
-// The products of N rows, `apart` from one another, with one row of keys.
+// sum[N] += the products of N rows, `apart` from one another, with one row of keys, lane by lane; whole vectors alone.
 template <int L, int N, class T>
-INLINE void dots(const float* rows, int64_t apart, const T* key, int64_t width, float* result) {
-  typename Simd<L>::Vec sum[N] = {};
-  int64_t d = 0;
-  for (; d + L <= width; d += L) {
+INLINE void add_products(const float* rows, int64_t apart, const T* key, int64_t width, typename Simd<L>::Vec* sum) {
+  for (int64_t d = 0; d + L <= width; d += L) {
     const auto k = wide<L>(key + d);
 #pragma GCC unroll 4
     for (int n = 0; n < N; ++n) sum[n] += Simd<L>::load(rows + n * apart + d) * k;
   }
-#pragma GCC unroll 4
-  for (int n = 0; n < N; ++n) {
-    result[n] = Simd<L>::fold(sum[n], [](auto a, auto b) INLINE_LAMBDA { return a + b; });
-    for (int64_t e = d; e < width; ++e) result[n] += rows[n * apart + e] * wide_one(key + e);
-  }
 }
 
-// What a row may see of a page: keys first … end - 1 of the whole sequence.
+// result[N] += what whole vectors leave of the products.
+template <int L, int N, class T>
+INLINE void add_rest(const float* rows, int64_t apart, const T* key, int64_t width, float* result) {
+  for (int64_t d = width / L * L; d < width; ++d)
+    for (int n = 0; n < N; ++n) result[n] += rows[n * apart + d] * wide_one(key + d);
+}
+
+// The sums of the lanes of N vectors, 4 at most: of all of them at once.
+template <int L, int N>
+INLINE void totals(const typename Simd<L>::Vec* sum, float* result) {
+  Four part[4]{};
+#pragma GCC unroll 4
+  for (int n = 0; n < N; ++n) part[n] = Simd<L>::quarter(sum[n]);
+  const auto join = [](Four one, Four other) INLINE_LAMBDA {
+    return SHUFFLE(one, other, 0, 4, 1, 5) + SHUFFLE(one, other, 2, 6, 3, 7);
+  };
+  const Four front = join(part[0], part[1]), back = join(part[2], part[3]);
+  const Four all = SHUFFLE(front, back, 0, 1, 4, 5) + SHUFFLE(front, back, 2, 3, 6, 7);
+#pragma GCC unroll 4
+  for (int n = 0; n < N; ++n) result[n] = all[n];
+}
+
+// What a row may see: keys start … stop - 1 of the whole sequence.
+struct Seen {
+  INLINE Seen(const Paged& p, int64_t b, int64_t row)
+      : start(p.lengths ? std::clamp<int64_t>(p.lengths[2 * b], 0, p.keys) : 0),
+        stop(p.lengths ? std::clamp<int64_t>(p.lengths[2 * b + 1], 0, p.keys) : p.keys) {
+    if (p.causal) stop = std::min(stop, p.keys - p.rows + row + 1);
+  }
+  int64_t start, stop;
+};
+
+// And what of a page: keys first … end - 1.
 struct Part {
   INLINE Part(const Paged& p, int64_t b, int64_t row, int64_t page) {
-    const int64_t start = p.lengths ? std::clamp<int64_t>(p.lengths[2 * b], 0, p.keys) : 0;
-    const int64_t stop = p.lengths ? std::clamp<int64_t>(p.lengths[2 * b + 1], 0, p.keys) : p.keys;
-    const int64_t limit = p.causal ? std::min(stop, p.keys - p.rows + row + 1) : stop;
-    first = std::max(start, page * p.page);
-    end = std::min(limit, (page + 1) * p.page);
-    is_first = first < end && start >= page * p.page;
-    is_near = (page + 1) * p.page > p.keys - p.rows + row - p.window;
+    const Seen seen(p, b, row);
+    first = std::max(seen.start, page * p.page);
+    end = std::min(seen.stop, (page + 1) * p.page);
   }
   INLINE bool is_whole(int64_t page) const { return end - first == page; }
   INLINE bool is_empty() const { return first >= end; }
   int64_t first, end;
-  bool is_first, is_near;
 };
 
 // What the items share. Queries are scaled so that scores are powers of two, and split by sign: against the highest
@@ -122,7 +148,7 @@ struct Work {
       : p(p), per_group(p.heads / p.groups), pages((p.keys + p.page - 1) / p.page), line(round_up(pages)),
         runs(std::min(kMostRuns, (pages + kPagesOfAttention - 1) / kPagesOfAttention)),
         bound_runs((pages + kPagesOfBounds - 1) / kPagesOfBounds), choices(p.batch * p.groups * p.rows),
-        block(per_group * p.width), machine(set_of(p.machine)),
+        block(per_group * p.width), machine(set_of(p.machine)), mass(std::log2(float(p.page))),
         query(new float[3 * choices * block]), raw(new float[choices * per_group * line]),
         partial(new float[choices * runs * per_group * (p.value_width + 2)]), ids(new int32_t[choices * pages]),
         count(new int64_t[choices]), bounded(new std::atomic<int64_t>[p.batch * p.groups]()),
@@ -158,6 +184,7 @@ struct Work {
   const Paged& p;
   const int64_t per_group, pages, line, runs, bound_runs, choices, block;
   const int machine;
+  const float mass;                        // of a whole page, in powers of two
   const std::unique_ptr<float[]> query;    // [choices, 3, P, D]: whole, positive, negative
   const std::unique_ptr<float[]> raw;      // [choices, P, line]: bounds of the mass, in powers of two
   const std::unique_ptr<float[]> partial;  // [choices, runs, P, Dv + 2]: output, largest score, sum
@@ -194,12 +221,17 @@ template <int L, class T>
 INLINE void bound_page(const Work& w, int64_t choice, const T* low, const T* high, int64_t keys, int64_t page) {
   by_heads(w.per_group, [&](auto heads, int64_t h) INLINE_LAMBDA {
     constexpr int N = decltype(heads)::value;
-    float most[N], least[N];
-    const float* query = w.query_of(choice) + h * w.p.width;
-    dots<L, N>(query + w.block, w.p.width, high, w.p.width, most);
-    dots<L, N>(query + 2 * w.block, w.p.width, low, w.p.width, least);
-    const float mass = std::log2(float(keys));
-    for (int n = 0; n < N; ++n) w.raw_of(choice, h + n)[page] = most[n] + least[n] + mass;
+    typename Simd<L>::Vec sum[N]{};
+    float most[N];
+    const int64_t width = w.p.width;
+    const float *positive = w.query_of(choice) + w.block + h * width, *negative = positive + w.block;
+    add_products<L, N>(positive, width, high, width, sum);
+    add_products<L, N>(negative, width, low, width, sum);
+    totals<L, N>(sum, most);
+    add_rest<L, N>(positive, width, high, width, most);
+    add_rest<L, N>(negative, width, low, width, most);
+    const float mass = keys == w.p.page ? w.mass : std::log2(float(keys));
+    for (int n = 0; n < N; ++n) w.raw_of(choice, h + n)[page] = most[n] + mass;
   });
 }
 
@@ -281,10 +313,12 @@ void choose(Work& w, int64_t choice, Scratch& t) {
   uint8_t* kept = p.kept + choice * w.pages;
   if (p.task == kChooseAndAttend) {
     score_item_on[w.machine](w, choice, t.pages.data());
-    for (int64_t c = 0; c < w.pages; ++c) {
-      const Part part(p, b, row, c);
-      t.forced[c] = part.is_first || part.is_near || !part.is_whole(p.page);
-    }
+    // Always kept are the first page that is seen, those near the row, and what is seen in part.
+    const Seen seen(p, b, row);
+    const int64_t open = seen.start / p.page + 1, far = p.keys - p.rows + row - p.window;
+    const int64_t last = std::max<int64_t>(std::min(seen.stop, far), 0) / p.page;
+    std::fill(t.forced.begin(), t.forced.end(), 1);
+    if (open < last) std::fill(t.forced.begin() + open, t.forced.begin() + last, 0);
     if (keep(RuleKind(p.rule), p.parameter, t.pages.data(), t.forced.data(), w.pages, kept, t.rule) < 0)
       w.is_refused = true;
   }
@@ -350,8 +384,12 @@ INLINE void attend_run(const Work& w, int64_t choice, int64_t run, Scratch& t) {
       for (int64_t j = 0; j < part.end - part.first; ++j) {
         if (h == 0) fetch(next + j * p.key_stride[1], p.width);
         if (h == 0) fetch(value + j * p.value_stride[1], p.value_width);
+        typename Simd<L>::Vec sum[N]{};
         float found[N];
-        dots<L, N>(w.query_of(choice) + h * p.width, p.width, key + j * p.key_stride[1], p.width, found);
+        const float* query = w.query_of(choice) + h * p.width;
+        add_products<L, N>(query, p.width, key + j * p.key_stride[1], p.width, sum);
+        totals<L, N>(sum, found);
+        add_rest<L, N>(query, p.width, key + j * p.key_stride[1], p.width, found);
         for (int n = 0; n < N; ++n) t.scores[(h + n) * line + place + j] = found[n];
       }
     });

@@ -217,6 +217,18 @@ struct Simd {
     }
   }
 
+  // The sums of every fourth lane.
+  static INLINE auto quarter(Vec v) {
+    if constexpr (L == 4) {
+      return v;
+    } else {
+      typename Simd<L / 2>::Vec low, high;
+      std::memcpy(&low, &v, sizeof low);
+      std::memcpy(&high, reinterpret_cast<const char*>(&v) + sizeof low, sizeof high);
+      return Simd<L / 2>::quarter(low + high);
+    }
+  }
+
   static INLINE float total(Vec v) {
     return fold(v, [](auto a, auto b) INLINE_LAMBDA { return a + b; });
   }
