@@ -4,10 +4,10 @@ Run from the repository's root: python -m benchmarks.bench_model --tokens 8000
 
 Dense is transformers' sdpa path with its own cache, in the same threads; of the same dtype, or of the one --against
 names, where another dtype is the faster one to run dense. "Exact" keeps every key and only the kernels, the cache and
-the few-row layers are ours. "Pruned" is the plan of a folder that `sentei prune` wrote (--plan). Both sides run in turn
-in one process; a ratio is the median over neighbouring pairs, dense ÷ ours. A decoded token's time is the mean over the
-steps of a run, at the end of the text. Quality is the dense side's perplexity ÷ ours on that text, a window that no
-plan was made on, so that it holds what a change of dtype costs as well; in brackets its 95 % interval.
+the layers beside attention are ours. "Pruned" is the plan of a folder that `sentei prune` wrote (--plan). Both sides
+run in turn in one process; a ratio is the median over neighbouring pairs, dense ÷ ours. A decoded token's time is the
+mean over the steps of a run, at the end of the text. Quality is the dense side's perplexity ÷ ours on that text, a
+window that no plan was made on, so that it holds what a change of dtype costs as well; in brackets its 95 % interval.
 """
 
 import argparse
@@ -131,7 +131,8 @@ def main() -> None:
                       f"**{row['ratio']:.2f}** ({row['low']:.2f} to {row['high']:.2f})",
                       f"{row['quality']:.4f} ({row['quality_low']:.4f} to {row['quality_high']:.4f})"])
     head = ["case", "dense side", "ours ms", "dense ms", "dense ÷ ours", "quality"]
-    name = "-".join(["model", *asked.kinds, str(asked.tokens), *([asked.dtype] if asked.dtype else [])])
+    against = ["against", asked.against] if asked.against else []
+    name = "-".join(["model", *asked.kinds, str(asked.tokens), *(asked.dtype or []), *against])
     write_result(name, __doc__, [table(head, lines)])
 
 
