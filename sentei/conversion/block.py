@@ -43,8 +43,7 @@ class NativeBlock:
                 position_embeddings=None, **named):
         """As the layer's own; see `NativeLinear.forward`."""
         output = None
-        if not self.training and type(hidden_states) is torch.Tensor and self.native_rows.takes(hidden_states) and (
-                is_plain_call()):
+        if type(hidden_states) is torch.Tensor and self.native_rows.takes(hidden_states) and is_plain_call():
             named_all = {"position_ids": position_ids, "use_cache": use_cache, **named}
             output = self._native(hidden_states, attention_mask, past_key_values, position_embeddings, named_all)
         return output if output is not None else super().forward(
