@@ -3,6 +3,7 @@
 Modules get another class, a subclass of their own, and keep their parameters, path, state_dict and hooks.
 """
 
+import copy
 from collections.abc import Callable
 from functools import cache
 from typing import NamedTuple
@@ -87,6 +88,17 @@ def all_rows(module: nn.Module, *, many: bool = True) -> Choice:
     x = input_of(module, 1)
     return Choice(path="", outputs=0, width=x.shape[-1], dtype=x.dtype, most_rows=NORM_STEPS.few[-1], reason="",
                   many_rows=int(many))
+
+
+def in_float32(module: nn.Module, config) -> nn.Module:
+    """A copy in fp32 to be tried, in evaluation, which attends through torch's sdpa.
+
+    Args:
+        config: the module's, or its attention's; the model's own stays as it is.
+    """
+    other = copy.copy(config)
+    other._attn_implementation = "sdpa"
+    return copy.deepcopy(module, {id(config): other}).float().eval()
 
 
 def turns(module: nn.Module, x: torch.Tensor) -> tuple[tuple[torch.Tensor, torch.Tensor], None]:

@@ -6,7 +6,6 @@ and where its own forward gives what the three calls give. Nothing is copied: wh
 hook on one, gets the layer's own forward back.
 """
 
-import copy
 import inspect
 
 import torch
@@ -16,6 +15,7 @@ from sentei.conversion.altered import (
     Kind,
     all_rows,
     attention_functions,
+    in_float32,
     is_altered,
     native_class,
     near,
@@ -90,9 +90,7 @@ def prove_block(module: nn.Module, mixin: type) -> str:
     if list(inspect.signature(type(module).forward).parameters) != INPUTS or any(
             True for _ in module.parameters(recurse=False)):
         return "another forward than transformers' decoder layers have"
-    config = copy.copy(module.self_attn.config)
-    config._attn_implementation = "sdpa"
-    trial = copy.deepcopy(module, {id(module.self_attn.config): config}).float().eval()
+    trial = in_float32(module, module.self_attn.config)
     tried = [input_of(trial, 4) * scale for scale in SCALES[:2]]
     expected = [trial(x, *more_of(trial, x)) for x in tried]
     switch(trial, mixin)

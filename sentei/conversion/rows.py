@@ -7,7 +7,6 @@ rows, as in decoding, and many, as in a prompt, are measured apart. As in `conve
 class, a subclass of its own, and keeps its parameters, path, state_dict and hooks.
 """
 
-import copy
 import inspect
 from collections.abc import Iterator
 
@@ -19,6 +18,7 @@ from sentei.conversion.altered import (
     Kind,
     all_rows,
     attention_functions,
+    in_float32,
     is_altered,
     native_class,
     near,
@@ -162,9 +162,7 @@ def _prove_heads(module: nn.Module, mixin: type) -> str:
     reason = native.missing() or _foreign(module.q_proj.weight)
     if reason:
         return reason
-    config = copy.copy(module.config)
-    config._attn_implementation = "sdpa"
-    trial = copy.deepcopy(module, {id(module.config): config}).float().eval()
+    trial = in_float32(module, module.config)
     tried = [input_of(trial, count) * scale for count in (4, MORE_ROWS) for scale in SCALES[:2]]
     expected = [trial(x, *turns(trial, x))[0] for x in tried]
     own = type(module)

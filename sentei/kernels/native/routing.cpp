@@ -66,6 +66,7 @@ struct Call {
       : p(p), order(p), machine(set_of(p.machine)), panel(panel_of(machine)),
         rooms(std::max<int64_t>(p.threads, 1), std::max(p.width, p.outputs)) {}
 
+  // The product of a block of a left factor with panels: C[lines x columns] of the room, `below` so many of its lines.
   void product(Rooms::Room& room, const Left& left, int64_t line, int lines, const float* b, int64_t apart,
                int64_t columns, int64_t depth, int below = 0, bool add = false) const {
     const int64_t each = even_part(depth, kDepth, 32);  // which every panel divides
