@@ -1,9 +1,9 @@
-"""A decoder layer whose few rows go through it in three calls: before its attention, its pages, and after it.
+"""A decoder layer whose few rows after a cache go through it in one native call.
 
 A decoded token passes each layer once, and Python between a dozen small calls takes as long as they do. A layer is
-taken where it is made of a norm, an attention with a room, a norm and a gated MLP, which `conversion.rows` has proven,
-and where its own forward gives what the three calls give. Nothing is copied: whoever alters a part of it, or puts a
-hook on one, gets the layer's own forward back.
+taken where it is made of a norm, an attention with a room that reads pages, a norm and a gated MLP, which
+`conversion.rows` has proven, and where its own forward gives what the one call gives. Nothing is copied: whoever alters
+a part of it, puts a hook on one or listens to the room gets the layer's own forward.
 """
 
 import inspect
@@ -11,6 +11,8 @@ import inspect
 import torch
 from torch import nn
 
+from sentei.axes.connections import Connections
+from sentei.conversion import cache
 from sentei.conversion.altered import (
     Kind,
     all_rows,
@@ -22,15 +24,18 @@ from sentei.conversion.altered import (
     plain_layers,
     turns,
 )
+from sentei.conversion.interface import IMPLEMENTATION, attention_forward, obstacles_in
 from sentei.conversion.linear import Choice, Steps, input_of
 from sentei.conversion.rows import SCALES, NativeGated, NativeHeads, NativeNorm
 from sentei.core.modes import is_plain_call
-from sentei.kernels.linear import block
+from sentei.kernels import block
+from sentei.kernels.paging import PAGE
 
 PARTS = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
 MADE_OF = (NativeNorm, NativeHeads, NativeNorm, NativeGated)
 INPUTS = ["self", "hidden_states", "attention_mask", "position_ids", "past_key_values", "use_cache",
           "position_embeddings", "kwargs"]
+HELD = PAGE + 3  # tokens before those that a layer is tried on
 
 
 class NativeBlock:
@@ -43,62 +48,88 @@ class NativeBlock:
                 position_embeddings=None, **named):
         """As the layer's own; see `NativeLinear.forward`."""
         output = None
-        if type(hidden_states) is torch.Tensor and self.native_rows.takes(hidden_states) and is_plain_call():
-            named_all = {"position_ids": position_ids, "use_cache": use_cache, **named}
-            output = self._native(hidden_states, attention_mask, past_key_values, position_embeddings, named_all)
+        if (type(hidden_states) is torch.Tensor and self.native_rows.takes(hidden_states) and attention_mask is None
+                and is_plain_call() and not obstacles_in(named)):
+            output = self._native(hidden_states, past_key_values, position_embeddings)
         return output if output is not None else super().forward(
             hidden_states, attention_mask=attention_mask, position_ids=position_ids, past_key_values=past_key_values,
             use_cache=use_cache, position_embeddings=position_embeddings, **named)
 
-    def _native(self, x, attention_mask, past_key_values, position_embeddings, named):
+    def _native(self, x, past_key_values, position_embeddings):
         found = self._modules
         parts = tuple(found[name] for name in PARTS)
         if any(part is not known or is_altered(part) for part, known in zip(parts, self.parts, strict=True)):
             return None
         first, attention, second, mlp = parts
-        attend = attention_functions().get(attention.config._attn_implementation)
-        heads, last, gated = (attention.heads(position_embeddings), plain_layers(attention._modules, ("o_proj",)),
-                              mlp.layers())
-        if attend is None or attention.training or None in (heads, last, gated):
+        layer = cache.layer_of(past_key_values, attention.layer_idx)
+        choice = _choice_of(attention, x.shape[1])
+        if layer is None or choice is None:
             return None
-        after = last[0], second.norm(), *gated, mlp.activation[1]
-        made = block.before(x, first.norm(), *heads) if block.takes(x, *after) else None
-        if made is None:
+        heads, joint, gated, held = (attention.heads(position_embeddings),
+                                     plain_layers(attention._modules, ("o_proj",)), mlp.layers(),
+                                     layer.room_for(x.shape[1]))
+        if None in (heads, joint, gated, held):
             return None
-        query, key, value = made
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, attention.layer_idx)
-        attended, _ = attend(attention, query, key, value, attention_mask, dropout=0.0, scaling=attention.scaling,
-                             **named)
-        return block.after(attended.reshape(*x.shape[:-1], -1), x, *after)
+        output = block.block(x, block.Before(first.norm(), *heads), held, choice,
+                             block.After(*joint, second.norm(), *gated, mlp.activation[1]))
+        if output is not None:
+            layer.grown(x.shape[1])
+        return output
+
+
+def _choice_of(attention: nn.Module, rows: int) -> block.Choice | None:
+    """How an attention's room chooses pages for so many rows, if it does, our function calls it and nobody looks on."""
+    room = attention._modules.get("connections")
+    if type(room) is not Connections or is_altered(room) or room.tap.is_heard or attention.training:
+        return None
+    if (attention_functions().get(attention.config._attn_implementation) is not attention_forward or not room.causal
+            or not room.reads_pages(rows) or room.impl not in ("auto", "fused_cpp")):
+        return None
+    return block.Choice(room.config.decode, room.config.window, attention.scaling)
 
 
 def looks_like_a_block(module: nn.Module) -> bool:
-    """Whether it is made of the parts, each of which runs natively."""
+    """Whether it is made of the parts, each of which runs natively, and its room reads pages."""
     return {name for name, _ in module.named_children()} == set(PARTS) and all(
-        isinstance(getattr(module, name), kind) for name, kind in zip(PARTS, MADE_OF, strict=True))
+        isinstance(getattr(module, name), kind) for name, kind in zip(PARTS, MADE_OF, strict=True)) and (
+        module.self_attn.connections.is_paged)
 
 
 def more_of(module: nn.Module, x: torch.Tensor) -> tuple:
-    """What a decoder layer is called with beside the rows: no mask, positions or cache."""
-    return None, None, None, False, turns(module.self_attn, x)[0]
+    """What a decoder layer is called with beside the rows: no mask or positions, and a cache of some tokens."""
+    return None, None, _held(module.self_attn), True, turns(module.self_attn, x)[0]
+
+
+def _held(attention: nn.Module):
+    """A cache of ours in which random keys and values stand."""
+    from transformers import DynamicCache
+
+    held, weight, generator = DynamicCache(), attention.k_proj.weight, torch.Generator().manual_seed(HELD)
+    groups = len(weight) // attention.head_dim
+    states = (torch.randn(1, groups, HELD, width, generator=generator).to(weight.dtype)
+              for width in (attention.head_dim, len(attention.v_proj.weight) // groups))
+    cache.fill(held, (attention.layer_idx,))
+    held.layers[attention.layer_idx].update(*states)
+    return held
 
 
 @torch.no_grad()
 def prove_block(module: nn.Module, mixin: type) -> str:
-    """Switches the layer if in fp32 its own output is what the three calls give; else says why not."""
+    """Switches the layer if in fp32 its own output is what the one call gives; else says why not."""
     if list(inspect.signature(type(module).forward).parameters) != INPUTS or any(
             True for _ in module.parameters(recurse=False)):
         return "another forward than transformers' decoder layers have"
     trial = in_float32(module, module.self_attn.config)
     tried = [input_of(trial, 4) * scale for scale in SCALES[:2]]
-    expected = [trial(x, *more_of(trial, x)) for x in tried]
+    mask = torch.ones(4, HELD + 4, dtype=torch.bool).tril(HELD)[None, None]
+    expected = [trial(x, mask, *more_of(trial, x)[1:]) for x in tried]
     switch(trial, mixin)
+    trial.self_attn.config._attn_implementation = IMPLEMENTATION
     for x, y in zip(tried, expected, strict=True):
-        *_, embeddings = more_of(trial, x)
-        found = trial._native(x, None, None, embeddings, {})
+        *_, held, _, embeddings = more_of(trial, x)
+        found = trial._native(x, held, embeddings)
         if found is None or not near(found, y):
-            return "another result than in native calls, on random rows"
+            return "another result than in one native call, on random rows"
     switch(module, mixin)
     return ""
 

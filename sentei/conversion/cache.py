@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from sentei.axes.connections import Connections
+from sentei.kernels.block import Held
 from sentei.kernels.paging import PAGE, bounds_of
 
 # A full buffer grows to this much of what it must hold: then a token is copied five times at most, all in all.
@@ -60,6 +61,15 @@ class _Paged:
             first, last = before // PAGE, after // PAGE
             bounds[:, :, first:last] = bounds_of(keys[:, :, first * PAGE:last * PAGE])
         return self._show(after)
+
+    def room_for(self, rows: int) -> Held | None:
+        """The buffers, if they have room for so many tokens more; who has written these there calls `grown`."""
+        length = self.get_seq_length()
+        return Held(*self.buffers, length) if self._fits(length + rows) else None
+
+    def grown(self, rows: int) -> None:
+        """Shows so many tokens more, which stand in the buffers."""
+        self._show(self.keys.shape[2] + rows)
 
     def crop(self, *args):
         """As `DynamicLayer`; the buffers stay."""
@@ -136,6 +146,16 @@ def pruned_layers(model: nn.Module) -> tuple[int, ...]:
     """The layers of a converted model that read chosen pages of their cache."""
     return tuple(module.layer_idx for module in model.modules()
                  if isinstance(getattr(module, "connections", None), Connections) and module.connections.is_paged)
+
+
+def layer_of(held: object, index: int) -> _Paged | None:
+    """Our layer of a cache that does nothing but ask its layers; else None."""
+    from transformers import DynamicCache
+
+    if type(held) is not DynamicCache or held.offloading or index >= len(held.layers):
+        return None
+    layer = held.layers[index]
+    return layer if type(layer) is layer_class() else None
 
 
 def make(model: nn.Module, dtype: torch.dtype | None = None):

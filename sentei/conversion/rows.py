@@ -28,8 +28,8 @@ from sentei.conversion.altered import (
 )
 from sentei.conversion.linear import Choice, NativeLinear, Steps, input_of
 from sentei.core.modes import is_plain_call
-from sentei.kernels import native
-from sentei.kernels.linear import block, fused_cpp, rows
+from sentei.kernels import block, native
+from sentei.kernels.linear import fused_cpp, rows
 
 LAYERS = ("gate_proj", "up_proj", "down_proj")
 HEADS, HEAD_NORMS = ("q_proj", "k_proj", "v_proj"), ("q_norm", "k_norm")

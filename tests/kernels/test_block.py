@@ -1,15 +1,19 @@
-"""Decoder layers in two native calls: to the bit what the smaller calls give, and what they leave alone."""
+"""Decoder layers in one native call: to the bit what the smaller calls give, and what is left alone."""
 
 import pytest
 import torch
 from kernels.test_rows import heads_case, layer, random, to
 
-from sentei.core.errors import ShapeError
-from sentei.kernels import native
-from sentei.kernels.linear import block, fused_cpp, rows
+from sentei.core.errors import RuleError
+from sentei.core.rules import All, Mass, Threshold, TopK
+from sentei.kernels import block, native, paging
+from sentei.kernels.block import After, Before, Choice, Held
+from sentei.kernels.linear import fused_cpp, rows
+from sentei.kernels.paging import PAGE, bounds_of
 
 pytestmark = pytest.mark.skipif(bool(native.missing()), reason=native.missing())
-HALF = torch.bfloat16
+HALF, WIDE = torch.bfloat16, torch.float32
+RULE = Threshold(0.1)
 
 
 @pytest.fixture(autouse=True)
@@ -18,69 +22,104 @@ def without_gradients():
         yield
 
 
-def norm_of(width: int, dtype: torch.dtype) -> block.Norm:
-    return block.Norm(random(width, seed=11).to(dtype), 1e-5, 0.25)
+def norm_of(width: int, dtype: torch.dtype, seed: int) -> block.Norm:
+    return block.Norm(random(width, seed=seed).to(dtype), 1e-5, 0.25)
 
 
-def after_case(dtype, tokens=(1, 2), inner=24, width=37, hidden=53, bias=True) -> tuple:
-    """The arguments of `after`."""
-    linear, gate, up, down = to(dtype, layer(width, inner, 4, bias), layer(hidden, width, 1, bias),
-                                layer(hidden, width, 2, False), layer(width, hidden, 3, bias))
-    return (random(*tokens, inner, seed=5).to(dtype), random(*tokens, width, seed=6).to(dtype), linear,
-            norm_of(width, dtype), gate, up, down, "silu")
+def held_of(batch: int, groups: int, length: int, widths: tuple[int, int], dtype: torch.dtype) -> Held:
+    """A cache of `length` tokens, NaN wherever nothing stands yet."""
+    room = length // PAGE * PAGE + 2 * PAGE
+    keys, values = (torch.full((batch, groups, room, width), torch.nan, dtype=dtype) for width in widths)
+    for seed, states in enumerate((keys, values)):
+        states[:, :, :length] = random(batch, groups, length, states.shape[3], seed=20 + seed).to(dtype)
+    bounds = torch.full((batch, groups, room // PAGE, 2, widths[0]), torch.nan, dtype=dtype)
+    bounds[:, :, :length // PAGE] = bounds_of(keys[:, :, :length])
+    return Held(keys, values, bounds, length)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=str)
-@pytest.mark.parametrize("case", [{}, {"bias": True, "normed": True}, {"tokens": (2, 4), "turns": (1, 4)},
-                                  {"heads": (9, 3), "widths": (64, 64), "inputs": 130, "tokens": (1, 8)}], ids=str)
-def test_before_is_the_heads_of_the_normed_rows(case, dtype, machine):
-    x, *heads = heads_case(dtype, **case)
-    norm = norm_of(x.shape[-1], dtype)
-    for y, own in zip(block.before(x, norm, *heads), rows.heads(rows.norm(x, *norm), *heads), strict=True):
-        assert torch.equal(y, own) and y.stride() == own.stride()
+def case(dtype=WIDE, kept=None, length=53, rule=RULE, window=0, hidden=53, activation="silu", **heads) -> tuple:
+    """The arguments of `block`."""
+    x, query, key, value, turn = heads_case(dtype, **heads)
+    head, width = turn.cosine.shape[-1], x.shape[-1]
+    groups, count = len(key[0]) // head, len(query[0]) // head
+    value_head, bias = len(value[0]) // groups, query[1] is not None
+    joint, gate, up, down = to(dtype, layer(width, count * value_head, 4, bias), layer(hidden, width, 1, bias),
+                               layer(hidden, width, 2, False), layer(width, hidden, 3, bias))
+    return (x, Before(norm_of(width, dtype, 11), query, key, value, turn),
+            held_of(len(x), groups, length, (head, value_head), kept or dtype), Choice(rule, window, head ** -0.5),
+            After(joint, norm_of(width, dtype, 12), gate, up, down, activation))
 
 
-@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
-@pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=str)
-@pytest.mark.parametrize("case", [{}, {"bias": False, "tokens": (2, 4)},
-                                  {"inner": 576, "width": 64, "hidden": 200, "tokens": (8, 1)}], ids=str)
-def test_after_is_the_smaller_calls_one_after_another(case, dtype, activation, machine):
-    attended, x, linear, norm, *gated = after_case(dtype, **case)[:-1]
-    given = attended.clone(), x.clone()
-    hidden = x + fused_cpp.linear(attended, *linear)
-    expected = hidden + rows.gated(rows.norm(hidden, *norm), *gated, activation)
-    assert block.takes(x, linear, norm, *gated, activation)
-    assert torch.equal(block.after(attended, x, linear, norm, *gated, activation), expected)
-    strided = attended.repeat_interleave(2, -1)[..., ::2]
-    assert torch.equal(block.after(strided, x, linear, norm, *gated, activation), expected)
-    assert torch.equal(attended, given[0]) and torch.equal(x, given[1]), "nothing that was given is written to"
+def in_steps(x, before, held, choice, after) -> tuple[torch.Tensor, Held]:
+    """The output by the smaller calls, and the cache after it."""
+    query, *states = rows.heads(rows.norm(x, *before.norm), *before[1:])
+    first, end = held.length, held.length + x.shape[1]
+    keys, values, bounds = (part.clone() for part in held[:3])
+    for kept, new in zip((keys, values), states, strict=True):
+        kept[:, :, first:end] = new
+    pages = slice(first // PAGE, end // PAGE)
+    bounds[:, :, pages] = bounds_of(keys[:, :, pages.start * PAGE:pages.stop * PAGE])
+    pages = paging.Pages(num_queries=x.shape[1], num_keys=end, rule=choice.rule, window=choice.window, bounds=bounds)
+    attended, _ = paging.attend(query.transpose(1, 2), keys[:, :, :end].transpose(1, 2),
+                                values[:, :, :end].transpose(1, 2), pages, scale=choice.scale, impl="fused_cpp")
+    hidden = x + fused_cpp.linear(attended.flatten(2), *after.layer)
+    return (hidden + rows.gated(rows.norm(hidden, *after.norm), *after[2:5], after.activation),
+            Held(keys, values, bounds, first))
 
 
-def test_what_the_calls_do_not_take_is_left():
-    x, query, key, value, turn = heads_case(torch.float32)
-    norm = norm_of(x.shape[-1], torch.float32)
-    assert block.before(x, norm, query, key, value, turn) is not None
-    for other in (x.double(), x.to(HALF), x[0], x[:, :0], x.repeat(9, 1, 1), x[..., :36].contiguous()):
-        assert block.before(other, norm, query, key, value, turn) is None
-    for other in (norm.weight[:36], norm.weight.to(HALF), norm.weight.repeat(2)[::2]):
-        assert block.before(x, norm._replace(weight=other), query, key, value, turn) is None
-    assert block.before(x, norm, (query[0][:20], None), key, value, turn) is None
-    attended, *given = after_case(torch.float32)
-    assert block.takes(*given)
-    x, linear, norm, gate, up, down, activation = given
-    for other in (x.double(), x[0], x[:, :0], x.repeat(9, 1, 1), x[..., :36].contiguous()):
-        assert not block.takes(other, *given[1:])
-    for wrong in ((x, (linear[0][:36], linear[1])), (x, (linear[0], linear[1][:36])), (x, (linear[0][0], None)),
-                  (x, linear, norm._replace(weight=norm.weight[:36])), (x, linear, norm, down),
-                  (x, linear, norm, gate, up, (down[0][:36], None))):
-        assert not block.takes(*wrong, *given[len(wrong):])
+CASES = [{}, {"bias": True, "normed": True, "activation": "gelu_tanh"}, {"tokens": (2, 4), "turns": (1, 4)},
+         {"heads": (9, 3), "widths": (64, 64), "inputs": 130, "tokens": (1, 1), "rule": TopK(4), "length": 1000},
+         {"tokens": (1, 8), "length": 60, "rule": Mass(0.6), "window": 20}, {"tokens": (4, 1), "length": 0},
+         {"tokens": (1, 3), "length": 63, "rule": All()}, {"tokens": (2, 2), "length": 15}]
+
+
+@pytest.mark.parametrize("kept", [WIDE, HALF], ids=str)
+@pytest.mark.parametrize("dtype", [WIDE, HALF], ids=str)
+@pytest.mark.parametrize("given", CASES, ids=str)
+def test_a_layer_is_the_smaller_calls_one_after_another(given, dtype, kept, machine):
+    x, before, held, *others = case(dtype, kept, **given)
+    expected, grown = in_steps(x, before, held, *others)
+    copy = x.clone()
+    assert torch.equal(block.block(x, before, held, *others), expected) and torch.equal(x, copy)
+    for part, own in zip(held[:3], grown[:3], strict=True):
+        torch.testing.assert_close(part, own, rtol=0, atol=0, equal_nan=True)
+
+
+def test_a_number_that_is_none_among_the_scores_is_told():
+    x, *others = case()
+    with pytest.raises(RuleError, match="NaN or infinity"):
+        block.block(torch.full_like(x, torch.nan), *others)
+
+
+def test_what_the_call_does_not_take_is_left():
+    x, before, held, choice, after = given = case(tokens=(1, 2))
+    assert block.block(*given) is not None
+    wrong = [(other, *given[1:]) for other in (
+        x.double(), x.to(HALF), x[0], x[:, :0], x.repeat(9, 1, 1), x.repeat(2, 1, 1), x[..., :36].contiguous(),
+        x.repeat(1, 1, 2)[..., ::2])]
+    short = before.norm._replace(weight=before.norm.weight[:36])
+    query = before.query[0]
+    wrong += [(x, before._replace(**part), held, choice, after) for part in (
+        {"norm": short}, {"query": (query[:20], None)}, {"query": (query.to(HALF), None)}, {"key": before.value},
+        {"turn": before.turn._replace(cosine=before.turn.cosine[:, :1])})]
+    full = held._replace(length=held.keys.shape[2] - 1)
+    wrong += [(x, before, other, choice, after) for other in (
+        full, held._replace(length=-1), held._replace(keys=held.keys[:, :, :-PAGE]), held._replace(keys=held.values),
+        held._replace(values=held.values[..., :-1]), held._replace(bounds=held.bounds[:, :, :-1]),
+        held._replace(bounds=held.bounds.to(HALF)), held._replace(keys=held.keys[0]),
+        Held(*(part.double() for part in held[:3]), held.length))]
+    wrong += [(x, before, held, other, after) for other in (choice._replace(window=-1), choice._replace(
+        rule=Threshold((0.1, 0.2, 0.3))))]
+    weight, up = after.layer[0], after.up[0]
+    wrong += [(x, before, held, choice, after._replace(**part)) for part in (
+        {"norm": short}, {"layer": (weight[:36], None)}, {"layer": (weight[:, :-1].contiguous(), None)},
+        {"layer": (weight, weight[:36, 0].contiguous())}, {"layer": (weight[0], None)}, {"gate": after.down},
+        {"up": (up[:-1], None)}, {"down": (after.down[0][:36], None)}, {"layer": (weight.t().contiguous().t(), None)})]
+    for arguments in wrong:
+        assert block.block(*arguments) is None
     with torch.enable_grad():
-        assert not block.takes(*given) and block.before(x, norm, query, key, value, turn) is None
-    for wrong in (attended[..., :-1], attended.to(HALF), attended.repeat(2, 1, 1)):
-        with pytest.raises(ShapeError, match="^after: expected torch.float32"):
-            block.after(wrong, *given)
+        assert block.block(*given) is None
 
 
-def test_the_structs_are_those_of_the_library():
-    assert native.load().sentei_before_size() == block._BEFORE.size
-    assert native.load().sentei_after_size() == block._AFTER.size
+def test_the_struct_is_that_of_the_library():
+    assert native.load().sentei_block_size() == block._BLOCK.size

@@ -6,30 +6,10 @@
 // kept pages), whose last one merges the runs. The runs do not depend on the threads, so neither do the bits.
 #include <memory>
 
-#include "call.h"
+#include "pages.h"
 #include "rules.h"
 
-// Every field has 8 bytes, in the order pages.py packs them. Strides are in elements, the last dimension is contiguous.
-struct Paged {
-  const float* query;       // [B, R, H, D]
-  const void *key, *value;  // [B, T, G, D] and [B, T, G, Dv]
-  const void* bounds;       // [B, G, pages, 2, D], lowest and highest of each whole page, or null
-  const int64_t* lengths;   // [B, 2] or null
-  float* output;            // [B, R, H, Dv], contiguous
-  float* scores;            // [B, G, R, KB], contiguous; for the task kScoreOnly
-  uint8_t* kept;            // [B, G, R, KB], contiguous
-  int64_t query_stride[3], key_stride[3], value_stride[3], bounds_stride[4];
-  int64_t batch, rows, keys, heads, groups, width, value_width, page, window, causal;
-  int64_t is_half;  // key, value and bounds are bfloat16, not float
-  int64_t task;     // of `Task`
-  int64_t rule;     // of `RuleKind`
-  int64_t threads, machine;
-  double parameter, scale;
-};
-
 namespace {
-
-enum Task : int64_t { kScoreOnly = 0, kAttendToKept = 1, kChooseAndAttend = 2 };
 
 constexpr int64_t kPagesOfBounds = 64, kPagesOfAttention = 16, kMostRuns = 32;
 
@@ -470,25 +450,27 @@ void do_item(Work& w, int64_t item, Scratch& t) {
 
 }  // namespace
 
+// What `sentei_pages` does; throws bad_alloc.
+int read_pages(const Paged& p) {
+  Work w(p);
+  const int64_t before = (p.task == kAttendToKept ? 0 : p.batch * p.groups * w.bound_runs) + w.choices;
+  in_parallel(before + (p.task == kScoreOnly ? 0 : w.choices * w.runs), p.threads, [&] {
+    const size_t most = std::max(kPagesOfAttention, (w.pages + w.runs - 1) / std::max(w.runs, int64_t(1)));
+    return Scratch{Zeros(p.width), Zeros(p.width),
+                   Zeros(w.per_group * most * round_up(p.page)), Zeros(w.pages),
+                   std::vector<uint8_t>(w.pages), {}};
+  }, [&](int64_t i, Scratch& t) { do_item(w, i, t); });
+  return w.is_refused ? kRefused : kDone;
+}
+
 extern "C" {
 
 int sentei_paged_size() { return int(sizeof(Paged)); }
 
 // 0; 1 when memory ran out; 2 when a score was NaN or plus infinity. The output is then unfinished.
 int sentei_pages(const Paged* problem) {
-  int refused = 0;
-  const int status = status_of([&] {
-    const Paged& p = *problem;
-    Work w(p);
-    const int64_t before = (p.task == kAttendToKept ? 0 : p.batch * p.groups * w.bound_runs) + w.choices;
-    in_parallel(before + (p.task == kScoreOnly ? 0 : w.choices * w.runs), p.threads, [&] {
-      const size_t most = std::max(kPagesOfAttention, (w.pages + w.runs - 1) / std::max(w.runs, int64_t(1)));
-      return Scratch{Zeros(p.width), Zeros(p.width),
-                     Zeros(w.per_group * most * round_up(p.page)), Zeros(w.pages),
-                     std::vector<uint8_t>(w.pages), {}};
-    }, [&](int64_t i, Scratch& t) { do_item(w, i, t); });
-    refused = w.is_refused ? 2 : 0;
-  });
+  int refused = kDone;
+  const int status = status_of([&] { refused = read_pages(*problem); });
   return status ? status : refused;
 }
 }

@@ -5,22 +5,6 @@
 
 namespace {
 
-// The queries, keys and values of what an RMS norm makes of the rows: `heads.input`.
-struct Before {
-  Heads heads;
-  const void* gain;          // [I]
-  int64_t half, threads, machine;
-  float epsilon, shift;      // as in Norm
-};
-
-// h = residual + a linear layer of what attention gave, and h + a gated MLP of an RMS norm of h: `gated`, but its input.
-struct After {
-  Gated gated;
-  const void *attended, *residual, *weight, *bias, *gain;  // [R, H], [R, I], [I, H], [I] or null, [I]
-  int64_t inner, half, threads, machine;                   // inner: H
-  float epsilon, shift;                                    // as in Norm
-};
-
 constexpr int64_t kAhead = 1024;  // bytes ahead at which each row of weights is prefetched; at its end, a later row
 constexpr int kLevel = 2;         // to which cache: the second holds more requests on their way than the first
 
@@ -322,7 +306,7 @@ void add_rows(const void* one, const void* other, int64_t count, void* sum) {
 }
 
 template <class Kind, class Run, class Normalize>
-void before_attention(const Before& p, Run run, Normalize normalize, int64_t threads, int machine) {
+void normed_heads(const Before& p, Run run, Normalize normalize, int64_t threads, int machine) {
   Rounded<Kind> normed(p.heads.rows * p.heads.width);
   normalize({p.heads.input, p.gain, normed.data(), p.heads.rows, p.heads.width, p.epsilon, p.shift});
   Heads then = p.heads;
@@ -331,7 +315,7 @@ void before_attention(const Before& p, Run run, Normalize normalize, int64_t thr
 }
 
 template <class Kind, class Run, class Normalize>
-void after_attention(const After& p, Run run, Normalize normalize, int64_t threads, int machine) {
+void joined_and_gated(const After& p, Run run, Normalize normalize, int64_t threads, int machine) {
   const int64_t rows = p.gated.rows, width = p.gated.width, count = rows * width;
   Rounded<Kind> hidden(count), normed(count);
   linear<Kind>({p.attended, p.weight, p.bias, hidden.data(), nullptr, rows, p.inner, width, p.inner, p.inner}, run,
@@ -350,10 +334,21 @@ ProductOfRows product_of_rows(bool bfloat16, int machine) {
   return (bfloat16 ? run_bfloat16_on : run_float32_on)[machine];
 }
 
-extern "C" {
+void before_attention(const Before& p, bool bfloat16, int64_t threads, int machine) {
+  if (bfloat16)
+    normed_heads<BFloat16>(p, run_bfloat16_on[machine], norm_bfloat16_on[machine], threads, machine);
+  else
+    normed_heads<Float32>(p, run_float32_on[machine], norm_float32_on[machine], threads, machine);
+}
 
-int sentei_before_size() { return int(sizeof(Before)); }
-int sentei_after_size() { return int(sizeof(After)); }
+void after_attention(const After& p, bool bfloat16, int64_t threads, int machine) {
+  if (bfloat16)
+    joined_and_gated<BFloat16>(p, run_bfloat16_on[machine], norm_bfloat16_on[machine], threads, machine);
+  else
+    joined_and_gated<Float32>(p, run_float32_on[machine], norm_float32_on[machine], threads, machine);
+}
+
+extern "C" {
 
 // Any number of rows; `half` says bfloat16, `machine` the instruction set, -1 the best. Returns 0, or 1 when memory ran
 // out; the output is then unfinished. Plain arguments: a struct filled from Python costs more than some layers.
@@ -419,27 +414,6 @@ int sentei_heads(const void* input, const void* query, const void* key, const vo
       heads<BFloat16>(p, run_bfloat16_on[set], threads, set);
     else
       heads<Float32>(p, run_float32_on[set], threads, set);
-  });
-}
-
-// What a layer of a transformer has before its attention, and after it, of one to eight rows; statuses as above.
-int sentei_before(const Before* p) {
-  return status_of([&] {
-    const int set = set_of(p->machine);
-    if (p->half)
-      before_attention<BFloat16>(*p, run_bfloat16_on[set], norm_bfloat16_on[set], p->threads, set);
-    else
-      before_attention<Float32>(*p, run_float32_on[set], norm_float32_on[set], p->threads, set);
-  });
-}
-
-int sentei_after(const After* p) {
-  return status_of([&] {
-    const int set = set_of(p->machine);
-    if (p->half)
-      after_attention<BFloat16>(*p, run_bfloat16_on[set], norm_bfloat16_on[set], p->threads, set);
-    else
-      after_attention<Float32>(*p, run_float32_on[set], norm_float32_on[set], p->threads, set);
   });
 }
 

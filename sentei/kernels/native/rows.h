@@ -39,10 +39,29 @@ struct Heads {
   float epsilon, shift;                     // as in Norm
 };
 
+// The queries, keys and values of what an RMS norm makes of the rows: `heads.input`.
+struct Before {
+  Heads heads;
+  const void* gain;      // [I]
+  float epsilon, shift;  // as in Norm
+};
+
+// h = residual + a linear layer of what attention gave, and h + a gated MLP of an RMS norm of h: `gated`, but its input.
+struct After {
+  Gated gated;
+  const void *attended, *residual, *weight, *bias, *gain;  // [R, H], [R, I], [I, H], [I] or null, [I]
+  int64_t inner;                                           // H
+  float epsilon, shift;                                    // as in Norm
+};
+
 constexpr int64_t kFew = 8;  // rows; more of them are many
 void linear_of_many(const Linear& p, bool bfloat16, int64_t threads, int machine);
 void gated_of_many(const Gated& p, bool bfloat16, int64_t threads, int machine);
 void heads_of_many(const Heads& p, bool bfloat16, int64_t threads, int machine);
+
+// Of few.
+void before_attention(const Before& p, bool bfloat16, int64_t threads, int machine);
+void after_attention(const After& p, bool bfloat16, int64_t threads, int machine);
 
 // Outputs first … last - 1 of one to eight rows of inputs `LaidOut`.
 using ProductOfRows = void (*)(const Linear& p, const float* inputs, int64_t first, int64_t last);

@@ -12,13 +12,14 @@ import torch
 from torch.autograd.forward_ad import unpack_dual
 
 from sentei.core.errors import ResourceError, RuleError, ShapeError
-from sentei.core.rules import TopK
+from sentei.core.rules import Rule, TopK
 from sentei.kernels import native, ops
 from sentei.kernels.paging.pages import PAGE, RULES, Pages
 
-# The struct of native/decode.cpp: pointers, strides and sizes, then parameter and scale.
+# The struct of native/pages.h: pointers, strides and sizes, then parameter and scale.
 _PAGED = struct.Struct("=8Q 13q 15q 2d")
 _SCORE, _GIVEN, _CHOOSE = 0, 1, 2
+_REFUSED = 2  # the status of a call that met NaN or plus infinity; of native/pages.h
 # What can be read; float16 is converted first.
 _DTYPES = torch.float32, torch.bfloat16, torch.float16
 _KINDS = {rule: (number, name) for number, (rule, name) in enumerate(RULES.items())}
@@ -63,11 +64,26 @@ def refusal(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> str:
     return ""
 
 
+def numbers_of(rule: Rule) -> tuple[int, float]:
+    """A rule that `can_choose` takes, as the library knows it: its kind and its parameter."""
+    kind, name = _KINDS[type(rule)]
+    return kind, float(getattr(rule, name)) if name else 0.0
+
+
+def checked(status: int) -> None:
+    """Raises what a call of the library ended with: RuleError or ResourceError, or nothing."""
+    if status == _REFUSED:
+        raise RuleError("paging", expected="finite scores", got="NaN or infinity",
+                        do="look for overflow in the queries and keys")
+    if status:
+        raise ResourceError("paging", expected="memory for the scores of every page", got="none left",
+                            do="use a shorter input, a smaller batch or a machine with more memory")
+
+
 def _run(query, key, value, pages, scale, task, kept):
     """What `_pages` gives, of which a task leaves something empty."""
-    rule, name = _KINDS[type(pages.rule)]
-    sizes = [task, rule, pages.window, int(pages.causal)]
-    numbers = [scale, float(getattr(pages.rule, name)) if name else 0.0]
+    kind, number = numbers_of(pages.rule)
+    sizes, numbers = [task, kind, pages.window, int(pages.causal)], [scale, number]
     call = _pages if type(query) is torch.Tensor and not torch.compiler.is_compiling() else torch.ops.sentei.pages
     return call(query, key, value, pages.bounds, pages.lengths, kept, sizes, numbers)
 
@@ -98,20 +114,14 @@ def _pages(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bounds: 
     key, value, bounds = _rows(key), _rows(value), None if bounds is None else _rows(bounds)
     lengths = None if lengths is None else lengths.contiguous()
     choice = made if kept is None else kept.expand(batch, groups, query.shape[1], -1).contiguous()
-    status = native.load().sentei_pages(_PAGED.pack(
+    checked(native.load().sentei_pages(_PAGED.pack(
         rows.data_ptr(), key.data_ptr(), value.data_ptr(), 0 if bounds is None else bounds.data_ptr(),
         0 if lengths is None else lengths.data_ptr(), output.data_ptr(), made.data_ptr(), choice.data_ptr(),
         *rows.stride()[:3], *key.stride()[:3], *value.stride()[:3],
         *((0, 0, 0, 0) if bounds is None else bounds.stride()[:4]),
         batch, query.shape[1], num_keys, query.shape[2], groups, width, value.shape[3], PAGE,
         min(window, num_keys), bool(causal), key.dtype == torch.bfloat16, task, rule, torch.get_num_threads(),
-        native.MACHINE, numbers[1], numbers[0]))
-    if status == 2:
-        raise RuleError("paging", expected="finite scores", got="NaN or infinity",
-                        do="look for overflow in the queries and keys")
-    if status:
-        raise ResourceError("paging", expected="memory for the scores of every page", got="none left",
-                            do="use a shorter input, a smaller batch or a machine with more memory")
+        native.MACHINE, numbers[1], numbers[0])))
     return output, made
 
 

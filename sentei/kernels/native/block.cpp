@@ -1,0 +1,137 @@
+// One to eight rows through a whole decoder layer whose attention reads chosen pages of a cache:
+//
+//     query, key, value = heads(norm(x));  the cache grows by key and value
+//     h = x + linear(attention to pages);  h + gated(norm(h))
+//
+// What is between two of these steps is rounded as a tensor would be, so that the bits are those of the smaller calls.
+#include "pages.h"
+#include "rows.h"
+
+// Every field has 8 bytes, in the order kernels/block.py packs them. All tensors are contiguous.
+struct Block {
+  const void *input, *first_gain;                                   // [B, T, I], [I]
+  const void *weight[3], *bias[3], *norm[2], *cosine, *sine;        // as in Heads
+  void *keys, *values, *bounds;  // [B, G, room, D], [B, G, room, Dv], [B, G, room / page, 2, D]
+  const void *joint, *joint_bias, *second_gain;                     // [I, H Dv], [I] or null, [I]
+  const void *gate, *up, *down, *gate_bias, *up_bias, *down_bias;   // as in Gated
+  void* output;                                                     // [B, T, I]
+  int64_t batch, tokens, width, heads, groups, head, value_head, turns, hidden, tanh;  // head: D, value_head: Dv
+  int64_t room, length, page, window, rule;                         // length: of what the cache holds before
+  int64_t half, kept_half, threads, machine;                        // bfloat16, not float32: the layer, the cache
+  double first_epsilon, first_shift, epsilon, shift, second_epsilon, second_shift, parameter, scale;
+};
+
+namespace {
+
+using Bytes = std::vector<uint8_t, Aligned<uint8_t>>;
+
+int64_t queries_of(const Block& p) { return p.heads * p.head; }
+int64_t keys_of(const Block& p) { return p.groups * p.head; }
+int64_t values_of(const Block& p) { return p.groups * p.value_head; }
+
+// The queries, keys and values of every row, side by side, [B·T, all of them], in the layer's dtype.
+Bytes made_heads(const Block& p, int machine) {
+  const int64_t rows = p.batch * p.tokens, all = queries_of(p) + keys_of(p) + values_of(p);
+  Bytes made(rows * all * (p.half ? 2 : 4));
+  before_attention({{p.input, {p.weight[0], p.weight[1], p.weight[2]}, {p.bias[0], p.bias[1], p.bias[2]},
+                     {p.norm[0], p.norm[1]}, p.cosine, p.sine, made.data(), rows, p.width,
+                     {queries_of(p), keys_of(p), values_of(p)}, p.head, p.turns, float(p.epsilon), float(p.shift)},
+                    p.first_gain, float(p.first_epsilon), float(p.first_shift)},
+                   p.half, p.threads, machine);
+  return made;
+}
+
+// One vector into the cache, through `room` where the dtypes differ.
+void keep(const Block& p, const void* from, int64_t count, void* to, float* room) {
+  if (p.half == p.kept_half) {
+    std::memcpy(to, from, count * (p.half ? 2 : 4));
+    return;
+  }
+  widen_row(from, p.half, count, room);
+  narrow_row(room, p.kept_half, count, to);
+}
+
+// The lowest and the highest of a page's keys, channel by channel; a NaN in a channel stays one.
+void bound(const Block& p, int64_t group, int64_t page, float* room) {
+  float *low = room, *high = room + p.head, *next = room + 2 * p.head;
+  for (int64_t j = 0; j < p.page; ++j) {
+    widen_row(at(p.keys, p.kept_half, (group * p.room + page * p.page + j) * p.head), p.kept_half, p.head, next);
+    for (int64_t d = 0; d < p.head; ++d) {
+      const float k = next[d];
+      low[d] = j == 0 || k != k || k < low[d] ? k : low[d];
+      high[d] = j == 0 || k != k || k > high[d] ? k : high[d];
+    }
+  }
+  narrow_row(room, p.kept_half, 2 * p.head, at(p.bounds, p.kept_half, (group * (p.room / p.page) + page) * 2 * p.head));
+}
+
+// Appends the keys and values of the rows, and the bounds of pages that are now whole.
+void grow(const Block& p, const Bytes& made) {
+  const int64_t all = queries_of(p) + keys_of(p) + values_of(p), after = p.length + p.tokens;
+  Zeros room(std::max(3 * p.head, p.value_head));
+  for (int64_t group = 0; group < p.batch * p.groups; ++group) {
+    const int64_t b = group / p.groups, g = group % p.groups;
+    for (int64_t t = 0; t < p.tokens; ++t) {
+      const int64_t key = (b * p.tokens + t) * all + queries_of(p) + g * p.head;
+      const int64_t value = (b * p.tokens + t) * all + queries_of(p) + keys_of(p) + g * p.value_head;
+      const int64_t place = group * p.room + p.length + t;
+      keep(p, at(made.data(), p.half, key), p.head, at(p.keys, p.kept_half, place * p.head), room.data());
+      keep(p, at(made.data(), p.half, value), p.value_head, at(p.values, p.kept_half, place * p.value_head),
+           room.data());
+    }
+    for (int64_t page = p.length / p.page; page < after / p.page; ++page) bound(p, group, page, room.data());
+  }
+}
+
+// What attention gives, [B·T, H Dv] in the layer's dtype; the status of `read_pages`.
+int attend(const Block& p, const Bytes& made, Bytes& attended) {
+  const int64_t rows = p.batch * p.tokens, all = queries_of(p) + keys_of(p) + values_of(p), keys = p.length + p.tokens;
+  const int64_t whole = p.room / p.page * 2 * p.head;
+  Zeros query(rows * queries_of(p)), output(rows * p.heads * p.value_head);
+  std::vector<uint8_t> kept(rows * p.groups * ((keys + p.page - 1) / p.page));
+  for (int64_t r = 0; r < rows; ++r)
+    widen_row(at(made.data(), p.half, r * all), p.half, queries_of(p), query.data() + r * queries_of(p));
+  const Paged paged{query.data(), p.keys, p.values, p.bounds, nullptr, output.data(), nullptr, kept.data(),
+                    {p.tokens * queries_of(p), queries_of(p), p.head},
+                    {p.groups * p.room * p.head, p.head, p.room * p.head},
+                    {p.groups * p.room * p.value_head, p.value_head, p.room * p.value_head},
+                    {p.groups * whole, whole, 2 * p.head, p.head},
+                    p.batch, p.tokens, keys, p.heads, p.groups, p.head, p.value_head, p.page,
+                    std::min(p.window, keys), 1, p.kept_half, kChooseAndAttend, p.rule, p.threads, p.machine,
+                    p.parameter, p.scale};
+  const int status = read_pages(paged);
+  narrow_row(output.data(), p.half, rows * p.heads * p.value_head, attended.data());
+  return status;
+}
+
+void finish(const Block& p, const Bytes& attended, int machine) {
+  const int64_t rows = p.batch * p.tokens;
+  after_attention({{nullptr, p.gate, p.up, p.down, p.gate_bias, p.up_bias, p.down_bias, p.output, rows, p.width,
+                    p.hidden, p.width, p.tanh},
+                   attended.data(), p.input, p.joint, p.joint_bias, p.second_gain, p.heads * p.value_head,
+                   float(p.second_epsilon), float(p.second_shift)},
+                  p.half, p.threads, machine);
+}
+
+}  // namespace
+
+extern "C" {
+
+int sentei_block_size() { return int(sizeof(Block)); }
+
+// One to eight rows, B · T; statuses as of `sentei_pages`. The cache's buffers are written to, behind what it holds; the
+// output is unfinished unless 0 is returned.
+int sentei_block(const Block* problem) {
+  int refused = kDone;
+  const int status = status_of([&] {
+    const Block& p = *problem;
+    const int machine = set_of(p.machine);
+    const Bytes made = made_heads(p, machine);
+    grow(p, made);
+    Bytes attended(p.batch * p.tokens * p.heads * p.value_head * (p.half ? 2 : 4));
+    refused = attend(p, made, attended);
+    if (!refused) finish(p, attended, machine);
+  });
+  return status ? status : refused;
+}
+}
