@@ -68,6 +68,7 @@ def test_an_encoder_of_transformers(sentei, tmp_path):
     files = "--out", tmp_path / "a.html", "--save", tmp_path / "a.trace"
     done = sentei("trace", folder, "a bat", "a cat", *files, "--json")
     result, kept = json.loads(done.stdout), load(tmp_path / "a.trace")
+    assert "REPORT" not in done.stderr  # the head is left in the file on purpose
     assert result["kind"] == "observed" and result["model"] == "bert" and result["tokens"] == [5, 5]
     assert [token.text for token in kept.runs[1].tokens] == list("a cat")
     assert not kept.runs[0].causal and kept.runs[0].following == ()
