@@ -11,6 +11,7 @@ window, dense and narrower in turn.
 
 import argparse
 import copy
+import sys
 from pathlib import Path
 
 import torch
@@ -71,6 +72,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--runs", type=int, default=15)
     arguments = parser.parse_args()
+    sys.argv = ["FOLDER" if word == str(arguments.folder) else word for word in sys.argv]  # a page names no folders
     model, text = encoders.load(arguments.folder), read_text(None)
     rows = windows_of(read_tokenizer(arguments.folder), text.text, arguments.tokens)
     seen, dense, lines = calibrated(model, rows["calibrate"]), embeddings(model, rows["judge"]), []
