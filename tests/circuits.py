@@ -62,6 +62,13 @@ def observed(spell=spelled, lengths: tuple[int, int] = (9, 12)) -> Circuit:
 
 
 @cache
+def controlled() -> Circuit:
+    """Two prompts of a dense tiny Llama, and the control of the first, in which two tokens stand for one."""
+    prompts = [[*range(6), 40, 41, 42], [*range(3), 70, *range(4, 6), 40, 41, 42], [*range(5), 77, 78, 40, 41, 42]]
+    return capture(tiny_model("llama"), prompts, spelled)
+
+
+@cache
 def ran() -> Circuit:
     """A prompt of seven tokens and three written ones, of the model of every room."""
     return capture(roomy(), [list(range(7))], spelled, write=3)

@@ -29,15 +29,15 @@ def has_rooms(model: nn.Module) -> bool:
 @torch.no_grad()
 def capture(model: nn.Module, prompts: list[list[int]], spell: Spell, *, write: int = 0, share: float = 0.9,
             model_name: str = "") -> Circuit:
-    """The circuit of one prompt, or of two.
+    """The circuit of one prompt, or of two; a third is the control of the first.
 
     A model with rooms tells what they kept. A dense model of transformers is observed, and the rule Mass(share) says
-    what holds the mass. Two prompts of a dense causal model are read at one length, with padding behind the shorter,
+    what holds the mass. Prompts of a dense causal model are read at one length, with padding behind the shorter,
     which no token sees: the arithmetic of a shared prefix is then the same to the bit.
 
     Args:
         model: in eval mode.
-        prompts: one or two lists of token numbers.
+        prompts: one to three lists of token numbers.
         spell: from a token's number to its text.
         write: how many tokens the model writes after each, one by one, each the likeliest.
         share: of the mass, for dense models.
@@ -49,12 +49,12 @@ def capture(model: nn.Module, prompts: list[list[int]], spell: Spell, *, write: 
     """
     facts = Facts.of(model)
     longest = max(map(len, prompts), default=0)
-    for holds, got in ((1 <= len(prompts) <= 2, f"{len(prompts)} prompts"),
+    for holds, got in ((1 <= len(prompts) <= 3, f"{len(prompts)} prompts"),
                        (min(map(len, prompts), default=0) > 0, "an empty one"),
                        (longest + write <= MAX_TOKENS, f"{longest + write} tokens"),
                        (not write or facts.causal, "an encoder that is to write")):
         if not holds:
-            raise SenteiError("trace", expected=f"one or two prompts of 1 to {MAX_TOKENS} tokens, and a causal model "
+            raise SenteiError("trace", expected=f"one to three prompts of 1 to {MAX_TOKENS} tokens, and a causal model "
                               "to write more", got=got, do="correct that and try again")
     ran = has_rooms(model)
     runs = tuple(_run(model, facts, prompt, spell, write, None if ran else (share, longest)) for prompt in prompts)

@@ -32,7 +32,7 @@ from sentei.core.storage import parse_json, write_whole
 SCHEMA = "sentei.trace/1"
 KEY = "sentei.trace"
 DTYPES = {torch.uint8: "U8", torch.uint16: "U16", torch.int32: "I32", torch.float32: "F32"}
-_NAME = re.compile(r"([01])\.(\d{1,3})\.([a-z]+(?:\.[a-z]+)?)")
+_NAME = re.compile(r"([012])\.(\d{1,3})\.([a-z]+(?:\.[a-z]+)?)")
 _HEADER = {"schema", "kind", "model", "rule", "versions", "date", "runs"}
 _RUN = {"tokens", "prompt", "causal", "layers", "following", "bypasses"}
 _SHAPE = {"heads", "kv_heads", "choosers", "experts", "unit", "rank"}
@@ -158,13 +158,13 @@ def _header(raw: str) -> dict:
     versions = header["versions"]
     _need(isinstance(versions, dict) and all(map(_is_text, versions.values())), "versions by name", versions)
     runs = header["runs"]
-    _need(isinstance(runs, list) and 1 <= len(runs) <= 2, "one or two runs", runs)
+    _need(isinstance(runs, list) and 1 <= len(runs) <= 3, "one to three runs", runs)
     return header
 
 
 def _circuit(header: dict) -> Circuit:
     runs = tuple(map(_run, header["runs"]))
-    _need(len({len(run.layers) for run in runs}) == 1, "as many layers in both runs", [len(run.layers) for run in runs])
+    _need(len({len(run.layers) for run in runs}) == 1, "as many layers in all runs", [len(run.layers) for run in runs])
     plain = {key: header[key] for key in ("kind", "model", "rule", "versions", "date")}
     return Circuit(**plain, runs=runs)
 

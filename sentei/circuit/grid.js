@@ -229,8 +229,11 @@ function drawPrefix(pen, geo) {
   });
 }
 
-// The agreement of the runs by layer and room: bars of the pair in question, and ticks for the mean.
-function drawSpine(pen, geo, pair) {
+// The agreement of the runs by layer and room: bars of the pair in question, ticks for the mean, longer ones for the
+// control's agreement with A.
+function drawSpine(pen, geo, across) {
+  const pair = across && across.values;
+  const controls = across ? across.control : trace.together.control && trace.together.control.agreement;
   ROOMS.forEach((room, i) => {
     const x = geo.spine + i * SPINE;
     pen.text(room.short, x + (SPINE - 4) / 2, TOP - 9, palette.muted, { size: 10, align: "center" });
@@ -242,6 +245,7 @@ function drawSpine(pen, geo, pair) {
       if (value === null) continue;
       pen.rect(x, y, (SPINE - 4) * value, geo.ch - 3.5, palette[room.colour], pair ? 0.95 : 0.6);
       if (pair && mean !== null) pen.rect(x + (SPINE - 4) * mean - 0.75, y, 1.5, geo.ch - 3.5, palette.paper);
+      if (controls && controls[l][i] !== null) drawControl(pen, x + (SPINE - 4) * controls[l][i], y - 1, geo.ch - 1.5);
     }
   });
   pen.text("agreement of A and B", geo.spine, TOP - 31, palette.muted, { size: 9 });
@@ -250,6 +254,11 @@ function drawSpine(pen, geo, pair) {
       pen.text(String(l), geo.spine + SPINE * ROOMS.length + 12, rowY(geo, geo.grids[0], l) + geo.ch / 2, palette.muted, { size: 9, align: "right" });
     }
   }
+}
+
+function drawControl(pen, x, y, high) {
+  pen.rect(x - 2, y, 4, high, palette.paper);
+  pen.rect(x - 1, y, 2, high, palette.ink);
 }
 
 function drawBase(pen, geo, state) {
@@ -327,7 +336,7 @@ function drawArches(pen, geo, cell) {
   }
 }
 
-function drawOver(pen, geo, state, active, companion, pair) {
+function drawOver(pen, geo, state, active, companion, across) {
   for (const pinned of state.pins) {
     const grid = geo.grids[pinned.run];
     const x = tokenX(geo, grid, pinned.t);
@@ -349,8 +358,8 @@ function drawOver(pen, geo, state, active, companion, pair) {
     pen.frame(x - 1.25, y - 1, geo.cw + 1, geo.ch + 0.5, palette.ink, 2);
     drawLabel(pen, geo, grid, cell.t, true);
   }
-  if (pair) {
+  if (across) {
     pen.rect(geo.spine - 2, 0, SPINE * ROOMS.length + 22, TOP + geo.L * geo.ch, palette.paper);
-    drawSpine(pen, geo, pair);
+    drawSpine(pen, geo, across);
   }
 }

@@ -9,6 +9,8 @@ let hover = null;
 let over = null;
 let matrices = [];
 let maps = null;
+let control = null;  // the third run, and the places of A's tokens in it
+let way = null;  // the agreement of the tokens in question through all layers
 let waiting = 0;
 
 const cellOf = ({ run: number, l, t }) => ({ run: runs[number], l, t });
@@ -35,16 +37,25 @@ function pairValues(cell, other) {
   return Array.from({ length: geo.L }, (_, l) => alike(cell.run, cell.t, other.run, other.t, l, partnerOf(cell, other)));
 }
 
+// Two tokens of two runs through all layers, and A's of them against its partner in the control.
+function between(cell, other) {
+  const one = [cell, other].find((each) => each.run === runs[0]);
+  const u = control && cell.run !== other.run ? control.map[one.t] : -1;
+  const partner = (key) => control.map[key];
+  return { values: pairValues(cell, other), control: u < 0 ? null
+    : Array.from({ length: geo.L }, (_, l) => alike(one.run, one.t, control.run, u, l, partner)) };
+}
+
 // Draws what changes with the mouse.
 function refresh() {
   const active = hover || (state.cursor && cellOf(state.cursor));
   let companion = active ? companionOf(active) : null;
   if (companion && companion.run === active.run) companion = null;
   const pinned = state.pins.length === 2 ? state.pins.map((pin) => ({ run: runs[pin.run], l: 0, t: pin.t })) : null;
-  const pair = runs.length > 1 && active && companion ? pairValues(active, companion)
-    : runs.length > 1 && !active && pinned ? pairValues(...pinned) : null;
+  way = runs.length > 1 && active && companion ? between(active, companion)
+    : runs.length > 1 && !active && pinned ? between(...pinned) : null;
   over.clear(geo.width, geo.height);
-  drawOver(over, geo, state, active, companion, pair);
+  drawOver(over, geo, state, active, companion, way);
   $("line").textContent = active ? describe(active.run, active.l, active.t)
     : "Point at a cell, or walk with the arrow keys: what that token used of that layer is said here.";
   return active;
@@ -203,7 +214,7 @@ function picture(pen) {
   const active = state.cursor && cellOf(state.cursor);
   const companion = active && companionOf(active);
   const across = companion && companion.run !== active.run ? companion : null;
-  drawOver(pen, geo, state, active, across, across ? pairValues(active, across) : null);
+  drawOver(pen, geo, state, active, across, across ? between(active, across) : null);
   return pen;
 }
 
@@ -298,6 +309,9 @@ function furnish() {
     $("facts").append(element("div", {}, element("dt", { text: name }), element("dd", {},
       ...values.map((share, i) => element("span", { class: runs.length > 1 ? "ab"[i] : "", text: percent(share) })))));
   }
+  if (control) {
+    $("facts").append(element("div", {}, element("dt", { text: "control of A" }), element("dd", { text: quoted(control.run.told.text) })));
+  }
   runs.forEach((run, i) => {
     if (!run.told.following.length) return;
     const next = run.told.following.slice(0, 3).map(([text, chance]) => `${quoted(text)} ${percent(chance)}`).join(", ");
@@ -329,6 +343,7 @@ function legend(withRank) {
   if (runs.length > 1) {
     entries.push(["read in A only", 14, (pen) => pen.disc(7, 7.5, 4.5, palette.a)], ["read in B only", 14, (pen) => pen.diamond(7, 7.5, 5.5, palette.b)]);
   }
+  if (control) entries.push(["agreement of A with its control", 14, (pen) => drawControl(pen, 7, 1, 13)]);
   if (withRank) entries.push(["rank", 26, (pen) => pen.rect(0, 10, 18, 3, palette.rank)]);
   $("legend").replaceChildren(...entries.map(([words, width, draw]) => element("span", {}, swatches.bar(width, 15, draw), words)));
 }
@@ -344,10 +359,15 @@ function notable() {
 
 async function start() {
   const buffer = await inflate($("data").textContent);
-  runs = trace.runs.map((told, number) => new Run(number, told, buffer));
+  const all = trace.runs.map((told, number) => new Run(number, told, buffer));
+  runs = all.slice(0, 2);
   if (runs.length > 1) {
     maps = runs.map((run) => new Int32Array(run.T).fill(-1));
     for (const [one, other] of trace.together.pairs) { maps[0][one] = other; maps[1][other] = one; }
+    if (trace.together.control) {
+      control = { run: all[2], map: new Int32Array(runs[0].T).fill(-1) };
+      for (const [one, other] of trace.together.control.pairs) control.map[one] = other;
+    }
   }
   readPalette();
   furnish();

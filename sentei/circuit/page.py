@@ -69,14 +69,22 @@ def told(circuit: Circuit) -> dict:
 
 
 def together(circuit: Circuit) -> dict | None:
-    """The comparison of two runs: matched tokens, the shared prefix, and agreement by layer and room."""
+    """The comparison of two runs: matched tokens, the shared prefix, and agreement by layer and room.
+
+    `control`: the same of the first run and the third; None where there is no third.
+    """
     if len(circuit.runs) < 2:
         return None
-    first, second = circuit.runs
-    pairs = aligned(first, second)
-    values = agreement(first, second, pairs)
-    return {"pairs": pairs, "shared": shared_prefix(first, second), "differences": prefix_differences(first, second),
-            "rooms": list(ROOMS), "agreement": [[_number(value) for value in row] for row in values.nanmean(-1)]}
+    first, second, *third = circuit.runs
+    return {**_matched(first, second), "shared": shared_prefix(first, second), "rooms": list(ROOMS),
+            "differences": prefix_differences(first, second), "control": _matched(first, *third) if third else None}
+
+
+def _matched(first: Run, other: Run) -> dict:
+    """Matched tokens, and over them the mean agreement by layer and room."""
+    pairs = aligned(first, other)
+    means = agreement(first, other, pairs).nanmean(-1)
+    return {"pairs": pairs, "agreement": [[_number(value) for value in row] for row in means]}
 
 
 def _number(value: object) -> float | None:
@@ -88,13 +96,18 @@ def result(circuit: Circuit) -> dict:
     """The page's main numbers, as a JSON object of schema sentei.traced/1."""
     both = together(circuit)
     if both is not None:
-        columns = zip(both["rooms"], zip(*both["agreement"], strict=True), strict=True)
-        means = {room: [value for value in values if value is not None] for room, values in columns}
         both = {"shared": both["shared"], "differences": both["differences"], "matched": len(both["pairs"]),
-                "agreement": {room: sum(values) / len(values) if values else None for room, values in means.items()}}
+                "agreement": _by_room(both), "control": both["control"] and _by_room(both["control"])}
     return {"schema": "sentei.traced/1", "model": circuit.model, "kind": circuit.kind, "rule": circuit.rule,
             "tokens": [len(run.tokens) for run in circuit.runs], "multiply_adds": list(map(_density, circuit.runs)),
             "hash": fingerprint(circuit), "together": both}
+
+
+def _by_room(matched: dict) -> dict[str, float | None]:
+    """The mean agreement over layers."""
+    columns = zip(ROOMS, zip(*matched["agreement"], strict=True), strict=True)
+    means = {room: [value for value in values if value is not None] for room, values in columns}
+    return {room: sum(values) / len(values) if values else None for room, values in means.items()}
 
 
 def _density(run: Run) -> float:

@@ -114,6 +114,10 @@ function fillPanel(panel, cell, values, available) {
       element("p", { text: `${million(done)} of ${million(dense)} multiply-adds (${percent(dense ? done / dense : 1)})` }));
   }
   if (values) panel.append(element("h3", { text: "agreement with the other" }), element("p", { text: describePair(values) }));
+  if (values && way) {
+    panel.append(element("h3", { text: "in all layers" }), element("p", { text: `with the other: ${describeWay(way.values)}` }));
+    if (way.control) panel.append(element("p", { text: `control, A with ${quoted(control.run.told.text)}: ${describeWay(way.control)}` }));
+  }
   panel.append(element("h3", { text: `heads by keys, ${KEEPS}` }));
   const shape = matrixShape(cell, Math.max(width, available));
   const canvas = element("canvas", { tabindex: "0", role: "application", "aria-label": "Heads by keys" });

@@ -1,4 +1,4 @@
-"""What a trace holds: the tokens of one or two runs and, layer by layer, what each token used.
+"""What a trace holds: the tokens of one to three runs and, layer by layer, what each token used.
 
 A tensor of a layer is named "LAYER.PART"; a part that is missing was not chosen there, so all of it ran. T tokens,
 H heads that choose, R rows of choices, K weights kept, E experts, G key/value heads.
@@ -90,7 +90,7 @@ class Run:
 
 @dataclass(frozen=True, kw_only=True)
 class Circuit:
-    """A trace: one run, or two to compare.
+    """A trace: one run, two to compare, or three: the last is the control, of a prompt that means what the first does.
 
     Args:
         kind: RAN, what rooms kept, or OBSERVED, what a rule would keep of a dense model.
@@ -98,7 +98,7 @@ class Circuit:
         rule: what chose, in words.
         versions: of what made it, by name.
         date: of the run, as text.
-        runs: one or two, with the same layers.
+        runs: one to three, with the same layers.
     """
 
     kind: str

@@ -95,7 +95,9 @@ def trace(model: nn.Module, tokenizer=None, into: tracing.Trace | None = None) -
 def spell(tokenizer) -> Spell:
     """From a token's number to its text, by a tokenizer of transformers or of `sentei.training`.
 
-    A token that is a part of a character in UTF-8 is told by its bytes, <e3 81>, where the tokenizer says which.
+    The text is what the token adds behind another one: where words are set apart by a space (WordPiece, SentencePiece)
+    the space is a word's own. A token that is a part of a character in UTF-8 is told by its bytes, <e3 81>, where the
+    tokenizer says which.
     """
     def text(number: int) -> str:
         found = tokenizer.decode([number])
@@ -104,7 +106,8 @@ def spell(tokenizer) -> Spell:
             return "<" + " ".join(f"{_BYTES[letter]:02x}" for letter in name) + ">"
         if "�" in found and name is None and number < 256:
             return f"<{number:02x}>"
-        return found
+        twice = tokenizer.decode([number, number])
+        return twice[len(found):] if twice.startswith(found) else found
     return text
 
 

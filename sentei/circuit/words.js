@@ -49,9 +49,22 @@ function describeEdge(run, l, t, head, key) {
 }
 
 // Two cells of one layer.
+const AGREED = ["connections", "KV heads", "feed-forward", "depth"];
+
 function describePair(values) {
-  const names = ["connections", "KV heads", "feed-forward", "depth"];
-  return values.map((value, i) => (value === null ? "" : `${names[i]} ${percent(value)}`)).filter(Boolean).join(", ");
+  return values.map((value, i) => (value === null ? "" : `${AGREED[i]} ${percent(value)}`)).filter(Boolean).join(", ");
+}
+
+// Two tokens through all layers: by room how far they agree, and where they begin to differ.
+function describeWay(values) {
+  return AGREED.map((name, i) => {
+    const column = values.map((row) => row[i]);
+    const told = column.filter((value) => value !== null);
+    if (!told.length) return "";
+    const first = column.findIndex((value) => value !== null && value < 1);
+    const mean = told.reduce((sum, value) => sum + value, 0) / told.length;
+    return `${name} ${percent(mean)}${first < 0 ? " (nowhere different)" : ` (different from layer ${first} on)`}`;
+  }).filter(Boolean).join(", ");
 }
 
 const million = (value) => value >= 1e9 ? `${(value / 1e9).toFixed(2)} G` : value >= 1e6 ? `${(value / 1e6).toFixed(1)} M`

@@ -19,6 +19,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
                         "sentei prune or sentei train, a .gguf file, with --online a name on the hub, 'default' for "
                         "the embedded SmolLM2-135M-Instruct, or a trace that was saved")
     parser.add_argument("prompts", nargs="*", metavar="PROMPT", help="a text; a second one is compared with it")
+    parser.add_argument("--control", metavar="PROMPT", help="a third text, which means what the first does: the page "
+                        "tells how far it agrees with that, beside how far the second does")
     parser.add_argument("--out", metavar="FILE", help="the page (default: circuit.html)")
     parser.add_argument("--save", metavar="FILE", help="keep the trace too, to open it again")
     parser.add_argument("--mass", metavar="M", help="of a dense model: the share whose fewest parts are shown as "
@@ -36,14 +38,17 @@ def work(options: argparse.Namespace, say: Say) -> bool:
     file, page = importlib.import_module("sentei.circuit.file"), importlib.import_module("sentei.circuit.page")
     progress = Progress(sys.stderr, bars=draws(sys.stderr))
     if file.is_trace(Path(options.model)):
-        if options.prompts or options.save or options.mass or options.write:
+        if options.prompts or options.control is not None or options.save or options.mass or options.write:
             raise SenteiError("sentei trace", expected="a saved trace alone, with --out", got="more",
-                              do="leave prompts, --save, --mass and --write away")
+                              do="leave prompts, --control, --save, --mass and --write away")
         circuit = file.load(Path(options.model))
     else:
         if not 1 <= len(options.prompts) <= 2:
             raise SenteiError("sentei trace", expected="a model and one or two prompts, or a saved trace",
                               got=f"{len(options.prompts)} prompts", do="put each prompt in quotes")
+        if options.control is not None and len(options.prompts) < 2:
+            raise SenteiError("--control", expected="two prompts, of which it is the control of the first",
+                              got="one prompt", do="name the second prompt, or leave --control away")
         circuit = _capture(options, MASS if mass is None else mass, int(write or 0), progress)
         if options.save:
             file.save(circuit, Path(options.save))
@@ -63,7 +68,8 @@ def _capture(options: argparse.Namespace, mass: float, write: int, progress: Pro
     with progress.stage("load", 1) as step:
         name, model, tokenizer, encode = _model(options)
         step()
-    prompts = [list(map(int, encode(prompt))) for prompt in options.prompts]
+    texts = [*options.prompts, *([] if options.control is None else [options.control])]
+    prompts = [list(map(int, encode(text))) for text in texts]
     require_known = importlib.import_module("sentei.conversion.tokenizers").require_known
     vocabulary = getattr(model.config, "vocab_size", None) or model.config.vocabulary
     require_known(max(max(prompt, default=0) for prompt in prompts), vocabulary, name)
@@ -110,8 +116,9 @@ def summary(result: dict) -> dict[str, str]:
     if both is not None:
         state = "identical" if both["differences"] == 0 else f"{both['differences']} bytes differ"
         lines["shared"] = f"{both['shared']} tokens, {state}" if both["shared"] else "no first token"
-        lines["agreement"] = ", ".join(f"{room} {share:.1%}" for room, share in both["agreement"].items()
-                                       if share is not None) + " (mean of matched tokens)"
+        for name, shares in (("agreement", both["agreement"]), ("control", both["control"] or {})):
+            told = ", ".join(f"{room} {share:.1%}" for room, share in shares.items() if share is not None)
+            lines |= {name: f"{told} (mean of matched tokens)"} if told else {}
     return lines | {"page": result["page"]} | ({"trace": result["trace"]} if result["trace"] else {})
 
 
@@ -119,6 +126,7 @@ VERB = Verb(
     summary="show which parts of a model each token used, for one prompt or two side by side",
     examples=(
         'sentei trace default "I saw a bat in the cave" "I saw a bat on the field"',
+        'sentei trace default "In a cave I saw a bat" "On a field I saw a bat" --control "In a cavern I saw a bat"',
         'sentei trace ./faster "Once upon a time" --write 32 --save once.trace',
         "sentei trace once.trace --out once.html",
     ),

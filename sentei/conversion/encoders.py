@@ -7,6 +7,8 @@ is read: a pooler, and heads for a task, are left where they are.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -82,9 +84,10 @@ def load(folder: Path) -> PreTrainedModel:
     _check_tensors(folder, {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}, tensors)
     require_memory(folder, 4 * sum(tensor.elements for tensor in tensors.values()))
     try:
-        model = transformers.BertModel.from_pretrained(
-            str(folder), config=config, add_pooling_layer=False, dtype=torch.float32, attn_implementation="sdpa",
-            local_files_only=True, use_safetensors=True, trust_remote_code=False)
+        with _without_report():
+            model = transformers.BertModel.from_pretrained(
+                str(folder), config=config, add_pooling_layer=False, dtype=torch.float32, attn_implementation="sdpa",
+                local_files_only=True, use_safetensors=True, trust_remote_code=False)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise FileError(str(folder), expected="weights that transformers can load", got=shown(error),
                         do="download the model again") from error
@@ -93,6 +96,19 @@ def load(folder: Path) -> PreTrainedModel:
             raise FileError(str(folder), expected="finite weights", got=f"NaN or infinity in {name}",
                             do="download the model again")
     return model.eval()
+
+
+@contextmanager
+def _without_report() -> Iterator[None]:
+    """transformers reports what it leaves in the file; that is meant, and has been checked."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def _config(folder: Path):

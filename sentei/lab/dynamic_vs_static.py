@@ -28,7 +28,7 @@ from sentei.core.tracing import trace
 from sentei.geometry.intervals import mean_interval, paired_interval
 from sentei.lab.finding import Finding, Row, measured
 from sentei.lab.fixed_choices import SINKS, Places, attention, best_halves, best_pairs, best_places, with_rules
-from sentei.lab.trained import SEEDS, Trained, mixture, mixture_of_depths
+from sentei.lab.trained import SEEDS, Trained, mixture, mixture_of_depths, one_thread
 from sentei.measurement.charts import Chart, Series
 from sentei.training.losses import window_losses
 
@@ -40,6 +40,7 @@ Losses = dict[str, dict[str, list[list[float]]]]
 Part = Callable[[int], dict[str, list[float]]]
 
 
+@one_thread()
 def measure(seeds: tuple[int, ...] = SEEDS, parts: dict[str, Part] | None = None) -> Finding:
     """Trains what is not trained, searches, and compares.
 

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from sentei.geometry.intervals import mean_interval
 from sentei.geometry.subspaces import alignments, compare, linear_cka, overlap, overlaps, subspace
 from sentei.lab.finding import Finding, Row, measured
-from sentei.lab.trained import EXPERTS, SEEDS, Routing, Trained, mixture, neurons, routings
+from sentei.lab.trained import EXPERTS, SEEDS, Routing, Trained, mixture, neurons, one_thread, routings
 from sentei.measurement.charts import Chart, Series
 
 CLAIM = "Experts own orthogonal subspaces, and grow apart in training."
@@ -34,6 +34,7 @@ NULLS = ("random", "dealt", "two seeds")
 Values = dict[tuple[str, int, str], list[float]]
 
 
+@one_thread()
 def measure(seeds: tuple[int, ...] = SEEDS) -> Finding:
     """Trains mixtures and compares their experts.
 

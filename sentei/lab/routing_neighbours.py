@@ -19,7 +19,7 @@ from sentei.axes.experts.router import Router
 from sentei.core.rules import TopK
 from sentei.geometry.neighbours import at_zero, lifted, nearest, same_sets
 from sentei.lab.finding import Finding, Row, measured
-from sentei.lab.trained import KEPT, Routing, mixture, routings
+from sentei.lab.trained import KEPT, Routing, mixture, one_thread, routings
 from sentei.measurement.charts import Chart, Series
 from sentei.measurement.specialisation import rate_bound
 
@@ -36,6 +36,7 @@ def search(points: torch.Tensor, rows: torch.Tensor, bias: torch.Tensor | None =
     return nearest(at_zero(points), lifted(rows, bias), KEPT)
 
 
+@one_thread()
 def measure(seen: Callable[[], list[Routing]] | None = None, index: Search = search) -> Finding:
     """Compares choices with searches.
 

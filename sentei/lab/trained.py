@@ -5,7 +5,8 @@ small: no claim about models of other sizes follows.
 """
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import cache
@@ -113,6 +114,21 @@ def routings(model: Transformer, windows: torch.Tensor) -> list[Routing]:
     chosen = [record.selection.ids.flatten(0, -2) for record in records if record.room == "experts"]
     return [Routing(points=points, rows=layer.router.weight.detach(), ids=ids)
             for points, layer, ids in zip(seen, layers, chosen, strict=True)]
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """torch on one thread, in a block or a function: models so small gain little by two, and lose much beside others.
+
+    Threads of a parallel part spin while they wait for one another. 40 steps took 2.1 s on one thread and 1.5 on two
+    of a quiet machine, 4.8 and 20 s on one that others used; and comparing experts is made of smaller parts still.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _train(make: Callable[[], Transformer], seed: int, steps: int, terms: Callable[[], Sequence[Term]]) -> Trained:

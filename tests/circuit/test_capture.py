@@ -151,9 +151,9 @@ def test_cost_of_keeping_all_is_the_dense_layer():
     assert torch.equal(cost[:, 0], (pairs + attention + 2 * expert).float())
 
 
-@pytest.mark.parametrize("prompts", [[], [[1], [2], [3]], [[]], [[1], []]])
+@pytest.mark.parametrize("prompts", [[], [[1], [2], [3], [4]], [[]], [[1], []]])
 def test_prompts_that_cannot_be_read_are_refused(prompts):
-    with pytest.raises(SenteiError, match="one or two prompts"):
+    with pytest.raises(SenteiError, match="one to three prompts"):
         capture(tiny_model("llama"), prompts, spelled)
 
 

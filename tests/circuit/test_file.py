@@ -5,13 +5,13 @@ import struct
 
 import pytest
 import torch
-from circuits import hostile, observed, ran
+from circuits import controlled, hostile, observed, ran
 
 from sentei.circuit.file import KEY, header_of, is_trace, load, save, tensors_of
 from sentei.circuit.run import Circuit
 from sentei.core.errors import FileError
 
-CIRCUITS = {"observed": observed, "ran": ran, "hostile": lambda: observed(hostile, (25, 26))}
+CIRCUITS = {"observed": observed, "ran": ran, "hostile": lambda: observed(hostile, (25, 26)), "controlled": controlled}
 
 
 @pytest.mark.parametrize("make", CIRCUITS.values(), ids=CIRCUITS.keys())
@@ -77,11 +77,11 @@ LIES = {
     "another schema": (put("schema", value="sentei.trace/2"), "schema sentei.trace/1"),
     "a key too many": (put("code", value="import os"), "the keys bypasses|the keys date"),
     "a kind": (put("kind", value="guessed"), "kind ran or observed"),
-    "no runs": (put("runs", value=[]), "one or two runs"),
-    "three runs": (lambda header, _: header["runs"].append(header["runs"][0]), "one or two runs"),
+    "no runs": (put("runs", value=[]), "one to three runs"),
     "a model that is no text": (put("model", value=3), "text as model"),
     "a version": (put("versions", value={"torch": 2}), "versions by name"),
     "a run's key": (put("runs", 0, "eval", value="1"), "runs with the keys"),
+    "four runs": (lambda header, _: header["runs"].extend(header["runs"]), "one to three runs"),
     "tokens": (put("runs", 0, "tokens", value=[]), "1 to 65534 tokens"),
     "a token": (put("runs", 0, "tokens", 0, value=[-1, "a"]), "1 to 65534 tokens"),
     "a long token": (put("runs", 0, "tokens", 0, value=[1, "a" * 70_000]), "1 to 65534 tokens"),

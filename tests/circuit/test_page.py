@@ -9,7 +9,7 @@ import zlib
 from pathlib import Path
 
 import pytest
-from circuits import HOSTILE, hostile, observed, ran
+from circuits import HOSTILE, controlled, hostile, observed, ran
 
 from sentei.circuit import page
 from sentei.circuit.agreement import agreement, aligned
@@ -97,6 +97,17 @@ def test_together_is_the_agreement():
     assert both["shared"] == 6 and both["differences"] == 0 and both["pairs"] == pairs
     assert both["agreement"][1][0] == pytest.approx(float(means[1, 0]), abs=1e-4)
     assert together(ran()) is None and told(ran())["together"] is None
+
+
+def test_a_third_run_is_the_control_of_the_first():
+    circuit = controlled()
+    first, second, third = circuit.runs
+    both, means = together(circuit), agreement(first, third, aligned(first, third)).nanmean(-1)
+    assert both["control"]["pairs"] == aligned(first, third) and both["pairs"] == aligned(first, second)
+    assert both["control"]["agreement"][1][2] == pytest.approx(float(means[1, 2]), abs=1e-4)
+    assert both["control"]["agreement"] != both["agreement"] and together(observed())["control"] is None
+    told_of = page.result(circuit)["together"]["control"]
+    assert told_of["connections"] == pytest.approx(float(means[:, 0].mean()), abs=1e-4)
 
 
 def test_the_fingerprint_is_of_words_and_numbers():

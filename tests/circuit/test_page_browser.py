@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 
 import pytest
 from browser import CHROMIUM, Browser
-from circuits import edge_words, hostile, large, observed, ran, roomy, spelled, tiled, words
+from circuits import controlled, edge_words, hostile, large, observed, ran, roomy, spelled, tiled, words
 
 from sentei.axes import connections
 from sentei.circuit.capture import capture
@@ -27,6 +27,7 @@ NOISE = ("Runtime.exceptionThrown", "Runtime.consoleAPICalled", "Log.entryAdded"
 BOX = "(({{ x, y, width, height }}) => [x, y, width, height])(document.querySelector('{}').getBoundingClientRect())"
 CIRCUITS = {
     "two prompts": observed, "every room": ran, "many layers": lambda: large(40, 12),
+    "a control": controlled,
     "mirrored": lambda: large(100, 4), "hostile": lambda: observed(hostile, (25, 26)),
     "tiles and pages": lambda: capture(tiled(), [list(range(33))], spelled, write=3),
     "an encoder": lambda: capture(roomy(causal=False, depth=None, connections=connections.Config(
@@ -181,6 +182,32 @@ def test_pins_are_compared(browser, tmp_path):
     values = [round(100 * float(value) + 1e-6) for value in agreement(*circuit.runs, [(7, 9)])[1, :, 0]]
     assert [int(value) for value in re.search(
         r"connections (\d+) %, KV heads (\d+) %, feed-forward (\d+) %, depth (\d+) %", text).groups()] == values
+
+
+def way_words(values) -> str:
+    """What the panel should say of agreements [layers, rooms] of a token."""
+    told = []
+    for name, column in zip(("connections", "KV heads", "feed-forward", "depth"), values.T.tolist(), strict=True):
+        differs = [layer for layer, value in enumerate(column) if value < 1]
+        where = f"different from layer {differs[0]} on" if differs else "nowhere different"
+        told.append(f"{name} {int(100 * sum(column) / len(column) + 0.5)} % ({where})")
+    return ", ".join(told)
+
+
+@pytest.mark.parametrize("cell", ["0.1.8", "1.1.8"])
+def test_the_panel_says_where_a_token_begins_to_differ_and_what_the_control_does(cell, browser, tmp_path):
+    from sentei.circuit.agreement import agreement
+
+    circuit = controlled()
+    first, second, third = circuit.runs
+    show(browser, tmp_path, circuit, f"#c={cell}")
+    text = browser.run("document.querySelector('.panel').textContent")
+    assert f"with the other: {way_words(agreement(first, second, [(8, 8)])[..., 0])}" in text
+    assert f"“w0 w1 w2 w3 w4 w77 w78 w40 w41 w42”: {way_words(agreement(first, third, [(8, 9)])[..., 0])}" in text
+    assert "agreement of A with its control" in browser.run("document.getElementById('legend').textContent")
+    show(browser, tmp_path, observed(), "?again#c=0.1.5")  # in the shared prefix, and without a control
+    text = browser.run("document.querySelector('.panel').textContent")
+    assert "connections 100 % (nowhere different)" in text and "control" not in text
 
 
 CATCH = """(() => { window.caught = []; URL.createObjectURL = (blob) => { caught.push(blob); return "blob:x"; };

@@ -74,6 +74,16 @@ def test_an_empty_trace_says_so():
         t.circuit()
 
 
+def test_words_that_a_space_sets_apart_bring_it_along():
+    from tokenizers import Tokenizer, decoders, models
+    from transformers import PreTrainedTokenizerFast
+
+    pieces = Tokenizer(models.WordPiece({"[UNK]": 0, "bat": 1, "##s": 2, ",": 3, "[SEP]": 4}, unk_token="[UNK]"))
+    pieces.decoder = decoders.WordPiece()
+    text = spell(PreTrainedTokenizerFast(tokenizer_object=pieces))
+    assert "".join(map(text, [1, 2, 3, 1, 4])) == " bats, bat [SEP]"
+
+
 def test_parts_of_characters_are_told_as_bytes():
     tokenizer = tiny_tokenizer()
     first = tokenizer("剪")["input_ids"][0]

@@ -34,6 +34,19 @@ def test_two_prompts_of_a_dense_model(sentei, folder, tmp_path):
     assert lines["shared"] == "5 tokens, identical" and lines["tokens"] == "7 and 7"
 
 
+def test_a_control(sentei, folder, tmp_path):
+    files = "--out", tmp_path / "a.html", "--save", tmp_path / "a.trace"
+    done = sentei("trace", folder, "a bat", "a cat", "--control", "a rat", *files)
+    lines = dict(line.split(maxsplit=1) for line in done.stdout.splitlines())
+    assert done.returncode == 0 and lines["tokens"] == "5 and 5 and 5" and lines["control"].startswith("connections")
+    assert ["".join(token.text for token in run.tokens) for run in load(tmp_path / "a.trace").runs] == [
+        "a bat", "a cat", "a rat"]
+    again = sentei("trace", tmp_path / "a.trace", "--out", tmp_path / "b.html")
+    assert again.returncode == 0 and (tmp_path / "a.html").read_bytes() == (tmp_path / "b.html").read_bytes()
+    done = sentei("trace", tmp_path / "a.trace", "--control", "")
+    assert done.returncode == 2 and "a saved trace alone" in done.stderr
+
+
 def test_the_page_has_a_name_of_its_own(sentei, folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert sentei("trace", folder, "one").returncode == 0
@@ -55,6 +68,7 @@ def test_an_encoder_of_transformers(sentei, tmp_path):
     files = "--out", tmp_path / "a.html", "--save", tmp_path / "a.trace"
     done = sentei("trace", folder, "a bat", "a cat", *files, "--json")
     result, kept = json.loads(done.stdout), load(tmp_path / "a.trace")
+    assert "REPORT" not in done.stderr  # the head is left in the file on purpose
     assert result["kind"] == "observed" and result["model"] == "bert" and result["tokens"] == [5, 5]
     assert [token.text for token in kept.runs[1].tokens] == list("a cat")
     assert not kept.runs[0].causal and kept.runs[0].following == ()
@@ -77,6 +91,7 @@ def test_a_trained_model(causal, sentei, tmp_path):
 @pytest.mark.parametrize(("arguments", "code", "where", "got"), [
     ((), 2, "sentei trace", "0 prompts"),
     (("a", "b", "c"), 2, "sentei trace", "3 prompts"),
+    (("a", "--control", "b"), 2, "--control", "one prompt"),
     (("",), 2, "trace", "an empty one"),
     (("a", "--mass", "0"), 2, "--mass", "'0'"),
     (("a", "--mass", "nan"), 2, "--mass", "'nan'"),

@@ -1,0 +1,97 @@
+"""An encoder with narrower feed-forward layers: how alike its sentence embeddings stay, and how much faster it is.
+
+Run from the repository's root: python -m benchmarks.bench_encoder FOLDER
+
+FOLDER holds an encoder built as BERT is (MiniLM, BGE, E5). Every layer keeps the same share of its neurons, those that
+are worth most on other windows of the text (room `weights`, saliency obs), and its last matrix is fitted anew by least
+squares; nothing is trained, and the result is an ordinary, smaller encoder. "Cosine" is between the embeddings of both
+models, their last states' means over all tokens of a window, with the 95 % interval over windows. Times are of one
+window, dense and narrower in turn.
+"""
+
+import argparse
+import copy
+import sys
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from benchmarks.publish import table, write_result
+from sentei.axes.weights import Config, Network, from_dense
+from sentei.conversion import encoders
+from sentei.conversion.tokenizers import read_tokenizer
+from sentei.core.rules import TopK
+from sentei.geometry.intervals import mean_interval
+from sentei.kernels.linear.calibration import Calibration, calibrate
+from sentei.measurement.latency import interleave
+from sentei.measurement.text import cut, read_text
+
+SHARES = (0.96875, 0.9375, 0.875, 0.75, 0.5)
+STEP = 32  # a width is a multiple of so many neurons
+WINDOWS = {"calibrate": 8, "judge": 24}
+
+
+def windows_of(tokenizer, text: str, tokens: int) -> dict[str, torch.Tensor]:
+    """Windows that share no token, int64 [N, tokens], each between the tokenizer's own first and last token."""
+    first, last = tokenizer("")["input_ids"]
+    numbers = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return {use: nn.functional.pad(nn.functional.pad(rows, (1, 0), value=first), (0, 1), value=last)
+            for use, rows in cut(numbers, length=tokens - 2, needed=WINDOWS).items()}
+
+
+def embeddings(model: nn.Module, rows: torch.Tensor) -> torch.Tensor:
+    """The means of the last states, float32 [N, width]."""
+    return torch.stack([model(input_ids=row[None]).last_hidden_state[0].mean(0) for row in rows])
+
+
+def calibrated(model: nn.Module, rows: torch.Tensor) -> dict[str, Calibration]:
+    """What the last matrix of every feed-forward layer is given, by the layer's number."""
+    with calibrate({str(number): layer.output.dense for number, layer in enumerate(model.encoder.layer)}) as seen:
+        embeddings(model, rows)
+    return seen
+
+
+def narrower(model: nn.Module, seen: dict[str, Calibration], share: float) -> nn.Module:
+    """A copy of an encoder whose feed-forward layers keep this share of their neurons, in multiples of STEP."""
+    made = copy.deepcopy(model)
+    for number, layer in enumerate(made.encoder.layer):
+        up, down, known = layer.intermediate.dense, layer.output.dense, seen[str(number)]
+        kept = min(max(STEP, STEP * round(share * up.out_features / STEP)), up.out_features)
+        network = Network(up, down, activation=layer.intermediate.intermediate_act_fn)
+        found = from_dense(network, Config(rule=TopK(kept), saliency="obs"), known).fix(known).layer
+        layer.intermediate.dense, layer.output.dense = found.up, found.down
+        made.config.intermediate_size = found.up.out_features
+    return made
+
+
+def main() -> None:
+    """Measures every share and writes the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--tokens", type=int, default=512)
+    parser.add_argument("--runs", type=int, default=15)
+    arguments = parser.parse_args()
+    sys.argv = ["FOLDER" if word == str(arguments.folder) else word for word in sys.argv]  # a page names no folders
+    model, text = encoders.load(arguments.folder), read_text(None)
+    rows = windows_of(read_tokenizer(arguments.folder), text.text, arguments.tokens)
+    seen, dense, lines = calibrated(model, rows["calibrate"]), embeddings(model, rows["judge"]), []
+    for share in SHARES:
+        made, row = narrower(model, seen, share), rows["judge"][:1]
+        alike = nn.functional.cosine_similarity(dense, embeddings(made, rows["judge"]))
+        cosine, low, high = mean_interval(alike.tolist())
+        timed = interleave(lambda: model(input_ids=row), lambda: made(input_ids=row), runs=arguments.runs)  # noqa: B023
+        ratios = timed.ratios()
+        lines.append([f"{made.config.intermediate_size}", f"{cosine:.4f}", f"{low:.4f} to {high:.4f}",
+                      f"{timed.speedup():.2f}", f"{min(ratios):.2f} to {max(ratios):.2f}"])
+        print(" | ".join(lines[-1]), flush=True)
+    write_result("encoder", __doc__, [
+        f"{model.config.num_hidden_layers} layers, width {model.config.hidden_size}, feed-forward layers of "
+        f"{model.config.intermediate_size} neurons; {arguments.tokens} tokens a window, {WINDOWS['judge']} windows "
+        f"judged and {WINDOWS['calibrate']} calibrated on, of {text.name}; {arguments.runs} pairs of runs.",
+        table(["neurons", "cosine", "95 %", "times as fast", "pairs of runs"], lines)])
+
+
+if __name__ == "__main__":
+    torch.set_grad_enabled(False)
+    main()
