@@ -68,6 +68,8 @@ class Kind(NamedTuple):
         steps: numbers of rows that are measured.
         outputs: the numbers it makes of a row.
         more: what it is called with beside the rows.
+        alike: what tells modules of one class and shape apart where they are measured.
+        settle: what follows from a module's Choice.
     """
 
     mixin: type
@@ -76,6 +78,8 @@ class Kind(NamedTuple):
     steps: Steps
     outputs: Callable[[nn.Module], int]
     more: Callable[[nn.Module, torch.Tensor], tuple] = lambda module, x: ()
+    alike: Callable[[nn.Module], tuple] = lambda module: ()
+    settle: Callable[[nn.Module], None] = lambda module: None
 
 
 def near(y: torch.Tensor, own: torch.Tensor) -> bool:

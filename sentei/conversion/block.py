@@ -7,6 +7,7 @@ a part of it, puts a hook on one or listens to the room gets the layer's own for
 """
 
 import inspect
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -24,18 +25,19 @@ from sentei.conversion.altered import (
     plain_layers,
     turns,
 )
-from sentei.conversion.interface import IMPLEMENTATION, attention_forward, obstacles_in
-from sentei.conversion.linear import Choice, Steps, input_of
+from sentei.conversion.interface import IMPLEMENTATION, attention_forward, read
+from sentei.conversion.linear import Choice, NativeLinear, Steps, input_of
 from sentei.conversion.rows import SCALES, NativeGated, NativeHeads, NativeNorm
 from sentei.core.modes import is_plain_call
 from sentei.kernels import block
+from sentei.kernels.linear.fused_cpp import FEW_ROWS
 from sentei.kernels.paging import PAGE
 
 PARTS = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
 MADE_OF = (NativeNorm, NativeHeads, NativeNorm, NativeGated)
 INPUTS = ["self", "hidden_states", "attention_mask", "position_ids", "past_key_values", "use_cache",
           "position_embeddings", "kwargs"]
-HELD = PAGE + 3  # tokens before those that a layer is tried on
+TOKENS = PAGE + 3  # before those that a layer is tried on
 
 
 class NativeBlock:
@@ -48,44 +50,46 @@ class NativeBlock:
                 position_embeddings=None, **named):
         """As the layer's own; see `NativeLinear.forward`."""
         output = None
-        if (type(hidden_states) is torch.Tensor and self.native_rows.takes(hidden_states) and attention_mask is None
-                and is_plain_call() and not obstacles_in(named)):
-            output = self._native(hidden_states, past_key_values, position_embeddings)
+        if type(hidden_states) is torch.Tensor and self.native_rows.takes(hidden_states) and is_plain_call():
+            lengths, obstacles = read(attention_mask, named)
+            if not obstacles:
+                output = self._native(hidden_states, lengths, past_key_values, position_embeddings)
         return output if output is not None else super().forward(
             hidden_states, attention_mask=attention_mask, position_ids=position_ids, past_key_values=past_key_values,
             use_cache=use_cache, position_embeddings=position_embeddings, **named)
 
-    def _native(self, x, past_key_values, position_embeddings):
+    def _native(self, x, lengths, past_key_values, position_embeddings):
         found = self._modules
         parts = tuple(found[name] for name in PARTS)
         if any(part is not known or is_altered(part) for part, known in zip(parts, self.parts, strict=True)):
             return None
         first, attention, second, mlp = parts
-        layer = cache.layer_of(past_key_values, attention.layer_idx)
-        choice = _choice_of(attention, x.shape[1])
-        if layer is None or choice is None:
+        choice = _choice_of(attention, x.shape[1], lengths)
+        layer = None if choice is None else cache.layer_of(past_key_values, attention.layer_idx)
+        buffers = None if layer is None else layer.room_for(x.shape[1])
+        if buffers is None:
             return None
-        heads, joint, gated, held = (attention.heads(position_embeddings),
-                                     plain_layers(attention._modules, ("o_proj",)), mlp.layers(),
-                                     layer.room_for(x.shape[1]))
-        if None in (heads, joint, gated, held):
+        heads, joint, gated = (attention.heads(position_embeddings), plain_layers(attention._modules, ("o_proj",)),
+                               mlp.layers())
+        if None in (heads, joint, gated):
             return None
-        output = block.block(x, block.Before(first.norm(), *heads), held, choice,
-                             block.After(*joint, second.norm(), *gated, mlp.activation[1]))
+        output = block.decoder_layer(x, block.Before(first.norm(), *heads), buffers, choice,
+                                     block.After(*joint, second.norm(), *gated, mlp.activation[1]))
         if output is not None:
             layer.grown(x.shape[1])
         return output
 
 
-def _choice_of(attention: nn.Module, rows: int) -> block.Choice | None:
+def _choice_of(attention: nn.Module, rows: int, lengths: torch.Tensor | None) -> block.PageChoice | None:
     """How an attention's room chooses pages for so many rows, if it does, our function calls it and nobody looks on."""
     room = attention._modules.get("connections")
     if type(room) is not Connections or is_altered(room) or room.tap.is_heard or attention.training:
         return None
     if (attention_functions().get(attention.config._attn_implementation) is not attention_forward or not room.causal
-            or not room.reads_pages(rows) or room.impl not in ("auto", "fused_cpp")):
+            or not room.reads_pages(rows) or room.impl not in ("auto", "fused_cpp")
+            or not isinstance(attention.scaling, float)):
         return None
-    return block.Choice(room.config.decode, room.config.window, attention.scaling)
+    return block.PageChoice(room.config.decode, room.config.window, attention.scaling, lengths)
 
 
 def looks_like_a_block(module: nn.Module) -> bool:
@@ -97,20 +101,20 @@ def looks_like_a_block(module: nn.Module) -> bool:
 
 def more_of(module: nn.Module, x: torch.Tensor) -> tuple:
     """What a decoder layer is called with beside the rows: no mask or positions, and a cache of some tokens."""
-    return None, None, _held(module.self_attn), True, turns(module.self_attn, x)[0]
+    return None, None, _some_cache(module.self_attn), True, turns(module.self_attn, x)[0]
 
 
-def _held(attention: nn.Module):
-    """A cache of ours in which random keys and values stand."""
+def _some_cache(attention: nn.Module):
+    """One of ours, in which random keys and values stand."""
     from transformers import DynamicCache
 
-    held, weight, generator = DynamicCache(), attention.k_proj.weight, torch.Generator().manual_seed(HELD)
+    made, weight, generator = DynamicCache(), attention.k_proj.weight, torch.Generator().manual_seed(TOKENS)
     groups = len(weight) // attention.head_dim
-    states = (torch.randn(1, groups, HELD, width, generator=generator).to(weight.dtype)
+    states = (torch.randn(1, groups, TOKENS, width, generator=generator).to(weight.dtype)
               for width in (attention.head_dim, len(attention.v_proj.weight) // groups))
-    cache.fill(held, (attention.layer_idx,))
-    held.layers[attention.layer_idx].update(*states)
-    return held
+    cache.fill(made, (attention.layer_idx,))
+    made.layers[attention.layer_idx].update(*states)
+    return made
 
 
 @torch.no_grad()
@@ -119,16 +123,21 @@ def prove_block(module: nn.Module, mixin: type) -> str:
     if list(inspect.signature(type(module).forward).parameters) != INPUTS or any(
             True for _ in module.parameters(recurse=False)):
         return "another forward than transformers' decoder layers have"
-    trial = in_float32(module, module.self_attn.config)
-    tried = [input_of(trial, 4) * scale for scale in SCALES[:2]]
-    mask = torch.ones(4, HELD + 4, dtype=torch.bool).tril(HELD)[None, None]
+    room = module.self_attn.connections
+    if not room.causal or room.impl not in ("auto", "fused_cpp"):
+        return f"a room that is not causal, or asks for {room.impl}"
+    rows, trial = min(4, room.config.tile[0]), in_float32(module, module.self_attn.config)
+    tried = [input_of(trial, rows) * scale for scale in SCALES[:2]]
+    mask = torch.ones(rows, TOKENS + rows, dtype=torch.bool).tril(TOKENS)[None, None]
     expected = [trial(x, mask, *more_of(trial, x)[1:]) for x in tried]
     switch(trial, mixin)
     trial.self_attn.config._attn_implementation = IMPLEMENTATION
     for x, y in zip(tried, expected, strict=True):
         *_, held, _, embeddings = more_of(trial, x)
-        found = trial._native(x, held, embeddings)
-        if found is None or not near(found, y):
+        found = trial._native(x, None, held, embeddings)
+        if found is None:
+            return "parts that one native call does not take"
+        if not near(found, y):
             return "another result than in one native call, on random rows"
     switch(module, mixin)
     return ""
@@ -141,5 +150,24 @@ def switch(module: nn.Module, mixin: type) -> None:
     module.native_rows = all_rows(module, many=False)
 
 
+def settle(module: nn.Module) -> None:
+    """Has the parts take the rows that the layer takes: then looking on, which takes their calls, changes no bit."""
+    rows, reason = module.native_rows.most_rows, "part of a layer in one call"
+    for part in (*module.parts, module.self_attn.o_proj):
+        if type(part) is nn.Linear:
+            outputs, width = part.weight.shape
+            part.native_rows = Choice(path="", outputs=outputs, width=width, dtype=part.weight.dtype, most_rows=rows,
+                                      reason=reason)
+            part.__class__ = NativeLinear
+        elif part.native_rows.most_rows < rows:
+            part.native_rows = replace(part.native_rows, most_rows=rows, reason=reason)
+
+
+def alike(module: nn.Module) -> tuple:
+    """What its room reads of so few rows, which decides what is measured."""
+    config = module.self_attn.connections.config
+    return min(config.tile[0], FEW_ROWS), repr(config.decode)
+
+
 KIND = Kind(NativeBlock, looks_like_a_block, prove_block, Steps(many=()), lambda module: input_of(module, 1).shape[-1],
-            more_of)
+            more_of, alike, settle)

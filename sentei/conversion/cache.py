@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from sentei.axes.connections import Connections
-from sentei.kernels.block import Held
+from sentei.kernels.block import Buffers
 from sentei.kernels.paging import PAGE, bounds_of
 
 # A full buffer grows to this much of what it must hold: then a token is copied five times at most, all in all.
@@ -62,10 +62,10 @@ class _Paged:
             bounds[:, :, first:last] = bounds_of(keys[:, :, first * PAGE:last * PAGE])
         return self._show(after)
 
-    def room_for(self, rows: int) -> Held | None:
+    def room_for(self, rows: int) -> Buffers | None:
         """The buffers, if they have room for so many tokens more; who has written these there calls `grown`."""
         length = self.get_seq_length()
-        return Held(*self.buffers, length) if self._fits(length + rows) else None
+        return Buffers(*self.buffers, length) if self._fits(length + rows) else None
 
     def grown(self, rows: int) -> None:
         """Shows so many tokens more, which stand in the buffers."""
@@ -149,13 +149,13 @@ def pruned_layers(model: nn.Module) -> tuple[int, ...]:
 
 
 def layer_of(held: object, index: int) -> _Paged | None:
-    """Our layer of a cache that does nothing but ask its layers; else None."""
+    """Our layer of a cache that does nothing but ask its layers, neither of them altered; else None."""
     from transformers import DynamicCache
 
-    if type(held) is not DynamicCache or held.offloading or index >= len(held.layers):
+    if type(held) is not DynamicCache or held.offloading or "update" in vars(held) or index >= len(held.layers):
         return None
     layer = held.layers[index]
-    return layer if type(layer) is layer_class() else None
+    return layer if type(layer) is layer_class() and "update" not in vars(layer) else None
 
 
 def make(model: nn.Module, dtype: torch.dtype | None = None):

@@ -29,7 +29,7 @@ def attention_forward(module, query, key, value, attention_mask, scaling=None, *
         output [B, Tq, H, D] and None, as transformers expects.
     """
     room = getattr(module, "connections", None)
-    lengths, obstacles = _read(attention_mask, extra)
+    lengths, obstacles = read(attention_mask, extra)
     takes = room is not None and not obstacles
     bounds = getattr(key, "pages", None)
     # Only the kernels of pages read keys of another dtype than the query's.
@@ -66,17 +66,9 @@ def mask_forward(batch_size, q_length, kv_length, q_offset=0, kv_offset=0, mask_
     return None if attention_mask is None or attention_mask.all() else attention_mask
 
 
-def _read(mask: torch.Tensor | None, extra: dict) -> tuple[torch.Tensor | None, list[str]]:
+def read(mask: torch.Tensor | None, extra: dict) -> tuple[torch.Tensor | None, list[str]]:
     """The lengths that a mask stands for, and what in this call no room can take."""
     lengths, understood = _lengths(mask)
-    obstacles = obstacles_in(extra)
-    if not understood:
-        obstacles.append("a mask that is not causal with padding at the ends")
-    return lengths, obstacles
-
-
-def obstacles_in(extra: dict) -> list[str]:
-    """What no room can take of a call's further arguments, in words."""
     obstacles = []
     if extra.get("dropout"):
         obstacles.append("attention dropout")
@@ -86,7 +78,9 @@ def obstacles_in(extra: dict) -> list[str]:
         obstacles.append("attention sinks")
     if extra.get("is_causal") is False:
         obstacles.append("attention to later tokens")
-    return obstacles
+    if not understood:
+        obstacles.append("a mask that is not causal with padding at the ends")
+    return lengths, obstacles
 
 
 def _lengths(mask: torch.Tensor | None) -> tuple[torch.Tensor | None, bool]:

@@ -1,5 +1,7 @@
 """What of a model runs natively besides attention: found, proven, measured, switched; and all of it taken back."""
 
+from functools import partial
+
 import torch
 from torch import nn
 
@@ -49,10 +51,11 @@ def _install(modules: dict[str, nn.Module], kind: Kind, most_rows: int | None, m
             lambda module, x: module(x, *kind.more(module, x)))
     if most_rows:  # of a token, of which a norm may have many
         most_rows = min(most_rows, fused_cpp.FEW_ROWS) * kind.steps.few[-1] // linear.ROWS[-1]
-    found = rows_taken(proven, _alike, ways, known, kind.steps, most_rows, many_rows)
+    alike = partial(_alike, kind)
+    found = rows_taken(proven, alike, ways, known, kind.steps, most_rows, many_rows)
     choices = []
     for path, module in modules.items():
-        few, many, reason = (0, 0, refused[path]) if refused[path] else found[_alike(module)]
+        few, many, reason = (0, 0, refused[path]) if refused[path] else found[alike(module)]
         if not refused[path] and not module.native_rows.many_rows:
             many = 0
         x = input_of(module, 1)
@@ -61,13 +64,14 @@ def _install(modules: dict[str, nn.Module], kind: Kind, most_rows: int | None, m
         choices.append(choice)
         if few or many:
             module.native_rows = choice
+            kind.settle(module)
         elif not refused[path]:
             restore(module)
     return choices
 
 
-def _alike(module: nn.Module) -> tuple:
+def _alike(kind: Kind, module: nn.Module) -> tuple:
     """Modules that give the same are measured together. Of names: the answers stay with a model that may be pickled."""
     mixin, own = type(module).__bases__[:2]
-    return mixin.__name__, own.__module__, own.__qualname__, torch.get_num_threads(), *(
+    return mixin.__name__, own.__module__, own.__qualname__, torch.get_num_threads(), *kind.alike(module), *(
         (tuple(weight.shape), weight.dtype) for weight in module.parameters())

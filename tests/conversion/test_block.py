@@ -1,17 +1,24 @@
 """Decoder layers of every family whose few rows take one call, and what gives them their own forward back."""
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
 from conversion.test_rows import TURNING, decoding, steps
 from tiny import tiny_model
+from torch import nn
+from transformers import DynamicCache
 
-from sentei.conversion import block
+from sentei.axes.connections import Config
+from sentei.conversion import block, cache, linear, rows, wrapper
+from sentei.conversion import native as native_rows
 from sentei.conversion.block import NativeBlock
 from sentei.conversion.families import FAMILIES
-from sentei.conversion.plan import Plan, convert
+from sentei.conversion.plan import Plan, convert, prunable_layers
 from sentei.conversion.rows import NativeHeads
+from sentei.core.rules import TopK
+from sentei.core.tracing import trace
 from sentei.kernels import native
 
 pytestmark = pytest.mark.skipif(bool(native.missing()), reason=native.missing())
@@ -20,14 +27,14 @@ pytestmark = pytest.mark.skipif(bool(native.missing()), reason=native.missing())
 @pytest.fixture
 def passes(monkeypatch) -> list[int]:
     """The rows of the native calls of whole layers that gave something."""
-    made, function = [], block.block.block
+    made, function = [], block.block.decoder_layer
 
     def passed(x, *others):
         output = function(x, *others)
         made.extend([] if output is None else [x.shape[1]])
         return output
 
-    monkeypatch.setattr(block.block, "block", passed)
+    monkeypatch.setattr(block.block, "decoder_layer", passed)
     return made
 
 
@@ -76,10 +83,127 @@ def test_a_block_whose_parts_were_altered_takes_its_own_forward(passes, monkeypa
     passes.clear()
     torch.testing.assert_close(steps(model, tokens), expected)
     assert len(passes) == 3 * 2, "weights that do not lie together"
+    torch.nn.utils.parametrize.register_parametrization(first.post_attention_layernorm, "weight", torch.nn.Identity())
+    passes.clear()
+    torch.testing.assert_close(steps(model, tokens), expected)
+    assert len(passes) == 3 * 2, "a weight that is computed"
     model.train()
     passes.clear()
     steps(model, tokens)
     assert not passes
+
+
+@pytest.fixture
+def pair(monkeypatch) -> list[nn.Module]:
+    """A model whose layers choose pages in one call each, and the same with smaller calls."""
+    right, made = native_rows.install, []
+    monkeypatch.setattr(native_rows, "install", lambda model, **asked: right(model, most_rows=8, many_rows=0))
+    for kinds in (native_rows.KINDS, rows.KINDS):
+        monkeypatch.setattr(native_rows, "KINDS", kinds)
+        model = tiny_model("llama")
+        choosing = Config(tile=(4, 4), window=20, decode=TopK(4))
+        made.append(convert(model, Plan.everywhere(prunable_layers(model), "connections", choosing)))
+    return made
+
+
+@torch.no_grad()
+def written(model: nn.Module, kind: Callable = DynamicCache, **more) -> torch.Tensor:
+    """The logits of a row, of two, and of one after 120 tokens, and the keys of the last layer."""
+    held, tokens = kind(config=model.config), torch.arange(248).view(2, 124) * 7 % 60 + 3
+    parts = tokens.split([120, 1, 2, 1], 1)
+    logits = []
+    for end, part in zip((120, 121, 123, 124), parts, strict=True):
+        named = {name: value[:, :end] if isinstance(value, torch.Tensor) else value for name, value in more.items()}
+        logits.append(model(part, past_key_values=held, use_cache=True, **named).logits)
+    return torch.cat([torch.cat(logits[1:], 1).flatten(), held.layers[-1].keys.flatten()])
+
+
+PADDED = torch.ones(2, 124, dtype=torch.int64)
+PADDED[1, :37] = 0
+
+
+@pytest.mark.parametrize("more", [{}, {"attention_mask": PADDED}], ids=["plain", "padded"])
+def test_a_layer_chooses_as_the_smaller_calls_do(more, pair, passes):
+    model, other = pair
+    assert torch.equal(written(model, **more), written(other, **more)) and sorted(passes) == [1] * 6 + [2] * 3
+    passes.clear()
+    with trace(model) as records:
+        assert torch.equal(written(model, **more), written(other, **more)) and not passes
+    assert 0 < records.at("model.layers.1.self_attn.connections")[-1].selection.density() < 0.9
+
+
+def test_whoever_listens_gets_the_same_bits_whatever_was_measured_faster(monkeypatch):
+    """Here few rows of the layers in one call, and of none of their parts."""
+    monkeypatch.setattr(linear, "_gains", lambda modules, kind_of, ways, rows: {
+        kind_of(module): 1.0 + (rows > 8 or isinstance(module, NativeBlock)) for module in modules})
+    model = tiny_model("llama")
+    convert(model, Plan.everywhere(prunable_layers(model), "connections", Config(tile=(4, 4), decode=TopK(4))))
+    heard = copy.deepcopy(model)
+    with trace(heard) as records:
+        found = written(heard)
+    assert torch.equal(written(model), found) and records
+    assert sum(isinstance(module, NativeBlock) for module in model.modules()) == 3
+
+
+def in_rooms(name: str, value: object) -> Callable[[nn.Module], None]:
+    """Gives the attribute of every room that value."""
+    def change(model: nn.Module) -> None:
+        for room in wrapper.rooms(model).values():
+            setattr(room, name, value)
+    return change
+
+
+class Watched(DynamicCache):
+    """A cache that does something else as well."""
+
+    def update(self, *states, **named):
+        return tuple(state * 0.5 for state in super().update(*states, **named))
+
+
+def cache_of_ours(config) -> DynamicCache:
+    """One that was made for another attention than the one that meets it."""
+    made = DynamicCache(config=config)
+    cache.fill(made, (0, 1, 2))
+    return made
+
+
+@pytest.mark.parametrize("change, more", [
+    (in_rooms("impl", "eager"), {}), (in_rooms("causal", False), {}),
+    (lambda model: wrapper.use(model, "sdpa"), {"kind": cache_of_ours}),
+    (lambda model: None, {"is_causal": False}), (lambda model: None, {"kind": Watched}),
+    (lambda model: [setattr(layer.self_attn, "scaling", None) for layer in model.model.layers], {}),
+], ids=["another kernel", "not causal", "another attention", "to later tokens", "a cache that does more", "no scale"])
+def test_what_one_call_does_not_do_is_done_by_the_smaller_ones(change, more, pair, passes):
+    model, other = pair
+    change(model), change(other)
+    assert torch.equal(written(model, **more), written(other, **more)) and not passes
+
+
+def test_a_cache_that_is_watched_is_asked(pair, passes):
+    model, other = pair
+    seen = []
+
+    class Listening(DynamicCache):
+        def __init__(self, **named):
+            super().__init__(**named)
+            own = self.update
+            self.update = lambda *states, **more: seen.append(1) or own(*states, **more)
+
+    def plain(**named):
+        held = Listening(**named)
+        held.__class__ = DynamicCache
+        return held
+
+    assert torch.equal(written(model, plain), written(other, plain)) and not passes and len(seen) == 2 * 3 * 4
+
+
+@pytest.mark.parametrize("tile", [1, 2, 64])
+def test_a_room_of_any_tile_is_measured_with_the_rows_it_reads(tile, monkeypatch):
+    model = tiny_model("llama")
+    config = Config(tile=(tile, 4), decode=TopK(2))
+    convert(model, Plan.everywhere(prunable_layers(model), "connections", config))
+    choices = native_rows.install(model, most_rows=8, many_rows=0)
+    assert [choice.most_rows for choice in choices[-3:]] == [8] * 3, choices[-1].reason
 
 
 @torch.no_grad()

@@ -155,7 +155,7 @@ def test_it_measures_and_a_second_install_starts_afresh(monkeypatch):
 
 
 def decoding(family: str, monkeypatch, dtype=torch.float32, *, whole: bool = False) -> nn.Module:
-    """A tiny model that reads every page natively, whatever is faster here; `whole`: its layers too, in three calls."""
+    """A tiny model that reads every page natively, whatever is faster here; `whole`: its layers too, in one call."""
     model = tiny_model(family).to(dtype)
     monkeypatch.setattr(conversion, "install", lambda given, right=conversion.install, **asked: right(
         given, most_rows=8, many_rows=0))

@@ -10,6 +10,7 @@
 // Every field has 8 bytes, in the order kernels/block.py packs them. All tensors are contiguous.
 struct Block {
   const void *input, *first_gain;                                   // [B, T, I], [I]
+  const int64_t* lengths;                                           // as in Paged
   const void *weight[3], *bias[3], *norm[2], *cosine, *sine;        // as in Heads
   void *keys, *values, *bounds;  // [B, G, room, D], [B, G, room, Dv], [B, G, room / page, 2, D]
   const void *joint, *joint_bias, *second_gain;                     // [I, H Dv], [I] or null, [I]
@@ -41,45 +42,41 @@ Bytes made_heads(const Block& p, int machine) {
   return made;
 }
 
-// One vector into the cache, through `room` where the dtypes differ.
-void keep(const Block& p, const void* from, int64_t count, void* to, float* room) {
+// One vector into the cache, through `scratch` where the dtypes differ.
+void append(const Block& p, const void* from, int64_t count, void* to, float* scratch) {
   if (p.half == p.kept_half) {
     std::memcpy(to, from, count * (p.half ? 2 : 4));
     return;
   }
-  widen_row(from, p.half, count, room);
-  narrow_row(room, p.kept_half, count, to);
+  widen_row(from, p.half, count, scratch);
+  narrow_row(scratch, p.kept_half, count, to);
 }
 
-// The lowest and the highest of a page's keys, channel by channel; a NaN in a channel stays one.
-void bound(const Block& p, int64_t group, int64_t page, float* room) {
-  float *low = room, *high = room + p.head, *next = room + 2 * p.head;
-  for (int64_t j = 0; j < p.page; ++j) {
-    widen_row(at(p.keys, p.kept_half, (group * p.room + page * p.page + j) * p.head), p.kept_half, p.head, next);
-    for (int64_t d = 0; d < p.head; ++d) {
-      const float k = next[d];
-      low[d] = j == 0 || k != k || k < low[d] ? k : low[d];
-      high[d] = j == 0 || k != k || k > high[d] ? k : high[d];
-    }
-  }
-  narrow_row(room, p.kept_half, 2 * p.head, at(p.bounds, p.kept_half, (group * (p.room / p.page) + page) * 2 * p.head));
+void bound_page(const Block& p, int64_t group, int64_t page, float* scratch) {
+  float *low = scratch, *high = scratch + p.head;
+  const void* keys = at(p.keys, p.kept_half, (group * p.room + page * p.page) * p.head);
+  if (p.kept_half)
+    bound_rows(static_cast<const uint16_t*>(keys), p.head, p.page, p.head, low, high);
+  else
+    bound_rows(static_cast<const float*>(keys), p.head, p.page, p.head, low, high);
+  narrow_row(low, p.kept_half, 2 * p.head, at(p.bounds, p.kept_half, (group * (p.room / p.page) + page) * 2 * p.head));
 }
 
 // Appends the keys and values of the rows, and the bounds of pages that are now whole.
 void grow(const Block& p, const Bytes& made) {
   const int64_t all = queries_of(p) + keys_of(p) + values_of(p), after = p.length + p.tokens;
-  Zeros room(std::max(3 * p.head, p.value_head));
+  Zeros scratch(std::max(2 * p.head, p.value_head));
   for (int64_t group = 0; group < p.batch * p.groups; ++group) {
     const int64_t b = group / p.groups, g = group % p.groups;
     for (int64_t t = 0; t < p.tokens; ++t) {
       const int64_t key = (b * p.tokens + t) * all + queries_of(p) + g * p.head;
       const int64_t value = (b * p.tokens + t) * all + queries_of(p) + keys_of(p) + g * p.value_head;
       const int64_t place = group * p.room + p.length + t;
-      keep(p, at(made.data(), p.half, key), p.head, at(p.keys, p.kept_half, place * p.head), room.data());
-      keep(p, at(made.data(), p.half, value), p.value_head, at(p.values, p.kept_half, place * p.value_head),
-           room.data());
+      append(p, at(made.data(), p.half, key), p.head, at(p.keys, p.kept_half, place * p.head), scratch.data());
+      append(p, at(made.data(), p.half, value), p.value_head, at(p.values, p.kept_half, place * p.value_head),
+             scratch.data());
     }
-    for (int64_t page = p.length / p.page; page < after / p.page; ++page) bound(p, group, page, room.data());
+    for (int64_t page = p.length / p.page; page < after / p.page; ++page) bound_page(p, group, page, scratch.data());
   }
 }
 
@@ -87,21 +84,15 @@ void grow(const Block& p, const Bytes& made) {
 int attend(const Block& p, const Bytes& made, Bytes& attended) {
   const int64_t rows = p.batch * p.tokens, all = queries_of(p) + keys_of(p) + values_of(p), keys = p.length + p.tokens;
   const int64_t whole = p.room / p.page * 2 * p.head;
-  Zeros query(rows * queries_of(p)), output(rows * p.heads * p.value_head);
   std::vector<uint8_t> kept(rows * p.groups * ((keys + p.page - 1) / p.page));
-  for (int64_t r = 0; r < rows; ++r)
-    widen_row(at(made.data(), p.half, r * all), p.half, queries_of(p), query.data() + r * queries_of(p));
-  const Paged paged{query.data(), p.keys, p.values, p.bounds, nullptr, output.data(), nullptr, kept.data(),
-                    {p.tokens * queries_of(p), queries_of(p), p.head},
-                    {p.groups * p.room * p.head, p.head, p.room * p.head},
-                    {p.groups * p.room * p.value_head, p.value_head, p.room * p.value_head},
-                    {p.groups * whole, whole, 2 * p.head, p.head},
-                    p.batch, p.tokens, keys, p.heads, p.groups, p.head, p.value_head, p.page,
-                    std::min(p.window, keys), 1, p.kept_half, kChooseAndAttend, p.rule, p.threads, p.machine,
-                    p.parameter, p.scale};
-  const int status = read_pages(paged);
-  narrow_row(output.data(), p.half, rows * p.heads * p.value_head, attended.data());
-  return status;
+  return read_pages({made.data(), p.keys, p.values, p.bounds, p.lengths, attended.data(), nullptr, kept.data(),
+                     {p.tokens * all, all, p.head},
+                     {p.groups * p.room * p.head, p.head, p.room * p.head},
+                     {p.groups * p.room * p.value_head, p.value_head, p.room * p.value_head},
+                     {p.groups * whole, whole, 2 * p.head, p.head},
+                     p.batch, p.tokens, keys, p.heads, p.groups, p.head, p.value_head, p.page,
+                     std::min(p.window, keys), 1, p.kept_half, p.half, kChooseAndAttend, p.rule, p.threads, p.machine,
+                     p.parameter, p.scale});
 }
 
 void finish(const Block& p, const Bytes& attended, int machine) {

@@ -38,9 +38,6 @@ INLINE typename Simd<L>::Vec wide(const uint16_t* from) {
   return result;
 }
 
-INLINE float wide_one(const float* from) { return *from; }
-INLINE float wide_one(const uint16_t* from) { return widen(*from); }
-
 // log2 of a positive number, by its exponent and a series for the rest; relative error 2e-7.
 template <int L>
 INLINE typename Simd<L>::Vec log2_of(typename Simd<L>::Vec x) {
@@ -135,11 +132,12 @@ struct Work {
         chosen(new std::atomic<bool>[choices]()), attended(new std::atomic<int64_t>[choices]()) {
     for (int64_t i = 0; i < choices * per_group; ++i) {
       const int64_t choice = i / per_group, group = choice / p.rows, h = i % per_group;
-      const float* from = p.query + group / p.groups * p.query_stride[0] + choice % p.rows * p.query_stride[1] +
-                          (group % p.groups * per_group + h) * p.query_stride[2];
+      const int64_t from = group / p.groups * p.query_stride[0] + choice % p.rows * p.query_stride[1] +
+                           (group % p.groups * per_group + h) * p.query_stride[2];
       float* to = query_of(choice) + h * p.width;
+      widen_row(at(p.query, p.is_query_half, from), p.is_query_half, p.width, to);
       for (int64_t d = 0; d < p.width; ++d) {
-        const float scaled = from[d] * float(p.scale * kLog2E);
+        const float scaled = to[d] * float(p.scale * kLog2E);
         to[d] = scaled;
         to[block + d] = scaled < 0 ? 0 : scaled;
         to[2 * block + d] = scaled < 0 ? scaled : 0;
@@ -177,25 +175,10 @@ struct Work {
 };
 
 struct Scratch {
-  Zeros low, high, scores, pages;  // of a page [D], of a run [P, keys], and of a row [pages]
+  Zeros low, high, scores, pages, output;  // of a page [D], of a run [P, keys], of a row [pages], of a head [Dv]
   std::vector<uint8_t> forced;
   RuleScratch rule;
 };
-
-// The lowest and the highest keys first … end - 1 of a group, channel by channel; a NaN in a channel stays one.
-template <int L, class T>
-INLINE void bound_keys(const Work& w, int64_t group, int64_t first, int64_t end, float* low, float* high) {
-  const T* key = w.row_of<T>(w.p.key, w.p.key_stride, group, first);
-  for (int64_t d = 0; d < w.p.width; ++d) low[d] = high[d] = wide_one(key + d);
-  for (int64_t j = first + 1; j < end; ++j) {
-    key += w.p.key_stride[1];
-    for (int64_t d = 0; d < w.p.width; ++d) {
-      const float k = wide_one(key + d);
-      low[d] = k != k || k < low[d] ? k : low[d];
-      high[d] = k != k || k > high[d] ? k : high[d];
-    }
-  }
-}
 
 template <int L, class T>
 INLINE void bound_page(const Work& w, int64_t choice, const T* low, const T* high, int64_t keys, int64_t page) {
@@ -236,7 +219,8 @@ INLINE void bound_run(const Work& w, int64_t group, int64_t run, Scratch& t) {
         bound_page<L, T>(w, choice, given, given + p.bounds_stride[3], p.page, page);
       } else {
         if (!is_made || !part.is_whole(p.page))
-          bound_keys<L, T>(w, group, part.first, part.end, t.low.data(), t.high.data());
+          bound_rows(w.row_of<T>(p.key, p.key_stride, group, part.first), p.key_stride[1], part.end - part.first,
+                     p.width, t.low.data(), t.high.data());
         is_made = part.is_whole(p.page);
         bound_page<L, float>(w, choice, t.low.data(), t.high.data(), part.end - part.first, page);
       }
@@ -400,13 +384,12 @@ INLINE void attend_pages(const Work& w, int64_t choice, int64_t run, Scratch& t)
 }
 ON_EVERY_MACHINE(attend_pages, (const Work& w, int64_t choice, int64_t run, Scratch& t), (w, choice, run, t))
 
-// The runs of a row joined, in order; 0 where it sees nothing.
-void merge_runs(const Work& w, int64_t choice) {
+// The runs of a row joined, in order; 0 where it sees nothing. `output` is room for a head's.
+void merge_runs(const Work& w, int64_t choice, float* output) {
   const Paged& p = w.p;
   const int64_t size = w.pages_of_run(choice), runs = (w.count[choice] + size - 1) / size;
   const int64_t group = choice / p.rows, b = group / p.groups, row = choice % p.rows, wide_out = p.value_width + 2;
   for (int64_t h = 0; h < w.per_group; ++h) {
-    float* output = p.output + ((b * p.rows + row) * p.heads + group % p.groups * w.per_group + h) * p.value_width;
     std::fill(output, output + p.value_width, 0.0f);
     float top = kNone, sum = 0;
     for (int64_t run = 0; run < runs; ++run)
@@ -419,6 +402,8 @@ void merge_runs(const Work& w, int64_t choice) {
     }
     if (runs)
       for (int64_t d = 0; d < p.value_width; ++d) output[d] /= sum;
+    const int64_t head = (b * p.rows + row) * p.heads + group % p.groups * w.per_group + h;
+    narrow_row(output, p.is_query_half, p.value_width, at(p.output, p.is_query_half, head * p.value_width));
   }
 }
 
@@ -444,7 +429,7 @@ void do_item(Work& w, int64_t item, Scratch& t) {
     const int64_t choice = (item - bounds - w.choices) / w.runs, run = (item - bounds - w.choices) % w.runs;
     while (!w.chosen[choice].load(std::memory_order_acquire)) std::this_thread::yield();
     if (run * w.pages_of_run(choice) < w.count[choice]) attend_pages_on[w.machine](w, choice, run, t);
-    if (w.attended[choice].fetch_add(1, std::memory_order_acq_rel) + 1 == w.runs) merge_runs(w, choice);
+    if (w.attended[choice].fetch_add(1, std::memory_order_acq_rel) + 1 == w.runs) merge_runs(w, choice, t.output.data());
   }
 }
 
@@ -457,7 +442,7 @@ int read_pages(const Paged& p) {
   in_parallel(before + (p.task == kScoreOnly ? 0 : w.choices * w.runs), p.threads, [&] {
     const size_t most = std::max(kPagesOfAttention, (w.pages + w.runs - 1) / std::max(w.runs, int64_t(1)));
     return Scratch{Zeros(p.width), Zeros(p.width),
-                   Zeros(w.per_group * most * round_up(p.page)), Zeros(w.pages),
+                   Zeros(w.per_group * most * round_up(p.page)), Zeros(w.pages), Zeros(p.value_width),
                    std::vector<uint8_t>(w.pages), {}};
   }, [&](int64_t i, Scratch& t) { do_item(w, i, t); });
   return w.is_refused ? kRefused : kDone;

@@ -17,11 +17,11 @@ from sentei.kernels import native, ops
 from sentei.kernels.paging.pages import PAGE, RULES, Pages
 
 # The struct of native/pages.h: pointers, strides and sizes, then parameter and scale.
-_PAGED = struct.Struct("=8Q 13q 15q 2d")
+_PAGED = struct.Struct("=8Q 13q 16q 2d")
 _SCORE, _GIVEN, _CHOOSE = 0, 1, 2
 _REFUSED = 2  # the status of a call that met NaN or plus infinity; of native/pages.h
-# What can be read; float16 is converted first.
-_DTYPES = torch.float32, torch.bfloat16, torch.float16
+_READ = torch.float32, torch.bfloat16  # what the library reads
+_DTYPES = *_READ, torch.float16  # and what is converted first
 _KINDS = {rule: (number, name) for number, (rule, name) in enumerate(RULES.items())}
 
 
@@ -70,13 +70,13 @@ def numbers_of(rule: Rule) -> tuple[int, float]:
     return kind, float(getattr(rule, name)) if name else 0.0
 
 
-def checked(status: int) -> None:
+def checked(status: int, name: str = "paging") -> None:
     """Raises what a call of the library ended with: RuleError or ResourceError, or nothing."""
     if status == _REFUSED:
-        raise RuleError("paging", expected="finite scores", got="NaN or infinity",
+        raise RuleError(name, expected="finite scores", got="NaN or infinity",
                         do="look for overflow in the queries and keys")
     if status:
-        raise ResourceError("paging", expected="memory for the scores of every page", got="none left",
+        raise ResourceError(name, expected="memory for what is between the rows and the result", got="none left",
                             do="use a shorter input, a smaller batch or a machine with more memory")
 
 
@@ -91,7 +91,9 @@ def _run(query, key, value, pages, scale, task, kept):
 def _pages(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bounds: torch.Tensor | None,
            lengths: torch.Tensor | None, kept: torch.Tensor | None, sizes: list[int],
            numbers: list[float]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Without the checks of the op `sentei::pages`: float32 output [B, R, H, Dv] and bool choice [B, G, R, KB].
+    """Without the checks of the op `sentei::pages`: output [B, R, H, Dv] and bool choice [B, G, R, KB].
+
+    The output is of the query's dtype where that can be read, else float32.
 
     For the task _SCORE nothing and float32 scores instead, for _GIVEN output and nothing.
 
@@ -108,7 +110,7 @@ def _pages(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bounds: 
         return output.zero_(), made.fill_(-torch.inf if made.is_floating_point() else False)
     task, rule, window, causal = sizes
     batch, num_keys, groups, width = key.shape
-    rows = _rows(query if query.dtype == torch.float32 else query.float())
+    rows = _rows(query.to(output.dtype))
     if key.dtype == torch.float16:
         key, value, bounds = key.float(), value.float(), None if bounds is None else bounds.float()
     key, value, bounds = _rows(key), _rows(value), None if bounds is None else _rows(bounds)
@@ -120,8 +122,8 @@ def _pages(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bounds: 
         *rows.stride()[:3], *key.stride()[:3], *value.stride()[:3],
         *((0, 0, 0, 0) if bounds is None else bounds.stride()[:4]),
         batch, query.shape[1], num_keys, query.shape[2], groups, width, value.shape[3], PAGE,
-        min(window, num_keys), bool(causal), key.dtype == torch.bfloat16, task, rule, torch.get_num_threads(),
-        native.MACHINE, numbers[1], numbers[0])))
+        min(window, num_keys), bool(causal), key.dtype == torch.bfloat16, rows.dtype == torch.bfloat16, task, rule,
+        torch.get_num_threads(), native.MACHINE, numbers[1], numbers[0])))
     return output, made
 
 
@@ -156,7 +158,7 @@ def _empty(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
     (batch, rows, heads, _), (_, num_keys, groups, _) = query.shape, key.shape
     output = (0,) if task == _SCORE else (batch, rows, heads, value.shape[3])
     made = (0,) if task == _GIVEN else (batch, groups, rows, -(-num_keys // PAGE))
-    return (query.new_empty(output, dtype=torch.float32),
+    return (query.new_empty(output, dtype=query.dtype if query.dtype in _READ else torch.float32),
             query.new_empty(made, dtype=torch.float32 if task == _SCORE else torch.bool))
 
 
