@@ -1,8 +1,9 @@
 """What every claim's measurement gives: rows, pictures, and checks, of which the verdict is made and nothing else.
 
 A check is a number with its 95 % interval and the range that the claim says it lies in. It holds where the whole
-interval lies in that range, does not hold where the whole interval lies outside, and is open between the two. A claim
-holds where all its checks do, and does not hold where one of them does not.
+interval lies in that range, does not hold where the whole interval lies outside, and is open between the two; a number
+that is in doubt is open wherever it lies. A claim holds where all its checks do, and does not hold where one of them
+does not.
 """
 
 import math
@@ -25,6 +26,7 @@ class Check:
         name: what it is, in words.
         value, low, high: as measured; low and high are the value where it was counted.
         least, most: the range the claim says it lies in; None where that has no end.
+        doubt: why the number is not to be judged, whatever it is, in words: the check is open then.
     """
 
     name: str
@@ -33,12 +35,14 @@ class Check:
     high: float
     least: float | None = None
     most: float | None = None
+    doubt: str = ""
 
     def __post_init__(self):
         ends = [end for end in (self.least, self.most) if end is not None]
         require("Check", self, {
             "finite numbers, low and high around the value": all(map(_is_number, (self.value, self.low, self.high)))
             and self.low <= self.value <= self.high,
+            "a doubt in words": isinstance(self.doubt, str),
             "a range of finite numbers": len(ends) > 0 and all(map(_is_number, ends)) and ends == sorted(ends)})
 
     @property
@@ -46,12 +50,14 @@ class Check:
         """HOLDS, OPEN or FAILS."""
         least = -math.inf if self.least is None else self.least
         most = math.inf if self.most is None else self.most
+        if self.doubt:
+            return OPEN
         if least <= self.low and self.high <= most:
             return HOLDS
         return FAILS if self.high < least or self.low > most else OPEN
 
     def words(self) -> str:
-        """The number, its interval and what was claimed."""
+        """The number, its interval and what was claimed, and why it is in doubt."""
         interval = "" if self.low == self.high else f" ({number(self.low)} to {number(self.high)})"
         if self.least is not None and self.least == self.most:
             claimed = number(self.least)
@@ -59,7 +65,8 @@ class Check:
             claimed = f"at most {number(self.most)}" if self.least is None else f"at least {number(self.least)}"
         else:
             claimed = f"{number(self.least)} to {number(self.most)}"
-        return f"{self.name} {number(self.value)}{interval}, claimed {claimed}"
+        doubt = f"; not judged, {self.doubt}" if self.doubt else ""
+        return f"{self.name} {number(self.value)}{interval}, claimed {claimed}{doubt}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,10 +147,29 @@ def _not_ours(got: str) -> SenteiError:
                      do="measure the claim again")
 
 
-def measured(name: str, interval: tuple[float, float, float], **claimed: float) -> Check:
+def measured(name: str, interval: tuple[float, float, float], *, doubt: str = "", **claimed: float) -> Check:
     """A check of a value with its interval (value, low, high); `claimed` is least and most."""
     value, low, high = interval
-    return Check(name=name, value=value, low=low, high=high, **claimed)
+    return Check(name=name, value=value, low=low, high=high, doubt=doubt, **claimed)
+
+
+def disturbed(what: str, rows: list[Row], size: str, spent: str) -> str:
+    """Why times are not to be trusted: more work that took surely less time, the machine having done other things.
+
+    Args:
+        what: was timed.
+        rows: of a table, with the columns `size`, and `spent`, `spent` low and `spent` high in milliseconds.
+    Returns:
+        The pair of rows furthest apart of which the interval of the larger lies below the smaller's, in words; or "".
+    """
+    ordered = sorted(rows, key=lambda row: row[size])
+    pairs = [(less, more) for place, less in enumerate(ordered) for more in ordered[place + 1:]
+             if more[size] > less[size] and more[f"{spent} high"] < less[f"{spent} low"]]
+    if not pairs:
+        return ""
+    less, more = max(pairs, key=lambda pair: pair[0][spent] / pair[1][spent])
+    return (f"the machine was disturbed: {what} took {number(less[spent])} ms for {number(less[size])} {size} and "
+            f"{number(more[spent])} ms for {number(more[size])}")
 
 
 def counted(name: str, value: float, claimed: float) -> Check:

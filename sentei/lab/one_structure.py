@@ -18,10 +18,15 @@ from sentei.core.rules import All, TopK
 from sentei.kernels.attention import Grid, Tiles, attend
 from sentei.kernels.routing import route
 from sentei.lab.finding import Finding, Row, measured
+from sentei.measurement.charts import Chart, Series
 
 CLAIM = "Attention and a mixture of experts are one structure: one definition computes both."
 DRAWS, QUERIES, CANDIDATES, WIDTH, KEPT = 10, 6, 8, 16, 2
 ROUNDING = 1e-12
+NONE = 1e-17  # where a difference of nothing is drawn: an axis of powers has no 0
+# What computes, as the picture names it, by the names of the table.
+OPERATIONS = {"the definition": "the definition", "route, with constant experts": "route", "route": "route",
+              "attend": "attention", "attention over the experts' answers": "attention"}
 
 
 def measure(definition: Callable = apply) -> Finding:
@@ -51,8 +56,21 @@ def judge(rows: list[Row]) -> Finding:
     checks = [measured(f"{row['computed']} by {row['by']}: the largest relative difference is",
                        (row["largest difference"],) * 3, least=0, most=ROUNDING)
               for row in sorted(rows, key=lambda row: -row["largest difference"])]
-    return Finding(claim=CLAIM, rows=tuple(rows), checks=tuple(checks), notes=(
+    return Finding(claim=CLAIM, rows=tuple(rows), checks=tuple(checks), charts=(_chart(rows),), notes=(
         "What differs is what a value is: a row of data, or a function of the query.",))
+
+
+def _chart(rows: list[Row]) -> Chart:
+    """The differences of both by what computes them, and what rounding may come to."""
+    labels = list(dict.fromkeys(OPERATIONS.values()))
+    series = [Series(name="at most, by rounding", x=tuple(map(float, range(len(labels)))), y=(ROUNDING,) * len(labels),
+                     expected=True)]
+    for computed in dict.fromkeys(row["computed"] for row in rows):
+        own = [row for row in rows if row["computed"] == computed]
+        series.append(Series(name=computed, x=tuple(float(labels.index(OPERATIONS[row["by"]])) for row in own),
+                             y=tuple(max(row["largest difference"], NONE) for row in own)))
+    return Chart(title="Each computed by the other's operation, against its textbook formula.", x="computed by",
+                 y="largest relative difference", log_y=True, labels=tuple(labels), series=tuple(series))
 
 
 def textbook_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:

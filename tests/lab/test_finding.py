@@ -5,7 +5,7 @@ import json
 import pytest
 
 from sentei.core.errors import FileError, SenteiError
-from sentei.lab.finding import FAILS, HOLDS, OPEN, Check, Finding, counted, measured, number
+from sentei.lab.finding import FAILS, HOLDS, OPEN, Check, Finding, counted, disturbed, measured, number
 from sentei.lab.records import lines
 from sentei.measurement.charts import Chart, Series
 
@@ -32,6 +32,30 @@ def finding(*checks: Check, **changes) -> Finding:
 ])
 def test_a_check_is_told_by_its_interval(interval, claimed, verdict):
     assert measured("it is", interval, **claimed).verdict == verdict
+
+
+@pytest.mark.parametrize("low", [0.9, -1.0], ids=["holds else", "fails else"])
+def test_a_number_in_doubt_is_not_judged(low):
+    check = measured("it is", (low, low, low), least=0.0, doubt="the clock stood still")
+    assert check.verdict == OPEN and check.words().endswith("claimed at least 0; not judged, the clock stood still")
+    made = finding(check)
+    assert Finding.from_json(json.loads(json.dumps(made.to_json()))) == made
+
+
+def test_a_check_of_before_doubts_is_read():
+    value = finding().to_json()
+    assert value["checks"][0].pop("doubt") == "" and Finding.from_json(value) == finding()
+
+
+@pytest.mark.parametrize(("spent", "told"), [
+    ((1, 2, 3), ""), ((2, 2, 2), ""), ((2, 1.85, 3), ""), ((2, 3, 1.5), "3 ms for 2 n and 1.5 ms for 4"),
+    ((9, 4, 5), "9 ms for 1 n and 4 ms for 2"), ((5, 9, 4), "9 ms for 2 n and 4 ms for 4"),
+], ids=str)
+def test_more_work_in_less_time_is_a_disturbance(spent, told):
+    rows = [{"n": size, "ms": time, "ms low": time - 0.1, "ms high": time + 0.1}
+            for size, time in zip((1, 2, 4), spent, strict=True)]
+    for given in (rows, rows[::-1]):
+        assert disturbed("work", given, "n", "ms") == (told and f"the machine was disturbed: work took {told}")
 
 
 @pytest.mark.parametrize(("numbers", "claimed"), [
@@ -61,7 +85,8 @@ def test_a_finding_survives_its_file():
 @pytest.mark.parametrize("change", [
     lambda value: value.pop("rows"), lambda value: value.update(rows=[]), lambda value: value.update(checks=[]),
     lambda value: value["rows"].append({"other": 1}), lambda value: value["rows"][0].update(a=[1]),
-    lambda value: value["checks"][0].update(low="x"), lambda value: value["checks"][0].update(more=1),
+    lambda value: value["checks"][0].update(low="x"), lambda value: value["checks"][0].update(doubt=1),
+    lambda value: value["checks"][0].update(more=1),
     lambda value: value["charts"][0]["series"][0].update(x=[1.0]), lambda value: value.update(heat=[["x"]]),
     lambda value: value.update(claim=3), lambda value: value.update(charts=7), lambda value: value.update(notes=None),
 ])
