@@ -15,6 +15,7 @@ from pathlib import Path
 from benchmarks.publish import table, write_result
 from sentei.core.progress import Silent
 from sentei.lab.finding import Finding, number
+from sentei.lab.folder import require_ready
 from sentei.lab.records import keep, kept, measure
 from sentei.lab.table import CLAIMS
 
@@ -25,6 +26,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of the findings")
     out = parser.parse_args().out
     sys.argv[1:] = ["--out", "FOLDER"]  # what a page tells of the command: no folders of a machine
+    require_ready(out)
     missing = [name for name in CLAIMS if name not in kept(out)]
     for _, record, _ in measure(missing, Silent()):
         keep(record, out)

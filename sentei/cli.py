@@ -36,6 +36,7 @@ EXIT_CODES = {
 }
 
 
+WRITTEN = ("out", "save")  # the flags of any verb that name what it writes: an empty one is a mistake, as of a script
 VERBS = {"prune": prune.VERB, "slack": slack.VERB, "verify": verify.VERB, "bench": bench.VERB, "train": train.VERB,
          "trace": trace.VERB, "inspect": inspect.VERB, "lab": lab.VERB}
 
@@ -79,7 +80,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     """The parsed arguments.
 
     Raises:
-        SenteiError: (exit code 2) wrong arguments; for an unknown verb with the nearest known one.
+        SenteiError: (exit code 2) wrong arguments, an empty path to write to among them; for an unknown verb with the
+            nearest known one.
     """
     if not arguments:
         raise SenteiError("sentei", expected=f"a verb: {', '.join(VERBS)}", got="none", do="run sentei --help")
@@ -88,7 +90,12 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         near = difflib.get_close_matches(first, VERBS, n=1)
         raise SenteiError("sentei", expected=f"a verb: {', '.join(VERBS)}", got=repr(first),
                           do=f"did you mean sentei {near[0]}?" if near else "run sentei --help")
-    return parser().parse_args(arguments)
+    options = parser().parse_args(arguments)
+    for name in WRITTEN:
+        if getattr(options, name, None) == "":
+            raise SenteiError(f"--{name}", expected="a path to write to", got="''",
+                              do=f"name one, or leave --{name} away")
+    return options
 
 
 def take_stdout() -> TextIO:

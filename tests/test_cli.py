@@ -24,7 +24,7 @@ FLAGS = {
     "verify": {"DIR", "--json"},
     "bench": {"NAME", "CASE", "--runs", "--json"},
     "train": {"CONFIG", "--out", "--json"},
-    "trace": {"MODEL", "PROMPT", "--out", "--save", "--mass", "--write", "--online", "--json"},
+    "trace": {"MODEL", "PROMPT", "--control", "--out", "--save", "--mass", "--write", "--online", "--json"},
     "inspect": {"FILE", "--json"},
     "lab": {"NAME", "--out", "--json"},
 }
@@ -122,6 +122,10 @@ def test_flags_are_frozen():
      "argument --quality: not allowed with argument --speed", "run sentei prune --help"),
     (["prune", "--dtype", "float16"], "sentei prune",
      "argument --dtype: invalid choice: 'float16' (choose from 'float32', 'bfloat16')", "run sentei prune --help"),
+    *(([verb, *needed, flag, ""], flag, "''", f"name one, or leave {flag} away") for verb, needed, flag in (
+        ("prune", (), "--out"), ("train", ("c.yaml",), "--out"), ("trace", ("m", "a"), "--out"),
+        ("trace", ("m", "a"), "--save"), ("lab", ("snr",), "--out"))),
+    (["trace", "m", "a", "--out="], "--out", "''", "name one, or leave --out away"),
     (["verify"], "sentei verify", "the following arguments are required: DIR", "run sentei verify --help"),
 ], ids=lambda value: " ".join(value) if isinstance(value, list) else "")
 def test_usage_errors_have_four_parts(sentei, arguments, where, got, do):

@@ -20,10 +20,11 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def work(options: argparse.Namespace, say: Say) -> bool:
-    """Measures claims; says each one's rows and its verdict as soon as it is measured, and writes the page."""
+    """Measures claims, says each one's rows and verdict at once, and writes the page into a folder found to be fit."""
     names, out = chosen(options.names), Path(options.out)
     progress = Progress(sys.stderr, bars=draws(sys.stderr))
     page, records = importlib.import_module("sentei.lab.page"), importlib.import_module("sentei.lab.records")
+    importlib.import_module("sentei.lab.folder").require_ready(out)
     for name, record, finding in records.measure(names, progress):
         records.keep(record, out)
         page.write(out)

@@ -52,6 +52,25 @@ def write_whole(path: Path, write: Callable[[Path], None]) -> None:
             temporary.unlink(missing_ok=True)
 
 
+def require_writable(folder: Path, *files: Path) -> None:
+    """Makes a folder, and a file in it that is gone at once, before the work whose result is to lie there.
+
+    Args:
+        files: that will be written; none of them may be a folder.
+    Raises:
+        ResourceError: that is not possible.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise cannot_write(folder, error, "choose another folder with --out") from error
+    for path in files:
+        if path.is_dir():
+            raise cannot_write(path, IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR)),
+                               "remove it, or choose another folder with --out")
+
+
 def sync_folder(folder: Path) -> None:
     """Makes the names inside `folder` survive a loss of power."""
     handle = os.open(folder, os.O_RDONLY)

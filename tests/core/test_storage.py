@@ -11,7 +11,7 @@ import pytest
 
 from sentei.core import storage
 from sentei.core.errors import FileError, ResourceError
-from sentei.core.storage import read_json, sha256, write_json, write_text, write_whole
+from sentei.core.storage import read_json, require_writable, sha256, write_json, write_text, write_whole
 
 
 def full_disk(*args, **kwargs):
@@ -108,6 +108,34 @@ def test_a_file_where_the_folder_should_be_is_said_to_be_unwritable(tmp_path):
     (tmp_path / "out").write_text("a file")
     with pytest.raises(ResourceError, match="expected a path that can be written"):
         write_json(tmp_path / "out" / "plan.json", {})
+
+
+def test_a_folder_that_can_be_written_is_made_and_left_empty(tmp_path):
+    folder = tmp_path / "a" / "b"
+    for _ in range(2):
+        require_writable(folder, folder / "not there yet")
+        assert folder.is_dir() and names(folder) == []
+
+
+@pytest.mark.parametrize("where", ["old", "old/below", "/dev/null/below", "/proc/below"])
+def test_a_folder_that_cannot_be_written_is_found_out(tmp_path, where):
+    (tmp_path / "old").write_text("a file")
+    with pytest.raises(ResourceError, match="choose another folder with --out"):
+        require_writable(tmp_path / where)
+    assert names(tmp_path) == ["old"]
+
+
+def test_a_full_disk_is_found_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(storage.tempfile, "TemporaryFile", full_disk)
+    with pytest.raises(ResourceError, match="a full disk; free some space"):
+        require_writable(tmp_path)
+
+
+def test_a_folder_where_a_file_is_to_be_is_found_out(tmp_path):
+    (tmp_path / "plan.json").mkdir()
+    with pytest.raises(ResourceError, match="directory") as error:
+        require_writable(tmp_path, tmp_path / "other", tmp_path / "plan.json")
+    assert error.value.where == str(tmp_path / "plan.json")
 
 
 def test_the_data_reaches_the_disk_before_the_name(tmp_path, monkeypatch):

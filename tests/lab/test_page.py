@@ -10,7 +10,7 @@ from html.parser import HTMLParser
 import pytest
 from circuits import HOSTILE
 from lab.test_finding import finding
-from terminal import last_error
+from terminal import four_parts, last_error
 
 from sentei.lab import page
 from sentei.lab.finding import counted, measured
@@ -109,7 +109,53 @@ def test_an_unknown_claim_is_told_the_known_ones(sentei, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_folder_of_something_else_is_refused(sentei, tmp_path):
-    (tmp_path / "snr.json").write_text("{}")
+def changed(change) -> str:
+    """A record of "snr" after a change, as text."""
+    record = to_record("snr", finding(), 1.0)
+    change(record)
+    return json.dumps(record)
+
+
+BROKEN = {
+    "nothing": "{}", "a part": changed(lambda record: None)[:-9], "a list": "[]", "no text": "\0",
+    "another schema": changed(lambda record: record.update(schema="sentei.lab/0")),
+    "another claim": changed(lambda record: record.update(name="savings")),
+    "no finding": changed(lambda record: record.pop("finding")),
+    "half a finding": changed(lambda record: record["finding"].pop("rows")),
+    "no seconds": changed(lambda record: record.pop("seconds")),
+    "no number": changed(lambda record: record.update(seconds="long")),
+    "no date": changed(lambda record: record.pop("date")),
+    "no machine": changed(lambda record: record.update(environment=[])),
+    "a label less": changed(lambda record: record["finding"]["charts"][0].update(labels=["one"])),
+}
+
+
+@pytest.mark.parametrize("text", BROKEN.values(), ids=BROKEN)
+@pytest.mark.parametrize("asked", ["one-structure", "snr"])
+def test_a_broken_record_is_refused_before_anything_is_measured(text, asked, sentei, tmp_path):
+    (tmp_path / "snr.json").write_text(text)
+    done = sentei("lab", asked, "--out", tmp_path)
+    parts = four_parts(done.stderr)  # no stage has begun
+    assert (done.returncode, done.stdout, parts["error"]) == (3, "", str(tmp_path / "snr.json"))
+    assert parts["do this"] == "remove it, or name another folder with --out"
+    assert [path.name for path in tmp_path.iterdir()] == ["snr.json"] and (tmp_path / "snr.json").read_text() == text
+
+
+def test_whole_records_are_no_hindrance(sentei, tmp_path):
+    for name in NAMES:
+        keep(to_record(name, finding(), 1.0), tmp_path)
     done = sentei("lab", "one-structure", "--out", tmp_path)
-    assert done.returncode == 3 and last_error(done.stderr)["error"] == "a finding"
+    assert done.returncode == 0 and kept(tmp_path)["one-structure"][1].rows != finding().rows
+
+
+@pytest.mark.parametrize("way", ["page is a folder", "record is a folder", "out is a file", "out is below one"])
+def test_what_cannot_be_written_is_found_out_before_anything_is_measured(way, sentei, tmp_path):
+    out, at = tmp_path / "out", {"page is a folder": "out/lab.html", "record is a folder": "out/snr.json",
+                                 "out is a file": "out", "out is below one": "out/below"}[way]
+    if way.startswith("out"):
+        out.write_text("a file")
+        out = tmp_path / at
+    else:
+        (tmp_path / at).mkdir(parents=True)
+    done = sentei("lab", "snr", "one-structure", "--out", out)
+    assert (done.returncode, done.stdout) == (4, "") and four_parts(done.stderr)["error"] == str(tmp_path / at)
