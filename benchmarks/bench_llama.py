@@ -17,7 +17,6 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
-from importlib.metadata import distribution
 from itertools import product
 
 import torch
@@ -25,7 +24,8 @@ from torch import nn
 
 from benchmarks.publish import table, write_result
 from sentei.axes.connections import Config
-from sentei.conversion.checkpoints import DEFAULT_FILE, DEFAULT_PACKAGE, load_model, load_tokenizer, locate
+from sentei.conversion import embedded
+from sentei.conversion.checkpoints import load_model, load_tokenizer, locate
 from sentei.conversion.plan import Plan, convert, prunable_layers
 from sentei.core.rules import All, Threshold
 from sentei.measurement.text import read_text, windows_of
@@ -56,9 +56,8 @@ Side = Callable[[torch.Tensor], tuple[float, float]]  # seconds of the prefill, 
 
 def llama(held: ExitStack, python: str, tokens: int, flash: bool) -> tuple[Side, str]:
     """llama.cpp in a process of its own, and what it says of its instruction sets."""
-    weights = distribution(DEFAULT_PACKAGE).locate_file(DEFAULT_FILE)
     given = [str(number) for number in (tokens, STEPS, torch.get_num_threads(), int(flash))]
-    child = held.enter_context(subprocess.Popen([python, "-c", CODE, str(weights), *given], text=True,
+    child = held.enter_context(subprocess.Popen([python, "-c", CODE, str(embedded.path()), *given], text=True,
                                                 stdin=subprocess.PIPE, stdout=subprocess.PIPE))
     held.callback(child.stdin.close)
     system = child.stdout.readline().strip()

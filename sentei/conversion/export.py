@@ -89,7 +89,7 @@ def load(folder: str | Path) -> nn.Module:
     policy = read_policy(Path(folder))
     plan = Plan.from_json(policy["plan"])
     uneven = partial(reshape, plan=plan) if plan.standing("in").entries else None
-    model = load_model(locate(str(folder)), policy["dtype"], uneven)
+    model = load_model(locate(str(Path(folder).absolute())), policy["dtype"], uneven)
     try:
         return convert(model, plan.standing("under"))
     except (RuleError, UnsupportedError) as error:  # it does not fit the model: a layer or a head that is not there

@@ -140,9 +140,10 @@ def test_nothing_heavy_is_loaded_and_it_is_quick(tmp_path, kind):
     assert float(seconds) < 0.3
 
 
-def test_the_embedded_model_is_looked_at_quickly():
-    from sentei.conversion.checkpoints import DEFAULT_FILE, _default_package
-
-    done = run(_default_package().locate_file(DEFAULT_FILE), "--json")
+def test_the_embedded_model_is_looked_at_quickly(tmp_path, monkeypatch):
+    model(tmp_path).rename(tmp_path / "default")
+    monkeypatch.chdir(tmp_path)
+    assert json.loads(run("./default", "--json").stdout)["parameters"] == PARAMETERS
+    done = run("default", "--json")
     assert done.returncode == 0 and json.loads(done.stdout)["parameters"] == 134_515_008
     assert float(done.stderr.split()[0]) < 0.3

