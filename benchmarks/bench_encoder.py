@@ -2,7 +2,7 @@
 
 Run from the repository's root: python -m benchmarks.bench_encoder FOLDER
 
-FOLDER holds an encoder built as BERT is (MiniLM, BGE, E5). Every layer keeps the same share of its neurons, those that
+FOLDER holds an encoder of BERT's architecture, as MiniLM. Every layer keeps the same share of its neurons, those that
 are worth most on other windows of the text (room `weights`, saliency obs), and its last matrix is fitted anew by least
 squares; nothing is trained, and the result is an ordinary, smaller encoder. "Cosine" is between the embeddings of both
 models, their last states' means over all tokens of a window, with the 95 % interval over windows. Times are of one
@@ -11,6 +11,7 @@ window, dense and narrower in turn.
 
 import argparse
 import copy
+import hashlib
 import sys
 from pathlib import Path
 
@@ -65,6 +66,21 @@ def narrower(model: nn.Module, seen: dict[str, Calibration], share: float) -> nn
     return made
 
 
+def nameless(words: list[str], folder: Path) -> list[str]:
+    """The words of a command line without the folder, however it was written: a page names no folders."""
+    return ["FOLDER" if Path(word) == folder else word for word in words]
+
+
+def identity(model: nn.Module) -> str:
+    """Which model it is, without its name: its sizes, and the beginning of the SHA-256 of its weights in float32."""
+    digest, config = hashlib.sha256(), model.config
+    for name, parameter in sorted(model.named_parameters()):
+        digest.update(name.encode() + parameter.detach().float().contiguous().numpy().tobytes())
+    return (f"{config.num_hidden_layers} layers, width {config.hidden_size}, feed-forward layers of "
+            f"{config.intermediate_size} neurons, a vocabulary of {config.vocab_size:,}, weights "
+            f"{digest.hexdigest()[:16]}")
+
+
 def main() -> None:
     """Measures every share and writes the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -72,7 +88,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--runs", type=int, default=15)
     arguments = parser.parse_args()
-    sys.argv = ["FOLDER" if word == str(arguments.folder) else word for word in sys.argv]  # a page names no folders
+    sys.argv = nameless(sys.argv, arguments.folder)
     model, text = encoders.load(arguments.folder), read_text(None)
     rows = windows_of(read_tokenizer(arguments.folder), text.text, arguments.tokens)
     seen, dense, lines = calibrated(model, rows["calibrate"]), embeddings(model, rows["judge"]), []
@@ -86,8 +102,7 @@ def main() -> None:
                       f"{timed.speedup():.2f}", f"{min(ratios):.2f} to {max(ratios):.2f}"])
         print(" | ".join(lines[-1]), flush=True)
     write_result("encoder", __doc__, [
-        f"{model.config.num_hidden_layers} layers, width {model.config.hidden_size}, feed-forward layers of "
-        f"{model.config.intermediate_size} neurons; {arguments.tokens} tokens a window, {WINDOWS['judge']} windows "
+        f"{identity(model)}; {arguments.tokens} tokens a window, {WINDOWS['judge']} windows "
         f"judged and {WINDOWS['calibrate']} calibrated on, of {text.name}; {arguments.runs} pairs of runs.",
         table(["neurons", "cosine", "95 %", "times as fast", "pairs of runs"], lines)])
 

@@ -44,12 +44,28 @@ def prefix_differences(first: Run, second: Run) -> int:
             one, other = (run.get(layer, part) for run in (first, second))
             if one is not None and other is not None:
                 different += int((one[:shared].int() != other[:shared].int()).sum())
-        one, other = (kept_keys(run, layer, shared)[..., :shared] for run in (first, second))
+        one, other = _even(*(kept_keys(run, layer, shared)[..., :shared] for run in (first, second)))
         different += int((one != other).sum())
-        if all(span.block == 1 for run in (first, second) for span in run.spans(layer)) and first.spans(layer):
-            one, other = (run.get(layer, "connections.weights")[:, :shared] for run in (first, second))
+        if all(_token_by_token(run, layer, shared) for run in (first, second)):
+            one, other = _even(*(run.get(layer, "connections.weights")[:, :shared] for run in (first, second)))
             different += int((one != other).sum())
     return different
+
+
+def _token_by_token(run: Run, layer: int, stop: int) -> bool:
+    """Whether row t of a layer's connections is token t, for the first `stop` tokens."""
+    end = 0
+    for span in run.spans(layer):
+        if span.first != end or span.block > 1:
+            break
+        end += span.queries
+    return end >= stop > 0
+
+
+def _even(one: torch.Tensor, other: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two [H, …] with as many heads each: one that chooses for several stands for each of them."""
+    heads = max(len(one), len(other))
+    return one.repeat_interleave(heads // len(one), 0), other.repeat_interleave(heads // len(other), 0)
 
 
 def kept_keys(run: Run, layer: int, stop: int | None = None) -> torch.Tensor:
@@ -101,8 +117,7 @@ def agreement(first: Run, second: Run, pairs: list[tuple[int, int]]) -> torch.Te
 
 def _edges(one: torch.Tensor, other: torch.Tensor, partner: torch.Tensor) -> torch.Tensor:
     """Float [pairs] of bool [H, pairs, T1] and [H, pairs, T2], whose keys are matched by int64 partner [T1]."""
-    heads = max(len(one), len(other))
-    one, other = (keep.repeat_interleave(heads // len(keep), 0) for keep in (one, other))
+    one, other = _even(one, other)
     mine = partner >= 0
     both = (one[..., mine] & other[..., partner[mine]]).sum((0, 2))
     either = one.sum((0, 2)) + other.sum((0, 2)) - both

@@ -36,6 +36,7 @@ _NAME = re.compile(r"([012])\.(\d{1,3})\.([a-z]+(?:\.[a-z]+)?)")
 _HEADER = {"schema", "kind", "model", "rule", "versions", "date", "runs"}
 _RUN = {"tokens", "prompt", "causal", "layers", "following", "bypasses"}
 _SHAPE = {"heads", "kv_heads", "choosers", "experts", "unit", "rank"}
+MAX_PAIRS = 1 << 29  # bytes that one layer of a run takes when it is compared: 32 choosers of 4,096 tokens
 MAX_TEXT = 1 << 16  # characters of a token, a name or a reason
 
 
@@ -164,7 +165,8 @@ def _header(raw: str) -> dict:
 
 def _circuit(header: dict) -> Circuit:
     runs = tuple(map(_run, header["runs"]))
-    _need(len({len(run.layers) for run in runs}) == 1, "as many layers in all runs", [len(run.layers) for run in runs])
+    for run in runs[1:]:
+        _check_comparable(runs[0], run)
     plain = {key: header[key] for key in ("kind", "model", "rule", "versions", "date")}
     return Circuit(**plain, runs=runs)
 
@@ -187,6 +189,20 @@ def _run(value: object) -> Run:
     return Run(tokens=tuple(Token(id=number, text=text) for number, text in tokens), prompt=value["prompt"],
                causal=value["causal"], layers=tuple(Shape(**shape) for shape in layers), tensors={},
                following=tuple((text, chance) for text, chance in following), bypasses=tuple(bypasses))
+
+
+def _check_comparable(first: Run, other: Run) -> None:
+    """What two runs chose from can be compared, and in memory that a page is worth."""
+    _need(len(first.layers) == len(other.layers), "as many layers in all runs", [len(first.layers), len(other.layers)])
+    _need(first.causal == other.causal, "runs that are all causal, or none", [first.causal, other.causal])
+    for layer, pair in enumerate(zip(first.layers, other.layers, strict=True)):
+        few, many = sorted(max(shape.choosers, 1) for shape in pair)
+        same = all(len({getattr(shape, name) for shape in pair} - {0}) <= 1 for name in _SHAPE - {"choosers"})
+        _need(same and many % few == 0, f"runs of one model, with the same sizes in layer {layer}",
+              list(map(vars, pair)))
+    pairs = max(max(shape.choosers, 1) * len(run.tokens) ** 2 for run in (first, other) for shape in run.layers)
+    _need(pairs <= MAX_PAIRS, f"at most {MAX_PAIRS:,} pairs of a chooser, a token and a key in a run that is compared",
+          pairs)
 
 
 def _is_text(value: object) -> bool:

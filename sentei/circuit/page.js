@@ -10,7 +10,6 @@ let over = null;
 let matrices = [];
 let maps = null;
 let control = null;  // the third run, and the places of A's tokens in it
-let way = null;  // the agreement of the tokens in question through all layers
 let waiting = 0;
 
 const cellOf = ({ run: number, l, t }) => ({ run: runs[number], l, t });
@@ -52,10 +51,10 @@ function refresh() {
   let companion = active ? companionOf(active) : null;
   if (companion && companion.run === active.run) companion = null;
   const pinned = state.pins.length === 2 ? state.pins.map((pin) => ({ run: runs[pin.run], l: 0, t: pin.t })) : null;
-  way = runs.length > 1 && active && companion ? between(active, companion)
+  const across = runs.length > 1 && active && companion ? between(active, companion)
     : runs.length > 1 && !active && pinned ? between(...pinned) : null;
   over.clear(geo.width, geo.height);
-  drawOver(over, geo, state, active, companion, way);
+  drawOver(over, geo, state, active, companion, across);
   $("line").textContent = active ? describe(active.run, active.l, active.t)
     : "Point at a cell, or walk with the arrow keys: what that token used of that layer is said here.";
   return active;
@@ -66,7 +65,10 @@ function panels() {
   const companion = active && companionOf(active);
   const cells = active ? [active, companion].filter(Boolean) : [];
   if (cells.length === 2 && cells[0].run !== cells[1].run) cells.sort((a, b) => a.run.number - b.run.number);
-  const values = cells.length > 1 ? alike(cells[0].run, cells[0].t, cells[1].run, cells[1].t, cells[0].l, partnerOf(...cells)) : null;
+  const alikeness = cells.length < 2 ? null : {
+    here: alike(cells[0].run, cells[0].t, cells[1].run, cells[1].t, cells[0].l, partnerOf(...cells)),
+    way: cells[0].run === cells[1].run ? null : between(...cells), control: control && control.run.told.text,
+  };
   const home = $("panels");
   const available = cells.length > 1 ? Math.floor((home.clientWidth - 34) / 2) : home.clientWidth;
   while (home.children.length > Math.max(cells.length, 1)) home.lastChild.remove();
@@ -75,7 +77,7 @@ function panels() {
     const panel = home.children[i] || home.appendChild(element("section", {}));
     panel.setAttribute("class", `panel${kind}`);
     panel.setAttribute("aria-label", place(cell.run, cell.l, cell.t));
-    return { cell, ...fillPanel(panel, cell, values, available) };
+    return { cell, ...fillPanel(panel, cell, alikeness, available) };
   });
   if (!cells.length) {
     const panel = element("section", { class: "panel" }, element("h2", { text: "No cell chosen" }),

@@ -98,8 +98,9 @@ function drawGroups(pen, cell, width) {
   }
 }
 
-// Fills a panel with a cell; returns the matrix, so that the mouse and the keyboard can walk it.
-function fillPanel(panel, cell, values, available) {
+// Fills a panel with a cell; returns the matrix, so that the mouse and the keyboard can walk it. `alikeness`: where it
+// is compared with another, the agreement in its layer (`here`), in all (`way`), and in all with the `control`.
+function fillPanel(panel, cell, alikeness, available) {
   const { run, l, t } = cell;
   const own = run.layers[l];
   const width = Math.max(240, Math.min(420, available));
@@ -113,10 +114,11 @@ function fillPanel(panel, cell, values, available) {
       }),
       element("p", { text: `${million(done)} of ${million(dense)} multiply-adds (${percent(dense ? done / dense : 1)})` }));
   }
-  if (values) panel.append(element("h3", { text: "agreement with the other" }), element("p", { text: describePair(values) }));
-  if (values && way) {
-    panel.append(element("h3", { text: "in all layers" }), element("p", { text: `with the other: ${describeWay(way.values)}` }));
-    if (way.control) panel.append(element("p", { text: `control, A with ${quoted(control.run.told.text)}: ${describeWay(way.control)}` }));
+  if (alikeness) {
+    const { here, way, control } = alikeness;
+    panel.append(element("h3", { text: "agreement with the other" }), element("p", { text: describePair(here) }));
+    if (way) panel.append(element("h3", { text: "in all layers" }), element("p", { text: `with the other: ${describeWay(way.values)}` }));
+    if (way && way.control) panel.append(element("p", { text: `control, A with ${quoted(control)}: ${describeWay(way.control)}` }));
   }
   panel.append(element("h3", { text: `heads by keys, ${KEEPS}` }));
   const shape = matrixShape(cell, Math.max(width, available));

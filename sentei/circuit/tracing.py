@@ -1,6 +1,7 @@
 """`sentei.trace`: a trace that can be seen, and that knows which tokens its records are of."""
 
 import html
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -102,6 +103,9 @@ def spell(tokenizer) -> Spell:
     def text(number: int) -> str:
         found = tokenizer.decode([number])
         name = getattr(tokenizer, "convert_ids_to_tokens", lambda _: None)(number)
+        fallback = _FALLBACK.fullmatch(name) if isinstance(name, str) else None
+        if "�" in found and fallback:
+            return f"<{fallback[1].lower()}>"
         if "�" in found and isinstance(name, str) and all(letter in _BYTES for letter in name):
             return "<" + " ".join(f"{_BYTES[letter]:02x}" for letter in name) + ">"
         if "�" in found and name is None and number < 256:
@@ -118,4 +122,5 @@ def _byte_letters() -> dict[str, int]:
     return {chr(byte): byte for byte in plain} | {chr(256 + place): byte for place, byte in enumerate(other)}
 
 
+_FALLBACK = re.compile("<0x([0-9A-F]{2})>")  # how SentencePiece names a byte
 _BYTES = _byte_letters()

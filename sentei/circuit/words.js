@@ -48,22 +48,24 @@ function describeEdge(run, l, t, head, key) {
   return `${place(run, l, t)}, head ${head}, key ${key} ${quoted(run.labels[key])}: ${state}.`;
 }
 
-// Two cells of one layer.
 const AGREED = ["connections", "KV heads", "feed-forward", "depth"];
 
+// Two cells of one layer.
 function describePair(values) {
   return values.map((value, i) => (value === null ? "" : `${AGREED[i]} ${percent(value)}`)).filter(Boolean).join(", ");
 }
 
-// Two tokens through all layers: by room how far they agree, and where they begin to differ.
+// Two tokens through all layers: by room how far they agree, and in how many layers they differ, which may be any.
 function describeWay(values) {
   return AGREED.map((name, i) => {
     const column = values.map((row) => row[i]);
     const told = column.filter((value) => value !== null);
     if (!told.length) return "";
+    const differing = told.filter((value) => value < 1).length;
     const first = column.findIndex((value) => value !== null && value < 1);
     const mean = told.reduce((sum, value) => sum + value, 0) / told.length;
-    return `${name} ${percent(mean)}${first < 0 ? " (nowhere different)" : ` (different from layer ${first} on)`}`;
+    return `${name} ${percent(mean)} ${first < 0 ? "(nowhere different)"
+      : `(differs in ${differing} of ${told.length} layers, first in layer ${first})`}`;
   }).filter(Boolean).join(", ");
 }
 

@@ -54,9 +54,10 @@ def work(options: argparse.Namespace, say: Say) -> bool:
             file.save(circuit, Path(options.save))
     out = Path(options.out or "circuit.html")
     with progress.stage("draw", 1) as step:
-        page.write(circuit, out)
+        both = page.together(circuit)
+        page.write(circuit, out, both)
         step()
-    result = page.result(circuit) | {"page": str(out), "trace": options.save}
+    result = page.result(circuit, both) | {"page": str(out), "trace": options.save}
     say(result, table(summary(result)))
     return True
 
@@ -126,7 +127,8 @@ VERB = Verb(
     summary="show which parts of a model each token used, for one prompt or two side by side",
     examples=(
         'sentei trace default "I saw a bat in the cave" "I saw a bat on the field"',
-        'sentei trace default "In a cave I saw a bat" "On a field I saw a bat" --control "In a cavern I saw a bat"',
+        'sentei trace default "In the cave I saw a bat" "In the field I saw a bat" '
+        '--control "In the cavern I saw a bat"',
         'sentei trace ./faster "Once upon a time" --write 32 --save once.trace',
         "sentei trace once.trace --out once.html",
     ),

@@ -1,4 +1,4 @@
-"""Encoders of transformers, read to be looked at: BERT and what is built as it is (MiniLM, BGE, E5).
+"""Encoders of transformers, read to be looked at: those of BERT's architecture, as MiniLM.
 
 No plan converts them; `sentei trace` shows what of them holds the mass. The same holds as for the other models: no code
 from a file is run, no pickle is opened, and keys, sizes and shapes are checked before memory is taken. Only the encoder

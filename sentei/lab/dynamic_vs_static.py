@@ -40,7 +40,7 @@ Losses = dict[str, dict[str, list[list[float]]]]
 Part = Callable[[int], dict[str, list[float]]]
 
 
-@one_thread()
+@one_thread
 def measure(seeds: tuple[int, ...] = SEEDS, parts: dict[str, Part] | None = None) -> Finding:
     """Trains what is not trained, searches, and compares.
 

@@ -34,7 +34,7 @@ NULLS = ("random", "dealt", "two seeds")
 Values = dict[tuple[str, int, str], list[float]]
 
 
-@one_thread()
+@one_thread
 def measure(seeds: tuple[int, ...] = SEEDS) -> Finding:
     """Trains mixtures and compares their experts.
 

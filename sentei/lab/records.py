@@ -19,14 +19,21 @@ def measure(names: list[str], progress: Progress) -> Iterator[tuple[str, dict, F
     for name in names:
         with progress.stage(name, 1) as step:
             start = time.perf_counter()
-            finding = importlib.import_module(f"sentei.lab.{CLAIMS[name]}").measure()
-            yield name, to_record(name, finding, time.perf_counter() - start), finding
+            module = importlib.import_module(f"sentei.lab.{CLAIMS[name]}")
+            finding = module.measure()
+            threads = getattr(module.measure, "threads", None)
+            yield name, to_record(name, finding, time.perf_counter() - start, threads), finding
             step()
 
 
-def to_record(name: str, finding: Finding, seconds: float) -> dict:
-    """A finding with where, when and how long it was measured, as a JSON object."""
-    return {"schema": SCHEMA, "name": name, "date": today(), "seconds": seconds, "environment": environment(),
+def to_record(name: str, finding: Finding, seconds: float, threads: int | None = None) -> dict:
+    """A finding with where, when and how long it was measured, as a JSON object.
+
+    Args:
+        threads: of torch, that it was measured on; None for as many as there are now.
+    """
+    own = {} if threads is None else {"threads": str(threads)}
+    return {"schema": SCHEMA, "name": name, "date": today(), "seconds": seconds, "environment": environment() | own,
             "finding": finding.to_json()}
 
 

@@ -36,7 +36,7 @@ def search(points: torch.Tensor, rows: torch.Tensor, bias: torch.Tensor | None =
     return nearest(at_zero(points), lifted(rows, bias), KEPT)
 
 
-@one_thread()
+@one_thread
 def measure(seen: Callable[[], list[Routing]] | None = None, index: Search = search) -> Finding:
     """Compares choices with searches.
 

@@ -5,11 +5,10 @@ small: no claim about models of other sizes follows.
 """
 
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, wraps
 from itertools import count
 from pathlib import Path
 
@@ -116,19 +115,24 @@ def routings(model: Transformer, windows: torch.Tensor) -> list[Routing]:
             for points, layer, ids in zip(seen, layers, chosen, strict=True)]
 
 
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """torch on one thread, in a block or a function: models so small gain little by two, and lose much beside others.
+def one_thread(measure: Callable) -> Callable:
+    """A function with torch on one thread, as its attribute `threads` tells: models so small gain little by two, and
+    lose much beside others.
 
     Threads of a parallel part spin while they wait for one another. 40 steps took 2.1 s on one thread and 1.5 on two
     of a quiet machine, 4.8 and 20 s on one that others used; and comparing experts is made of smaller parts still.
     """
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+    @wraps(measure)
+    def alone(*args, **kwargs):
+        before = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            return measure(*args, **kwargs)
+        finally:
+            torch.set_num_threads(before)
+
+    alone.threads = 1
+    return alone
 
 
 def _train(make: Callable[[], Transformer], seed: int, steps: int, terms: Callable[[], Sequence[Term]]) -> Trained:

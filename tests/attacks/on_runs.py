@@ -12,6 +12,7 @@ from circuits import observed
 from safetensors.torch import save_file
 
 from sentei.circuit import file as trace_file
+from sentei.circuit import page
 from sentei.core.storage import claimed
 from sentei.measurement.text import read_text
 from sentei.training import checkpoints
@@ -28,7 +29,9 @@ def open_trace(path: Path) -> None:
     """What `sentei trace FILE` does; a file that is no trace is a model that is none."""
     if not trace_file.is_trace(path):
         raise checkpoints.FileError(str(path), expected="a trace", got="another file", do="")
-    trace_file.load(path)
+    circuit = trace_file.load(path)
+    page.render(circuit)
+    page.result(circuit)
 
 
 def told(change: Callable[[dict], object]):
@@ -40,6 +43,40 @@ def told(change: Callable[[dict], object]):
         header["__metadata__"][trace_file.KEY] = json.dumps(value)
 
     return headed(spoil)
+
+
+def resized(**sizes: int):
+    """Other sizes of every layer of the second run, of which no tensors are left."""
+
+    def spoil(path: Path) -> None:
+        header, _ = header_of(path)
+        value = json.loads(header["__metadata__"][trace_file.KEY])
+        value["runs"][1]["layers"] = [layer | sizes for layer in value["runs"][1]["layers"]]
+        kept = {f"0.{name}": tensor for name, tensor in observed().runs[0].tensors.items()}
+        save_file(kept, path, metadata={trace_file.KEY: json.dumps(value)})
+
+    return spoil
+
+
+def crowded(path: Path) -> None:
+    """Two runs of 30,000 tokens and 64 choosers, without a tensor: compared, 57.6 GB for each layer."""
+    header, _ = header_of(path)
+    value = json.loads(header["__metadata__"][trace_file.KEY])
+    for run in value["runs"]:
+        run["tokens"], run["prompt"] = [[0, "a"]] * 30_000, 30_000
+        run["layers"] = [layer | {"heads": 64, "kv_heads": 64, "choosers": 64} for layer in run["layers"]]
+    save_file({"0.0.cost": torch.zeros(30_000, 2)}, path, metadata={trace_file.KEY: json.dumps(value)})
+
+
+def without(part: str):
+    """A trace that lacks a part in every layer."""
+
+    def spoil(path: Path) -> None:
+        header, _ = header_of(path)
+        kept = {name: tensor for name, tensor in trace_file.tensors_of(observed()).items() if not name.endswith(part)}
+        save_file(kept, path, metadata=header["__metadata__"])
+
+    return spoil
 
 
 def spanned(layers: int, choosers: int):
@@ -79,6 +116,11 @@ TRACE = Door(
         "a header of 30 MB": headed(
             lambda header: header["__metadata__"].update({trace_file.KEY: '{"a":"' + "x" * (30 << 20) + '"}'})
         ),
+        "runs of other key/value heads": resized(kv_heads=1, choosers=1),
+        "runs of other choosers": resized(heads=12, kv_heads=2, choosers=3),
+        "runs of other experts": resized(experts=9),
+        "a run that sees what follows": told(lambda value: value["runs"][1].update(causal=False)),
+        "30,000 tokens twice and 64 choosers": crowded,
         "another schema": told(lambda value: value.update(schema="sentei.trace/2")),
         "a key too many": told(lambda value: value.update(code="import os")),
         "a kind that is none": told(lambda value: value.update(kind="guessed")),
@@ -111,6 +153,8 @@ TRACE = Door(
     },
     twins={
         "as it is": as_it_is,
+        "no costs": without("cost"),
+        "nothing chosen in the second run": resized(choosers=0, experts=0, unit=0),
         "tokens of a stranger": told(
             lambda value: value["runs"][0]["tokens"].__setitem__(0, [1, "</script>\u001b[31m"])
         ),

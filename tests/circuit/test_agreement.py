@@ -67,6 +67,15 @@ def test_later_tokens_change_nothing_before_them():
     assert bool((agreement(*moved.runs, [(5, 5)])[:, 0] < 1).any())
 
 
+def test_a_run_in_which_less_was_chosen_can_be_compared():
+    first, second = observed().runs
+    bare = Run(**{**vars(second), "tensors": {name: part for name, part in second.tensors.items()
+                                              if "connections" not in name}})
+    seen = torch.ones(6, 6, dtype=torch.bool).tril()
+    missing = sum(int((~kept_keys(first, layer, 6)[..., :6] & seen).sum()) for layer in range(3))
+    assert missing > 0 and prefix_differences(first, bare) == prefix_differences(bare, first) == missing
+
+
 def test_nothing_chosen_is_everything_kept():
     run = Run(**{**vars(ran().runs[0]), "tensors": {}})
     assert torch.equal(kept_keys(run, 0)[0], torch.ones(10, 10, dtype=torch.bool).tril())

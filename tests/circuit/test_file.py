@@ -93,7 +93,16 @@ LIES = {
     "other layers in one run": (lambda header, _: header["runs"][1]["layers"].pop(), "as many layers"),
     "a probability": (put("runs", 0, "following", value=[["a", 2.0]]), "next tokens"),
     "a bypass": (put("runs", 0, "bypasses", value=[1]), "bypasses as text"),
-    "experts": (put("runs", 0, "layers", 0, "experts", value=60_000), "a known part of the size"),
+    "experts": (lambda header, _: [run["layers"][0].update(experts=60_000) for run in header["runs"]],
+                "a known part of the size"),
+    "experts of one run": (put("runs", 0, "layers", 0, "experts", value=60_000), "the same sizes in layer 0"),
+    "groups of one run": (put("runs", 1, "layers", 2, "kv_heads", value=1), "the same sizes in layer 2"),
+    "choosers of one run": (lambda header, _: [
+        run["layers"][1].update(heads=12, choosers=count) for run, count in zip(header["runs"], (4, 3), strict=True)],
+        "the same sizes in layer 1"),
+    "one run that sees what follows": (put("runs", 1, "causal", value=False), "all causal, or none"),
+    "more to compare than memory": (lambda header, _: [run.update(tokens=[[1, "a"]] * 30_000)
+                                                       for run in header["runs"]], "at most 536,870,912 pairs"),
     "more tokens than the tensors": (put("runs", 0, "tokens", value=[[1, "a"]] * 10), "a known part of the size"),
     "a name": (rename("0.0.cost", "0.0.pickle.data"), "a known part|tensors named"),
     "a name outside": (rename("0.0.cost", "0.99.cost"), "runs and layers that are there"),

@@ -14,7 +14,7 @@ from circuits import HOSTILE, controlled, hostile, observed, ran
 from sentei.circuit import page
 from sentei.circuit.agreement import agreement, aligned
 from sentei.circuit.file import bytes_of, tensors_of
-from sentei.circuit.page import label, render, together, told, write
+from sentei.circuit.page import joined, label, render, together, told, write
 from sentei.circuit.run import Circuit, Token
 from sentei.core.errors import ResourceError
 
@@ -87,6 +87,36 @@ def test_labels_are_short_and_plain_to_see(text):
 ])
 def test_labels(text, shown):
     assert label(text) == shown
+
+
+@pytest.mark.parametrize(("texts", "whole"), [
+    (["a", "<20 e5>", "<89>", "<aa>"], "a 剪"), (["<e5>", "<89 aa>", "<e5>", "<ae 9a>", "!"], "剪定!"),
+    (["<e5>", "<89>", "b"], "<e5><89>b"), (["<61>", "<b>"], "<61><b>"), ([], ""),
+])
+def test_parts_of_characters_are_joined_in_whole_texts(texts, whole):
+    assert joined(texts) == whole
+    run = ran().runs[0]
+    tokens = tuple(Token(id=0, text=text) for text in (texts + [""] * 10)[:10])
+    circuit = Circuit(**{**vars(ran()), "runs": (type(run)(**{**vars(run), "tokens": tokens}),)})
+    assert told(circuit)["runs"][0]["text"] == whole
+    assert f"<title>{html.escape(whole)} · the circuit" in render(circuit)
+
+
+def test_what_is_told_already_is_not_compared_again(monkeypatch):
+    circuit, text, numbers = controlled(), render(controlled()), page.result(controlled())
+    both = together(circuit)
+    monkeypatch.setattr(page, "together", None)
+    assert render(circuit, both) == text and page.result(circuit, both) == numbers
+
+
+def test_layers_without_a_cost_are_left_out():
+    run = ran().runs[0]
+    def density(*layers):
+        kept = {name: part for name, part in run.tensors.items()
+                if not name.endswith("cost") or int(name[0]) in layers}
+        return page.result(Circuit(**{**vars(ran()), "runs": (type(run)(**{**vars(run), "tensors": kept}),)}))
+    done, dense = run.get(1, "cost").double().sum(0).tolist()
+    assert density(1)["multiply_adds"] == [pytest.approx(done / dense)] and density()["multiply_adds"] == [1.0]
 
 
 def test_together_is_the_agreement():

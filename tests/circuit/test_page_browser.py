@@ -189,9 +189,37 @@ def way_words(values) -> str:
     told = []
     for name, column in zip(("connections", "KV heads", "feed-forward", "depth"), values.T.tolist(), strict=True):
         differs = [layer for layer, value in enumerate(column) if value < 1]
-        where = f"different from layer {differs[0]} on" if differs else "nowhere different"
+        where = (f"differs in {len(differs)} of {len(column)} layers, first in layer {differs[0]}" if differs
+                 else "nowhere different")
         told.append(f"{name} {int(100 * sum(column) / len(column) + 0.5)} % ({where})")
     return ", ".join(told)
+
+
+def agreeing_again():
+    """Of the last tokens the key/value heads differ in layer 0, and in no later one."""
+    circuit = controlled()
+    first, second, third = circuit.runs
+    tensors = dict(second.tensors)
+    for layer in range(3):
+        name = f"{layer}.heads.bits"
+        tensors[name] = tensors[name].clone()
+        tensors[name][8] = first.tensors[name][8] ^ (layer == 0)
+    changed = type(second)(**{**vars(second), "tensors": tensors})
+    return type(circuit)(**{**vars(circuit), "runs": (first, changed, third)})
+
+
+def test_a_layer_that_differs_does_not_speak_for_those_behind_it(browser, tmp_path):
+    show(browser, tmp_path, agreeing_again(), "#c=0.1.8")
+    text = browser.run("document.querySelector('.panel').textContent")
+    assert re.search(r"KV heads \d+ % \(differs in 1 of 3 layers, first in layer 0\)", text)
+
+
+def test_the_facts_name_the_control(browser, tmp_path):
+    facts = "document.getElementById('facts').textContent"
+    show(browser, tmp_path, controlled())
+    assert "control of A“w0 w1 w2 w3 w4 w77 w78 w40 w41 w42”" in browser.run(facts)
+    show(browser, tmp_path, observed(), "?without")
+    assert "control of A" not in browser.run(facts)
 
 
 @pytest.mark.parametrize("cell", ["0.1.8", "1.1.8"])
@@ -212,6 +240,67 @@ def test_the_panel_says_where_a_token_begins_to_differ_and_what_the_control_does
 
 CATCH = """(() => { window.caught = []; URL.createObjectURL = (blob) => { caught.push(blob); return "blob:x"; };
   HTMLAnchorElement.prototype.click = () => {}; })()"""
+
+
+def picture_of(browser: Browser, folder: Path, circuit, fragment: str) -> ElementTree.Element:
+    """The picture that the page exports."""
+    show(browser, folder, circuit, fragment)
+    browser.run(CATCH)
+    browser.run("document.getElementById('svg').click()")
+    browser.until("caught.length === 1")
+    return ElementTree.fromstring(browser.run("caught[0].text()"))
+
+
+def ticks(drawn: ElementTree.Element) -> list[float]:
+    """How far right of the spine the control's ticks stand: two wide, each in front of one of paper, four wide."""
+    nodes, found = list(drawn), []
+    title = next(node for node in nodes if node.text == "agreement of A and B")
+    spine = float(re.match(r"translate\(([0-9.]+) ", title.get("transform"))[1])
+    for back, tick in zip(nodes, nodes[1:], strict=False):
+        if (back.tag == tick.tag and back.tag.endswith("rect") and (back.get("width"), tick.get("width")) == ("4", "2")
+                and float(tick.get("x")) - float(back.get("x")) == pytest.approx(1)
+                and back.get("height") == tick.get("height")):
+            found.append(float(tick.get("x")) + 1 - spine)
+    return found
+
+
+def placed(values) -> list[float]:
+    """Where ticks of agreements [layers, rooms] stand: columns of 31, of which 27 are the bar."""
+    return [31 * room + 27 * value for room, column in enumerate(values.T.tolist()) for value in column]
+
+
+def test_the_controls_ticks_stand_at_its_agreement_with_a(browser, tmp_path):
+    """For all matched tokens where no cell is chosen, for the tokens in question where one is, or where two are pinned;
+    and without a control there are none."""
+    from sentei.circuit.agreement import agreement, aligned
+
+    circuit = controlled()
+    first, _, third = circuit.runs
+    means = agreement(first, third, aligned(first, third)).nanmean(-1)
+    own = agreement(first, third, [(8, 9)])[..., 0]
+    assert ticks(picture_of(browser, tmp_path, circuit, "?1#lens=all")) == pytest.approx(placed(means), abs=0.03)
+    for number, place in enumerate(("c=0.1.8", "c=1.1.8")):
+        both = ticks(picture_of(browser, tmp_path, circuit, f"?a{number}#{place}"))
+        assert both == pytest.approx(placed(means) + placed(own), abs=0.03)
+    assert ticks(picture_of(browser, tmp_path, observed(), "?2#c=0.1.8")) == []
+
+
+def over_it(browser: Browser) -> list[int]:
+    """Of what lies over the page's picture, how many pixels there are, and a number made of their colours."""
+    return browser.run("""(() => { const c = document.getElementById("over");
+      const d = c.getContext("2d").getImageData(0, 0, c.width, c.height).data, sums = [0, 0];
+      for (let i = 0; i < d.length; i += 4) { sums[0] += d[i + 3] > 0; sums[1] = (sums[1] * 31 + d[i]) % 1000003; }
+      return sums; })()""")
+
+
+def test_pins_in_both_runs_draw_their_agreement(browser, tmp_path):
+    """Without a cell, the spine shows the pinned tokens' agreement, of one pin there is none."""
+    found = []
+    for pins in ("0.7", "0.7,1.9", "0.7,1.8"):
+        show(browser, tmp_path, observed(), f"?{pins}#pin={pins}")
+        found.append(over_it(browser))
+    (one, _), (two, seen), (_, other) = found
+    assert two > 5 * one > 0 and seen != other
 
 
 @pytest.mark.parametrize("name", ["two prompts", "hostile"])

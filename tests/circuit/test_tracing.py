@@ -84,6 +84,18 @@ def test_words_that_a_space_sets_apart_bring_it_along():
     assert "".join(map(text, [1, 2, 3, 1, 4])) == " bats, bat [SEP]"
 
 
+def test_bytes_that_sentencepiece_falls_back_on():
+    from tokenizers import Tokenizer, decoders, models
+    from transformers import PreTrainedTokenizerFast
+
+    names = ["<unk>", "a", *(f"<0x{byte:02X}>" for byte in range(256))]
+    pieces = Tokenizer(models.BPE({name: place for place, name in enumerate(names)}, [], unk_token="<unk>",
+                                  byte_fallback=True))
+    pieces.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    text = spell(PreTrainedTokenizerFast(tokenizer_object=pieces))
+    assert [text(place) for place in (1, 2 + 0xE3, 2 + 0x81, 2 + 0x41)] == ["a", "<e3>", "<81>", "A"]
+
+
 def test_parts_of_characters_are_told_as_bytes():
     tokenizer = tiny_tokenizer()
     first = tokenizer("剪")["input_ids"][0]

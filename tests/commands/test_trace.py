@@ -8,6 +8,7 @@ from tiny import save_tiny, save_tiny_encoder, tiny_model, tiny_tokenizer
 
 from sentei.axes import connections
 from sentei.circuit.file import load
+from sentei.circuit.page import result
 from sentei.conversion.export import export
 from sentei.conversion.plan import Plan, convert
 from sentei.core.rules import TopK
@@ -41,6 +42,11 @@ def test_a_control(sentei, folder, tmp_path):
     assert done.returncode == 0 and lines["tokens"] == "5 and 5 and 5" and lines["control"].startswith("connections")
     assert ["".join(token.text for token in run.tokens) for run in load(tmp_path / "a.trace").runs] == [
         "a bat", "a cat", "a rat"]
+    both = result(load(tmp_path / "a.trace"))["together"]
+    for name in ("agreement", "control"):
+        told = ", ".join(f"{room} {share:.1%}" for room, share in both[name].items() if share is not None)
+        assert lines[name] == f"{told} (mean of matched tokens)"
+    assert lines["agreement"] != lines["control"]
     again = sentei("trace", tmp_path / "a.trace", "--out", tmp_path / "b.html")
     assert again.returncode == 0 and (tmp_path / "a.html").read_bytes() == (tmp_path / "b.html").read_bytes()
     done = sentei("trace", tmp_path / "a.trace", "--control", "")
@@ -98,6 +104,7 @@ def test_a_trained_model(causal, sentei, tmp_path):
     (("a", "--write", "1.5"), 2, "--write", "'1.5'"),
     (("a", "--write", "-1"), 2, "--write", "'-1'"),
     (("a" * 1025,), 2, "sentei trace", "1,025"),
+    (("a", "b", "--control", "a" * 1025), 2, "sentei trace", "1,025"),
     (("a" * 1000, "--write", "25"), 2, "sentei trace", "1,025"),
     (("a", "--out", "/dev/null/a.html"), 4, "/dev/null/a.html", None),
     (("a", "--save", "/dev/null/a.trace"), 4, "/dev/null/a.trace", None),

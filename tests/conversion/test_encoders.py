@@ -78,3 +78,15 @@ def test_pickles_are_not_opened(folder):
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     with pytest.raises(FileError, match=r"model\.safetensors"):
         load(folder)
+
+
+def test_loading_gives_transformers_its_words_back(tmp_path):
+    from transformers.utils import logging
+
+    folder, before = save_tiny_encoder(tmp_path / "bert", "BertForMaskedLM"), logging.get_verbosity()
+    logging.set_verbosity_info()
+    try:
+        load(folder)
+        assert logging.get_verbosity() == logging.INFO
+    finally:
+        logging.set_verbosity(before)

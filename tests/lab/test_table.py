@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from sentei.core.errors import SenteiError
 from sentei.core.progress import Silent
@@ -37,6 +38,26 @@ def test_all_means_every_claim_in_order():
         chosen(["flat"])
     with pytest.raises(SenteiError, match="none"):
         chosen([])
+
+
+def test_a_record_tells_the_threads_it_was_measured_on(monkeypatch):
+    from sentei.lab import one_structure, snr
+    from sentei.lab.trained import one_thread
+
+    before, found, seen = torch.get_num_threads(), one_structure.measure(), []
+
+    def finding():
+        seen.append(str(torch.get_num_threads()))
+        return found
+
+    monkeypatch.setattr(snr, "measure", one_thread(finding))
+    monkeypatch.setattr(one_structure, "measure", finding)
+    torch.set_num_threads(2)
+    try:
+        told = [record["environment"]["threads"] for _, record, _ in measure(["snr", "one-structure"], Silent())]
+        assert told == seen == ["1", "2"] and torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_a_record_tells_where_and_how_long():
