@@ -53,14 +53,17 @@ def mask_forward(batch_size, q_length, kv_length, q_offset=0, kv_offset=0, mask_
     """The mask transformers hands to `attention_forward`.
 
     Returns:
-        None for plain causal attention, the padding bool [B, Tk] when some keys are padding, and transformers' own
-        4-D mask for every other pattern (sliding windows, packed or prefix sequences, static caches).
+        None for plain causal attention, whose last query sees the last key; the padding bool [B, Tk] when some keys
+        are padding; and transformers' own 4-D mask for every other pattern (sliding windows, packed or prefix
+        sequences, static caches, which have room behind their last key).
     """
     from transformers.masking_utils import causal_mask_function, sdpa_mask
 
-    is_plain = (mask_function is causal_mask_function and isinstance(q_offset, int) and not kv_offset
-                and q_offset + q_length == kv_length)
+    ends_together = isinstance(q_offset, int) and q_offset + q_length == kv_offset + kv_length
+    is_plain = mask_function is causal_mask_function and ends_together and not kv_offset
     if not is_plain or (attention_mask is not None and attention_mask.shape[-1] != kv_length):
+        # Where they do not, no mask means something else to sdpa (the first query sees the first key) than to us.
+        extra["allow_is_causal_skip"] = ends_together and extra.get("allow_is_causal_skip", True)
         return sdpa_mask(batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset,
                          kv_offset=kv_offset, mask_function=mask_function, attention_mask=attention_mask, **extra)
     return None if attention_mask is None or attention_mask.all() else attention_mask

@@ -228,6 +228,21 @@ def test_a_static_cache_gives_the_same_continuation():
     assert torch.equal(converted("llama", ALL).generate(**arguments), tiny_model("llama").generate(**arguments))
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+@pytest.mark.parametrize("length, room", [(100, 128), (20, 64), (5, 6), (100, 100)])
+def test_a_static_cache_with_room_behind_its_keys_shows_no_later_token(family, length, room):
+    """Unpadded, so that nothing but the room behind asks for a mask; then one token more."""
+    from transformers import StaticCache
+
+    ids, found = tokens(1, length), []
+    for model in (converted(family, ALL), tiny_model(family)):
+        held = StaticCache(config=model.config, max_cache_len=room)
+        parts = (ids, ids[:, :1]) if room > length else (ids,)
+        found.append(torch.cat([model(part, past_key_values=held, use_cache=True).logits for part in parts], 1))
+    torch.testing.assert_close(*found, rtol=0, atol=1e-4)
+
+
 def test_a_prompt_in_two_calls_continues_the_cache():
     model, ids = converted("llama", ALL), tokens(1, 40)
     with torch.no_grad():
