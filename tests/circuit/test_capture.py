@@ -113,6 +113,18 @@ def test_an_observed_layer_adds_up():
     assert torch.allclose(decode(run.get(1, "depth.weights")), torch.stack(steps, -1).clamp(max=1), atol=0.004)
 
 
+def test_a_move_above_the_tokens_length_has_the_highest_code():
+    model, tokens, seen = tiny_model("llama"), list(range(1, 9)), {}
+    layer = model.model.layers[0]
+    model.model.embed_tokens.weight.data[1:9] *= torch.logspace(-2, 2, 8)[:, None]  # the stream, not its direction
+    layer.register_forward_pre_hook(lambda module, args: seen.update(stream=args[0][0]))
+    layer.self_attn.o_proj.register_forward_hook(lambda _, args, output: seen.update(moved=output[0]))
+    codes = capture(model, [tokens], spelled).runs[0].get(0, "depth.weights")[:, 0]
+    lengths = seen["moved"].norm(dim=-1) / seen["stream"].norm(dim=-1)
+    assert torch.equal(codes == 255, lengths >= (254.5 / 255) ** 2)
+    assert lengths.max() > 2 and torch.equal(codes[lengths > 1], torch.full_like(codes[lengths > 1], 255))
+
+
 def test_an_encoder_sees_both_ways():
     from transformers import BertConfig, BertModel
 
