@@ -13,6 +13,7 @@ from sentei.core.errors import SenteiError
 DEFAULT_MODEL = "default"
 MASS = 0.9
 MAX_WRITTEN = 4096
+MAX_SHOWN = 140  # characters of a name in the summary
 PAGE = "circuit.html"
 
 
@@ -135,8 +136,10 @@ def _model(options: argparse.Namespace):
 
 
 def summary(result: dict) -> dict[str, str]:
-    """The result for people, a line for each of its parts."""
-    lines = {"model": f"{result['model']}, {result['kind']}: {result['rule']}",
+    """The result for people, a line for each of its parts; names that a terminal would obey are told as on the page."""
+    label = importlib.import_module("sentei.circuit.page").label
+    model, rule = (label(result[key], MAX_SHOWN) for key in ("model", "rule"))
+    lines = {"model": f"{model}, {result['kind']}: {rule}",
              "tokens": " and ".join(map(str, result["tokens"])),
              "multiply-adds": " and ".join(f"{share:.1%}" for share in result["multiply_adds"]) + " of dense"}
     both = result["together"]

@@ -9,6 +9,7 @@ from sentei.axes import connections, rank
 from sentei.circuit.agreement import kept_keys
 from sentei.circuit.bits import decode, unpack
 from sentei.circuit.capture import capture
+from sentei.circuit.file import load, save
 from sentei.circuit.run import OBSERVED, RAN
 from sentei.core.errors import SenteiError
 from sentei.core.rules import Mass, TopK
@@ -61,6 +62,12 @@ def test_writing_token_by_token_is_reading_at_once():
         assert torch.equal(kept_keys(whole, layer), kept_keys(again, layer))
         for part in ("experts.bits", "depth.bits", "experts.ids", "cost"):
             assert torch.equal(whole.get(layer, part).float(), again.get(layer, part).float()), part
+
+
+def test_a_model_name_can_be_read_again(tmp_path):
+    circuit = capture(tiny_model("llama"), [[1, 2]], spelled, model_name="a" * 60_000)
+    save(circuit, tmp_path / "a.trace")
+    assert load(tmp_path / "a.trace").model == "a" * 1024
 
 
 def test_tiles_and_pages_keep_their_granularity():

@@ -1,5 +1,7 @@
 """What the circuit page says in a real Chromium: no number that is false, no text that moves its neighbours."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from browser import CHROMIUM, Browser, show
@@ -34,3 +36,13 @@ def test_a_size_that_was_cut_is_told_as_a_least(circuit, codes, told, browser, t
     show(browser, tmp_path, sized(circuit(), *codes), f"#c=0.0.{len(circuit().runs[0].tokens) - 1}")
     text = browser.run("document.querySelector('.panel').textContent")
     assert text.endswith(told) and text.count("at least") == codes.count(255) - (circuit is ran and codes[0] == 255)
+
+
+def test_names_do_not_turn_the_line_they_stand_in(browser, tmp_path):
+    text = "a\x1b\u202eb"
+    runs = tuple(replace(run, bypasses=(text,)) for run in ran().runs)
+    show(browser, tmp_path, replace(ran(), model=text, rule=text, date=text, versions={text: text}, runs=runs))
+    about, small, whole = browser.run("""["#about", "#small", "html"].map(
+      (name) => document.querySelector(name).textContent.replace(/<script.*/s, ""))""")
+    assert about.count(r"a\u001b\u202eb") == 5 and r"ran dense: a\u001b\u202eb." in small
+    assert not {"\x1b", "\u202e"} & {*about, *small, *whole}

@@ -1,13 +1,14 @@
 """`sentei trace` as a user meets it: pages and traces of dense, pruned and trained models, and its errors."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from terminal import contents, last_error, unfinished
 from tiny import save_tiny, save_tiny_encoder, tiny_model, tiny_tokenizer
 
 from sentei.axes import connections
-from sentei.circuit.file import load
+from sentei.circuit.file import load, save
 from sentei.circuit.page import result
 from sentei.conversion.export import export
 from sentei.conversion.plan import Plan, convert
@@ -142,6 +143,21 @@ def test_no_file_is_written_over_another(arguments, where, sentei, tmp_path, mon
     done = sentei("trace", *arguments)
     assert (done.returncode, done.stdout, last_error(done.stderr)["error"]) == (2, "", where)
     assert contents(tmp_path) == before
+
+
+def test_names_that_a_terminal_would_obey_are_told_by_their_numbers(sentei, tmp_path, monkeypatch):
+    """Of the folder of a model, and in a trace that a stranger has written."""
+    monkeypatch.chdir(tmp_path)
+    folder = save_tiny(tmp_path / "a\x1b[2J\u202eb", "llama")
+    done = sentei("trace", folder, "a", "--save", "b.trace", "--out", "b.html")
+    assert done.returncode == 0 and r"a\u001b[2J\u202eb, observed" in done.stdout
+    assert not {"\x1b", "\u202e"} & {*done.stdout, *done.stderr}
+    circuit = load(tmp_path / "b.trace")
+    save(replace(circuit, rule="\x1b]0;owned\x07\u202e", model="m" * 1000), tmp_path / "c.trace")
+    again = sentei("trace", "c.trace", "--out", "c.html")
+    assert again.returncode == 0 and "m" * 139 + r"…, observed: \u001b]0;owned\u0007\u202e" in again.stdout
+    save(replace(circuit, model="m" * 60_000), tmp_path / "d.trace")
+    assert sentei("trace", "d.trace", "--out", "d.html").returncode == 3 and not (tmp_path / "d.html").exists()
 
 
 def test_files_apart_are_written(sentei, folder, tmp_path, monkeypatch):
