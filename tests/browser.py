@@ -9,11 +9,15 @@ import subprocess
 import time
 from pathlib import Path
 
+from sentei.circuit.page import render
+
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
          "--disable-component-update", "--disable-sync", "--disable-default-apps", "--hide-scrollbars",
          "--remote-debugging-pipe")
 TIMEOUT = 60.0
+DRAWN = "document.documentElement && document.documentElement.dataset.drawn"  # of the circuit page
+LINE = "document.getElementById('line').textContent"
 KEY_CODES = {"ArrowLeft": 37, "ArrowUp": 38, "ArrowRight": 39, "ArrowDown": 40, "Enter": 13, "Escape": 27, "Home": 36,
              "End": 35, "PageUp": 33, "PageDown": 34, "Tab": 9}
 
@@ -123,3 +127,10 @@ class Browser:
     def told(self, *methods: str) -> list[dict]:
         """The events of these methods, e.g. "Runtime.consoleAPICalled"."""
         return [event["params"] for event in self.events if event["method"] in methods]
+
+
+def show(browser: Browser, folder: Path, circuit, fragment: str = "", *, change=lambda text: text) -> None:
+    """Opens the page of a circuit."""
+    path = folder / "circuit.html"
+    path.write_text(change(render(circuit)), encoding="utf-8")
+    browser.open(path.as_uri() + fragment, DRAWN)

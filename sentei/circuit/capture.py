@@ -10,7 +10,7 @@ from torch import nn
 
 from sentei.circuit.observe import Observer
 from sentei.circuit.recorder import Facts, Recorder
-from sentei.circuit.run import MAX_TOKENS, OBSERVED, RAN, Circuit, Run, Token
+from sentei.circuit.run import MAX_NAME, MAX_TOKENS, OBSERVED, RAN, Circuit, Run, Token
 from sentei.core.errors import SenteiError
 from sentei.core.rules import Mass
 from sentei.core.tracing import Tap, listening
@@ -58,7 +58,7 @@ def capture(model: nn.Module, prompts: list[list[int]], spell: Spell, *, write: 
                               "to write more", got=got, do="correct that and try again")
     ran = has_rooms(model)
     runs = tuple(_run(model, facts, prompt, spell, write, None if ran else (share, longest)) for prompt in prompts)
-    return Circuit(kind=RAN if ran else OBSERVED, model=model_name or type(model).__name__, runs=runs,
+    return Circuit(kind=RAN if ran else OBSERVED, model=(model_name or type(model).__name__)[:MAX_NAME], runs=runs,
                    rule="the rooms of the model" if ran else f"the fewest parts that hold {share:.0%} of the mass",
                    versions=versions(), date=datetime.date.today().isoformat())
 

@@ -16,6 +16,7 @@ from sentei.circuit.run import (
     MAX_EXPERTS,
     MAX_HEADS,
     MAX_LAYERS,
+    MAX_NAME,
     MAX_TOKENS,
     OBSERVED,
     RAN,
@@ -37,7 +38,8 @@ _HEADER = {"schema", "kind", "model", "rule", "versions", "date", "runs"}
 _RUN = {"tokens", "prompt", "causal", "layers", "following", "bypasses"}
 _SHAPE = {"heads", "kv_heads", "choosers", "experts", "unit", "rank"}
 MAX_PAIRS = 1 << 29  # bytes that one layer of a run takes when it is compared: 32 choosers of 4,096 tokens
-MAX_TEXT = 1 << 16  # characters of a token, a name or a reason
+MAX_TEXT = 1 << 16  # characters of a token
+MAX_VERSIONS = 100
 
 
 def header_of(circuit: Circuit) -> dict:
@@ -155,9 +157,11 @@ def _header(raw: str) -> dict:
     _need(set(header) == _HEADER, f"the keys {', '.join(sorted(_HEADER))}", sorted(header))
     _need(header["kind"] in (RAN, OBSERVED), f"kind {RAN} or {OBSERVED}", header["kind"])
     for key in ("model", "rule", "date"):
-        _need(_is_text(header[key]), f"text as {key}", header[key])
+        _need(_is_name(header[key]), f"text as {key}, of at most {MAX_NAME:,} characters", header[key])
     versions = header["versions"]
-    _need(isinstance(versions, dict) and all(map(_is_text, versions.values())), "versions by name", versions)
+    _need(isinstance(versions, dict) and len(versions) <= MAX_VERSIONS and all(
+        _is_name(name) and _is_name(version) for name, version in versions.items()),
+        f"at most {MAX_VERSIONS} versions by name, of at most {MAX_NAME:,} characters", versions)
     runs = header["runs"]
     _need(isinstance(runs, list) and 1 <= len(runs) <= 3, "one to three runs", runs)
     return header
@@ -185,7 +189,8 @@ def _run(value: object) -> Run:
         isinstance(item, list) and len(item) == 2 and _is_text(item[0]) and isinstance(item[1], float)
         and 0 <= item[1] <= 1 for item in following), "next tokens [text, probability]", following)
     bypasses = value["bypasses"]
-    _need(isinstance(bypasses, list) and all(map(_is_text, bypasses)), "bypasses as text", bypasses)
+    _need(isinstance(bypasses, list) and len(bypasses) <= MAX_LAYERS and all(map(_is_name, bypasses)),
+          f"at most {MAX_LAYERS} bypasses as text, of at most {MAX_NAME:,} characters", bypasses)
     return Run(tokens=tuple(Token(id=number, text=text) for number, text in tokens), prompt=value["prompt"],
                causal=value["causal"], layers=tuple(Shape(**shape) for shape in layers), tensors={},
                following=tuple((text, chance) for text, chance in following), bypasses=tuple(bypasses))
@@ -207,6 +212,10 @@ def _check_comparable(first: Run, other: Run) -> None:
 
 def _is_text(value: object) -> bool:
     return isinstance(value, str) and len(value) <= MAX_TEXT
+
+
+def _is_name(value: object) -> bool:
+    return _is_text(value) and len(value) <= MAX_NAME
 
 
 def _is_size(value: object, most: int) -> bool:

@@ -23,7 +23,7 @@ from sentei.core.storage import write_text
 
 HERE = Path(__file__).parent
 SCRIPTS = ("data.js", "words.js", "pen.js", "grid.js", "panel.js", "page.js")
-MAX_LABEL, MAX_TEXT = 40, 140
+MAX_LABEL, MAX_TEXT = 40, 140  # characters shown of a token or a version, and of any other text
 MAX_BYTES = 64 << 20  # of a page: a browser would hardly open more
 _BYTES = re.compile(r"<([0-9a-f]{2}(?: [0-9a-f]{2})*)>")
 # What in a JSON text could end the script element it stands in, or a line of JavaScript.
@@ -60,7 +60,10 @@ def render(circuit: Circuit, both: dict | None = None) -> str:
 
 
 def told(circuit: Circuit, both: dict | None = None) -> dict:
-    """What the page knows but for the tensors' bytes: the header, a table of tensors, and what two runs share."""
+    """What the page knows but for the tensors' bytes: the header, a table of tensors, and what two runs share.
+
+    Every text of the header is a label: whoever wrote a trace named its model, and dated it.
+    """
     header, position, table = header_of(circuit), 0, {}
     for name, tensor in tensors_of(circuit).items():
         size = tensor.numel() * tensor.element_size()
@@ -70,6 +73,9 @@ def told(circuit: Circuit, both: dict | None = None) -> dict:
         run["text"] = label(joined([text for _, text in run["tokens"]]), MAX_TEXT)
         run["tokens"] = [[number, label(text)] for number, text in run["tokens"]]
         run["following"] = [[label(text), chance] for text, chance in run["following"]]
+        run["bypasses"] = [label(reason, MAX_TEXT) for reason in run["bypasses"]]
+    header |= {key: label(header[key], MAX_TEXT) for key in ("model", "rule", "date")}
+    header["versions"] = {label(name): label(version) for name, version in circuit.versions.items()}
     return {**header, "tensors": table, "bytes": position, "hash": fingerprint(circuit),
             "together": together(circuit) if both is None else both}
 
@@ -133,7 +139,7 @@ def fingerprint(circuit: Circuit) -> str:
 
 
 def label(text: str, longest: int = MAX_LABEL) -> str:
-    """A token, or a whole text, as a reader can see it, at most `longest` characters.
+    """A token, a name or a whole text, as a reader can see it, at most `longest` characters.
 
     One space in front is left away, as most words have it; a line break is shown as ↵; what would not show, or would
     move its neighbours (controls, bidirectional marks, zero widths, lone surrogates, combining marks in front), is

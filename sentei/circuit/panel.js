@@ -135,10 +135,10 @@ function fillPanel(panel, cell, alikeness, available) {
       swatches.bar(width, own.kv_heads * 12, (pen) => drawGroups(pen, cell, width)));
   }
   if (own.sizes) {
-    const [attention, network] = [decode(own.sizes[2 * t]), decode(own.sizes[2 * t + 1])];
+    const [attention, network] = [own.sizes[2 * t], own.sizes[2 * t + 1]];
     panel.append(element("h3", { text: "depth" }), element("p", {
-      text: observed ? `attention moves the token by ${percent(attention)} of its length, the feed-forward layer by ${percent(network)}`
-        : `the block ${run.attentionRan(l, t) ? "ran" : "did not run"}; its score ${attention.toFixed(2)}` }));
+      text: observed ? `attention moves the token by ${sized(attention, percent)} of its length, the feed-forward layer by ${sized(network, percent)}`
+        : `the block ${run.attentionRan(l, t) ? "ran" : "did not run"}; its score ${sized(attention, (score) => score.toFixed(2))}` }));
   }
   return { canvas, shape };
 }

@@ -24,6 +24,7 @@ from sentei.circuit.bits import Span
 
 RAN, OBSERVED = "ran", "observed"
 MAX_TOKENS, MAX_LAYERS, MAX_HEADS, MAX_EXPERTS = 65_534, 1000, 4096, 65_534
+MAX_NAME = 1024  # characters of a model's name, a rule, a date, a version or a reason
 EXPERT_WEIGHTS = 16  # how many experts' weights a token keeps
 ATTENTION_RAN, FEED_FORWARD_RAN = 1, 2
 

@@ -1,6 +1,8 @@
 // The picture in words: what the text line says, for eyes, screen readers and tests alike.
 const quoted = (label) => `“${label}”`;
 const percent = (share) => `${Math.round(share * 100)} %`;
+// A size told in words: the highest code stands for 1 and all above it, which a byte does not tell apart.
+const sized = (code, words) => `${code === 255 ? "at least " : ""}${words(decode(code))}`;
 const number = (value) => value.toLocaleString("en");
 const observed = trace.kind === "observed";
 const KEEPS = observed ? "the mass lies in" : "computed";

@@ -2,6 +2,8 @@
 
 import argparse
 import importlib
+import itertools
+import os
 import sys
 from pathlib import Path
 
@@ -11,6 +13,8 @@ from sentei.core.errors import SenteiError
 DEFAULT_MODEL = "default"
 MASS = 0.9
 MAX_WRITTEN = 4096
+MAX_SHOWN = 140  # characters of a name in the summary
+PAGE = "circuit.html"
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,7 +25,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("prompts", nargs="*", metavar="PROMPT", help="a text; a second one is compared with it")
     parser.add_argument("--control", metavar="PROMPT", help="a third text, which means what the first does: the page "
                         "tells how far it agrees with that, beside how far the second does")
-    parser.add_argument("--out", metavar="FILE", help="the page (default: circuit.html)")
+    parser.add_argument("--out", metavar="FILE", help=f"the page (default: {PAGE})")
     parser.add_argument("--save", metavar="FILE", help="keep the trace too, to open it again")
     parser.add_argument("--mass", metavar="M", help="of a dense model: the share whose fewest parts are shown as "
                         f"needed, above 0 and at most 1 (default: {MASS})")
@@ -32,6 +36,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def work(options: argparse.Namespace, say: Say) -> bool:
     """Traces a model, or opens a trace, and writes the page."""
+    _require_files_apart(options)
     mass = number("--mass", options.mass, "a number above 0 and at most 1", lambda value: 0 < value <= 1)
     write = number("--write", options.write, f"a whole number from 0 to {MAX_WRITTEN}",
                    lambda value: 0 <= value <= MAX_WRITTEN and value == int(value))
@@ -52,7 +57,7 @@ def work(options: argparse.Namespace, say: Say) -> bool:
         circuit = _capture(options, MASS if mass is None else mass, int(write or 0), progress)
         if options.save:
             file.save(circuit, Path(options.save))
-    out = Path(options.out or "circuit.html")
+    out = Path(PAGE if options.out is None else options.out)
     with progress.stage("draw", 1) as step:
         both = page.together(circuit)
         page.write(circuit, out, both)
@@ -60,6 +65,28 @@ def work(options: argparse.Namespace, say: Say) -> bool:
     result = page.result(circuit, both) | {"page": str(out), "trace": options.save}
     say(result, table(summary(result)))
     return True
+
+
+def _require_files_apart(options: argparse.Namespace) -> None:
+    """Refuses names of files that are empty, or of which two lead to one: what is written last would be left alone."""
+    for flag, name in (("--out", options.out), ("--save", options.save)):
+        if name == "":
+            raise SenteiError(flag, expected="the name of a file", got="an empty one",
+                              do=f"name one, or leave {flag} away")
+    files = {"--out": PAGE if options.out is None else options.out}
+    files |= {} if options.save is None else {"--save": options.save}
+    files |= {"MODEL": options.model} if os.path.isfile(options.model) else {}
+    for (flag, name), (other, its) in itertools.combinations(files.items(), 2):
+        if _is_one_file(name, its):
+            raise SenteiError(flag, expected=f"another file than that of {other}", got=name,
+                              do="give each file a name of its own")
+
+
+def _is_one_file(name: str, other: str) -> bool:
+    """Whether two names lead to one file, through links too, whether it is there or not."""
+    if os.path.exists(name) and os.path.exists(other):
+        return os.path.samefile(name, other)
+    return os.path.realpath(name) == os.path.realpath(other)
 
 
 def _capture(options: argparse.Namespace, mass: float, write: int, progress: Progress):
@@ -109,8 +136,10 @@ def _model(options: argparse.Namespace):
 
 
 def summary(result: dict) -> dict[str, str]:
-    """The result for people, a line for each of its parts."""
-    lines = {"model": f"{result['model']}, {result['kind']}: {result['rule']}",
+    """The result for people, a line for each of its parts; names that a terminal would obey are told as on the page."""
+    label = importlib.import_module("sentei.circuit.page").label
+    model, rule = (label(result[key], MAX_SHOWN) for key in ("model", "rule"))
+    lines = {"model": f"{model}, {result['kind']}: {rule}",
              "tokens": " and ".join(map(str, result["tokens"])),
              "multiply-adds": " and ".join(f"{share:.1%}" for share in result["multiply_adds"]) + " of dense"}
     both = result["together"]

@@ -9,6 +9,7 @@ from sentei.axes import connections, rank
 from sentei.circuit.agreement import kept_keys
 from sentei.circuit.bits import decode, unpack
 from sentei.circuit.capture import capture
+from sentei.circuit.file import load, save
 from sentei.circuit.run import OBSERVED, RAN
 from sentei.core.errors import SenteiError
 from sentei.core.rules import Mass, TopK
@@ -63,6 +64,12 @@ def test_writing_token_by_token_is_reading_at_once():
             assert torch.equal(whole.get(layer, part).float(), again.get(layer, part).float()), part
 
 
+def test_a_model_name_can_be_read_again(tmp_path):
+    circuit = capture(tiny_model("llama"), [[1, 2]], spelled, model_name="a" * 60_000)
+    save(circuit, tmp_path / "a.trace")
+    assert load(tmp_path / "a.trace").model == "a" * 1024
+
+
 def test_tiles_and_pages_keep_their_granularity():
     model, tokens = tiled(), list(range(33))
     run = capture(model, [tokens], spelled, write=3).runs[0]
@@ -111,6 +118,18 @@ def test_an_observed_layer_adds_up():
     stream = seen["stream"]
     steps = [moved.norm(dim=-1) / stream.norm(dim=-1), change.norm(dim=-1) / (stream + moved).norm(dim=-1)]
     assert torch.allclose(decode(run.get(1, "depth.weights")), torch.stack(steps, -1).clamp(max=1), atol=0.004)
+
+
+def test_a_move_above_the_tokens_length_has_the_highest_code():
+    model, tokens, seen = tiny_model("llama"), list(range(1, 9)), {}
+    layer = model.model.layers[0]
+    model.model.embed_tokens.weight.data[1:9] *= torch.logspace(-2, 2, 8)[:, None]  # the stream, not its direction
+    layer.register_forward_pre_hook(lambda module, args: seen.update(stream=args[0][0]))
+    layer.self_attn.o_proj.register_forward_hook(lambda _, args, output: seen.update(moved=output[0]))
+    codes = capture(model, [tokens], spelled).runs[0].get(0, "depth.weights")[:, 0]
+    lengths = seen["moved"].norm(dim=-1) / seen["stream"].norm(dim=-1)
+    assert torch.equal(codes == 255, lengths >= (254.5 / 255) ** 2)
+    assert lengths.max() > 2 and torch.equal(codes[lengths > 1], torch.full_like(codes[lengths > 1], 255))
 
 
 def test_an_encoder_sees_both_ways():

@@ -64,6 +64,25 @@ def test_the_trace_in_the_page_is_the_trace():
     assert data[position:position + 96] == bytes_of(circuit.runs[1].tensors["2.cost"])
 
 
+OBEYED = "a\x1b[2J\u202eb\ud800"
+
+
+def named(text: str) -> Circuit:
+    """A circuit whose every text but those of tokens is `text`."""
+    runs = tuple(type(run)(**{**vars(run), "bypasses": (text,)}) for run in ran().runs)
+    return Circuit(kind=ran().kind, model=text, rule=text, date=text, versions={text: text}, runs=runs)
+
+
+@pytest.mark.parametrize(("text", "shown", "version"), [
+    (OBEYED, r"a\u001b[2J\u202eb\ud800", r"a\u001b[2J\u202eb\ud800"),
+    ("x" * 60_000, "x" * 139 + "…", "x" * 39 + "…")],
+    ids=["obeyed", "long"])
+def test_every_text_of_the_header_is_a_label(text, shown, version):
+    head = json.loads(block(render(named(text)), r'id="trace">(.*?)</script>'))
+    assert [head[key] for key in ("model", "rule", "date")] == [shown] * 3
+    assert head["versions"] == {version: version} and head["runs"][0]["bypasses"] == [shown]
+
+
 def test_hostile_text_cannot_leave_its_block():
     text = render(Circuit(**{**vars(observed(hostile, (25, 26))), "model": "</script><script>alert(1)</script>",
                              "rule": "<!--", "versions": {"torch": "</style>"}}))

@@ -7,12 +7,11 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
-from browser import CHROMIUM, Browser
+from browser import CHROMIUM, DRAWN, LINE, Browser, show
 from circuits import controlled, edge_words, hostile, large, observed, ran, roomy, spelled, tiled, words
 
 from sentei.axes import connections
 from sentei.circuit.capture import capture
-from sentei.circuit.page import render
 from sentei.core.rules import TopK
 
 pytestmark = [
@@ -21,8 +20,6 @@ pytestmark = [
 ]
 
 AXE = Path(__file__).parents[2] / "node_modules" / "axe-core" / "axe.min.js"
-DRAWN = "document.documentElement && document.documentElement.dataset.drawn"
-LINE = "document.getElementById('line').textContent"
 NOISE = ("Runtime.exceptionThrown", "Runtime.consoleAPICalled", "Log.entryAdded", "Audits.issueAdded")
 BOX = "(({{ x, y, width, height }}) => [x, y, width, height])(document.querySelector('{}').getBoundingClientRect())"
 CIRCUITS = {
@@ -39,13 +36,6 @@ CIRCUITS = {
 def browser(tmp_path):
     with Browser(tmp_path, (1400, 1500)) as lead:
         yield lead
-
-
-def show(browser: Browser, folder: Path, circuit, fragment: str = "", *, change=lambda text: text) -> None:
-    """Opens the page of a circuit."""
-    path = folder / "circuit.html"
-    path.write_text(change(render(circuit)), encoding="utf-8")
-    browser.open(path.as_uri() + fragment, DRAWN)
 
 
 def asked(browser: Browser) -> set[str]:

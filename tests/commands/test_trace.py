@@ -1,13 +1,14 @@
 """`sentei trace` as a user meets it: pages and traces of dense, pruned and trained models, and its errors."""
 
 import json
+from dataclasses import replace
 
 import pytest
-from terminal import last_error, unfinished
+from terminal import contents, last_error, unfinished
 from tiny import save_tiny, save_tiny_encoder, tiny_model, tiny_tokenizer
 
 from sentei.axes import connections
-from sentei.circuit.file import load
+from sentei.circuit.file import load, save
 from sentei.circuit.page import result
 from sentei.conversion.export import export
 from sentei.conversion.plan import Plan, convert
@@ -115,6 +116,55 @@ def test_errors_have_four_parts(arguments, code, where, got, sentei, folder, tmp
     parts = last_error(done.stderr)
     assert (done.returncode, done.stdout, parts["error"]) == (code, "", where)
     assert got is None or parts["got"] == got
+
+
+@pytest.mark.parametrize(("arguments", "where"), [
+    (("MODEL", "a", "--out", "z", "--save", "z"), "--out"),
+    (("MODEL", "a", "--out", "z", "--save", "below/../z"), "--out"),
+    (("MODEL", "a", "--out", "link", "--save", "b.trace"), "--out"),
+    (("MODEL", "a", "--save", "circuit.html"), "--out"),
+    (("MODEL", "a", "--out", ""), "--out"),
+    (("MODEL", "a", "--save", ""), "--save"),
+    (("b.trace", "--out", "b.trace"), "--out"),
+    (("b.trace", "--out", "below/../b.trace"), "--out"),
+    (("b.trace", "--out", "link"), "--out"),
+    (("b.trace", "--out", ""), "--out"),
+    (("circuit.html",), "--out"),
+    (("b.trace", "a", "--save", "b.trace"), "--save"),
+], ids=str)
+def test_no_file_is_written_over_another(arguments, where, sentei, tmp_path, monkeypatch):
+    """Nothing is read before: neither the model nor the trace is one, and nothing changes."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "below").mkdir()
+    for name in ("b.trace", "circuit.html") if "MODEL" not in arguments else ("b.trace",):
+        (tmp_path / name).write_bytes(b"what is there")
+    (tmp_path / "link").symlink_to("b.trace")
+    before = contents(tmp_path)
+    done = sentei("trace", *arguments)
+    assert (done.returncode, done.stdout, last_error(done.stderr)["error"]) == (2, "", where)
+    assert contents(tmp_path) == before
+
+
+def test_names_that_a_terminal_would_obey_are_told_by_their_numbers(sentei, tmp_path, monkeypatch):
+    """Of the folder of a model, and in a trace that a stranger has written."""
+    monkeypatch.chdir(tmp_path)
+    folder = save_tiny(tmp_path / "a\x1b[2J\u202eb", "llama")
+    done = sentei("trace", folder, "a", "--save", "b.trace", "--out", "b.html")
+    assert done.returncode == 0 and r"a\u001b[2J\u202eb, observed" in done.stdout
+    assert not {"\x1b", "\u202e"} & {*done.stdout, *done.stderr}
+    circuit = load(tmp_path / "b.trace")
+    save(replace(circuit, rule="\x1b]0;owned\x07\u202e", model="m" * 1000), tmp_path / "c.trace")
+    again = sentei("trace", "c.trace", "--out", "c.html")
+    assert again.returncode == 0 and "m" * 139 + r"…, observed: \u001b]0;owned\u0007\u202e" in again.stdout
+    save(replace(circuit, model="m" * 60_000), tmp_path / "d.trace")
+    assert sentei("trace", "d.trace", "--out", "d.html").returncode == 3 and not (tmp_path / "d.html").exists()
+
+
+def test_files_apart_are_written(sentei, folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert sentei("trace", folder, "a", "--save", "b.trace", "--out", "b.html").returncode == 0
+    assert sentei("trace", folder, "a", "--save", "b.trace", "--out", "b.html").returncode == 0
+    assert sentei("trace", "b.trace", "--out", "b.html").returncode == 0
 
 
 def test_models_and_traces_that_are_not_there(sentei, folder, tmp_path):
