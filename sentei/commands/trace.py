@@ -10,7 +10,6 @@ from pathlib import Path
 from sentei.commands.verb import Progress, Say, Verb, draws, json_argument, number, table
 from sentei.core.errors import SenteiError
 
-DEFAULT_MODEL = "default"
 MASS = 0.9
 MAX_WRITTEN = 4096
 MAX_SHOWN = 140  # characters of a name in the summary
@@ -42,11 +41,12 @@ def work(options: argparse.Namespace, say: Say) -> bool:
                    lambda value: 0 <= value <= MAX_WRITTEN and value == int(value))
     file, page = importlib.import_module("sentei.circuit.file"), importlib.import_module("sentei.circuit.page")
     progress = Progress(sys.stderr, bars=draws(sys.stderr))
-    if file.is_trace(Path(options.model)):
+    path = importlib.import_module("sentei.conversion.embedded").path(options.model)
+    if file.is_trace(path):
         if options.prompts or options.control is not None or options.save or options.mass or options.write:
             raise SenteiError("sentei trace", expected="a saved trace alone, with --out", got="more",
                               do="leave prompts, --control, --save, --mass and --write away")
-        circuit = file.load(Path(options.model))
+        circuit = file.load(path)
     else:
         if not 1 <= len(options.prompts) <= 2:
             raise SenteiError("sentei trace", expected="a model and one or two prompts, or a saved trace",
@@ -114,7 +114,7 @@ def _capture(options: argparse.Namespace, mass: float, write: int, progress: Pro
 
 def _model(options: argparse.Namespace):
     """The name, the model, its tokenizer, and what turns text into tokens."""
-    folder = Path(options.model)
+    folder = importlib.import_module("sentei.conversion.embedded").path(options.model)
     if (folder / "sentei-train.json").is_file():
         job, data = importlib.import_module("sentei.training.job"), importlib.import_module("sentei.training.data")
         model = job.load_model(folder)
@@ -126,7 +126,7 @@ def _model(options: argparse.Namespace):
         tokenizer = importlib.import_module("sentei.conversion.tokenizers").read_tokenizer(folder)
         return folder.resolve().name, encoders.load(folder), tokenizer, lambda text: tokenizer(text)["input_ids"]
     checkpoints = importlib.import_module("sentei.conversion.checkpoints")
-    found = checkpoints.locate(None if options.model == DEFAULT_MODEL else options.model, online=options.online)
+    found = checkpoints.locate(options.model, online=options.online)
     if (folder / "sentei.json").is_file():
         model = importlib.import_module("sentei.conversion.export").load(folder)
     else:

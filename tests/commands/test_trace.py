@@ -5,11 +5,12 @@ from dataclasses import replace
 
 import pytest
 from terminal import contents, last_error, unfinished
-from tiny import save_tiny, save_tiny_encoder, tiny_model, tiny_tokenizer
+from tiny import save_tiny, save_tiny_encoder, save_tiny_gguf, tiny_model, tiny_tokenizer
 
 from sentei.axes import connections
 from sentei.circuit.file import load, save
 from sentei.circuit.page import result
+from sentei.conversion import embedded
 from sentei.conversion.export import export
 from sentei.conversion.plan import Plan, convert
 from sentei.core.rules import TopK
@@ -175,3 +176,35 @@ def test_models_and_traces_that_are_not_there(sentei, folder, tmp_path):
     assert done.returncode == 2 and "a saved trace alone" in done.stderr
     (tmp_path / "a.trace").write_bytes((tmp_path / "a.trace").read_bytes()[:-3])
     assert sentei("trace", tmp_path / "a.trace").returncode == 3
+
+
+@pytest.mark.parametrize("kind", ["a pruned model", "a trained model", "an encoder", "a trace"])
+def test_the_name_of_the_default_is_decided_before_the_disk(kind, sentei, folder, tmp_path, monkeypatch):
+    class Package:
+        version = "9"
+
+        def locate_file(self, name):
+            return tmp_path / "Embedded-Q4_1.gguf"
+
+    monkeypatch.setattr(embedded, "distribution", lambda name: Package())
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    save_tiny_gguf(tmp_path / "Embedded-Q4_1.gguf", "llama")
+    if kind == "a pruned model":
+        plan = Plan.everywhere([0, 1], "connections", connections.Config(rule=TopK(2), tile=(4, 4), window=0))
+        model = convert(tiny_model("llama"), plan)
+        export(model, tiny_tokenizer(), plan, tmp_path / "default", tokens=model.dummy_inputs["input_ids"][0], facts={})
+    elif kind == "a trained model":
+        (tmp_path / "default").mkdir()
+        model = Transformer(Config(width=32, layers=2))
+        write_model(model.state_dict(), model.config, tmp_path / "default")
+        (tmp_path / "default" / "sentei-train.json").write_text("{}")
+    elif kind == "an encoder":
+        save_tiny_encoder(tmp_path / "default", "BertForMaskedLM")
+    else:
+        assert sentei("trace", folder, "a bat", "--out", "a.html", "--save", "default").returncode == 0
+    done = sentei("trace", "default", "a bat", "--out", "b.html", "--json")
+    result = json.loads(done.stdout)
+    assert (result["model"], result["kind"], result["tokens"]) == ("Embedded-Q4_1", "observed", [5])
+    own = sentei("trace", "./default", *([] if kind == "a trace" else ["a bat"]), "--out", "c.html", "--json")
+    assert json.loads(own.stdout)["model"] == ("tiny" if kind == "a trace" else "default")

@@ -41,7 +41,8 @@ def attend(
         return_lse: also return the log-sum-exp of the scores, for `merge` and `sink`.
     Returns:
         output [B, Tq, H, Dv]; a query that sees no key gives 0. With `return_lse` also lse [B, Tq, H], -inf there,
-        in float32 or wider. What stands in padding, NaN included, reaches no output.
+        in float32 or wider. What stands in padding, NaN included, reaches no output; a NaN or an
+        infinity in a key or value that only later rows of a block may see reaches the block's earlier rows, too.
     Raises:
         ShapeError: shapes, dtypes or grid do not fit.
         ImplError: an unknown implementation.
