@@ -140,7 +140,7 @@ function readAddress() {
   const told = new URLSearchParams(location.hash.slice(1));
   const [number, l, t] = (told.get("c") || "").split(".").map(Number);
   state.cursor = inside(number, l, t) ? { run: number, l, t } : null;
-  state.lens = LENSES.includes(told.get("lens")) ? told.get("lens") : "all";
+  state.lens = lenses().includes(told.get("lens")) ? told.get("lens") : "all";
   state.inverted = told.get("not") === "1";
   state.pins = (told.get("pin") || "").split(",").map((pin) => pin.split(".").map(Number))
     .filter(([which, token]) => inside(which, 0, token)).map(([which, token]) => ({ run: which, t: token })).slice(0, 2);
@@ -174,7 +174,17 @@ function redraw() {
   over = new CanvasPen($("over"), geo.width, geo.height);
 }
 
-function setLens(lens) { state.lens = lens; redraw(); changed(); }
+// What there is to look through: no rank where no layer has adapters.
+const lenses = () => LENSES.filter((lens) => lens !== "rank" || runs.some((run) => run.layers.some((own) => own.rank)));
+
+function setLens(lens) { if (lenses().includes(lens)) { state.lens = lens; redraw(); changed(); } }
+
+// Leads the keyboard into the heads by keys of the cell that is chosen.
+function enter() {
+  const active = hover || (state.cursor && cellOf(state.cursor));
+  const matrix = matrices.find((one) => same(one.cell, active));
+  if (matrix) matrix.canvas.focus();
+}
 
 function invert() { state.inverted = !state.inverted; redraw(); changed(); }
 
@@ -194,7 +204,7 @@ const KEYS = {
   Home: ["first token", () => walk(0, 0, -1e6)], End: ["last token", () => walk(0, 0, 1e6)],
   PageUp: ["last layer", () => walk(0, 1e6, 0)], PageDown: ["layer 0", () => walk(0, -1e6, 0)],
   x: ["the other prompt", () => walk(1, 0, 0)], Enter: ["pin or unpin the token", pin], Escape: ["clear", clear],
-  e: ["heads by keys: walk there with the arrow keys, Escape leads back", () => matrices[0] && matrices[0].canvas.focus()],
+  e: ["heads by keys: walk there with the arrow keys, Escape leads back", enter],
   n: ["what was not computed", invert], "?": ["this list", toggleHelp],
   ...Object.fromEntries(LENSES.map((lens, i) => [String(i + 1), [`lens: ${LENS_NAMES[lens]}`, () => setLens(lens)]])),
 };
@@ -319,15 +329,14 @@ function furnish() {
     const next = run.told.following.slice(0, 3).map(([text, chance]) => `${quoted(text)} ${percent(chance)}`).join(", ");
     $("facts").append(element("div", {}, element("dt", { text: `next token${runs.length > 1 ? ` of ${"AB"[i]}` : ""}` }), element("dd", { text: next })));
   });
-  const withRank = runs.some((run) => run.layers.some((own) => own.rank));
-  LENSES.forEach((lens, i) => {
-    if (lens === "rank" && !withRank) return;
+  lenses().forEach((lens, i) => {  // the one that may be missing is the last
     const button = element("button", { type: "button", "data-lens": lens, "aria-pressed": "false", title: `key ${i + 1}`, text: LENS_NAMES[lens] });
     button.addEventListener("click", () => setLens(lens));
     $("lenses").append(button);
   });
   $("invert").textContent = LEFT;
-  for (const [key, [what]] of Object.entries(KEYS)) $("keys").append(element("p", {}, element("kbd", { text: key }), ` ${what}`));
+  const withRank = lenses().includes("rank");
+  for (const [key, [what]] of Object.entries(KEYS)) if (withRank || what !== `lens: ${LENS_NAMES.rank}`) $("keys").append(element("p", {}, element("kbd", { text: key }), ` ${what}`));
   legend(withRank);
   const bypassed = runs.flatMap((run) => run.told.bypasses);
   $("small").textContent = `Weights are kept for the 8 heaviest keys of a head and the 16 heaviest experts of a token, in 8 bits. Multiply-adds leave out the choosing, softmax and norms.${

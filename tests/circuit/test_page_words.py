@@ -4,8 +4,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from browser import CHROMIUM, Browser, show
-from circuits import observed, ran
+from browser import CHROMIUM, LINE, Browser, show
+from circuits import observed, ran, spelled
+from tiny import tiny_model
+
+from sentei.axes import rank
+from sentei.circuit.capture import capture
+from sentei.circuit.run import Circuit
+from sentei.core.rules import TopK
 
 pytestmark = [
     pytest.mark.slow,
@@ -46,3 +52,32 @@ def test_names_do_not_turn_the_line_they_stand_in(browser, tmp_path):
       (name) => document.querySelector(name).textContent.replace(/<script.*/s, ""))""")
     assert about.count(r"a\u001b\u202eb") == 5 and r"ran dense: a\u001b\u202eb." in small
     assert not {"\x1b", "\u202e"} & {*about, *small, *whole}
+
+
+def test_the_keyboard_enters_the_heads_by_keys_of_the_cell_that_is_chosen(browser, tmp_path):
+    for cell, place in (("1.2.4", "B, layer 2"), ("0.2.4", "A, layer 2")):
+        show(browser, tmp_path, observed(), f"?{cell}#c={cell}")
+        assert browser.run("document.querySelectorAll('.panel canvas[tabindex]').length") == 2
+        browser.key("e")
+        browser.key("ArrowRight")
+        assert browser.run(LINE).startswith(f"{place}, token 4 ") and ", head 0, key 0 " in browser.run(LINE)
+
+
+def ranked() -> Circuit:
+    """A circuit of a model with adapters in the attention of every layer."""
+    model = tiny_model("llama")
+    for layer in model.model.layers:
+        layer.self_attn.q_proj = rank.from_dense(layer.self_attn.q_proj, rank.Config(rule=TopK(2), rank=4))
+    return capture(model, [list(range(6))], spelled)
+
+
+@pytest.mark.parametrize(("make", "chosen"), [(observed, "connections"), (ranked, "rank")])
+def test_the_lens_of_the_rank_is_there_where_adapters_are(make, chosen, browser, tmp_path):
+    pressed = "[...document.querySelectorAll('#lenses [aria-pressed=true]')].map((one) => one.dataset.lens)"
+    show(browser, tmp_path, make())
+    browser.key("2")
+    browser.key("6")
+    assert browser.run(pressed) == [chosen]
+    assert ("lens: rank" in browser.run("document.getElementById('keys').textContent")) is (chosen == "rank")
+    show(browser, tmp_path, make(), "?again#lens=rank")
+    assert browser.run(pressed) == ["rank" if chosen == "rank" else "all"]
