@@ -68,11 +68,7 @@ def work(options: argparse.Namespace, say: Say) -> bool:
 
 
 def _require_files_apart(options: argparse.Namespace) -> None:
-    """Refuses names of files that are empty, or of which two lead to one: what is written last would be left alone."""
-    for flag, name in (("--out", options.out), ("--save", options.save)):
-        if name == "":
-            raise SenteiError(flag, expected="the name of a file", got="an empty one",
-                              do=f"name one, or leave {flag} away")
+    """Refuses names of which two lead to one file: what is written last would be left alone."""
     files = {"--out": PAGE if options.out is None else options.out}
     files |= {} if options.save is None else {"--save": options.save}
     files |= {"MODEL": options.model} if os.path.isfile(options.model) else {}

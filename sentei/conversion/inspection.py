@@ -210,7 +210,7 @@ def _trace(path: Path, raw: str) -> dict:
         raise FileError(str(path), expected=f"a trace of schema {TRACE_SCHEMA}", got=_safe(said.get("schema")),
                         do="write it again with sentei trace --save")
     return {"settings": _plain({key: said.get(key) for key in ("kind", "model", "rule", "date", "versions")}),
-            "runs": [{"tokens": tokens, "layers": layers} for tokens, layers in runs[:2]],
+            "runs": [{"tokens": tokens, "layers": layers} for tokens, layers in runs[:MOST]],
             "checked": "that its header can be read; its parts are checked when it is opened"}
 
 
