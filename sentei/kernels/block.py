@@ -103,7 +103,7 @@ def decoder_layer(x: torch.Tensor, before: Before, buffers: Buffers, choice: Pag
                    after.gate[1], after.up[1], after.down[1], output),
         batch, tokens, width, before.query[0].shape[0] // head, groups, head, value_head,
         turn.cosine.numel() // head, after.gate[0].shape[0], after.activation == "gelu_tanh",
-        room, buffers.length, PAGE, choice.window, rule, x.dtype is torch.bfloat16,
+        room, buffers.length, PAGE, min(choice.window, room), rule, x.dtype is torch.bfloat16,
         buffers.keys.dtype is torch.bfloat16, torch.get_num_threads(), native.MACHINE,
         *before.norm[1:], turn.epsilon, turn.shift, *after.norm[1:], parameter, choice.scale)), "decoder_layer")
     return output
@@ -132,12 +132,12 @@ def _buffers_fit(buffers: Buffers, x: torch.Tensor, before: Before) -> bool:
     if buffers.keys.dim() != 4:
         return False
     head, room = before.turn.cosine.shape[-1], buffers.keys.shape[2]
-    groups = before.key[0].shape[0] // head
+    heads, groups = (layer[0].shape[0] // head for layer in (before.query, before.key))
     place = x.shape[0], groups, room
     return (buffers.keys.shape == (*place, head)
             and buffers.values.shape == (*place, before.value[0].shape[0] // groups)
             and buffers.bounds.shape == (*place[:2], room // PAGE, 2, head) and room % PAGE == 0
-            and before.query[0].shape[0] // head % groups == 0 and 0 <= buffers.length <= room - x.shape[1])
+            and heads > 0 and heads % groups == 0 and 0 <= buffers.length <= room - x.shape[1])
 
 
 def _choice_fits(choice: PageChoice, batch: int) -> bool:
