@@ -132,7 +132,7 @@ def _buffers_fit(buffers: Buffers, x: torch.Tensor, before: Before) -> bool:
     if buffers.keys.dim() != 4:
         return False
     head, room = before.turn.cosine.shape[-1], buffers.keys.shape[2]
-    heads, groups = (layer[0].shape[0] // head for layer in (before.query, before.key))
+    heads, groups = before.query[0].shape[0] // head, before.key[0].shape[0] // head
     place = x.shape[0], groups, room
     return (buffers.keys.shape == (*place, head)
             and buffers.values.shape == (*place, before.value[0].shape[0] // groups)
