@@ -1,11 +1,18 @@
-"""A decoder layer by the smaller calls, one after another: what the one call of `kernels.block` is compared with."""
+"""A decoder layer by one call, and by the smaller calls one after another, with which it is compared."""
 
 import torch
 
-from sentei.kernels import paging
-from sentei.kernels.block import Buffers
+from sentei.kernels import block, paging
+from sentei.kernels.block import Buffers, Step
 from sentei.kernels.linear import fused_cpp, rows
 from sentei.kernels.paging import PAGE, bounds_of
+
+
+def decoder_layer(x, before, buffers, choice, after) -> torch.Tensor | None:
+    """The output by one call, or None where its weights or itself are not taken."""
+    prepared = block.prepare(x, before, after)
+    outputs = () if prepared is None else block.decoder_layers(x, before.turn[:2], [Step(prepared, buffers, choice)])
+    return outputs[0] if outputs else None
 
 
 def in_steps(x, before, buffers, choice, after) -> tuple[torch.Tensor, Buffers]:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from random import Random
 
 import torch
-from layer_steps import in_steps
+from layer_steps import decoder_layer, in_steps
 from malformed_choices import (
     LARGE,
     Arguments,
@@ -25,7 +25,7 @@ from malformed_rows import other_layout, other_order, taken
 
 from sentei.core.errors import RuleError
 from sentei.core.rules import MAX_K, All, Capacity, Certified, Mass, Threshold, TopK
-from sentei.kernels.block import After, Before, Buffers, Norm, PageChoice, decoder_layer
+from sentei.kernels.block import After, Before, Buffers, Norm, PageChoice
 from sentei.kernels.linear.layers import Turn
 from sentei.kernels.paging import PAGE, bounds_of
 

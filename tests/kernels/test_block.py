@@ -3,12 +3,12 @@
 import pytest
 import torch
 from kernels.test_rows import heads_case, layer, random, to
-from layer_steps import in_steps
+from layer_steps import decoder_layer, in_steps
 
 from sentei.core.errors import RuleError
 from sentei.core.rules import All, Mass, Threshold, TopK
 from sentei.kernels import block, native
-from sentei.kernels.block import After, Before, Buffers, PageChoice, decoder_layer
+from sentei.kernels.block import After, Before, Buffers, PageChoice
 from sentei.kernels.paging import PAGE, bounds_of
 
 pytestmark = pytest.mark.skipif(bool(native.missing()), reason=native.missing())
@@ -127,5 +127,6 @@ def test_what_the_call_does_not_take_is_left():
         assert decoder_layer(*given) is None
 
 
-def test_the_struct_is_that_of_the_library():
-    assert native.load().sentei_block_size() == block._BLOCK.size
+def test_the_structs_are_those_of_the_library():
+    assert native.load().sentei_block_weights_size() == block._WEIGHTS.size
+    assert native.load().sentei_block_call_size() == block._CALL.size

@@ -74,7 +74,7 @@ def test_every_entry_and_every_damage_is_drawn():
     (f"{OPS}.linear.rows._layer_fits = lambda *_: True", "accepted|exit -|AddressSanitizer"),
     (f"{OPS}.block._plain = lambda *_: True", "accepted layer|exit -|AddressSanitizer"),
     (f"{OPS}.block.numbers_of = lambda rule: (0, 0.0)", "shapes .* for layer"),
-    pytest.param(f"{OPS}.block._buffers_fit = lambda *_: True", "accepted layer|exit -|AddressSanitizer",
+    pytest.param(f"{OPS}.block._cache_fits = lambda *_: True", "accepted layer|exit -|AddressSanitizer",
                  marks=pytest.mark.slow),
     pytest.param("malformed.fused_cpp._check_keep = lambda *_: None", "exit", marks=pytest.mark.slow),
     ("malformed.outcome = lambda _: __import__('ctypes').string_at(0)", r"exit (-11|1) after \['1200 '\]"),
