@@ -104,7 +104,8 @@ def convert(model: nn.Module, plan: Plan, statistics: Statistics | None = None) 
     """Installs the plan's rooms in a transformers model, in place, and returns it.
 
     The weights are untouched: a room that changes some stands in for the original module, which is kept and put back
-    by the next plan. With configurations that keep everything the model computes what it did. A model that was
+    by the next plan. With configurations that keep everything the model computes what it did. Whatever the plan's
+    rooms, layers that are left run natively where that was measured faster (`conversion.native`). A model that was
     converted before gets the new plan instead of the old one; the empty plan gives the dense model back, bit for bit.
 
     Args:
@@ -115,27 +116,45 @@ def convert(model: nn.Module, plan: Plan, statistics: Statistics | None = None) 
             transformers' interface, or statistics that are missing.
         RuleError: two rooms in one place, or a configuration that does not fit the model.
     Cost: what the rooms' `build` costs, once for each set of statistics; where connections are pruned a forward pass or
-        two of two tokens, to see that every room is reached, and once what `conversion.native.install` measures.
+        two of two tokens, to see that every room is reached; and once what `conversion.native.install` costs.
 
     Whatever is raised, the model is then as it was.
     """
     _check_layers(model, plan)
     earlier, implementation = (placing.swapped(model), wrapper.rooms(model)), model.config._attn_implementation
-    if not earlier[0] and not plan.standing("in").entries:
-        _attach(model, plan)
-        return model
+    was_native = native.is_installed(model)
     try:
         wrapper.remove(model)  # before anything is built: what is built is made of the plain modules
         native.remove(model)
         placing.swap(model, _inside(model, plan, statistics or Statistics()))
         _attach(model, plan)
+        if plan.entries:
+            native.install(model)
     except BaseException:
         wrapper.remove(model)
+        native.remove(model)
         placing.swap(model, earlier[0])
         if earlier[1]:
             wrapper.install(model, earlier[1])
             wrapper.use(model, implementation)
+        if was_native:
+            native.install(model)
         raise
+    return model
+
+
+def complete(model: nn.Module, plan: Plan) -> nn.Module:
+    """Makes a model whose weights already have the shapes of a plan what `convert` with the plan would have made it.
+
+    Args:
+        model: as `export` writes it, or healed; changed in place and returned.
+        plan: what it was made by, or what of that is left; even of an empty one the layers run natively, where faster.
+    Raises:
+        UnsupportedError, RuleError: as `convert`.
+    """
+    convert(model, plan.standing("under"))
+    if not native.is_installed(model):
+        native.install(model)
     return model
 
 

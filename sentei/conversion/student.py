@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from sentei.axes.rank import Config as Rank
-from sentei.conversion import adapters
+from sentei.conversion import adapters, native
 from sentei.conversion.layers import ORIGINALS, originals
 from sentei.conversion.plan import Plan, convert
 from sentei.conversion.rooms.experts import ChoosingNetwork
@@ -31,6 +31,7 @@ def student_of(model: nn.Module, plan: Plan, statistics: Statistics | None = Non
     """
     convert(model, plan.standing("in"), statistics)
     try:
+        native.remove(model)  # whoever trains it wants the modules as they are
         dtypes = {name: tensor.dtype for name, tensor in (*model.named_parameters(), *model.named_buffers())}
         modules = [model, *originals(model).values()]
         memo = {id(tensor): _own(tensor) for module in modules for tensor in (*module.parameters(), *module.buffers())}
