@@ -18,7 +18,7 @@ from torch import nn
 from sentei.budget.judge import Judge, takes_attention
 from sentei.budget.workload import Decode
 from sentei.conversion.layers import Layer, layers_of
-from sentei.conversion.plan import Entry, Plan, convert
+from sentei.conversion.plan import Entry, Plan, convert, place
 from sentei.conversion.rooms import WAYS
 from sentei.conversion.statistics import Statistics
 from sentei.measurement.latency import interleave
@@ -82,7 +82,7 @@ def measure(judge: Judge, tokens: torch.Tensor, whole: Plan, rooms: tuple[str, .
     Args:
         judge: its model is dense afterwards; its workload is the one that is timed, on its window "calibrate".
         tokens: int64 [T], read up to TOKENS for the costs.
-        whole: the plan against which decoding is timed, in which connections keep everything.
+        whole: the plan against which options are timed, in which connections keep everything.
         step: called for every option.
     Returns:
         the offers, layer by layer.
@@ -97,7 +97,7 @@ def measure(judge: Judge, tokens: torch.Tensor, whole: Plan, rooms: tuple[str, .
     for entry, part in entries:
         saved, nats = seconds[entry.room, entry.config], None
         if saved > 0:
-            convert(judge.model, Plan((entry,)), seen)
+            place(judge.model, Plan((entry,)), seen)
             nats = ruler.nats(entry.layer)
         offers.append(Offer(entry=entry, part=part, nats=nats, seconds=saved))
         step()
@@ -163,9 +163,7 @@ def _decoding_seconds(judge: Judge, entries: list[Entry], seen: Statistics | Non
     plans, numbers = {None: whole}, {}
     for key in dict.fromkeys((entry.room, entry.config) for entry in entries):
         alike = [entry for entry in entries if (entry.room, entry.config) == key]
-        gone = {entry.layer for entry in alike if takes_attention(entry)}
-        plans[key] = Plan((*(entry for entry in whole.entries if entry.layer not in gone), *alike))
-        numbers[key] = len(alike)
+        plans[key], numbers[key] = _with(whole, alike), len(alike)
     run, seconds = judge.run("calibrate"), {key: [] for key in plans}
     for key in [None, *RUNS * list(plans)]:
         run.begin(plans[key])
@@ -177,6 +175,12 @@ def _decoding_seconds(judge: Judge, entries: list[Entry], seen: Statistics | Non
     return {key: (least[None] - least[key]) / number for key, number in numbers.items()}
 
 
+def _with(whole: Plan, entries: list[Entry]) -> Plan:
+    """The plan with these entries; attention that is left out has no connections."""
+    gone = {entry.layer for entry in entries if takes_attention(entry)}
+    return Plan((*(entry for entry in whole.entries if entry.layer not in gone), *entries))
+
+
 @torch.no_grad()
 def _prompt_seconds(judge: Judge, entries: list[Entry], seen: Statistics | None, whole: Plan) -> Clocked:
     """Saved in one layer: the middle one, or the nearest that has the option, run on what a prompt gives it."""
@@ -184,6 +188,7 @@ def _prompt_seconds(judge: Judge, entries: list[Entry], seen: Statistics | None,
     middle = len(layers) // 2
     inputs: dict[int, tuple] = {}
     found = {}
+    convert(judge.model, whole)
     for key in dict.fromkeys((entry.room, entry.config) for entry in entries):
         alike = [entry for entry in entries if (entry.room, entry.config) == key]
         entry = min(alike, key=lambda entry: abs(entry.layer - middle))
@@ -196,10 +201,11 @@ def _prompt_seconds(judge: Judge, entries: list[Entry], seen: Statistics | None,
             block(*positional, **named)
 
         timed = interleave(work, work, runs=RUNS + 1, before=(
-            partial(convert, judge.model, Plan()), partial(convert, judge.model, Plan((entry,)), seen)))
-        convert(judge.model, Plan())
+            partial(convert, judge.model, whole), partial(convert, judge.model, _with(whole, [entry]), seen)))
+        convert(judge.model, whole)
         found[key] = averages.median(
             dense - pruned for dense, pruned in zip(timed.dense, timed.pruned, strict=True))
+    convert(judge.model, Plan())
     return found
 
 

@@ -1,6 +1,6 @@
 """A plan: which room prunes which layer, and how."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -120,6 +120,33 @@ def convert(model: nn.Module, plan: Plan, statistics: Statistics | None = None) 
 
     Whatever is raised, the model is then as it was.
     """
+    return _become(model, plan, statistics, native.install if plan.entries else _stay)
+
+
+def place(model: nn.Module, plan: Plan, statistics: Statistics | None = None) -> nn.Module:
+    """As `convert`, with the plan's rooms alone: all that is left runs as transformers runs it, and is plain to train."""
+    return _become(model, plan, statistics, _stay)
+
+
+def complete(model: nn.Module, plan: Plan) -> nn.Module:
+    """Makes a model whose weights already have the shapes of a plan what `convert` with the plan would have made it.
+
+    Args:
+        model: as `export` has written it, or healed; changed in place and returned.
+        plan: what it was made by, or what of that is left; even of an empty one the layers run natively, where faster.
+    Raises:
+        UnsupportedError, RuleError: as `convert`.
+    """
+    return _become(model, plan.standing("under"), None, native.install)
+
+
+def _stay(model: nn.Module) -> None:
+    """Leaves the layers as they are."""
+
+
+def _become(model: nn.Module, plan: Plan, statistics: Statistics | None, finish: Callable[[nn.Module], object]
+            ) -> nn.Module:
+    """Takes all that was installed out, puts the plan's rooms in and has `finish` see to the rest; all of it or none."""
     _check_layers(model, plan)
     earlier, implementation = (placing.swapped(model), wrapper.rooms(model)), model.config._attn_implementation
     was_native = native.is_installed(model)
@@ -128,8 +155,7 @@ def convert(model: nn.Module, plan: Plan, statistics: Statistics | None = None) 
         native.remove(model)
         placing.swap(model, _inside(model, plan, statistics or Statistics()))
         _attach(model, plan)
-        if plan.entries:
-            native.install(model)
+        finish(model)
     except BaseException:
         wrapper.remove(model)
         native.remove(model)
@@ -140,21 +166,6 @@ def convert(model: nn.Module, plan: Plan, statistics: Statistics | None = None) 
         if was_native:
             native.install(model)
         raise
-    return model
-
-
-def complete(model: nn.Module, plan: Plan) -> nn.Module:
-    """Makes a model whose weights already have the shapes of a plan what `convert` with the plan would have made it.
-
-    Args:
-        model: as `export` writes it, or healed; changed in place and returned.
-        plan: what it was made by, or what of that is left; even of an empty one the layers run natively, where faster.
-    Raises:
-        UnsupportedError, RuleError: as `convert`.
-    """
-    convert(model, plan.standing("under"))
-    if not native.is_installed(model):
-        native.install(model)
     return model
 
 

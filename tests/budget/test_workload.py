@@ -196,5 +196,5 @@ def test_the_first_option_keeps_everything_and_so_does_the_plan_a_forecast_start
     rules = slack.options(work)
     assert rules[0] == first and all(isinstance(rule, Threshold) for rule in rules[1:])
     whole = slack.whole_plan(work, (0, 2), Config())
-    assert [(entry.layer, entry.config.rule, entry.config.decode) for entry in whole.entries] == (
-        [] if work.kind == "prefill" else [(0, All(), first), (2, All(), first)])
+    assert [(entry.layer, entry.config.rule, entry.config.decode) for entry in whole.entries] == [
+        (0, All(), first), (2, All(), first)]
