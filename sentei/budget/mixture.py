@@ -53,7 +53,7 @@ class Market:
 
         Args:
             nats: what may be lost, about; plans that are foreseen to lose several times as much are left out.
-            rooms: which may take part. Connections that keep all always do: they, and the layers beside them, run natively.
+            rooms: which may take part. Connections that keep all always do: all is then run natively.
         """
         low, high = (share * nats / self.dense for share in RANGE)
         found = [dense_of(fit(self.slack))]

@@ -5,8 +5,6 @@ e to the power of it is about the factor by which perplexity grows. The saving i
 workload. Connections are not here: `sentei.budget.slack` tries their rules head by head.
 """
 
-import statistics as averages
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -26,7 +24,7 @@ from sentei.measurement.latency import interleave
 # Tokens that are read for the cost, and those of them, the last, on which the divergence is taken: it needs fewer than
 # a difference of perplexities.
 TOKENS, COMPARED = 192, 96
-RUNS = 2
+RUNS = 3
 # Those whose work can be written to a file and read back.
 ROOMS = tuple(room for room, way in WAYS.items() if way.stands == "in" and way.blank)
 
@@ -86,8 +84,8 @@ def measure(judge: Judge, tokens: torch.Tensor, whole: Plan, rooms: tuple[str, .
         step: called for every option.
     Returns:
         the offers, layer by layer.
-    Cost: half a pass over TOKENS tokens an option, and for each distinct configuration a few runs: of the whole
-        workload where it decodes, of one layer where it reads a prompt.
+    Cost: half a pass over TOKENS tokens an option, and for each distinct configuration a run of the whole workload
+        where it decodes, RUNS of one layer where it reads a prompt.
     """
     entries = candidates(judge.model, judge.workload.lever, rooms)
     seen = next(filter(None, (judge.statistics(Plan((entry,))) for entry, _ in entries)), None)
@@ -164,15 +162,11 @@ def _decoding_seconds(judge: Judge, entries: list[Entry], seen: Statistics | Non
     for key in dict.fromkeys((entry.room, entry.config) for entry in entries):
         alike = [entry for entry in entries if (entry.room, entry.config) == key]
         plans[key], numbers[key] = _with(whole, alike), len(alike)
-    run, seconds = judge.run("calibrate"), {key: [] for key in plans}
-    for key in [None, *RUNS * list(plans)]:
-        run.begin(plans[key])
-        start = time.perf_counter()
-        run()
-        seconds[key].append(time.perf_counter() - start)
+    run = judge.run("calibrate")
+    seconds = {key: run.least(plan) for key, plan in plans.items()}
+    kept = min(seconds[None], run.least(whole))  # before and after all others
     convert(judge.model, Plan())
-    least = {key: min(found) for key, found in seconds.items()}  # what else runs here only ever adds
-    return {key: (least[None] - least[key]) / number for key, number in numbers.items()}
+    return {key: (kept - seconds[key]) / number for key, number in numbers.items()}
 
 
 def _with(whole: Plan, entries: list[Entry]) -> Plan:
@@ -200,11 +194,10 @@ def _prompt_seconds(judge: Judge, entries: list[Entry], seen: Statistics | None,
         def work(block=layer.block, positional=positional, named=named):
             block(*positional, **named)
 
-        timed = interleave(work, work, runs=RUNS + 1, before=(
+        timed = interleave(work, work, runs=RUNS, before=(
             partial(convert, judge.model, whole), partial(convert, judge.model, _with(whole, [entry]), seen)))
         convert(judge.model, whole)
-        found[key] = averages.median(
-            dense - pruned for dense, pruned in zip(timed.dense, timed.pruned, strict=True))
+        found[key] = min(timed.dense) - min(timed.pruned)  # what else runs here only ever adds
     convert(judge.model, Plan())
     return found
 

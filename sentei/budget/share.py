@@ -5,17 +5,15 @@ from torch import nn
 from sentei.budget.proof import Proof
 from sentei.conversion.layers import original_at, paths_of
 from sentei.conversion.plan import Entry
-from sentei.core.rules import All, Threshold
 from sentei.conversion.rooms import WAYS
-
+from sentei.core.rules import All, Threshold
 
 # Under this name stands what keeping all saves: the same numbers, by native layers and exact attention.
 NATIVE = "native"
 
 
 def rooms_of(proof: Proof, whole: float) -> dict[str, dict]:
-    """The layers, seconds and share of every room of a proven plan, and of what is only run natively; of the dense plan,
-    nothing.
+    """The layers, seconds and share of every room of a proven plan, and of native layers; of the dense plan, nothing.
 
     What was measured is shared out as was foreseen: connections have what is left by the others' seconds; where they
     drop nothing, the others have all.
@@ -40,7 +38,7 @@ def rooms_of(proof: Proof, whole: float) -> dict[str, dict]:
 
 
 def _drops_connections(entry: Entry) -> bool:
-    """Whether the entry prunes connections, of prompts or in decoding, and does not only hold the kernels that could."""
+    """Whether the entry prunes connections, of prompts or in decoding, and does not only hold what could."""
     return entry.room == "connections" and any(
         rule not in (All(), Threshold(0.0)) for rule in (entry.config.rule, entry.config.decode))
 

@@ -67,7 +67,7 @@ def options(workload: Workload) -> list[Rule]:
 
 
 def whole_plan(workload: Workload, layers: tuple[int, ...], config: Config) -> Plan:
-    """The plan in which every layer keeps everything, the first of its options: nothing lost, and all of it natively."""
+    """The plan in which every layer keeps everything, the first of its options: all of it natively."""
     return Plan.everywhere(layers, "connections", replace(config, **{workload.lever: options(workload)[0]}))
 
 

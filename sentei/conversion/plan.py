@@ -124,7 +124,7 @@ def convert(model: nn.Module, plan: Plan, statistics: Statistics | None = None) 
 
 
 def place(model: nn.Module, plan: Plan, statistics: Statistics | None = None) -> nn.Module:
-    """As `convert`, with the plan's rooms alone: all that is left runs as transformers runs it, and is plain to train."""
+    """As `convert`, with the plan's rooms alone: what is left is transformers' own, and plain to train."""
     return _become(model, plan, statistics, _stay)
 
 
@@ -146,7 +146,7 @@ def _stay(model: nn.Module) -> None:
 
 def _become(model: nn.Module, plan: Plan, statistics: Statistics | None, finish: Callable[[nn.Module], object]
             ) -> nn.Module:
-    """Takes all that was installed out, puts the plan's rooms in and has `finish` see to the rest; all of it or none."""
+    """Takes out what was installed, puts the plan's rooms in and has `finish` see to the rest; all of it or none."""
     _check_layers(model, plan)
     earlier, implementation = (placing.swapped(model), wrapper.rooms(model)), model.config._attn_implementation
     was_native = native.is_installed(model)

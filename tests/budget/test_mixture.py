@@ -80,7 +80,7 @@ def test_an_option_that_saves_no_time_is_in_no_plan():
 
 
 def test_a_part_has_one_option_and_attention_that_is_gone_has_no_connections():
-    for plan in market(OFFERS).plans(1.0, EVERY):
+    for plan in market(OFFERS).plans(1.0, EVERY)[1:]:
         entries = plan.plan.entries
         assert len({(entry.layer, entry.room) for entry in entries}) == len(entries)
         gone = {layer for layer, room, part in rooms_of(plan.plan) if room == "depth" and part != "network"}

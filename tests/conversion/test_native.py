@@ -178,12 +178,10 @@ def test_a_failure_at_the_end_leaves_the_model_as_it_was(before, monkeypatch):
     assert torch.equal(logits(model), expected) and native_of(model) == kinds
 
 
-def test_an_exact_room_and_none_give_the_same_beside_native_heads(monkeypatch):
-    """Heads made natively go to the room, or to transformers' own attention."""
-    expected = logits(tiny_model("llama"))
-    calls, right = [], rows.rows.heads
+def test_heads_made_natively_go_to_the_room_or_to_transformers_own_attention(monkeypatch):
+    expected, calls, right = logits(tiny_model("llama")), [], rows.rows.heads
     monkeypatch.setattr(rows.rows, "heads", lambda *inputs: calls.append(1) or right(*inputs))
-    for entries in ((CHOOSING,), (Entry(layer=0, room="connections", config=Connections()),)):
-        calls.clear()
-        torch.testing.assert_close(logits(convert(tiny_model("llama"), Plan(entries))), expected)
-        assert len(calls) == 3
+    model = convert(tiny_model("llama"), Plan((Entry(layer=0, room="connections", config=Connections()),)))
+    calls.clear()
+    torch.testing.assert_close(logits(model), expected)
+    assert len(calls) == 3
