@@ -196,8 +196,7 @@ def _prune(subject: Subject, text: Text, windows: dict[str, torch.Tensor], reque
     windows = {**windows, "calibrate": windows["calibrate"][:WINDOWS["calibrate"]]}
     judge = Judge(subject.model, workload, windows, stages, inputs, library)
     whole = slack_of.whole_plan(workload, layers, config)
-    steps = len(windows["choose"]) + len(windows["verify"]) + len({Plan(), whole})
-    with clock("calibrate"), progress.stage("calibrate", steps) as step:
+    with clock("calibrate"), progress.stage("calibrate", 2 + len(windows["choose"]) + len(windows["verify"])) as step:
         dense_seconds, whole_seconds = (judge.seconds(plan, "calibrate", step) for plan in (Plan(), whole))
         judge.prepare("verify", step)
         judge.prepare("choose", step)

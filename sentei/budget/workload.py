@@ -16,6 +16,7 @@ from typing import ClassVar
 import torch
 from torch import nn
 
+from sentei.conversion.cache import pruned_layers
 from sentei.conversion.rooms.heads import FOLD
 from sentei.core.errors import SenteiError
 from sentei.measurement.quality import losses_after, token_losses
@@ -149,8 +150,9 @@ class Decode(Workload):
         return cache
 
     def losses(self, model, row, prefix):
-        """Of the last tokens of the row."""
-        return losses_after(model, row, self._own(model, row, prefix), rows=self.AT_ONCE)
+        """Of the last tokens of the row; where nothing chooses pages, as in the dense model, all in one call."""
+        rows = self.AT_ONCE if pruned_layers(model) else self.READ
+        return losses_after(model, row, self._own(model, row, prefix), rows=rows)
 
     def _own(self, model, row, prefix) -> object:
         """A copy of the dense model's prefix, folded where the model has merged key/value heads.

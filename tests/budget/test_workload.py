@@ -10,7 +10,7 @@ from torch.testing import assert_close
 
 from sentei.axes.connections import Config
 from sentei.axes.heads import Config as Heads
-from sentei.budget import slack
+from sentei.budget import slack, workload
 from sentei.budget.calibration import calibrate
 from sentei.budget.judge import Judge
 from sentei.budget.workload import Decode, Prefill, Workload, workload_of
@@ -212,3 +212,14 @@ def test_a_run_is_as_long_as_its_quickest_pass_says(monkeypatch, work, passes, b
 
     monkeypatch.setattr(run, "begin", begin)
     assert run.least(Plan()) == min(passes) / begun * work.timed_runs and len(begins) == begun
+
+
+def test_where_nothing_chooses_pages_all_tokens_are_read_in_one_call(monkeypatch):
+    monkeypatch.setattr(workload, "losses_after", lambda *inputs, rows: rows)
+    model, row, work = tiny_model("llama"), row_of(80), Decode(80)
+    prefix = work.prefix(model, row)
+    assert work.losses(model, row, prefix) == Decode.READ
+    convert(model, Plan.everywhere([1], "connections", Config(rule=Threshold(0.1))))
+    assert work.losses(model, row, prefix) == Decode.READ
+    convert(model, paged(model, 0.0))
+    assert work.losses(model, row, prefix) == Decode.AT_ONCE
