@@ -7,7 +7,7 @@ from kernels.test_rows import heads_case, layer, random, to
 from sentei.core.errors import RuleError
 from sentei.core.rules import All, Mass, Threshold, TopK
 from sentei.kernels import block, native, paging
-from sentei.kernels.block import After, Before, Buffers, PageChoice, decoder_layer
+from sentei.kernels.block import After, Before, Buffers, PageChoice, Step
 from sentei.kernels.linear import fused_cpp, rows
 from sentei.kernels.paging import PAGE, bounds_of
 
@@ -50,6 +50,13 @@ def case(dtype=WIDE, kept=None, length=53, rule=RULE, window=0, lengths=None, ac
             buffers_of(len(x), groups, length, (head, value_head), kept or dtype),
             PageChoice(rule, window, head ** -0.5, None if lengths is None else torch.tensor(lengths)),
             After(joint, norm_of(width, dtype, 12), gate, up, down, activation))
+
+
+def decoder_layer(x, before, buffers, choice, after) -> torch.Tensor | None:
+    """The output by one call, or None where its weights or itself are not taken."""
+    prepared = block.prepare(x, before, after)
+    outputs = () if prepared is None else block.decoder_layers(x, before.turn[:2], [Step(prepared, buffers, choice)])
+    return outputs[0] if outputs else None
 
 
 def in_steps(x, before, buffers, choice, after) -> tuple[torch.Tensor, Buffers]:
@@ -143,5 +150,6 @@ def test_what_the_call_does_not_take_is_left():
         assert decoder_layer(*given) is None
 
 
-def test_the_struct_is_that_of_the_library():
-    assert native.load().sentei_block_size() == block._BLOCK.size
+def test_the_structs_are_those_of_the_library():
+    assert native.load().sentei_block_weights_size() == block._WEIGHTS.size
+    assert native.load().sentei_block_call_size() == block._CALL.size
