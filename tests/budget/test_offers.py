@@ -17,7 +17,6 @@ from sentei.conversion.layers import originals
 from sentei.conversion.native import is_installed
 from sentei.conversion.plan import Plan, convert, prunable_layers
 from sentei.core.storage import Stages
-from sentei.measurement.latency import Comparison
 
 TOKENS = torch.randint(3, 259, (2, 80), generator=torch.Generator().manual_seed(1))
 
@@ -90,15 +89,26 @@ def test_an_option_for_prompts_is_timed_in_a_layer_of_a_model_that_keeps_all_nat
     monkeypatch.setattr(native, "install", lambda model: right(model, most_rows=8, many_rows=9))
     whole = whole_plan(judge.workload, (0, 1, 2), Config())
 
-    def clocked(kept, pruned, *, runs, before):
-        for ready in before:
-            ready()
-            seen.append((len(wrapper.rooms(judge.model)), len(originals(judge.model)), is_installed(judge.model)))
-        return Comparison(dense=[3.0, 2.0], pruned=[1.5, 9.0], date="")
+    def clocked(work):
+        work()
+        seen.append((len(wrapper.rooms(judge.model)), len(originals(judge.model)), is_installed(judge.model)))
+        return (9.0, 3.0, 1.5, 2.0, 8.0, 7.0)[(len(seen) - 1) % 6]
 
-    monkeypatch.setattr(module, "interleave", clocked)
+    monkeypatch.setattr(module, "_quickest", clocked)
     offers = measure(judge, TOKENS[0], whole)
     assert all(offer.seconds == 0.5 for offer in offers), "the least of each: what else runs here only ever adds"
-    kept, pruned = seen[::2], seen[1::2]
+    pruned, kept = seen[::2], seen[1::2]
     assert set(kept) == {(3, 0, True)} and {rooms for rooms, *_ in pruned} == {2, 3}
     assert all(swapped and native for _, swapped, native in pruned)
+
+
+def test_the_quickest_of_many_short_runs_counts_and_a_long_one_is_done_once(monkeypatch):
+    now, left = [0.0], [0.09, 0.03, 0.05, 0.04]
+    monkeypatch.setattr(module.time, "perf_counter", lambda: now[0])
+
+    def work():
+        now[0] += left.pop(0)
+
+    assert module._quickest(work) == 0.03 and not left
+    left[:] = [5.0, 1.0]
+    assert module._quickest(work) == 5.0 and left == [1.0]
