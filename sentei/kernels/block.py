@@ -181,7 +181,7 @@ def _packed(x: torch.Tensor, output: torch.Tensor, rotation: tuple[torch.Tensor,
     rule, parameter = numbers_of(choice.rule)
     return _CALL.pack(
         *_pointers(x, choice.lengths, *rotation, keys, values, bounds, output), x.shape[0], x.shape[1],
-        rotation[0].numel() // layer.head, keys.shape[2], length, PAGE, choice.window, rule,
+        rotation[0].numel() // layer.head, keys.shape[2], length, PAGE, min(choice.window, keys.shape[2]), rule,
         keys.dtype is torch.bfloat16, torch.get_num_threads(), native.MACHINE, parameter, choice.scale)
 
 
@@ -198,7 +198,7 @@ def _weights_fit(x: torch.Tensor, before: Before, after: After) -> bool:
             and norm.weight.shape == second.weight.shape == down[0].shape[:1] == gain and activation in ACTIVATIONS):
         return False
     heads, groups = (part[0].shape[0] // turn.cosine.shape[-1] for part in (query, key))
-    return (heads % groups == 0 and layer[0].shape == (*gain, heads * (value[0].shape[0] // groups))
+    return (heads > 0 and heads % groups == 0 and layer[0].shape == (*gain, heads * (value[0].shape[0] // groups))
             and (layer[1] is None or layer[1].shape == gain))
 
 
