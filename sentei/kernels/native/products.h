@@ -163,8 +163,9 @@ class Fetch {
 };
 
 // C[lines x panel] = (add ? C : 0) + A B; number (r, d) of A stands at r · line + d · step, where a template's 0 stands
-// for `apart`. At `ahead` is what is read soon: a cache line every four depths.
-template <int L, int line, int step>
+// for `apart`; of panels, `apart` is from one to the next. At `ahead` is what is read soon: a cache line every four
+// depths.
+template <int L, int line, int step, bool panels = false>
 INLINE void tile(const float* a, int64_t apart, const float* b, float* c, int depths, bool add, const float* ahead,
                  Fetch& fetch) {
   constexpr int R = Micro<L>::lines, V = Micro<L>::vectors;
@@ -194,11 +195,13 @@ INLINE void tile(const float* a, int64_t apart, const float* b, float* c, int de
   };
   int d = 0;
   for (; d + 4 <= depths; d += 4, ahead += kAhead) {
+    if (panels && d && d % Micro<L>::panel == 0) a += apart - Micro<L>::panel;
     __builtin_prefetch(ahead, 0, 2);
     fetch.step();
 #pragma GCC unroll 4
     for (int next = 0; next < 4; ++next) one_depth();
   }
+  if (panels && d && d < depths && d % Micro<L>::panel == 0) a += apart - Micro<L>::panel;
   for (; d < depths; ++d) one_depth();
 #pragma GCC unroll 12
   for (int r = 0; r < R; ++r)
@@ -207,10 +210,10 @@ INLINE void tile(const float* a, int64_t apart, const float* b, float* c, int de
 }
 
 // A left factor where it is to be read: a block that was copied, along or across, or lines that lie in memory so far
-// apart, or depths that do.
+// apart, or depths, or panels of depths that do.
 struct Lines {
   const float* data;
-  enum { kCopied, kCopiedAcross, kFar, kFarAcross } how;
+  enum { kCopied, kCopiedAcross, kFar, kFarAcross, kPanels } how;
   int64_t apart;
 };
 
@@ -235,8 +238,10 @@ INLINE void multiply(const Lines& a, const float* b, int64_t apart, float* c, in
                                 add, ahead, fetch);
       else if (a.how == Lines::kFar)
         tile<L, 0, 1>(a.data + i * a.apart, a.apart, b, to, depths, add, ahead, fetch);
-      else
+      else if (a.how == Lines::kFarAcross)
         tile<L, 1, 0>(a.data + i, a.apart, b, to, depths, add, ahead, fetch);
+      else
+        tile<L, panel, 1, true>(a.data + i * panel, a.apart, b, to, depths, add, ahead, fetch);
     }
 }
 ON_EVERY_MACHINE(multiply, (const Lines& a, const float* b, int64_t apart, float* c, int lines, int columns,
