@@ -12,10 +12,11 @@ from sentei.circuit.bits import Span, encode, pack, unpack
 from sentei.circuit.capture import capture
 from sentei.circuit.page import label
 from sentei.circuit.recorder import Facts, Recorder
-from sentei.circuit.run import OBSERVED, Circuit, Run, Token
+from sentei.circuit.run import Circuit, Run, Token
 from sentei.conversion.plan import Plan, convert
 from sentei.core.rules import Capacity, Mass, TopK
 from sentei.core.selection import Selection
+from sentei.core.trace_header import OBSERVED
 from sentei.model import Config, Transformer
 from sentei.model.slots import Routed
 

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from random import Random
 
+import malformed_block
 import malformed_choices
 import malformed_rows
 import torch
@@ -205,14 +206,15 @@ DAMAGES: dict[Callable, tuple[str, ...]] = {  # and to what each can be done
     no_tensor: TENSORS + PLAN, other_cap: ("softcap", "cut"),
 }
 FAMILIES = ((valid, ENTRIES, DAMAGES), (malformed_choices.valid, malformed_choices.ENTRIES, malformed_choices.DAMAGES),
-            (malformed_rows.valid, malformed_rows.ENTRIES, malformed_rows.DAMAGES))
+            (malformed_rows.valid, malformed_rows.ENTRIES, malformed_rows.DAMAGES),
+            (malformed_block.valid, malformed_block.ENTRIES, malformed_block.DAMAGES))
 
 
 def drawn(number: int) -> tuple[Callable, Arguments, list[str], bool]:
     """The call of this number: its entry and arguments, what was done to them, and whether it must be refused."""
     draw = Random(number)
     torch.manual_seed(number)
-    valid_for, entries, damages = FAMILIES[number % 3]
+    valid_for, entries, damages = FAMILIES[number % len(FAMILIES)]
     entry = draw.choice(list(entries))
     given, done, wrong = valid_for(draw), [], False
     choices = {damage: [name for name in names if name in entries[entry]] for damage, names in damages.items()}

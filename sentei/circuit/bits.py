@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from sentei.core.selection import Selection
+from sentei.core.trace_header import STRONGEST
 
-STRONGEST = 8  # how many weights a row keeps
 NONE = 65535  # an id that is none; ids are uint16
 
 

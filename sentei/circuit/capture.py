@@ -10,9 +10,10 @@ from torch import nn
 
 from sentei.circuit.observe import Observer
 from sentei.circuit.recorder import Facts, Recorder
-from sentei.circuit.run import MAX_NAME, MAX_TOKENS, OBSERVED, RAN, Circuit, Run, Token
+from sentei.circuit.run import Circuit, Run, Token
 from sentei.core.errors import SenteiError
 from sentei.core.rules import Mass
+from sentei.core.trace_header import MAX_NAME, MAX_TOKENS, OBSERVED, RAN
 from sentei.core.tracing import Tap, listening
 
 FOLLOWING = 5  # how many of the likeliest next tokens are told

@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 from sentei.circuit.bits import NONE, Span, encode, pack, pack_rows, strongest, unpack, unpack_rows
-from sentei.circuit.run import ATTENTION_RAN, EXPERT_WEIGHTS, FEED_FORWARD_RAN, Run, Shape, Token
+from sentei.circuit.run import ATTENTION_RAN, FEED_FORWARD_RAN, Run, Shape, Token
 from sentei.core.selection import Selection
+from sentei.core.trace_header import EXPERT_WEIGHTS
 from sentei.core.tracing import Bypass, Record
 
 _LAYER = re.compile(r"(?:^|\.)(\d+)(?=\.|$)")

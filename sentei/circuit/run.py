@@ -22,10 +22,6 @@ import torch
 
 from sentei.circuit.bits import Span
 
-RAN, OBSERVED = "ran", "observed"
-MAX_TOKENS, MAX_LAYERS, MAX_HEADS, MAX_EXPERTS = 65_534, 1000, 4096, 65_534
-MAX_NAME = 1024  # characters of a model's name, a rule, a date, a version or a reason
-EXPERT_WEIGHTS = 16  # how many experts' weights a token keeps
 ATTENTION_RAN, FEED_FORWARD_RAN = 1, 2
 
 
@@ -108,17 +104,3 @@ class Circuit:
     runs: tuple[Run, ...]
     versions: dict[str, str] = field(default_factory=dict)
     date: str = ""
-
-
-def expected_parts(run: Run, layer: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    """The dtype and shape of every part that a layer may have; those of `connections` only where it has spans."""
-    tokens, shape = len(run.tokens), run.layers[layer]
-    parts = {"cost": (torch.float32, (tokens, 2)), "depth.bits": (torch.uint8, (tokens,)),
-             "depth.weights": (torch.uint8, (tokens, 2)), "heads.weights": (torch.uint8, (tokens, shape.kv_heads)),
-             "heads.bits": (torch.uint8, (tokens, -(-shape.kv_heads // 8))), "rank.kept": (torch.uint16, (tokens,))}
-    if shape.experts:
-        kept = min(shape.experts, EXPERT_WEIGHTS)
-        parts |= {"experts.bits": (torch.uint8, (tokens, -(-shape.experts // 8))),
-                  "experts.ids": (torch.uint16, (tokens, kept)), "experts.weights": (torch.uint8, (tokens, kept))}
-    return parts
-

@@ -11,9 +11,10 @@ from torch import nn
 from sentei.circuit.capture import Spell
 from sentei.circuit.page import render
 from sentei.circuit.recorder import Facts, Recorder
-from sentei.circuit.run import RAN, Circuit, Token
+from sentei.circuit.run import Circuit, Token
 from sentei.core import tracing
 from sentei.core.errors import SenteiError
+from sentei.core.trace_header import RAN
 from sentei.core.tracing import Tap, listening
 
 

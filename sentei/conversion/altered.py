@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from sentei.conversion.linear import Choice, NativeLinear, Steps, input_of
+from sentei.kernels.block import place_of
 from sentei.kernels.linear.layers import Layer
 
 NORM_STEPS = Steps(few=(1, 8, 64))  # a norm of each head has many to a token
@@ -37,6 +38,45 @@ def is_altered(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks) or "forward" in module.__dict__
 
 
+class Answer(NamedTuple):
+    """What was found out of a module's parts, and what that rests on, which is asked again in microseconds.
+
+    Args:
+        value: what was found.
+        parts: of whom, by what name, which module, of which class.
+        weights: of whom, by what name, and where its numbers lie.
+        numbers: of whom, by what name, and the number.
+    """
+
+    value: object
+    parts: list[tuple[nn.Module, str, nn.Module, type]]
+    weights: list[tuple[nn.Module, str, tuple | None]]
+    numbers: list[tuple[nn.Module, str, float]]
+
+    @classmethod
+    def of(cls, module: nn.Module, value: object) -> "Answer":
+        """One that rests on the modules in a module and in these, all their weights and all their numbers."""
+        holders = module, *module.children()
+        parts = [(holder, name, part, type(part)) for holder in holders for name, part in holder.named_children()]
+        return cls(value, parts,
+                   [(part, name, place_of(weight)) for _, _, part, _ in parts
+                    for name, weight in part._parameters.items()],
+                   [(part, name, number) for _, _, part, _ in parts for name, number in vars(part).items()
+                    if type(number) is float])
+
+    def holds(self) -> bool:
+        """Whether all of that is as it was, and nobody looks on."""
+        if _has_any_global_hook():
+            return False
+        for holder, name, part, kind in self.parts:
+            if holder._modules.get(name) is not part or type(part) is not kind or is_altered(part):
+                return False
+        for part, name, place in self.weights:
+            if place_of(part._parameters.get(name)) != place:
+                return False
+        return all([part.__dict__.get(name) == number for part, name, number in self.numbers])
+
+
 @cache
 def attention_functions():
     """transformers' table of attention functions, in which ours is."""
@@ -48,7 +88,7 @@ def attention_functions():
 def restore(module: nn.Module) -> None:
     """Gives the module the class it had."""
     module.__class__ = type(module).__bases__[1]
-    for name in ("native_rows", "activation", "form", "turn", "parts"):
+    for name in ("native_rows", "activation", "form", "turn", "parts", "known", "following"):
         module.__dict__.pop(name, None)
 
 

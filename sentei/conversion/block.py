@@ -8,13 +8,16 @@ a part of it, puts a hook on one or listens to the room gets the layer's own for
 
 import inspect
 from dataclasses import replace
+from weakref import ref
 
 import torch
 from torch import nn
 
 from sentei.axes.connections import Connections
 from sentei.conversion import cache
+from sentei.conversion.ahead import Foreseen, Given, Made, asked, guesses, note
 from sentei.conversion.altered import (
+    Answer,
     Kind,
     all_rows,
     attention_functions,
@@ -25,7 +28,7 @@ from sentei.conversion.altered import (
     plain_layers,
     turns,
 )
-from sentei.conversion.interface import IMPLEMENTATION, attention_forward, read
+from sentei.conversion.interface import IMPLEMENTATION, attention_forward, lengths_of, obstacles_of
 from sentei.conversion.linear import Choice, NativeLinear, Steps, input_of
 from sentei.conversion.rows import SCALES, NativeGated, NativeHeads, NativeNorm
 from sentei.core.modes import is_plain_call
@@ -45,45 +48,77 @@ class NativeBlock:
 
     native_rows: Choice
     parts: tuple[nn.Module, ...]
+    known: Answer | None = None  # the weights, prepared
 
     def forward(self, hidden_states, attention_mask=None, position_ids=None, past_key_values=None, use_cache=False,
                 position_embeddings=None, **named):
         """As the layer's own; see `NativeLinear.forward`."""
         output = None
-        if type(hidden_states) is torch.Tensor and self.native_rows.takes(hidden_states) and is_plain_call():
-            lengths, obstacles = read(attention_mask, named)
-            if not obstacles:
-                output = self._native(hidden_states, lengths, past_key_values, position_embeddings)
+        if (type(hidden_states) is torch.Tensor and self.native_rows.takes(hidden_states) and is_plain_call()
+                and not obstacles_of(named)):
+            given = Given(attention_mask, past_key_values, position_embeddings)
+            output = asked(self, hidden_states, given)
+            if output is None:
+                output = self._native(hidden_states, given)
         return output if output is not None else super().forward(
             hidden_states, attention_mask=attention_mask, position_ids=position_ids, past_key_values=past_key_values,
             use_cache=use_cache, position_embeddings=position_embeddings, **named)
 
-    def _native(self, x, lengths, past_key_values, position_embeddings):
-        found = self._modules
-        parts = tuple(found[name] for name in PARTS)
-        if any(part is not known or is_altered(part) for part, known in zip(parts, self.parts, strict=True)):
+    def _native(self, x, given):
+        """Its output, and those of the layers that are guessed to follow it noted, or None."""
+        lengths, understood = lengths_of(given.mask)
+        if not understood or not isinstance(given.rotation, tuple):
+            return None
+        layers, held, steps = [], [], []
+        for layer in guesses(self):
+            found = layer.step(x, given, lengths) if isinstance(layer, NativeBlock) else None
+            if found is None or layer in layers:
+                break
+            for each, one in zip((layers, held, steps), (layer, *found), strict=True):
+                each.append(one)
+        outputs = block.decoder_layers(x, given.rotation, steps)
+        if not outputs:
+            return None
+        held[0].grown(x.shape[1])
+        foreseen = None
+        for i, rows in reversed(list(enumerate(torch.stack(outputs)))):
+            note(outputs[i], Made(ref(layers[i]), given, rows, foreseen))
+            foreseen = Foreseen(ref(layers[i]), outputs[i], held[i], steps[i].buffers)
+        return outputs[0]
+
+    def step(self, x, given, lengths) -> tuple[cache.Paged, block.Step] | None:
+        """Its layer of the cache and what one native call is told of it, or None where it takes its own forward."""
+        if not self.native_rows.takes(x):
+            return None
+        if self.known is None or not self.known.holds():
+            prepared = self._prepared(x, given.rotation)
+            self.known = prepared and Answer.of(self, prepared)
+            if prepared is None:
+                return None
+        attention = self._modules["self_attn"]
+        choice = _choice_of(attention, x.shape[1], lengths)
+        held = None if choice is None else cache.layer_of(given.past, attention.layer_idx)
+        buffers = None if held is None else held.room_for(x.shape[1])
+        return None if buffers is None else (held, block.Step(self.known.value, buffers, choice))
+
+    def _prepared(self, x, position_embeddings) -> block.Prepared | None:
+        """The weights for one native call, unless somebody has altered a part."""
+        parts = tuple(self._modules[name] for name in PARTS)
+        if any(part is not proven or is_altered(part) for part, proven in zip(parts, self.parts, strict=True)):
             return None
         first, attention, second, mlp = parts
-        choice = _choice_of(attention, x.shape[1], lengths)
-        layer = None if choice is None else cache.layer_of(past_key_values, attention.layer_idx)
-        buffers = None if layer is None else layer.room_for(x.shape[1])
-        if buffers is None:
-            return None
         heads, joint, gated = (attention.heads(position_embeddings), plain_layers(attention._modules, ("o_proj",)),
                                mlp.layers())
-        if None in (heads, joint, gated):
+        if None in (heads, joint, gated) or is_altered(attention.connections):
             return None
-        output = block.decoder_layer(x, block.Before(first.norm(), *heads), buffers, choice,
-                                     block.After(*joint, second.norm(), *gated, mlp.activation[1]))
-        if output is not None:
-            layer.grown(x.shape[1])
-        return output
+        return block.prepare(x, block.Before(first.norm(), *heads),
+                             block.After(*joint, second.norm(), *gated, mlp.activation[1]))
 
 
 def _choice_of(attention: nn.Module, rows: int, lengths: torch.Tensor | None) -> block.PageChoice | None:
     """How an attention's room chooses pages for so many rows, if it does, our function calls it and nobody looks on."""
     room = attention._modules.get("connections")
-    if type(room) is not Connections or is_altered(room) or room.tap.is_heard or attention.training:
+    if type(room) is not Connections or room.tap.is_heard or attention.training:
         return None
     if (attention_functions().get(attention.config._attn_implementation) is not attention_forward or not room.causal
             or not room.reads_pages(rows) or room.impl not in ("auto", "fused_cpp")
@@ -134,7 +169,7 @@ def prove_block(module: nn.Module, mixin: type) -> str:
     trial.self_attn.config._attn_implementation = IMPLEMENTATION
     for x, y in zip(tried, expected, strict=True):
         *_, held, _, embeddings = more_of(trial, x)
-        found = trial._native(x, None, held, embeddings)
+        found = trial._native(x, Given(None, held, embeddings))
         if found is None:
             return "parts that one native call does not take"
         if not near(found, y):
@@ -164,9 +199,9 @@ def settle(module: nn.Module) -> None:
 
 
 def alike(module: nn.Module) -> tuple:
-    """What its room reads of so few rows, which decides what is measured."""
+    """What decides what is measured; the parameter of a rule does not, as the cache in `more_of` has a page or two."""
     config = module.self_attn.connections.config
-    return min(config.tile[0], FEW_ROWS), repr(config.decode)
+    return min(config.tile[0], FEW_ROWS), type(config.decode).__name__
 
 
 KIND = Kind(NativeBlock, looks_like_a_block, prove_block, Steps(many=()), lambda module: input_of(module, 1).shape[-1],

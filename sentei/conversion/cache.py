@@ -18,7 +18,7 @@ from sentei.kernels.paging import PAGE, bounds_of
 GROWTH = 1.25
 
 
-class _Paged:
+class Paged:
     """What our layer does otherwise than `DynamicLayer`, before which it stands in the order of inheritance.
 
     `keys` and `values` are views of the buffers. Whatever else assigns to them, e.g. a method we do not know, is
@@ -139,7 +139,7 @@ def layer_class() -> type:
     """Our cache layer: a kind of transformers' `DynamicLayer`, with the same methods and one argument, `dtype`."""
     from transformers.cache_utils import DynamicLayer
 
-    return type("PagedLayer", (_Paged, DynamicLayer), {"__doc__": _Paged.__doc__, "__module__": __name__})
+    return type("PagedLayer", (Paged, DynamicLayer), {"__doc__": Paged.__doc__, "__module__": __name__})
 
 
 def pruned_layers(model: nn.Module) -> tuple[int, ...]:
@@ -148,7 +148,7 @@ def pruned_layers(model: nn.Module) -> tuple[int, ...]:
                  if isinstance(getattr(module, "connections", None), Connections) and module.connections.is_paged)
 
 
-def layer_of(held: object, index: int) -> _Paged | None:
+def layer_of(held: object, index: int) -> Paged | None:
     """Our layer of a cache that does nothing but ask its layers, neither of them altered; else None."""
     from transformers import DynamicCache
 

@@ -22,13 +22,13 @@ from sentei.conversion.model_folder import (
     weight_files,
     weight_headers,
 )
+from sentei.core import trace_header
 from sentei.core.errors import FileError, SenteiError, shown
 from sentei.core.safetensors_header import Tensor, read_whole_header
-from sentei.core.storage import parse_json, read_json, regular_size, unreadable
+from sentei.core.storage import read_json, regular_size, unreadable
 
-# Those of `export`, `circuit.file` and `training`, which load torch.
+# Those of `export` and `training`, which load torch.
 POLICY, MAX_POLICY_BYTES, POLICY_SCHEMA = "sentei.json", 4 << 20, "sentei.policy/1"
-TRACE_KEY, TRACE_SCHEMA = "sentei.trace", "sentei.trace/1"
 RUN, CHECKPOINT_SCHEMA, TRAIN_SCHEMA = "sentei-train.json", "sentei.checkpoint/2", "sentei.train/1"
 _MANIFEST = re.compile(r"checkpoint-\d{8}\.json")
 MOST = 100  # values, files or checkpoints that are told
@@ -70,8 +70,8 @@ def _of_file(path: Path) -> list[Step]:
     if gguf:
         return _gguf(path)
     tensors, metadata = read_whole_header(path)
-    if TRACE_KEY in metadata:
-        return [lambda: {"kind": "trace"}, lambda: _trace(path, metadata[TRACE_KEY]), lambda: _weights({path: tensors})]
+    if trace_header.KEY in metadata:
+        return _trace(path, tensors, metadata[trace_header.KEY])
     return [lambda: {"kind": "safetensors file", "checked": "the header against the file"},
             lambda: {"metadata": _plain(metadata)}, lambda: _weights({path: tensors})]
 
@@ -199,19 +199,21 @@ def _training(folder: Path, names: set[str]) -> list[Step]:
             *([lambda: checkpoint(manifests[-1])] if manifests else []), *([model] if "config.json" in names else [])]
 
 
-def _trace(path: Path, raw: str) -> dict:
-    try:
-        said = parse_json(raw.encode())
-        runs = [[len(run["tokens"]), len(run["layers"])] for run in said["runs"]]
-    except (ValueError, TypeError, LookupError) as error:
-        raise FileError(str(path), expected=f"a trace of schema {TRACE_SCHEMA}", got=_safe(error),
-                        do="write it again with sentei trace --save") from error
-    if said.get("schema") != TRACE_SCHEMA:
-        raise FileError(str(path), expected=f"a trace of schema {TRACE_SCHEMA}", got=_safe(said.get("schema")),
-                        do="write it again with sentei trace --save")
-    return {"settings": _plain({key: said.get(key) for key in ("kind", "model", "rule", "date", "versions")}),
-            "runs": [{"tokens": tokens, "layers": layers} for tokens, layers in runs[:MOST]],
-            "checked": "that its header can be read; its parts are checked when it is opened"}
+def _trace(path: Path, tensors: dict[str, Tensor], raw: str) -> list[Step]:
+    header: dict = {}
+
+    def read() -> dict:
+        with trace_header.refusing(path):
+            header.update(trace_header.parsed(raw))
+        return {"settings": _plain({key: header.get(key) for key in ("kind", "model", "rule", "date", "versions")})}
+
+    def accepted() -> dict:
+        with trace_header.refusing(path):
+            trace_header.check(header, tensors)
+        return {"runs": [{"tokens": len(run["tokens"]), "layers": len(run["layers"])} for run in header["runs"]],
+                "checked": "the header, whether the runs compare, and names and sizes of tensors; not values"}
+
+    return [lambda: {"kind": "trace"}, read, accepted, lambda: _weights({path: tensors})]
 
 
 def _weights(files: dict[Path, dict[str, Tensor]]) -> dict:

@@ -29,7 +29,10 @@ def attention_forward(module, query, key, value, attention_mask, scaling=None, *
         output [B, Tq, H, D] and None, as transformers expects.
     """
     room = getattr(module, "connections", None)
-    lengths, obstacles = read(attention_mask, extra)
+    lengths, understood = lengths_of(attention_mask)
+    obstacles = obstacles_of(extra)
+    if not understood:
+        obstacles.append("a mask that is not causal with padding at the ends")
     takes = room is not None and not obstacles
     bounds = getattr(key, "pages", None)
     # Only the kernels of pages read keys of another dtype than the query's.
@@ -69,9 +72,8 @@ def mask_forward(batch_size, q_length, kv_length, q_offset=0, kv_offset=0, mask_
     return None if attention_mask is None or attention_mask.all() else attention_mask
 
 
-def read(mask: torch.Tensor | None, extra: dict) -> tuple[torch.Tensor | None, list[str]]:
-    """The lengths that a mask stands for, and what in this call no room can take."""
-    lengths, understood = _lengths(mask)
+def obstacles_of(extra: dict) -> list[str]:
+    """What no room can take, of what transformers hands to an attention beside the mask."""
     obstacles = []
     if extra.get("dropout"):
         obstacles.append("attention dropout")
@@ -81,12 +83,10 @@ def read(mask: torch.Tensor | None, extra: dict) -> tuple[torch.Tensor | None, l
         obstacles.append("attention sinks")
     if extra.get("is_causal") is False:
         obstacles.append("attention to later tokens")
-    if not understood:
-        obstacles.append("a mask that is not causal with padding at the ends")
-    return lengths, obstacles
+    return obstacles
 
 
-def _lengths(mask: torch.Tensor | None) -> tuple[torch.Tensor | None, bool]:
+def lengths_of(mask: torch.Tensor | None) -> tuple[torch.Tensor | None, bool]:
     """Start and stop of the real keys, int64 [B, 2], and whether the mask is no more than that."""
     if mask is None:
         return None, True

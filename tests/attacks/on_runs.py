@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from sentei.circuit import file as trace_file
 from sentei.circuit import page
 from sentei.core.storage import claimed
+from sentei.core.trace_header import KEY
 from sentei.measurement.text import read_text
 from sentei.training import checkpoints
 
@@ -38,9 +39,9 @@ def told(change: Callable[[dict], object]):
     """Changes the header of a trace."""
 
     def spoil(header: dict) -> None:
-        value = json.loads(header["__metadata__"][trace_file.KEY])
+        value = json.loads(header["__metadata__"][KEY])
         change(value)
-        header["__metadata__"][trace_file.KEY] = json.dumps(value)
+        header["__metadata__"][KEY] = json.dumps(value)
 
     return headed(spoil)
 
@@ -50,10 +51,10 @@ def resized(**sizes: int):
 
     def spoil(path: Path) -> None:
         header, _ = header_of(path)
-        value = json.loads(header["__metadata__"][trace_file.KEY])
+        value = json.loads(header["__metadata__"][KEY])
         value["runs"][1]["layers"] = [layer | sizes for layer in value["runs"][1]["layers"]]
         kept = {f"0.{name}": tensor for name, tensor in observed().runs[0].tensors.items()}
-        save_file(kept, path, metadata={trace_file.KEY: json.dumps(value)})
+        save_file(kept, path, metadata={KEY: json.dumps(value)})
 
     return spoil
 
@@ -61,11 +62,11 @@ def resized(**sizes: int):
 def crowded(path: Path) -> None:
     """Two runs of 30,000 tokens and 64 choosers, without a tensor: compared, 57.6 GB for each layer."""
     header, _ = header_of(path)
-    value = json.loads(header["__metadata__"][trace_file.KEY])
+    value = json.loads(header["__metadata__"][KEY])
     for run in value["runs"]:
         run["tokens"], run["prompt"] = [[0, "a"]] * 30_000, 30_000
         run["layers"] = [layer | {"heads": 64, "kv_heads": 64, "choosers": 64} for layer in run["layers"]]
-    save_file({"0.0.cost": torch.zeros(30_000, 2)}, path, metadata={trace_file.KEY: json.dumps(value)})
+    save_file({"0.0.cost": torch.zeros(30_000, 2)}, path, metadata={KEY: json.dumps(value)})
 
 
 def without(part: str):
@@ -84,7 +85,7 @@ def spanned(layers: int, choosers: int):
 
     def spoil(path: Path) -> None:
         header, _ = header_of(path)
-        value = json.loads(header["__metadata__"][trace_file.KEY])
+        value = json.loads(header["__metadata__"][KEY])
         run, count = value["runs"][0], 65_534
         run["tokens"], run["prompt"] = [[0, "a"]] * count, count
         run["layers"] = [run["layers"][0] | {"heads": 4, "kv_heads": 4, "choosers": choosers}] * layers
@@ -97,7 +98,7 @@ def spanned(layers: int, choosers: int):
                 f"0.{layer}.connections.ids": torch.zeros(choosers, count, 8, dtype=torch.uint16),
                 f"0.{layer}.connections.weights": torch.zeros(choosers, count - 1, 8, dtype=torch.uint8),
             }
-        save_file(content, path, metadata={trace_file.KEY: json.dumps(value)})
+        save_file(content, path, metadata={KEY: json.dumps(value)})
 
     return spoil
 
@@ -111,10 +112,10 @@ TRACE = Door(
         **{f"cut to {keep}": cut(keep) for keep in (0, 8, 300, -1)},
         **{f"cut to {keep:.0%}": cut(keep) for keep in (0.3, 0.9)},
         "a pickle": bytes_of(CANARY),
-        "a header that is no JSON": headed(lambda header: header["__metadata__"].update({trace_file.KEY: "x"})),
-        "a header nested deep": headed(lambda header: header["__metadata__"].update({trace_file.KEY: "[" * 100_000})),
+        "a header that is no JSON": headed(lambda header: header["__metadata__"].update({KEY: "x"})),
+        "a header nested deep": headed(lambda header: header["__metadata__"].update({KEY: "[" * 100_000})),
         "a header of 30 MB": headed(
-            lambda header: header["__metadata__"].update({trace_file.KEY: '{"a":"' + "x" * (30 << 20) + '"}'})
+            lambda header: header["__metadata__"].update({KEY: '{"a":"' + "x" * (30 << 20) + '"}'})
         ),
         "runs of other key/value heads": resized(kv_heads=1, choosers=1),
         "runs of other choosers": resized(heads=12, kv_heads=2, choosers=3),
@@ -144,7 +145,7 @@ TRACE = Door(
         "40 layers of as many rows as can be": spanned(40, 1),
         "200,000 tensors": raw_header(
             json.dumps(
-                {"__metadata__": {trace_file.KEY: "{}"}}
+                {"__metadata__": {KEY: "{}"}}
                 | {f"{n}": {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]} for n in range(200_000)}
             ).encode()
         ),

@@ -70,8 +70,7 @@ def test_without_its_guard_each_attack_goes_through(tmp_path):
 
 @pytest.mark.slow
 def test_inspect_looks_at_all_of_them_without_harm(tmp_path):
-    """What it cannot see, such as values and whether runs compare, it lets pass; what it refuses it refuses with the
-    exit codes of files."""
+    """What it cannot see, such as values, it lets pass; what it refuses it refuses with the exit codes of files."""
     cases = results(tmp_path, "--inspect")
     assert {case["code"] for case in cases} <= {0, REFUSED, 5}
     assert [line for case in cases for line in wrong_of(case | {"code": REFUSED, "kind": "attack"})] == []
@@ -80,7 +79,7 @@ def test_inspect_looks_at_all_of_them_without_harm(tmp_path):
     twins = [case for case in cases if case["kind"] == "twin" and case["door"] in seen]
     assert len(twins) > 20 and [case["name"] for case in twins if case["code"]] == []
     refused = [case["code"] != 0 for case in cases if case["kind"] == "attack" and case["door"] in seen]
-    assert sum(refused) > 0.7 * len(refused)
+    assert sum(refused) > 0.75 * len(refused)
 
 
 GOOD = {"door": "text", "name": "x", "kind": "attack", "code": 3, "cpu": 0.1, "megabytes": 1, "seen": [], "changed": [],

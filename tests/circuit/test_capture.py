@@ -10,9 +10,9 @@ from sentei.circuit.agreement import kept_keys
 from sentei.circuit.bits import decode, unpack
 from sentei.circuit.capture import capture
 from sentei.circuit.file import load, save
-from sentei.circuit.run import OBSERVED, RAN
 from sentei.core.errors import SenteiError
 from sentei.core.rules import Mass, TopK
+from sentei.core.trace_header import OBSERVED, RAN
 from sentei.core.tracing import trace
 
 

@@ -7,9 +7,11 @@ import pytest
 import torch
 from circuits import controlled, hostile, observed, ran
 
-from sentei.circuit.file import KEY, header_of, is_trace, load, save, tensors_of
+from sentei.circuit.file import header_of, is_trace, load, save, tensors_of
 from sentei.circuit.run import Circuit
+from sentei.conversion.inspection import inspect
 from sentei.core.errors import FileError
+from sentei.core.trace_header import KEY
 
 CIRCUITS = {"observed": observed, "ran": ran, "hostile": lambda: observed(hostile, (25, 26)), "controlled": controlled}
 
@@ -127,6 +129,7 @@ def test_lies_are_refused(change, message, tmp_path):
     with pytest.raises(FileError, match=message) as caught:
         load(path)
     assert caught.value.exit_code == 3 and len(str(caught.value)) < 600
+    assert str(inspect(path)[1]) == str(caught.value)  # as told by `sentei inspect`, without torch
 
 
 def rewritten(path, **tensors):

@@ -14,7 +14,6 @@ from attacks.on_weights import INDEX, gguf, model, sharded
 from terminal import last_error
 
 from sentei import cli
-from sentei.circuit import file as trace_file
 from sentei.conversion import export, inspection
 from sentei.core.errors import FileError, UnsupportedError
 from sentei.training import checkpoints, job
@@ -49,7 +48,6 @@ def test_a_trained_model_is_a_training_run(tmp_path):
 def test_what_it_knows_of_other_floors_is_what_they_say():
     assert (inspection.POLICY, inspection.POLICY_SCHEMA, inspection.MAX_POLICY_BYTES) == (
         export.POLICY, export.SCHEMA, export.MAX_POLICY_BYTES)
-    assert (inspection.TRACE_KEY, inspection.TRACE_SCHEMA) == (trace_file.KEY, trace_file.SCHEMA)
     assert (inspection.CHECKPOINT_SCHEMA, inspection.TRAIN_SCHEMA, inspection.RUN) == (
         checkpoints.SCHEMA, job.SCHEMA, job.MARKER)
 

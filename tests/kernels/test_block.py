@@ -3,12 +3,12 @@
 import pytest
 import torch
 from kernels.test_rows import heads_case, layer, random, to
+from layer_steps import decoder_layer, in_steps
 
 from sentei.core.errors import RuleError
 from sentei.core.rules import All, Mass, Threshold, TopK
-from sentei.kernels import block, native, paging
-from sentei.kernels.block import After, Before, Buffers, PageChoice, decoder_layer
-from sentei.kernels.linear import fused_cpp, rows
+from sentei.kernels import block, native
+from sentei.kernels.block import After, Before, Buffers, PageChoice
 from sentei.kernels.paging import PAGE, bounds_of
 
 pytestmark = pytest.mark.skipif(bool(native.missing()), reason=native.missing())
@@ -52,30 +52,12 @@ def case(dtype=WIDE, kept=None, length=53, rule=RULE, window=0, lengths=None, ac
             After(joint, norm_of(width, dtype, 12), gate, up, down, activation))
 
 
-def in_steps(x, before, buffers, choice, after) -> tuple[torch.Tensor, Buffers]:
-    """The output by the smaller calls, and the cache after it."""
-    query, *states = rows.heads(rows.norm(x, *before.norm), *before[1:])
-    first, end = buffers.length, buffers.length + x.shape[1]
-    keys, values, bounds = (part.clone() for part in buffers[:3])
-    for kept, new in zip((keys, values), states, strict=True):
-        kept[:, :, first:end] = new
-    pages = slice(first // PAGE, end // PAGE)
-    bounds[:, :, pages] = bounds_of(keys[:, :, pages.start * PAGE:pages.stop * PAGE])
-    pages = paging.Pages(num_queries=x.shape[1], num_keys=end, rule=choice.rule, window=choice.window, bounds=bounds,
-                         lengths=choice.lengths)
-    attended, _ = paging.attend(query.transpose(1, 2), keys[:, :, :end].transpose(1, 2),
-                                values[:, :, :end].transpose(1, 2), pages, scale=choice.scale, impl="fused_cpp")
-    hidden = x + fused_cpp.linear(attended.flatten(2), *after.layer)
-    return (hidden + rows.gated(rows.norm(hidden, *after.norm), *after[2:5], after.activation),
-            Buffers(keys, values, bounds, first))
-
-
 CASES = [{}, {"bias": True, "normed": True, "activation": "gelu_tanh"}, {"tokens": (2, 4), "turns": (1, 4)},
          {"heads": (9, 3), "widths": (64, 64), "inputs": 130, "tokens": (1, 1), "rule": TopK(4), "length": 1000},
          {"tokens": (1, 8), "length": 60, "rule": Mass(0.6), "window": 20}, {"tokens": (4, 1), "length": 0},
          {"tokens": (1, 3), "length": 63, "rule": All()}, {"tokens": (2, 2), "length": 15},
          {"tokens": (2, 2), "length": 90, "lengths": [[0, 92], [37, 92]], "rule": TopK(2)},
-         {"heads": (4, 2), "widths": (4, 40), "tokens": (1, 5), "length": 12}]
+         {"heads": (4, 2), "widths": (4, 40), "tokens": (1, 5), "length": 12}, {"window": 1 << 64}]
 
 
 @pytest.mark.parametrize("kept", [WIDE, HALF], ids=str)
@@ -127,6 +109,8 @@ def test_what_the_call_does_not_take_is_left():
         rule=Threshold((0.1, 0.2, 0.3))), choice._replace(lengths=torch.zeros(2, 2, dtype=torch.int64)),
         choice._replace(lengths=torch.zeros(1, 2)))]
     weight, up = after.layer[0], after.up[0]
+    wrong.append((x, before._replace(query=(query[:0], None)), buffers, choice, after._replace(
+        layer=(weight[:, :0], None))))
     wrong += [(x, before, buffers, choice, after._replace(**part)) for part in (
         {"norm": short}, {"layer": (weight[:36], None)}, {"layer": (weight[:, :-1].contiguous(), None)},
         {"layer": (weight, weight[:36, 0].contiguous())}, {"layer": (weight[0], None)}, {"gate": after.down},
@@ -143,5 +127,6 @@ def test_what_the_call_does_not_take_is_left():
         assert decoder_layer(*given) is None
 
 
-def test_the_struct_is_that_of_the_library():
-    assert native.load().sentei_block_size() == block._BLOCK.size
+def test_the_structs_are_those_of_the_library():
+    assert native.load().sentei_block_weights_size() == block._WEIGHTS.size
+    assert native.load().sentei_block_call_size() == block._CALL.size

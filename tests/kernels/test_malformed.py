@@ -4,16 +4,18 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from random import Random
 
 import malformed
 import pytest
+import torch
 
 from sentei.kernels import native
 
 pytestmark = pytest.mark.skipif(bool(native.missing()), reason=native.missing())
 SCRIPT = Path(malformed.__file__)
 OPS = "sys.modules['sentei'].kernels"
-CALLS = 600  # enough for every entry and every damage
+CALLS = 800  # enough for every entry and every damage
 
 
 def run(first: int, count: int, before: str = "") -> subprocess.CompletedProcess:
@@ -42,6 +44,18 @@ def test_so_do_ten_thousand(first):
     check(run(first, 2500), 2500)
 
 
+@pytest.mark.parametrize("family", malformed.FAMILIES, ids=lambda family: family[0].__module__)
+def test_a_call_that_fits_is_answered(family):
+    """Else refusals would say nothing."""
+    valid, entries, _ = family
+    for seed in range(20):
+        torch.manual_seed(seed)
+        given = valid(Random(seed))
+        for entry in entries:
+            found, shapes = entry(given)
+            assert [[*tensor.shape] for tensor in found] == shapes, (seed, entry)
+
+
 def test_every_entry_and_every_damage_is_drawn():
     calls = [malformed.drawn(number) for number in range(CALLS)]
     for _, entries, damages in malformed.FAMILIES:
@@ -58,11 +72,15 @@ def test_every_entry_and_every_damage_is_drawn():
     pytest.param(f"{OPS}.linear.fused_cpp._check = lambda *_: None", "exit", marks=pytest.mark.slow),
     pytest.param(f"{OPS}.routing.fused_cpp._check = lambda *_: None", "exit", marks=pytest.mark.slow),
     (f"{OPS}.linear.rows._layer_fits = lambda *_: True", "accepted|exit -|AddressSanitizer"),
+    (f"{OPS}.block._plain = lambda *_: True", "accepted layer|exit -|AddressSanitizer"),
+    (f"{OPS}.block.numbers_of = lambda rule: (0, 0.0)", "shapes .* for layer"),
+    pytest.param(f"{OPS}.block._cache_fits = lambda *_: True", "accepted layer|exit -|AddressSanitizer",
+                 marks=pytest.mark.slow),
     pytest.param("malformed.fused_cpp._check_keep = lambda *_: None", "exit", marks=pytest.mark.slow),
-    ("malformed.outcome = lambda _: __import__('ctypes').string_at(0)", r"exit (-11|1) after \['600 '\]"),
+    ("malformed.outcome = lambda _: __import__('ctypes').string_at(0)", r"exit (-11|1) after \['1200 '\]"),
     ("malformed.public.__globals__['attend'] = lambda q, *_, **__: (q, q)", "accepted public"),
-], ids=["what plans are answered", "tensors", "top-k's gradients", "pages", "weights", "experts", "layers", "scores",
-        "crash", "accepts everything"])
+], ids=["what plans are answered", "tensors", "top-k's gradients", "pages", "weights", "experts", "layers", "dtypes",
+        "rules", "caches", "scores", "crash", "accepts everything"])
 def test_a_missing_guard_is_seen(before, seen):
     with pytest.raises(AssertionError, match=seen):
-        check(run(600, 300, before), 300)
+        check(run(1200, 400, before), 400)

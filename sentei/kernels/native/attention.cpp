@@ -169,7 +169,7 @@ bool takes_pairs(const Problem& p) {
 extern "C" {
 
 // Changes whenever `Problem`, `Backward` or a function does; compared when the library is loaded.
-int sentei_abi() { return 16; }
+int sentei_abi() { return 17; }
 int sentei_problem_size() { return int(sizeof(Problem)); }
 int sentei_machines() { return machines(); }
 

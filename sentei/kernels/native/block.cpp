@@ -1,4 +1,4 @@
-// One to eight rows through a whole decoder layer whose attention reads chosen pages of a cache:
+// One to eight rows through whole decoder layers whose attention reads chosen pages of a cache:
 //
 //     query, key, value = heads(norm(x));  the cache grows by key and value
 //     h = x + linear(attention to pages);  h + gated(norm(h))
@@ -8,21 +8,27 @@
 #include "rows.h"
 
 // Every field has 8 bytes, in the order kernels/block.py packs them. All tensors are contiguous.
-struct Block {
-  const void *input, *first_gain;                                   // [B, T, I], [I]
-  const int64_t* lengths;                                           // as in Paged
-  const void *weight[3], *bias[3], *norm[2], *cosine, *sine;        // as in Heads
-  void *keys, *values, *bounds;  // [B, G, room, D], [B, G, room, Dv], [B, G, room / page, 2, D]
-  const void *joint, *joint_bias, *second_gain;                     // [I, H Dv], [I] or null, [I]
-  const void *gate, *up, *down, *gate_bias, *up_bias, *down_bias;   // as in Gated
-  void* output;                                                     // [B, T, I]
-  int64_t batch, tokens, width, heads, groups, head, value_head, turns, hidden, tanh;  // head: D, value_head: Dv
-  int64_t room, length, page, window, rule;                         // length: of what the cache holds before
-  int64_t half, kept_half, threads, machine;                        // bfloat16, not float32: the layer, the cache
-  double first_epsilon, first_shift, epsilon, shift, second_epsilon, second_shift, parameter, scale;
+struct Weights {
+  const void *first_gain, *weight[3], *bias[3], *norm[2];          // [I], and as in Heads
+  const void *joint, *joint_bias, *second_gain;                    // [I, H Dv], [I] or null, [I]
+  const void *gate, *up, *down, *gate_bias, *up_bias, *down_bias;  // as in Gated
+  int64_t width, heads, groups, head, value_head, hidden, tanh, half;  // head: D, value_head: Dv; half: bfloat16
+  double first_epsilon, first_shift, epsilon, shift, second_epsilon, second_shift;
+};
+struct Call {
+  const void* input;                          // [B, T, I]
+  const int64_t* lengths;                     // as in Paged
+  const void *cosine, *sine;                  // as in Heads
+  void *keys, *values, *bounds;               // [B, G, room, D], [B, G, room, Dv], [B, G, room / page, 2, D]
+  void* output;                               // [B, T, I]
+  int64_t batch, tokens, turns, room, length, page, window, rule;  // length: of what the cache holds before
+  int64_t kept_half, threads, machine;        // kept_half: the cache is of bfloat16
+  double parameter, scale;
 };
 
 namespace {
+
+struct Block : Weights, Call {};
 
 using Bytes = std::vector<uint8_t, Aligned<uint8_t>>;
 
@@ -104,18 +110,10 @@ void finish(const Block& p, const Bytes& attended, int machine) {
                   p.half, p.threads, machine);
 }
 
-}  // namespace
-
-extern "C" {
-
-int sentei_block_size() { return int(sizeof(Block)); }
-
-// One to eight rows, B · T; statuses as of `sentei_pages`. The cache's buffers are written to, behind what it holds; the
-// output is unfinished unless 0 is returned.
-int sentei_block(const Block* problem) {
+// The output is unfinished unless 0 is returned.
+int run(const Block& p) {
   int refused = kDone;
   const int status = status_of([&] {
-    const Block& p = *problem;
     const int machine = set_of(p.machine);
     const Bytes made = made_heads(p, machine);
     grow(p, made);
@@ -124,5 +122,20 @@ int sentei_block(const Block* problem) {
     if (!refused) finish(p, attended, machine);
   });
   return status ? status : refused;
+}
+
+}  // namespace
+
+extern "C" {
+
+int sentei_block_weights_size() { return int(sizeof(Weights)); }
+int sentei_block_call_size() { return int(sizeof(Call)); }
+
+// One to eight rows, B · T, through layers one after another; how many are done, and the status of the last that was
+// begun, as of `sentei_pages`. The caches' buffers are written to, behind what they hold.
+int sentei_blocks(int64_t count, const Weights* const* weights, const Call* calls, int64_t* done) {
+  for (*done = 0; *done < count; ++*done)
+    if (const int status = run({*weights[*done], calls[*done]})) return status;
+  return kDone;
 }
 }

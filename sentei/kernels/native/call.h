@@ -266,8 +266,8 @@ struct Span {
 
 // The keys that query positions `low` … `high` may see: those that some may, or those that every one may.
 INLINE Span seen(const Problem& p, int64_t b, int64_t low, int64_t high) {
-  const int64_t start = p.lengths ? std::max<int64_t>(p.lengths[2 * b], 0) : 0;
-  const int64_t stop = p.lengths ? std::min(p.lengths[2 * b + 1], p.keys) : p.keys;
+  const int64_t start = p.lengths ? std::clamp<int64_t>(p.lengths[2 * b], 0, p.keys) : 0;
+  const int64_t stop = p.lengths ? std::clamp<int64_t>(p.lengths[2 * b + 1], 0, p.keys) : p.keys;
   return {p.window ? std::max(start, low - p.window + 1) : start,
           p.causal ? std::max<int64_t>(0, std::min(stop, high + 1)) : stop};
 }
