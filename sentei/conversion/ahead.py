@@ -5,6 +5,9 @@ So a layer notes which layer took its rows last, and makes the rows of that one,
 given its own when it is called, if it is called with what was foreseen: with these rows, unchanged, and the same mask,
 cache and turns. Otherwise it computes, and what was foreseen is lost; nothing has to be undone, since a cache shows new
 tokens when the layer itself is called. A guess is used once: only who proved right is guessed again.
+
+A layer is taken to be, when it is called, what it was when the first one was. So none is guessed that something is done
+to before it is called (`is_prepared`): an offloaded one gets its weights only then.
 """
 
 import weakref
@@ -13,9 +16,6 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
-
-from sentei.conversion.cache import Paged
-from sentei.kernels.block import Buffers
 
 
 class Given(NamedTuple):
@@ -27,16 +27,21 @@ class Given(NamedTuple):
 
 
 class Foreseen(NamedTuple):
-    """The output [B, T, I] of a layer, of which this is a weak reference, and where in a cache its tokens stand."""
+    """The output [B, T, I] of a layer, and where in a cache its tokens stand: weak references to the layer, its layer
+    of the cache and the buffer of its keys, and how many tokens stood there before."""
 
     layer: weakref.ref
     output: torch.Tensor
-    held: Paged
-    buffers: Buffers
+    held: weakref.ref
+    keys: weakref.ref
+    length: int
 
 
 class Made(NamedTuple):
-    """Who made some rows, of what, a copy of them, and what the next layer makes of them if that was computed, too."""
+    """Who made some rows, of what, a copy of them, and what the next layer makes of them if that was computed, too.
+
+    Of the maker, and of the cache in what was given, these are weak references.
+    """
 
     maker: weakref.ref
     given: Given
@@ -60,7 +65,7 @@ def asked(layer: nn.Module, rows: torch.Tensor, given: Given) -> torch.Tensor | 
     Who made the rows learns who took them as they were.
     """
     found, made = _MADE.pop(id(rows), (None, None))
-    if found is None or found() is not rows or not _are(given, made.given) or not torch.equal(rows, made.rows):
+    if found is None or found() is not rows or not _is_the_same(given, made.given) or not torch.equal(rows, made.rows):
         return None
     maker, foreseen = made.maker(), made.foreseen
     is_guessed = foreseen is not None and foreseen.layer() is layer
@@ -70,7 +75,7 @@ def asked(layer: nn.Module, rows: torch.Tensor, given: Given) -> torch.Tensor | 
         vars(maker)["following"] = weakref.ref(layer)
     if not is_guessed:
         return None
-    foreseen.held.grown(rows.shape[1])
+    foreseen.held().grown(rows.shape[1])
     return foreseen.output
 
 
@@ -82,11 +87,17 @@ def guesses(layer: nn.Module) -> Iterator[nn.Module]:
         layer = None if follows is None else follows()
 
 
+def is_prepared(layer: nn.Module) -> bool:
+    """Whether something is done to a layer just before it is called, which a guess cannot know of."""
+    return bool(layer._forward_pre_hooks) or "forward" in vars(layer)
+
+
 def _is_as_it_was(foreseen: Foreseen, tokens: int) -> bool:
     """Whether in its cache stands what stood there, and behind it the new tokens."""
-    room = foreseen.held.room_for(tokens)
-    return room is not None and room.length == foreseen.buffers.length and _are(room[:3], foreseen.buffers[:3])
+    held = foreseen.held()
+    room = None if held is None else held.room_for(tokens)
+    return room is not None and room.length == foreseen.length and room.keys is foreseen.keys()
 
 
-def _are(these: tuple, those: tuple) -> bool:
-    return all([one is other for one, other in zip(these, those, strict=True)])
+def _is_the_same(given: Given, noted: Given) -> bool:
+    return given.mask is noted.mask and given.rotation is noted.rotation and given.past is noted.past()

@@ -160,9 +160,16 @@ def _state_of(module: nn.Module) -> list[tuple]:
     """
     return [(ref(part), type(part), {name: value for name, value in vars(part).items()
                                 if type(value) in (bool, int, float, str)},
-             *((weight.data_ptr(), 0 if weight.is_inference() else weight._version, weight.dtype, weight.device,
-                weight.shape, weight.stride()) for weight in part.parameters(recurse=False)))
+             *map(_form_of, part.parameters(recurse=False)))
             for part in module.modules() if not isinstance(part, Axis | Tap)]
+
+
+def _form_of(weight: torch.Tensor) -> tuple:
+    """Where a weight's numbers lie, how, and how often they were changed; of a sparse one, which weight it is."""
+    if weight.layout is not torch.strided:
+        return (ref(weight),)
+    return (weight.data_ptr(), 0 if weight.is_inference() else weight._version, weight.dtype, weight.device,
+            weight.shape, weight.stride())
 
 
 def near(y: torch.Tensor, own: torch.Tensor) -> bool:

@@ -15,7 +15,7 @@ from torch import nn
 
 from sentei.axes.connections import Connections
 from sentei.conversion import cache
-from sentei.conversion.ahead import Foreseen, Given, Made, asked, guesses, note
+from sentei.conversion.ahead import Foreseen, Given, Made, asked, guesses, is_prepared, note
 from sentei.conversion.altered import (
     Answer,
     Kind,
@@ -31,9 +31,8 @@ from sentei.conversion.altered import (
 from sentei.conversion.interface import IMPLEMENTATION, attention_forward, lengths_of, obstacles_of
 from sentei.conversion.linear import Choice, NativeLinear, Steps, input_of
 from sentei.conversion.rows import SCALES, NativeGated, NativeHeads, NativeNorm
-from sentei.core.modes import is_plain_call
 from sentei.kernels import block
-from sentei.kernels.linear.fused_cpp import FEW_ROWS
+from sentei.kernels.linear.fused_cpp import FEW_ROWS, is_quiet
 from sentei.kernels.paging import PAGE
 
 PARTS = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
@@ -54,7 +53,7 @@ class NativeBlock:
                 position_embeddings=None, **named):
         """As the layer's own; see `NativeLinear.forward`."""
         output = None
-        if (type(hidden_states) is torch.Tensor and self.native_rows.takes(hidden_states) and is_plain_call()
+        if (type(hidden_states) is torch.Tensor and self.native_rows.takes(hidden_states) and is_quiet()
                 and not obstacles_of(named)):
             given = Given(attention_mask, past_key_values, position_embeddings)
             output = asked(self, hidden_states, given)
@@ -71,8 +70,10 @@ class NativeBlock:
             return None
         layers, held, steps = [], [], []
         for layer in guesses(self):
-            found = layer.step(x, given, lengths) if isinstance(layer, NativeBlock) else None
-            if found is None or layer in layers:
+            if not isinstance(layer, NativeBlock) or layers and is_prepared(layer):
+                break
+            found = layer.step(x, given, lengths)
+            if found is None or found[0] in held:  # two layers of one place in the cache wait for one another
                 break
             for each, one in zip((layers, held, steps), (layer, *found), strict=True):
                 each.append(one)
@@ -80,10 +81,11 @@ class NativeBlock:
         if not outputs:
             return None
         held[0].grown(x.shape[1])
-        foreseen = None
+        noted, foreseen = given._replace(past=ref(given.past)), None
         for i, rows in reversed(list(enumerate(torch.stack(outputs)))):
-            note(outputs[i], Made(ref(layers[i]), given, rows, foreseen))
-            foreseen = Foreseen(ref(layers[i]), outputs[i], held[i], steps[i].buffers)
+            note(outputs[i], Made(ref(layers[i]), noted, rows, foreseen))
+            buffers = steps[i].buffers
+            foreseen = Foreseen(ref(layers[i]), outputs[i], ref(held[i]), ref(buffers.keys), buffers.length)
         return outputs[0]
 
     def step(self, x, given, lengths) -> tuple[cache.Paged, block.Step] | None:

@@ -101,8 +101,12 @@ class Prepared(NamedTuple):
 
 
 def place_of(weight: torch.Tensor | None) -> tuple | None:
-    """Where its numbers lie and in which form: as long as that is the same, whoever prepared it may read there."""
-    return weight if weight is None else (weight.data_ptr(), weight.shape, weight.dtype, fused_cpp.is_plain(weight))
+    """Where its numbers lie and in which form: as long as that is the same, whoever prepared it may read there.
+
+    None for no weight; of one that is not nothing but memory the place is None.
+    """
+    return None if weight is None else (weight.data_ptr() if fused_cpp.is_plain(weight) else None, weight.shape,
+                                        weight.dtype)
 
 
 def prepare(x: torch.Tensor, before: Before, after: After) -> Prepared | None:

@@ -1,5 +1,6 @@
 """Layers that run ahead of the model's loop: the bits of the smaller calls whatever the loop does, nothing kept."""
 
+import contextlib
 import copy
 import gc
 import threading
@@ -71,34 +72,95 @@ def changed_rows(module, inputs, output):
     output.mul_(0.5)
 
 
-def another_mask(module, args, kwargs):
-    """One that sees to it that a layer is called with something else than its neighbour."""
-    return args, {**kwargs, "attention_mask": torch.ones(1, kwargs["past_key_values"].get_seq_length(1) + 1,
-                                                         dtype=torch.bool)}
-
-
-@pytest.mark.parametrize("hook, before", [(other_rows, False), (changed_rows, False), (another_mask, True)])
+@pytest.mark.parametrize("hook", [other_rows, changed_rows])
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_what_was_not_foreseen_is_computed(hook, before, mode, pair, calls):  # noqa: F811
+def test_what_was_not_foreseen_is_computed(hook, mode, pair, calls):  # noqa: F811
     model, other = pair
     tokens(model, 2)
     calls.clear()
     for one in pair:
-        layer = one.model.layers[1]
-        if before:
-            layer.register_forward_pre_hook(hook, with_kwargs=True)
-        else:
-            layer.register_forward_hook(hook)
+        one.model.layers[1].register_forward_hook(hook)
     with mode():
         assert torch.equal(tokens(model, 4)[0], tokens(other, 4)[0])
-    first, after = ([3, 1, 1], [1, 1, 1]) if before else ([3, 1], [2, 1])
-    assert calls == first + 3 * after, "who proves wrong is not guessed again"
+    assert calls == [3, 1] + 3 * [2, 1], "who proves wrong is not guessed again"
+
+
+def walked(model: nn.Module, held: DynamicCache, *, mask_at: int = -1, gradient_from: int = 3) -> torch.Tensor:
+    """The last layer's rows of one more token by a loop of one's own.
+
+    Args:
+        mask_at: the layer that is given a mask, of everything.
+        gradient_from: the first layer that is called where gradients are wanted.
+    """
+    position = held.get_seq_length()
+    with torch.no_grad():
+        rows = model.model.embed_tokens(torch.tensor([[9]]))
+        turns = model.model.rotary_emb(rows, torch.tensor([[position]]))
+    mask = torch.ones(1, position + 1, dtype=torch.bool)
+    for i, layer in enumerate(model.model.layers):
+        with torch.set_grad_enabled(i >= gradient_from):
+            rows = layer(rows, attention_mask=mask if i == mask_at else None, past_key_values=held,
+                         position_embeddings=turns)
+    return rows
+
+
+def test_a_layer_with_another_mask_than_its_neighbours_computes(pair, calls):  # noqa: F811
+    held = [tokens(one, 3)[1] for one in pair]
+    calls.clear()
+    for _ in range(3):
+        assert torch.equal(*(walked(one, cache, mask_at=1) for one, cache in zip(pair, held, strict=True)))
+    assert calls == [3, 1, 1] + 2 * [1, 1, 1]
+
+
+def test_a_layer_that_wants_gradients_has_them(pair):  # noqa: F811
+    model, other = pair
+    rows = [walked(one, tokens(one, 3)[1], gradient_from=1) for one in pair]
+    assert torch.allclose(*rows)
+    for one in rows:
+        one.sum().backward()
+    found, expected = (one.model.layers[1].mlp.down_proj.weight.grad for one in pair)
+    assert torch.allclose(found, expected) and expected.any()
+    assert model.model.layers[0].mlp.down_proj.weight.grad is None
+
+
+def test_weights_that_come_just_before_a_layer_is_called_are_read(pair, calls):  # noqa: F811
+    """As where layers take turns in one room: by a hook, or a forward around the layer's own."""
+    for one in pair:
+        first, last = one.model.layers[1:]
+        weight, own = last.mlp.down_proj.weight, last.forward
+        kept = weight.detach().clone()
+
+        def bring(module, *inputs, room=first.mlp.down_proj.weight, kept=first.mlp.down_proj.weight.detach().clone()):
+            room.data.copy_(kept * calls_of[0])
+
+        def forward(*inputs, room=weight, kept=kept, own=own, **named):
+            room.data.copy_(kept / calls_of[0])
+            return own(*inputs, **named)
+
+        first.register_forward_pre_hook(bring)
+        last.forward = forward
+    found = []
+    for one in pair:
+        calls_of, held = [1.0], None
+        rows = []
+        for _ in range(4):
+            calls_of[0] += 1
+            made, held = tokens(one, 1, held)
+            rows.append(made)
+        found.append(torch.cat(rows))
+    assert torch.equal(*found) and max(calls) == 1
+
+
+def test_layers_of_one_place_in_a_cache_take_turns(pair):  # noqa: F811
+    for one in pair:
+        one.model.layers[1].self_attn.layer_idx = 0
+    assert torch.equal(*(tokens(one, 5)[0] for one in pair))
 
 
 def test_a_cache_that_changes_between_two_layers_is_seen(pair, calls):  # noqa: F811
     for one in pair:
-        one.model.layers[1].register_forward_pre_hook(
-            lambda module, args, kwargs: kwargs["past_key_values"].layers[1].crop(-1), with_kwargs=True)
+        one.model.layers[0].register_forward_hook(
+            lambda module, args, kwargs, output: kwargs["past_key_values"].layers[1].crop(-1), with_kwargs=True)
     model, other = pair
     assert torch.equal(tokens(model, 4)[0], tokens(other, 4)[0]) and calls[:6] == [1, 1, 1, 3, 1, 1]
 
@@ -110,7 +172,7 @@ def test_a_token_that_is_given_up_leaves_a_cache_as_the_loop_does(pair):  # noqa
         raise KeyboardInterrupt
 
     for one, cache in zip(pair, held, strict=True):
-        hook = one.model.layers[1].register_forward_pre_hook(give_up)
+        hook = one.model.layers[0].register_forward_hook(give_up)
         with pytest.raises(KeyboardInterrupt):
             tokens(one, 1, cache)
         hook.remove()
@@ -184,6 +246,22 @@ def test_threads_do_not_take_each_others_rows(pair):  # noqa: F811
     for thread in threads:
         thread.join()
     assert len(found) == 3 and all(torch.equal(one, expected) for one in found)
+
+
+def test_rows_that_nobody_asked_for_keep_no_cache(pair):  # noqa: F811
+    """The last layer's, and those of a token that ended early."""
+    model, kept = pair[0], []
+    held = tokens(model, 3)[1]
+    for layer in (model.model.layers[-1], model.model.layers[0]):
+        hook = layer.register_forward_hook(lambda module, inputs, output: kept.append(output) or output / (len(kept) - 1))
+        with contextlib.suppress(ZeroDivisionError):
+            tokens(model, 1, held)
+        hook.remove()
+    assert len(kept) == 2 and ahead._MADE
+    gone = [weakref.ref(held), *map(weakref.ref, held.layers)]
+    del held
+    gc.collect()
+    assert not any(one() for one in gone)
 
 
 def test_hidden_states_are_kept_and_saved_as_any_tensor(pair, tmp_path):  # noqa: F811
