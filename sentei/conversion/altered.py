@@ -40,8 +40,29 @@ def plain_layers(parts: dict[str, nn.Module], names: tuple[str, ...]) -> list[La
 
 
 def is_altered(module: nn.Module) -> bool:
-    """Whether someone put a hook on it, or a forward of their own, as accelerate does."""
-    return bool(module._forward_hooks or module._forward_pre_hooks) or "forward" in module.__dict__
+    """Whether someone put a hook on it that does something, or a forward of their own, as accelerate does."""
+    hooks = module._forward_hooks
+    return bool(hooks and not all(map(_is_idle, hooks.values())) or module._forward_pre_hooks
+                or "forward" in module.__dict__)
+
+
+def _is_idle(hook: Callable) -> bool:
+    """Whether it is one of those by which transformers keeps layers' outputs, and none are wanted.
+
+    It puts them on every attention of a model that was once asked for some, and never takes them back.
+    """
+    if getattr(hook, "__module__", "") != "transformers.utils.output_capturing":
+        return False
+    wanted = _wanted_outputs()
+    return wanted is not None and not wanted.get()
+
+
+@cache
+def _wanted_outputs():
+    """Where those hooks look for what is wanted of this call; None in a version that keeps it elsewhere."""
+    from transformers.utils import output_capturing
+
+    return getattr(output_capturing, "_active_collector", None)
 
 
 class Answer(NamedTuple):

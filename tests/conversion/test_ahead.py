@@ -127,10 +127,10 @@ def test_weights_that_come_just_before_a_layer_is_called_are_read(pair, calls): 
     """As where layers take turns in one room: by a hook, or a forward around the layer's own."""
     for one in pair:
         first, last = one.model.layers[1:]
-        weight, own = last.mlp.down_proj.weight, last.forward
-        kept = weight.detach().clone()
+        early, weight, own = first.mlp.down_proj.weight, last.mlp.down_proj.weight, last.forward
+        before, kept = early.detach().clone(), weight.detach().clone()
 
-        def bring(module, *inputs, room=first.mlp.down_proj.weight, kept=first.mlp.down_proj.weight.detach().clone()):
+        def bring(module, *inputs, room=early, kept=before):
             room.data.copy_(kept * calls_of[0])
 
         def forward(*inputs, room=weight, kept=kept, own=own, **named):
@@ -253,7 +253,8 @@ def test_rows_that_nobody_asked_for_keep_no_cache(pair):  # noqa: F811
     model, kept = pair[0], []
     held = tokens(model, 3)[1]
     for layer in (model.model.layers[-1], model.model.layers[0]):
-        hook = layer.register_forward_hook(lambda module, inputs, output: kept.append(output) or output / (len(kept) - 1))
+        hook = layer.register_forward_hook(
+            lambda module, inputs, output: kept.append(output) or output / (len(kept) - 1))
         with contextlib.suppress(ZeroDivisionError):
             tokens(model, 1, held)
         hook.remove()
@@ -264,13 +265,26 @@ def test_rows_that_nobody_asked_for_keep_no_cache(pair):  # noqa: F811
     assert not any(one() for one in gone)
 
 
-def test_hidden_states_are_kept_and_saved_as_any_tensor(pair, tmp_path):  # noqa: F811
-    model, other = pair
-    held = [tokens(one, 2)[1] for one in pair]
-    with torch.no_grad():
-        states = [one(torch.tensor([[9]]), past_key_values=cache, output_hidden_states=True).hidden_states
-                  for one, cache in zip(pair, held, strict=True)]
-    assert all(torch.equal(one, own) for one, own in zip(*states, strict=True))
+def test_rows_are_kept_and_saved_as_any_tensor(pair, tmp_path, calls):  # noqa: F811
+    held, states = [tokens(one, 3)[1] for one in pair], ([], [])
+    for one, cache, kept in zip(pair, held, states, strict=True):
+        for layer in one.model.layers:
+            layer.register_forward_hook(lambda module, inputs, output, kept=kept: kept.append(output))
+        tokens(one, 1, cache)
+    assert calls[-1] == 3 and all(torch.equal(one, own) for one, own in zip(*states, strict=True))
     torch.save(states[0], tmp_path / "states.pt")
     assert torch.equal(torch.load(tmp_path / "states.pt", weights_only=True)[2], states[1][2])
     copy.deepcopy(states[0])
+
+
+def test_a_model_that_was_asked_for_hidden_states_goes_on_natively(pair, calls):  # noqa: F811
+    """transformers leaves hooks on its attentions where it was."""
+    held = [tokens(one, 3)[1] for one in pair]
+    with torch.no_grad():
+        states = [one(torch.tensor([[9]]), past_key_values=cache, output_hidden_states=True).hidden_states
+                  for one, cache in zip(pair, held, strict=True)]
+    assert all(torch.equal(one, own) for one, own in zip(*states, strict=True)) and len(states[0]) == 4
+    assert pair[0].model.layers[0].self_attn._forward_hooks
+    calls.clear()
+    assert torch.equal(*(tokens(one, 4, cache)[0] for one, cache in zip(pair, held, strict=True)))
+    assert calls[-2:] == [3, 3]

@@ -17,7 +17,7 @@ from sentei.conversion.block import NativeBlock
 from sentei.conversion.families import FAMILIES
 from sentei.conversion.plan import Plan, convert, prunable_layers
 from sentei.conversion.rows import NativeHeads
-from sentei.core.rules import TopK
+from sentei.core.rules import Threshold, TopK
 from sentei.core.tracing import trace
 from sentei.kernels import native
 
@@ -91,6 +91,20 @@ def test_a_block_whose_parts_were_altered_takes_its_own_forward(passes, monkeypa
     passes.clear()
     steps(model, tokens)
     assert not passes
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("path", ["self_attn.o_proj", "mlp.up_proj"])
+def test_weights_that_became_sparse_are_left_to_torch(path, passes, monkeypatch):
+    model, tokens = decoding("llama", monkeypatch, whole=True), torch.arange(9)[None] * 7 + 3
+    expected, part = steps(model, tokens), model.model.layers[0].get_submodule(path)
+    part.weight = nn.Parameter(part.weight.detach().to_sparse_csr(), requires_grad=False)
+    for plan in (None, Plan.everywhere((0, 1, 2), "connections", Config(decode=Threshold(0.0)))):
+        if plan is not None:
+            convert(model, plan)
+        passes.clear()
+        torch.testing.assert_close(steps(model, tokens), expected)
+        assert len(passes) == 3 * 2
 
 
 @pytest.fixture

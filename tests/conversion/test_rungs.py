@@ -72,6 +72,13 @@ def test_what_is_written_is_what_is_read(name, tmp_path, monkeypatch):
     assert check(tmp_path / "out")["met"]
 
 
+def test_what_was_left_dense_is_read_as_dense(tmp_path):
+    model = written(tmp_path / "out", "llama", Plan())
+    again = load(tmp_path / "out")
+    assert not native.is_installed(again) and again.config._attn_implementation == "sdpa"
+    assert torch.equal(again(TOKENS[None]).logits, model(TOKENS[None]).logits)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_rung_a_is_an_ordinary_checkpoint_that_gives_the_logits_of_the_receipt(family, tmp_path):
     from transformers import AutoModelForCausalLM
