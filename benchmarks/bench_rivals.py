@@ -32,7 +32,7 @@ from benchmarks.rivals.table import OURS, RIVALS, Rival
 from sentei.budget.calibration import calibrate
 from sentei.budget.workload import Workload, workload_of
 from sentei.conversion.checkpoints import load_model, load_tokenizer, locate
-from sentei.conversion.plan import Plan, convert, wanted
+from sentei.conversion.plan import Plan, convert, place, wanted
 from sentei.core.storage import write_json
 from sentei.measurement.quality import compare
 from sentei.measurement.text import read_text, windows_of
@@ -74,7 +74,8 @@ class Bench:
         """A rival with a setting; its file is written the first time."""
         if rival.plan is not None:
             plan = rival.plan(self.model, self.found.get("plans", []), setting)
-            return Contender(ready=lambda: self.converted(plan), few=rival.name == OURS)
+            ours = rival.name == OURS
+            return Contender(ready=lambda: self.converted(plan, convert if ours else place), few=ours)
         path = self.work / f"{rival.name}-{setting:g}-{self.workload.tokens}.safetensors".replace(" ", "-")
         if not path.exists():
             convert(self.model, Plan())
@@ -83,15 +84,15 @@ class Bench:
         model = rebuild(self.model, path)
         return Contender(ready=lambda: model)
 
-    def converted(self, plan: Plan) -> nn.Module:
-        """The one model that all plans share, by a plan."""
+    def converted(self, plan: Plan, put: Callable) -> nn.Module:
+        """The one model that all plans share, by a plan; what another's leaves runs as transformers runs it."""
         if wanted(plan) and self.seen is None:
             names: dict[int, set[str]] = {}
             for every in map(Plan.from_json, self.found.get("plans", [])):
                 for layer, wants in wanted(every).items():
                     names.setdefault(layer, set()).update(wants)
             self.seen = calibrate(self.model, self.windows["calibrate"], names)
-        return convert(self.model, plan, self.seen)
+        return put(self.model, plan, self.seen)
 
     def reading(self) -> tuple[list, torch.Tensor]:
         """What the dense model has of the windows: the beginnings of their reading, and the losses."""

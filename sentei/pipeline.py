@@ -196,8 +196,7 @@ def _prune(subject: Subject, text: Text, windows: dict[str, torch.Tensor], reque
     windows = {**windows, "calibrate": windows["calibrate"][:WINDOWS["calibrate"]]}
     judge = Judge(subject.model, workload, windows, stages, inputs, library)
     whole = slack_of.whole_plan(workload, layers, config)
-    steps = len(windows["choose"]) + len(windows["verify"]) + len({Plan(), whole})
-    with clock("calibrate"), progress.stage("calibrate", steps) as step:
+    with clock("calibrate"), progress.stage("calibrate", 2 + len(windows["choose"]) + len(windows["verify"])) as step:
         dense_seconds, whole_seconds = (judge.seconds(plan, "calibrate", step) for plan in (Plan(), whole))
         judge.prepare("verify", step)
         judge.prepare("choose", step)
@@ -226,7 +225,8 @@ def _prune(subject: Subject, text: Text, windows: dict[str, torch.Tensor], reque
         healed = _healed(subject, text, request, judge, proof, cuts, progress)
     proof, report = (healed.proof if healed else proof), None
     convert(subject.model, proof.candidate.plan, judge.statistics(proof.candidate.plan))
-    result = _result(request, subject, proof, layers, out) | ({"healed": healed.to_json()} if healed else {})
+    result = _result(request, subject, proof, layers, out, whole_seconds / dense_seconds)
+    result |= {"healed": healed.to_json()} if healed else {}
     subject = replace(subject, model=healed.model) if healed and healed.model else subject
     if out is not None:
         with clock("export"), progress.stage("export", 2) as step:
@@ -284,8 +284,9 @@ def _fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _result(request: Request, subject: Subject, proof: Proof, layers: tuple[int, ...], out: Path | None) -> dict:
-    """The public object."""
+def _result(request: Request, subject: Subject, proof: Proof, layers: tuple[int, ...], out: Path | None,
+            whole: float) -> dict:
+    """The public object; `whole` as in `rooms_of`."""
     quality, density = proof.judgement.quality, proof.judgement.density
     work = request.work()
     result = public(model=subject.name, workload=request.workload, dtype=request.dtype, tokens=work.timed_tokens,
@@ -296,8 +297,8 @@ def _result(request: Request, subject: Subject, proof: Proof, layers: tuple[int,
              "density": _mean(density[entry.layer]) if entry.room == "connections" else kept_of(subject.model, entry)}
             for entry in proof.candidate.plan.entries]
     strict = {} if proof.strict is None else {"quality_without_lookahead": proof.strict.quality.value}
-    return {**result, **strict, "density": proof.judgement.mean_density(layers), "plan": plan, "rooms": rooms_of(proof),
-            "out": out and str(out)}
+    return {**result, **strict, "density": proof.judgement.mean_density(layers), "plan": plan,
+            "rooms": rooms_of(proof, whole), "out": out and str(out)}
 
 
 def _mean(values: list[float]) -> float:

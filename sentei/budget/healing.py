@@ -21,7 +21,7 @@ from sentei.budget.goal import Goal
 from sentei.budget.judge import Judge
 from sentei.budget.proof import RUNS, Proof, first_proven
 from sentei.budget.solver import Solution
-from sentei.conversion.plan import Plan, convert
+from sentei.conversion.plan import Plan, complete, convert
 from sentei.conversion.student import adapted, settled, student_of
 from sentei.core.rules import All
 from sentei.measurement.text import spare_of
@@ -79,7 +79,7 @@ class HealedJudge(Judge):
 
     def standing(self, plan: Plan) -> nn.Module:
         """The dense model for the empty plan, else the healed one with what the plan still installs."""
-        return convert(self.student, plan.standing("under")) if plan.entries else convert(self.model, plan)
+        return complete(self.student, plan) if plan.entries else convert(self.model, plan)
 
     def prefix(self, plan: Plan, use: str) -> object:
         """The dense model's for the empty plan: it does not go on from another model's cache."""
@@ -162,7 +162,7 @@ def heal(judge: Judge, goal: Goal, before: Proof, rows: torch.Tensor, config: tr
         return replace(kept, table=found.table, reason=f"its quality on held-out text is {proof.quality:.4f}, below "
                        "the bound, which the unhealed one keeps")
     proof = replace(proof, attempts=before.attempts)
-    return replace(kept, proof=proof, model=convert(student, plan.standing("under")), table=found.table)
+    return replace(kept, proof=proof, model=complete(student, plan), table=found.table)
 
 
 def _digest(tokens: torch.Tensor) -> str:

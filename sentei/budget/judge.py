@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -116,14 +115,8 @@ class Judge:
     def seconds(self, plan: Plan, use: str, step: Step) -> float:
         """Seconds of one run of the workload with a plan, for forecasts; what is reported comes from `time`."""
         def work() -> dict:
-            run = self.run(use)
             try:
-                run.begin(plan)
-                run()  # the first pays for what later ones find ready
-                run.begin(plan)
-                start = time.perf_counter()
-                run()
-                seconds = time.perf_counter() - start
+                seconds = self.run(use).least(plan)
             finally:
                 convert(self.model, Plan())
             step()
@@ -166,16 +159,27 @@ class Run:
     def __init__(self, judge: Judge, use: str):
         self.judge, self.workload = judge, judge.workload
         self.row, self.use = judge.windows[use][0], use
-        self.work: Step = lambda: None
+        self.work: Callable[[], list[float]] = list
 
     def begin(self, plan: Plan) -> None:
         """Converts the model and does what comes before the work."""
-        self.work = lambda: None  # what the last run holds is let go first
+        self.work = list  # what the last run holds is let go first
         prefix = self.judge.prefix(plan, self.use)
         self.work = self.workload.begin(self.judge.standing(plan), self.row, prefix)
 
     def __call__(self) -> None:
         self.work()
+
+    def least(self, plan: Plan) -> float:
+        """Seconds of a run in which every pass through the model takes what the quickest does, of two at least.
+
+        The first pays for what later ones find ready, and what else runs here only ever adds.
+        """
+        passes: list[float] = []
+        while len(passes) < 2:
+            self.begin(plan)
+            passes += self.work()
+        return min(passes) * self.workload.timed_runs
 
 
 def takes_attention(entry: Entry) -> bool:

@@ -53,7 +53,7 @@ class Market:
 
         Args:
             nats: what may be lost, about; plans that are foreseen to lose several times as much are left out.
-            rooms: which may take part. Where decoding is what is pruned, connections that keep all always do.
+            rooms: which may take part. Connections that keep all always do: all is then run natively.
         """
         low, high = (share * nats / self.dense for share in RANGE)
         found = [dense_of(fit(self.slack))]
@@ -80,7 +80,7 @@ class Market:
                 seconds += timed[number].whole_seconds if gone else choice.seconds
                 densities.append(0.0 if gone else choice.density)
                 nats += 0.0 if gone else self.rate * choice.error
-                entries += [] if gone or choice.entry is None else [choice.entry]
+                entries += [] if gone else [choice.entry]
             entries += _merged([offer.entry for offer in taken])
         plan = Plan(tuple(entries))
         return Candidate(name=f"{' and '.join(sorted(rooms))}, price {price:.3g}", plan=plan, saved=saved,
@@ -138,7 +138,8 @@ def _error(options: list, entry: Entry) -> float:
     """What the entry's rule was measured to change, all heads together; infinity where it was not."""
     rule = entry.config.decode if hasattr(entry.config.decode, "ratio") else entry.config.rule
     heads = range(len(options[0].error))
-    ratios = rule.ratio if isinstance(rule.ratio, tuple) else (rule.ratio,) * len(heads)
+    ratio = getattr(rule, "ratio", 0.0)  # All has none
+    ratios = ratio if isinstance(ratio, tuple) else (ratio,) * len(heads)
     by_ratio = {getattr(option.rule, "ratio", 0.0): option for option in options}
     return sum(by_ratio[ratio].error[head] if ratio in by_ratio else math.inf
                for head, ratio in zip(heads, ratios, strict=True))

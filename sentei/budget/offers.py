@@ -5,12 +5,10 @@ e to the power of it is about the factor by which perplexity grows. The saving i
 workload. Connections are not here: `sentei.budget.slack` tries their rules head by head.
 """
 
-import statistics as averages
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import partial
 
 import torch
 from torch import nn
@@ -18,15 +16,15 @@ from torch import nn
 from sentei.budget.judge import Judge, takes_attention
 from sentei.budget.workload import Decode
 from sentei.conversion.layers import Layer, layers_of
-from sentei.conversion.plan import Entry, Plan, convert
+from sentei.conversion.plan import Entry, Plan, convert, place
 from sentei.conversion.rooms import WAYS
 from sentei.conversion.statistics import Statistics
-from sentei.measurement.latency import interleave
 
 # Tokens that are read for the cost, and those of them, the last, on which the divergence is taken: it needs fewer than
 # a difference of perplexities.
 TOKENS, COMPARED = 192, 96
-RUNS = 2
+RUNS = 3
+SPELL = 0.2  # seconds
 # Those whose work can be written to a file and read back.
 ROOMS = tuple(room for room, way in WAYS.items() if way.stands == "in" and way.blank)
 
@@ -82,12 +80,12 @@ def measure(judge: Judge, tokens: torch.Tensor, whole: Plan, rooms: tuple[str, .
     Args:
         judge: its model is dense afterwards; its workload is the one that is timed, on its window "calibrate".
         tokens: int64 [T], read up to TOKENS for the costs.
-        whole: the plan against which decoding is timed, in which connections keep everything.
+        whole: the plan against which options are timed, in which connections keep everything.
         step: called for every option.
     Returns:
         the offers, layer by layer.
-    Cost: half a pass over TOKENS tokens an option, and for each distinct configuration a few runs: of the whole
-        workload where it decodes, of one layer where it reads a prompt.
+    Cost: half a pass over TOKENS tokens an option, and for each distinct configuration a run of the whole workload
+        where it decodes, RUNS of one layer where it reads a prompt.
     """
     entries = candidates(judge.model, judge.workload.lever, rooms)
     seen = next(filter(None, (judge.statistics(Plan((entry,))) for entry, _ in entries)), None)
@@ -97,7 +95,7 @@ def measure(judge: Judge, tokens: torch.Tensor, whole: Plan, rooms: tuple[str, .
     for entry, part in entries:
         saved, nats = seconds[entry.room, entry.config], None
         if saved > 0:
-            convert(judge.model, Plan((entry,)), seen)
+            place(judge.model, Plan((entry,)), seen)
             nats = ruler.nats(entry.layer)
         offers.append(Offer(entry=entry, part=part, nats=nats, seconds=saved))
         step()
@@ -163,18 +161,18 @@ def _decoding_seconds(judge: Judge, entries: list[Entry], seen: Statistics | Non
     plans, numbers = {None: whole}, {}
     for key in dict.fromkeys((entry.room, entry.config) for entry in entries):
         alike = [entry for entry in entries if (entry.room, entry.config) == key]
-        gone = {entry.layer for entry in alike if takes_attention(entry)}
-        plans[key] = Plan((*(entry for entry in whole.entries if entry.layer not in gone), *alike))
-        numbers[key] = len(alike)
-    run, seconds = judge.run("calibrate"), {key: [] for key in plans}
-    for key in [None, *RUNS * list(plans)]:
-        run.begin(plans[key])
-        start = time.perf_counter()
-        run()
-        seconds[key].append(time.perf_counter() - start)
+        plans[key], numbers[key] = _with(whole, alike), len(alike)
+    run = judge.run("calibrate")
+    seconds = {key: run.least(plan) for key, plan in plans.items()}
+    kept = min(seconds[None], run.least(whole))  # before and after all others
     convert(judge.model, Plan())
-    least = {key: min(found) for key, found in seconds.items()}  # what else runs here only ever adds
-    return {key: (least[None] - least[key]) / number for key, number in numbers.items()}
+    return {key: (kept - seconds[key]) / number for key, number in numbers.items()}
+
+
+def _with(whole: Plan, entries: list[Entry]) -> Plan:
+    """The plan with these entries; attention that is left out has no connections."""
+    gone = {entry.layer for entry in entries if takes_attention(entry)}
+    return Plan((*(entry for entry in whole.entries if entry.layer not in gone), *entries))
 
 
 @torch.no_grad()
@@ -184,6 +182,7 @@ def _prompt_seconds(judge: Judge, entries: list[Entry], seen: Statistics | None,
     middle = len(layers) // 2
     inputs: dict[int, tuple] = {}
     found = {}
+    convert(judge.model, whole)
     for key in dict.fromkeys((entry.room, entry.config) for entry in entries):
         alike = [entry for entry in entries if (entry.room, entry.config) == key]
         entry = min(alike, key=lambda entry: abs(entry.layer - middle))
@@ -195,12 +194,25 @@ def _prompt_seconds(judge: Judge, entries: list[Entry], seen: Statistics | None,
         def work(block=layer.block, positional=positional, named=named):
             block(*positional, **named)
 
-        timed = interleave(work, work, runs=RUNS + 1, before=(
-            partial(convert, judge.model, Plan()), partial(convert, judge.model, Plan((entry,)), seen)))
-        convert(judge.model, Plan())
-        found[key] = averages.median(
-            dense - pruned for dense, pruned in zip(timed.dense, timed.pruned, strict=True))
+        seconds = {plan: [] for plan in (_with(whole, [entry]), whole)}
+        for _ in range(RUNS):
+            for plan, taken in seconds.items():
+                convert(judge.model, plan, seen)
+                taken.append(_quickest(work))
+        pruned, kept = map(min, seconds.values())
+        found[key] = kept - pruned
+    convert(judge.model, Plan())
     return found
+
+
+def _quickest(work: Callable[[], object]) -> float:
+    """The least seconds that work takes, done for SPELL seconds: what else runs here only ever adds."""
+    found: list[float] = []
+    while sum(found) < SPELL:
+        start = time.perf_counter()
+        work()
+        found.append(time.perf_counter() - start)
+    return min(found)
 
 
 def _inputs_of(judge: Judge, layer: Layer) -> tuple[tuple, dict]:

@@ -19,7 +19,7 @@ from sentei.axes.connections import Config, Connections
 from sentei.budget.workload import Workload
 from sentei.conversion.plan import Plan, attention_path, convert
 from sentei.conversion.rooms.connections import rules
-from sentei.core.rules import All, Rule, rule_from_json
+from sentei.core.rules import Rule, rule_from_json
 from sentei.core.selection import Selection
 
 
@@ -67,10 +67,8 @@ def options(workload: Workload) -> list[Rule]:
 
 
 def whole_plan(workload: Workload, layers: tuple[int, ...], config: Config) -> Plan:
-    """The plan in which every layer keeps everything, the first of its options."""
-    rule = options(workload)[0]
-    return Plan() if isinstance(rule, All) else Plan.everywhere(
-        layers, "connections", replace(config, **{workload.lever: rule}))
+    """The plan in which every layer keeps everything, the first of its options: all of it natively."""
+    return Plan.everywhere(layers, "connections", replace(config, **{workload.lever: options(workload)[0]}))
 
 
 @torch.no_grad()

@@ -1,7 +1,7 @@
 """From slack to plans: at each price of a second, the cheapest choice for every head.
 
 A layer's attention takes about `a + b · density` seconds (fitted to what was measured here, in all layers), so with a
-price λ on a second every head picks the option with the least error + λ · b · density / H and the layer stays dense
+price λ on a second every head picks the option with the least error + λ · b · density / H and the layer keeps all
 where that costs less. Sweeping λ gives a family of plans from dense to sparsest. Errors of layers do not add up, so
 which of them is good enough is for the real model to say: `search` judges whole plans and halves the interval between
 the last good one and the first bad one.
@@ -109,9 +109,9 @@ def search(candidates: list[Candidate], good: Callable[[Candidate], bool]) -> in
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """What is best for the connections of a layer at a price: the entry, or None to stay dense, and what it means."""
+    """What is best for the connections of a layer at a price: the entry, and what it means."""
 
-    entry: Entry | None
+    entry: Entry
     seconds: float
     density: float
     error: float
@@ -125,17 +125,19 @@ def choice_at(layer: Timed, config: Config, workload: Workload, price: float) ->
     density = _mean([options[pick].density[head] for head, pick in enumerate(picks)])
     error = sum(options[pick].error[head] for head, pick in enumerate(picks))
     may_be_dense = isinstance(options[0].rule, All)
-    if may_be_dense and error + price * layer.seconds(density) >= price * layer.whole_seconds:
-        return Choice(entry=None, seconds=layer.whole_seconds, density=1.0, error=0.0)
-    ratios = tuple(0.0 if pick == 0 else options[pick].rule.ratio for pick in picks)
-    rule = Threshold(ratios if workload.per_head else ratios[0])
+    seconds = layer.seconds(density)
+    if may_be_dense and error + price * seconds >= price * layer.whole_seconds:
+        rule, seconds, density, error = options[0].rule, layer.whole_seconds, 1.0, 0.0
+    else:
+        ratios = tuple(0.0 if pick == 0 else options[pick].rule.ratio for pick in picks)
+        rule = Threshold(ratios if workload.per_head else ratios[0])
     entry = Entry(layer=layer.slack.layer, room="connections", config=replace(config, **{workload.lever: rule}))
-    return Choice(entry=entry, seconds=layer.seconds(density), density=density, error=error)
+    return Choice(entry=entry, seconds=seconds, density=density, error=error)
 
 
 def _at_price(layers: list[Timed], config: Config, workload: Workload, price: float) -> Candidate:
     choices = [choice_at(layer, config, workload, price) for layer in layers]
-    return Candidate(name=f"price {price:.3g}", plan=Plan(tuple(choice.entry for choice in choices if choice.entry)),
+    return Candidate(name=f"price {price:.3g}", plan=Plan(tuple(choice.entry for choice in choices)),
                      seconds=sum(choice.seconds for choice in choices),
                      density=_mean([choice.density for choice in choices]))
 

@@ -6,14 +6,17 @@ the room's configuration prunes it.
 
 import copy
 import re
+import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
 from torch import nn
 
+from sentei.conversion.cache import pruned_layers
 from sentei.conversion.rooms.heads import FOLD
 from sentei.core.errors import SenteiError
 from sentei.measurement.quality import losses_after, token_losses
@@ -62,8 +65,21 @@ class Workload(ABC):
         """One pass through the model in which every layer receives what is typical of this work."""
 
     @abstractmethod
-    def begin(self, model: nn.Module, row: torch.Tensor, prefix: object) -> Callable[[], object]:
-        """Does what comes before the work, and returns the work itself, to be timed."""
+    def begin(self, model: nn.Module, row: torch.Tensor, prefix: object) -> Callable[[], list[float]]:
+        """Does what comes before the work, and returns the work itself, to be timed.
+
+        The work returns the seconds of each of its passes through the model, `timed_runs` of them.
+        """
+
+
+def _clocked(passes: Iterable[Callable[[], object]]) -> list[float]:
+    """The seconds of each."""
+    seconds = []
+    for one in passes:
+        start = time.perf_counter()
+        one()
+        seconds.append(time.perf_counter() - start)
+    return seconds
 
 
 class Prefill(Workload):
@@ -95,7 +111,8 @@ class Prefill(Workload):
 
     def begin(self, model, row, prefix):
         """The whole reading is timed."""
-        return torch.no_grad()(lambda: model(input_ids=row[None], use_cache=True, logits_to_keep=1))
+        return torch.no_grad()(lambda: _clocked(
+            [partial(model, input_ids=row[None], use_cache=True, logits_to_keep=1)]))
 
 
 class Decode(Workload):
@@ -133,8 +150,9 @@ class Decode(Workload):
         return cache
 
     def losses(self, model, row, prefix):
-        """Of the last tokens of the row."""
-        return losses_after(model, row, self._own(model, row, prefix), rows=self.AT_ONCE)
+        """Of the last tokens of the row; where nothing chooses pages, as in the dense model, all in one call."""
+        rows = self.AT_ONCE if pruned_layers(model) else self.READ
+        return losses_after(model, row, self._own(model, row, prefix), rows=rows)
 
     def _own(self, model, row, prefix) -> object:
         """A copy of the dense model's prefix, folded where the model has merged key/value heads.
@@ -167,7 +185,7 @@ class Decode(Workload):
             model.get_decoder()(input_ids=part, past_key_values=cache, use_cache=True)
         warm, *tokens = row[stop:].split(1)
         self._step(model, warm, cache)
-        return lambda: [self._step(model, token, cache) for token in tokens]
+        return lambda: _clocked(partial(self._step, model, token, cache) for token in tokens)
 
     @staticmethod
     @torch.no_grad()

@@ -7,18 +7,24 @@ import copy
 from collections.abc import Callable
 from functools import cache
 from typing import NamedTuple
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
 
+from sentei.axes.axis import Axis
 from sentei.conversion.linear import Choice, NativeLinear, Steps, input_of
+from sentei.core.tracing import Tap
 from sentei.kernels.block import place_of
 from sentei.kernels.linear.layers import Layer
 
 NORM_STEPS = Steps(few=(1, 8, 64))  # a norm of each head has many to a token
+SWITCHED = ("native_rows", "activation", "form", "turn", "parts")  # what a module that was switched has of its own
+NOTED = ("known", "following")  # and what it notes as it runs
 # Of a result's largest number, in fp32, where a softmax of scores is between; every other rotation differs by far more.
 DIFFER = 1e-3
+
 
 def plain_layers(parts: dict[str, nn.Module], names: tuple[str, ...]) -> list[Layer] | None:
     """Weight and bias of linear layers that nobody has altered; else None."""
@@ -88,7 +94,7 @@ def attention_functions():
 def restore(module: nn.Module) -> None:
     """Gives the module the class it had."""
     module.__class__ = type(module).__bases__[1]
-    for name in ("native_rows", "activation", "form", "turn", "parts", "known", "following"):
+    for name in (*SWITCHED, *NOTED):
         module.__dict__.pop(name, None)
 
 
@@ -120,6 +126,43 @@ class Kind(NamedTuple):
     more: Callable[[nn.Module, torch.Tensor], tuple] = lambda module, x: ()
     alike: Callable[[nn.Module], tuple] = lambda module: ()
     settle: Callable[[nn.Module], None] = lambda module: None
+
+
+class Proofs:
+    """What was proven of modules, for as long as they are not altered; forgotten where a model is copied or pickled.
+
+    A plan that is installed again, to be judged and timed, would otherwise be proven again, a second or two each time.
+    """
+
+    def __init__(self):
+        self.found: WeakKeyDictionary[nn.Module, tuple] = WeakKeyDictionary()
+
+    def __reduce__(self):
+        return Proofs, ()
+
+    def prove(self, module: nn.Module, kind: Kind) -> str:
+        """As `kind.prove`; what came out before is taken where nothing it depends on has changed since."""
+        seen, known = (kind.mixin, kind.alike(module), _state_of(module)), self.found.get(module)
+        if known is None or known[0] != seen:
+            reason = kind.prove(module, kind.mixin)
+            switched = {name: vars(module)[name] for name in SWITCHED if name in vars(module)}
+            self.found[module] = seen, reason, type(module), switched
+            return reason
+        _, reason, module.__class__, switched = known
+        vars(module).update(switched)
+        return reason
+
+
+def _state_of(module: nn.Module) -> list[tuple]:
+    """What tells whether a module, or a part of it, is what it was: classes, parts, settings, and weights as they lie.
+
+    A room in it is left out: what of it counts is for its kind to say.
+    """
+    return [(ref(part), type(part), {name: value for name, value in vars(part).items()
+                                if type(value) in (bool, int, float, str)},
+             *((weight.data_ptr(), 0 if weight.is_inference() else weight._version, weight.dtype, weight.device,
+                weight.shape, weight.stride()) for weight in part.parameters(recurse=False)))
+            for part in module.modules() if not isinstance(part, Axis | Tap)]
 
 
 def near(y: torch.Tensor, own: torch.Tensor) -> bool:

@@ -131,7 +131,7 @@ def looks_like_a_block(module: nn.Module) -> bool:
     """Whether it is made of the parts, each of which runs natively, and its room reads pages."""
     return {name for name, _ in module.named_children()} == set(PARTS) and all(
         isinstance(getattr(module, name), kind) for name, kind in zip(PARTS, MADE_OF, strict=True)) and (
-        module.self_attn.connections.is_paged)
+        hasattr(module.self_attn, "connections") and module.self_attn.connections.is_paged)
 
 
 def more_of(module: nn.Module, x: torch.Tensor) -> tuple:

@@ -20,7 +20,7 @@ from sentei.conversion import cache
 from sentei.conversion.card import CARD
 from sentei.conversion.checkpoints import DTYPES, load_model, locate
 from sentei.conversion.model_folder import member
-from sentei.conversion.plan import Plan, convert
+from sentei.conversion.plan import Plan, complete
 from sentei.conversion.rungs import plain, reshape, rung_of
 from sentei.core.errors import FileError, RuleError, SenteiError, UnsupportedError, shown
 from sentei.core.safetensors_header import read_header
@@ -91,7 +91,7 @@ def load(folder: str | Path) -> nn.Module:
     uneven = partial(reshape, plan=plan) if plan.standing("in").entries else None
     model = load_model(locate(str(Path(folder).absolute())), policy["dtype"], uneven)
     try:
-        return convert(model, plan.standing("under"))
+        return complete(model, plan)
     except (RuleError, UnsupportedError) as error:  # it does not fit the model: a layer or a head that is not there
         raise FileError(str(Path(folder) / POLICY), expected=error.expected, got=error.got,
                         do="write the folder again with sentei prune") from error

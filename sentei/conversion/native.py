@@ -6,11 +6,13 @@ import torch
 from torch import nn
 
 from sentei.conversion import block, linear, rows
-from sentei.conversion.altered import Kind, restore
+from sentei.conversion.altered import Kind, Proofs, restore
 from sentei.conversion.linear import Choice, input_of, rows_taken
 from sentei.kernels.linear import fused_cpp
 
 KINDS = (*rows.KINDS, block.KIND)
+# The attribute of a model that holds what was proven of its modules.
+PROVEN = "proofs_of_sentei"
 
 
 def install(model: nn.Module, *, most_rows: int | None = None, many_rows: int | None = None) -> list[Choice]:
@@ -23,14 +25,20 @@ def install(model: nn.Module, *, most_rows: int | None = None, many_rows: int | 
     Returns:
         a Choice for every `nn.Linear`, then one for every module that looks like one of KINDS, each kind in the model's
         order.
-    Cost: as `conversion.linear.install`, about twice. Measured one after the other, each on top of what is before it.
+    Cost: as `conversion.linear.install`, about twice, and a few calls of every module to prove it; both once.
+        Measured one after the other, each on top of what is before it.
     """
     remove(model)
     choices = linear.install(model, most_rows=most_rows, many_rows=many_rows)
     for kind in KINDS:
         modules = {path: module for path, module in model.named_modules() if kind.looks_like(module)}
-        choices += _install(modules, kind, most_rows, many_rows, model.__dict__[linear.MEASURED])
+        choices += _install(model, modules, kind, most_rows, many_rows)
     return choices
+
+
+def is_installed(model: nn.Module) -> bool:
+    """Whether anything of the model runs natively besides attention."""
+    return any(isinstance(module, (linear.NativeLinear, *(kind.mixin for kind in KINDS))) for module in model.modules())
 
 
 def remove(model: nn.Module) -> None:
@@ -41,10 +49,11 @@ def remove(model: nn.Module) -> None:
             restore(module)
 
 
-def _install(modules: dict[str, nn.Module], kind: Kind, most_rows: int | None, many_rows: int | None,
-             known: linear.Known) -> list[Choice]:
+def _install(model: nn.Module, modules: dict[str, nn.Module], kind: Kind, most_rows: int | None,
+             many_rows: int | None) -> list[Choice]:
     """Switches modules that are proven and, unless numbers of rows are asked for, measured faster."""
-    refused = {path: "a forward of its own" if "forward" in vars(module) else kind.prove(module, kind.mixin)
+    known, proofs = model.__dict__[linear.MEASURED], model.__dict__.setdefault(PROVEN, Proofs())
+    refused = {path: "a forward of its own" if "forward" in vars(module) else proofs.prove(module, kind)
                for path, module in modules.items()}
     proven = [module for path, module in modules.items() if not refused[path]]
     ways = (lambda module, x: type(module).__bases__[1].forward(module, x, *kind.more(module, x)),

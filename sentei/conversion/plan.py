@@ -1,6 +1,6 @@
 """A plan: which room prunes which layer, and how."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -104,7 +104,8 @@ def convert(model: nn.Module, plan: Plan, statistics: Statistics | None = None) 
     """Installs the plan's rooms in a transformers model, in place, and returns it.
 
     The weights are untouched: a room that changes some stands in for the original module, which is kept and put back
-    by the next plan. With configurations that keep everything the model computes what it did. A model that was
+    by the next plan. With configurations that keep everything the model computes what it did. Whatever the plan's
+    rooms, layers that are left run natively where that was measured faster (`conversion.native`). A model that was
     converted before gets the new plan instead of the old one; the empty plan gives the dense model back, bit for bit.
 
     Args:
@@ -115,26 +116,55 @@ def convert(model: nn.Module, plan: Plan, statistics: Statistics | None = None) 
             transformers' interface, or statistics that are missing.
         RuleError: two rooms in one place, or a configuration that does not fit the model.
     Cost: what the rooms' `build` costs, once for each set of statistics; where connections are pruned a forward pass or
-        two of two tokens, to see that every room is reached, and once what `conversion.native.install` measures.
+        two of two tokens, to see that every room is reached; and once what `conversion.native.install` costs.
 
     Whatever is raised, the model is then as it was.
     """
+    return _become(model, plan, statistics, native.install if plan.entries else _stay)
+
+
+def place(model: nn.Module, plan: Plan, statistics: Statistics | None = None) -> nn.Module:
+    """As `convert`, with the plan's rooms alone: what is left is transformers' own, and plain to train."""
+    return _become(model, plan, statistics, _stay)
+
+
+def complete(model: nn.Module, plan: Plan) -> nn.Module:
+    """Makes a model whose weights already have the shapes of a plan what `convert` with the plan would have made it.
+
+    Args:
+        model: as `export` has written it, or healed; changed in place and returned.
+        plan: what it was made by, or what of that is left; even of an empty one the layers run natively, where faster.
+    Raises:
+        UnsupportedError, RuleError: as `convert`.
+    """
+    return _become(model, plan.standing("under"), None, native.install)
+
+
+def _stay(model: nn.Module) -> None:
+    """Leaves the layers as they are."""
+
+
+def _become(model: nn.Module, plan: Plan, statistics: Statistics | None, finish: Callable[[nn.Module], object]
+            ) -> nn.Module:
+    """Takes out what was installed, puts the plan's rooms in and has `finish` see to the rest; all of it or none."""
     _check_layers(model, plan)
     earlier, implementation = (placing.swapped(model), wrapper.rooms(model)), model.config._attn_implementation
-    if not earlier[0] and not plan.standing("in").entries:
-        _attach(model, plan)
-        return model
+    was_native = native.is_installed(model)
     try:
         wrapper.remove(model)  # before anything is built: what is built is made of the plain modules
         native.remove(model)
         placing.swap(model, _inside(model, plan, statistics or Statistics()))
         _attach(model, plan)
+        finish(model)
     except BaseException:
         wrapper.remove(model)
+        native.remove(model)
         placing.swap(model, earlier[0])
         if earlier[1]:
             wrapper.install(model, earlier[1])
             wrapper.use(model, implementation)
+        if was_native:
+            native.install(model)
         raise
     return model
 

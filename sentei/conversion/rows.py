@@ -1,8 +1,8 @@
 """What a layer is made of besides attention, in native calls: linear layers, gated MLPs, RMS norms, attention's heads.
 
 Found by what they are made of and proven by what they compute, whatever the family: a module of three linear layers and
-an activation is taken for a gated MLP, one whose class ends in RMSNorm for a norm, one with a room and the layers of
-heads for an attention; and each only where the native result is that of the module's own forward on random rows. Few
+an activation is taken for a gated MLP, one whose class ends in RMSNorm for a norm, one with the layers of heads for an
+attention; and each only where the native result is that of the module's own forward on random rows. Few
 rows, as in decoding, and many, as in a prompt, are measured apart. As in `conversion.linear` a module gets another
 class, a subclass of its own, and keeps its parameters, path, state_dict and hooks.
 """
@@ -26,6 +26,7 @@ from sentei.conversion.altered import (
     restore,
     turns,
 )
+from sentei.conversion.interface import IMPLEMENTATION
 from sentei.conversion.linear import Choice, NativeLinear, Steps, input_of
 from sentei.core.modes import is_plain_call
 from sentei.kernels import block, native
@@ -34,6 +35,7 @@ from sentei.kernels.linear import fused_cpp, rows
 LAYERS = ("gate_proj", "up_proj", "down_proj")
 HEADS, HEAD_NORMS = ("q_proj", "k_proj", "v_proj"), ("q_norm", "k_norm")
 ATTENTION_INPUTS = ["self", "hidden_states", "position_embeddings", "attention_mask", "past_key_values", "kwargs"]
+ATTENTIONS = ("sdpa", IMPLEMENTATION)  # the functions known to take what ours makes; others are told of windows, too
 HEADS_STEPS = Steps(many=(256,))  # of more rows the attention itself, which is in the time, takes most
 MORE_ROWS = fused_cpp.FEW_ROWS + 5  # rows that a module is tried on, which are many to the kernel
 EPSILONS = ("variance_epsilon", "eps")
@@ -99,7 +101,8 @@ class NativeHeads:
         heads = None
         if (not self.training and type(hidden_states) is torch.Tensor and self.native_rows.takes(hidden_states)
                 and is_plain_call()):
-            attend = attention_functions().get(self.config._attn_implementation)
+            name = self.config._attn_implementation
+            attend = attention_functions().get(name) if name in ATTENTIONS else None
             heads = None if attend is None else self._native(hidden_states, position_embeddings)
         if heads is None:
             return super().forward(hidden_states=hidden_states, position_embeddings=position_embeddings,
@@ -143,9 +146,8 @@ def _looks_like_a_norm(module: nn.Module) -> bool:
 
 
 def _looks_like_heads(module: nn.Module) -> bool:
-    """Only where a room chooses: there the attention function is known to take what ours makes."""
-    names = {name for name, _ in module.named_children()}
-    return names - set(HEAD_NORMS) == {*HEADS, "o_proj", "connections"} and len(names) in (5, 7) and all(
+    names = {name for name, _ in module.named_children()} - {"connections"}
+    return names - set(HEAD_NORMS) == {*HEADS, "o_proj"} and len(names) in (4, 6) and all(
         type(getattr(module, name)) in (nn.Linear, NativeLinear) for name in HEADS)
 
 

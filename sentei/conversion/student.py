@@ -12,7 +12,7 @@ from torch import nn
 from sentei.axes.rank import Config as Rank
 from sentei.conversion import adapters
 from sentei.conversion.layers import ORIGINALS, originals
-from sentei.conversion.plan import Plan, convert
+from sentei.conversion.plan import Plan, convert, place
 from sentei.conversion.rooms.experts import ChoosingNetwork
 from sentei.conversion.rooms.heads import FOLD
 from sentei.conversion.statistics import Statistics
@@ -29,7 +29,7 @@ def student_of(model: nn.Module, plan: Plan, statistics: Statistics | None = Non
         the model, and for `settled` the dtype that each of its tensors has in `model`.
     Cost: what the rooms cost to build; where the model is of half precision also its weights in float32.
     """
-    convert(model, plan.standing("in"), statistics)
+    place(model, plan.standing("in"), statistics)
     try:
         dtypes = {name: tensor.dtype for name, tensor in (*model.named_parameters(), *model.named_buffers())}
         modules = [model, *originals(model).values()]

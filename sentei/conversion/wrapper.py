@@ -7,7 +7,6 @@ from torch import nn
 
 from sentei.axes.connections import Connections
 from sentei.conversion import cache
-from sentei.conversion import native as native_rows
 from sentei.conversion.interface import IMPLEMENTATION, register
 from sentei.core.errors import UnsupportedError
 from sentei.core.rules import All
@@ -68,9 +67,6 @@ def _place(model: nn.Module, new: dict[str, Connections], implementation: str) -
         module.connections = room.to(next(module.parameters()).device)
     use(model, implementation)
     layers = cache.pruned_layers(model)
-    native_rows.remove(model)
-    if new:
-        native_rows.install(model, most_rows=None if layers else 0)
     if layers:
         setattr(model, HOOK, cache.watch(model.get_decoder(), layers, IMPLEMENTATION))
 

@@ -19,10 +19,12 @@ from sentei.budget.proof import first_proven
 from sentei.budget.solver import Candidate, Solution
 from sentei.budget.workload import Decode
 from sentei.commands import prune as main_job
+from sentei.conversion import native
 from sentei.conversion.plan import Entry, Plan
 from sentei.conversion.student import student_of
 from sentei.core.rules import Fixed, Threshold, TopK
 from sentei.core.storage import Stages, read_json
+from sentei.kernels.native import missing
 from sentei.measurement.text import spare_of, windows_of
 from sentei.training import healing as training
 
@@ -127,6 +129,18 @@ def test_dense_is_timed_from_its_own_prompt_and_the_healed_model_from_its_own(tm
     student, _ = student_of(judge.model, plan)
     found = healing.HealedJudge(judge, student, "key").time(plan, "verify", 1, lambda: None)
     assert len(found.dense) == len(found.pruned) == 1
+
+
+def test_the_healed_model_runs_natively_whatever_the_rooms(monkeypatch):
+    right = native.install
+    monkeypatch.setattr(native, "install", lambda model: right(model, most_rows=8, many_rows=9))
+    plan = Plan((Entry(layer=1, room="depth", config=depth.Config(rule=Fixed(()), part="attention")),))
+    judge = Judge(tiny_model("llama"), Decode(64), {}, Stages(None), {})
+    student, _ = student_of(judge.model, plan)
+    assert not native.is_installed(student)
+    healed = healing.HealedJudge(judge, student, "key")
+    assert native.is_installed(healed.standing(plan)) == (not missing())
+    assert healed.standing(Plan()) is judge.model and not native.is_installed(judge.model)
 
 
 @pytest.mark.slow

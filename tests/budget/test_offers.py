@@ -7,12 +7,14 @@ from tiny import tiny_model
 from sentei.axes.connections import Config
 from sentei.budget import offers as module
 from sentei.budget.calibration import Library
-from sentei.budget.judge import Judge
+from sentei.budget.judge import Judge, takes_attention
 from sentei.budget.offers import Ruler, candidates, from_json, measure, to_json
 from sentei.budget.slack import whole_plan
 from sentei.budget.workload import workload_of
+from sentei.conversion import native, wrapper
 from sentei.conversion.families import FAMILIES
 from sentei.conversion.layers import originals
+from sentei.conversion.native import is_installed
 from sentei.conversion.plan import Plan, convert, prunable_layers
 from sentei.core.storage import Stages
 
@@ -60,22 +62,53 @@ def test_every_option_has_an_offer_and_the_model_is_dense_again(workload):
 
 
 def test_savings_are_of_one_layer_by_the_clock(monkeypatch):
-    """Runs take what the plan says, and sometimes more."""
-    judge, now, late = judge_of("llama", "decode:80"), [0.0], {}
+    """The runs of an option in every layer that has it, against none; the first run of none is late."""
+    judge, asked = judge_of("llama", "decode:80"), []
     whole = whole_plan(judge.workload, (0, 1, 2), Config())
 
     class Run:
-        def begin(self, plan):
+        def least(self, plan):
+            asked.append(plan)
             rooms = {entry.room for entry in plan.entries} - {"connections"}
-            late[plan] = 0.0 if plan in late else 5.0
-            self.seconds = TIMES[min(rooms, default="")] + (late[plan] if rooms else 0.0)
-
-        def __call__(self):
-            now[0] += self.seconds
+            return TIMES[min(rooms, default="")] + (5.0 if len(asked) == 1 else 0.0)
 
     monkeypatch.setattr(judge, "run", lambda use: Run())
-    monkeypatch.setattr(module.time, "perf_counter", lambda: now[0])
     for offer in measure(judge, TOKENS[0], whole):
         layers = 2 if offer.entry.room == "depth" and offer.part == "attention" else 3
         assert offer.seconds == pytest.approx((1 - TIMES[offer.entry.room]) / layers)
         assert offer.pays == (offer.entry.room != "heads"), "what saves nothing has no price"
+    assert asked[0] == asked[-1] == whole
+    for plan in asked[1:-1]:
+        kept = {entry.layer for entry in plan.entries if entry.room == "connections"}
+        gone = {entry.layer for entry in plan.entries if takes_attention(entry)}
+        assert kept ^ gone == {0, 1, 2}, "attention that is left has its room"
+
+
+def test_an_option_for_prompts_is_timed_in_a_layer_of_a_model_that_keeps_all_natively(monkeypatch):
+    judge, seen, right = judge_of("llama", "prefill:80"), [], native.install
+    monkeypatch.setattr(native, "install", lambda model: right(model, most_rows=8, many_rows=9))
+    whole = whole_plan(judge.workload, (0, 1, 2), Config())
+
+    def clocked(work):
+        work()
+        seen.append((len(wrapper.rooms(judge.model)), len(originals(judge.model)), is_installed(judge.model)))
+        return (9.0, 3.0, 1.5, 2.0, 8.0, 7.0)[(len(seen) - 1) % 6]
+
+    monkeypatch.setattr(module, "_quickest", clocked)
+    offers = measure(judge, TOKENS[0], whole)
+    assert all(offer.seconds == 0.5 for offer in offers), "the least of each: what else runs here only ever adds"
+    pruned, kept = seen[::2], seen[1::2]
+    assert set(kept) == {(3, 0, True)} and {rooms for rooms, *_ in pruned} == {2, 3}
+    assert all(swapped and native for _, swapped, native in pruned)
+
+
+def test_the_quickest_of_many_short_runs_counts_and_a_long_one_is_done_once(monkeypatch):
+    now, left = [0.0], [0.09, 0.03, 0.05, 0.04]
+    monkeypatch.setattr(module.time, "perf_counter", lambda: now[0])
+
+    def work():
+        now[0] += left.pop(0)
+
+    assert module._quickest(work) == 0.03 and not left
+    left[:] = [5.0, 1.0]
+    assert module._quickest(work) == 5.0 and left == [1.0]

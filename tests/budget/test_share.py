@@ -24,17 +24,23 @@ def proof_of(entries: tuple, saved: dict) -> Proof:
                  comparison=Comparison(dense=[10.0], pruned=[6.0], date=""))
 
 
-def test_connections_have_what_the_other_rooms_leave():
-    found = rooms_of(proof_of((CHOOSING, THIN, GONE), {"weights": 1.0, "depth": 2.0}))
+def test_connections_have_what_the_others_leave():
+    """Of 10 s dense 6 s are left; keeping all takes 9.5."""
+    found = rooms_of(proof_of((CHOOSING, THIN, GONE), {"weights": 1.0, "depth": 2.0}), 0.95)
     assert {room: (told["layers"], told["seconds"]) for room, told in found.items()} == {
-        "connections": (1, 1.0), "depth": (1, 2.0), "weights": (1, 1.0)}
+        "connections": (1, pytest.approx(0.5)), "depth": (1, 2.0), "native": (2, pytest.approx(0.5)),
+        "weights": (1, 1.0)}
     assert sum(told["share"] for told in found.values()) == pytest.approx(1)
 
 
-def test_without_connections_the_others_have_all():
-    found = rooms_of(proof_of((THIN, GONE), {"weights": 1.0, "depth": 1.0}))
-    assert {room: told["share"] for room, told in found.items()} == {"weights": 0.5, "depth": 0.5}
-    assert rooms_of(proof_of((), {})) == {}
+@pytest.mark.parametrize("kept", [Connections(), Connections(decode=Threshold(0.0))], ids=["prompts", "decoding"])
+def test_where_connections_drop_nothing_the_others_have_all(kept):
+    every = Entry(layer=3, room="connections", config=kept)
+    found = rooms_of(proof_of((every, THIN, GONE), {"weights": 1.0, "depth": 2.0}), 0.9)
+    assert {room: (told["layers"], told["share"]) for room, told in found.items()} == {
+        "depth": (1, pytest.approx(0.5)), "native": (3, pytest.approx(0.25)), "weights": (1, pytest.approx(0.25))}
+    assert rooms_of(proof_of((every,), {}), 0.9)["native"] == {"layers": 1, "seconds": pytest.approx(4), "share": 1}
+    assert rooms_of(proof_of((), {}), 0.9) == {}
 
 
 def test_what_is_left_of_a_part_is_told_by_its_weights():

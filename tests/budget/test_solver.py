@@ -14,6 +14,7 @@ from sentei.measurement.quality import Quality
 
 RATIOS, DENSITIES = (0.01, 0.1), (0.6, 0.3)
 PREFILL, DECODE = Prefill(64), Decode(64)
+KEEPING_ALL = Plan.everywhere((0, 1), "connections", Config())
 # Of 10 s the attention of two layers is 2 s.
 FORECAST = Forecast(dense=10.0, others=8.0, runs=1)
 
@@ -29,15 +30,16 @@ def layer(number: int, errors: tuple[float, float], *, late: float = 0.0) -> Lay
 
 def density_of(candidate, number: int) -> float:
     entry = next((entry for entry in candidate.plan.entries if entry.layer == number), None)
-    ratios = (0.0, 0.0) if entry is None else entry.config.rule.ratio
+    ratios = (0.0, 0.0) if entry is None or entry.config.rule == All() else entry.config.rule.ratio
     return sum(dict(zip((0.0, *RATIOS), (1.0, *DENSITIES), strict=True))[ratio] for ratio in ratios) / 2
 
 
 def test_plans_go_from_dense_to_sparsest_and_only_get_faster():
     candidates = family([layer(0, (1e-4, 1e-2)), layer(1, (1e-3, 1e-1))], Config(), PREFILL)
     seconds = [candidate.seconds for candidate in candidates]
-    assert candidates[0].plan.entries == () and candidates[0].density == 1.0
-    assert seconds == sorted(seconds, reverse=True) and len(set(seconds)) == len(seconds)
+    assert candidates[0].plan == Plan() and candidates[1].plan == KEEPING_ALL
+    assert candidates[0].density == candidates[1].density == 1.0
+    assert seconds == sorted(seconds, reverse=True) and len(set(seconds)) == len(seconds) - 1
     assert candidates[-1].density == pytest.approx(0.3)
 
 
@@ -49,6 +51,7 @@ def test_the_cheaper_layer_is_pruned_first():
 
 def test_a_layer_whose_clock_was_disturbed_is_pruned_like_the_others():
     slack = [layer(number, (1e-4, 1e-3), late=0.3 if number == 2 else 0.0) for number in range(6)]
+    assert len(family(slack, Config(), PREFILL)) > 2
     for candidate in family(slack, Config(), PREFILL)[1:]:
         assert density_of(candidate, 2) == density_of(candidate, 0)
 
@@ -96,11 +99,12 @@ def test_seconds_are_foreseen_from_the_density_and_the_fitted_clock():
     assert [candidate.density for candidate in uniform(SLACK, Config(), PREFILL)] == pytest.approx([1.0, 0.6, 0.3])
 
 
-def test_a_layer_in_which_choosing_saves_no_time_stays_dense():
+def test_a_layer_in_which_choosing_saves_no_time_keeps_all():
     slow = [LayerSlack(layer=0, options=[Option(rule=All(), density=[1.0], error=[0.0], seconds=0.2), *(
         Option(rule=Threshold(ratio), density=[density], error=[1e-9], seconds=0.1 + density)
         for ratio, density in zip(RATIOS, DENSITIES, strict=True))])]
-    assert [candidate.name for candidate in family(slow, Config(), PREFILL)] == ["dense"]
+    assert [candidate.plan for candidate in family(slow, Config(), PREFILL)] == [
+        Plan(), Plan.everywhere([0], "connections", Config())]
 
 
 def test_a_head_that_loses_much_keeps_more_than_its_neighbour():
@@ -108,7 +112,7 @@ def test_a_head_that_loses_much_keeps_more_than_its_neighbour():
         Option(rule=Threshold(ratio), density=[density] * 2, error=[1e-9, error], seconds=0.1 + density)
         for ratio, density, error in zip(RATIOS, DENSITIES, (1e-3, 1.0), strict=True))]
     ratios = [candidate.plan.entries[0].config.rule.ratio for candidate in
-              family([LayerSlack(layer=0, options=options)], Config(), PREFILL)[1:]]
+              family([LayerSlack(layer=0, options=options)], Config(), PREFILL)[2:]]
     assert (0.1, 0.01) in ratios or (0.1, 0.0) in ratios
     assert all(first >= second for first, second in ratios)
 
@@ -198,6 +202,7 @@ def test_for_decoding_the_uniform_family_begins_with_keeping_everything():
 def test_a_prompt_is_foreseen_from_the_dense_seconds_and_the_attention_in_them():
     forecast = Forecast.made(SLACK, PREFILL, dense=10.0, whole=10.0)
     assert forecast == FORECAST
+    assert Forecast.made(SLACK, PREFILL, dense=10.0, whole=8.0)(family(SLACK, Config(), PREFILL)[1]) == 10 / 8
     dense, *others = family(SLACK, Config(), PREFILL)
     assert forecast(dense) == 1.0
     assert [forecast(candidate) for candidate in others] == [10 / (8 + candidate.seconds) for candidate in others]

@@ -10,7 +10,7 @@ from torch.testing import assert_close
 
 from sentei.axes.connections import Config
 from sentei.axes.heads import Config as Heads
-from sentei.budget import slack
+from sentei.budget import slack, workload
 from sentei.budget.calibration import calibrate
 from sentei.budget.judge import Judge
 from sentei.budget.workload import Decode, Prefill, Workload, workload_of
@@ -119,7 +119,7 @@ def test_what_is_timed_is_one_token_at_a_time_with_a_fresh_cache_that_ends_at_th
     for _ in range(2):
         run = work.begin(model, row, prefix)
         assert len(calls) == 1, "one step comes before those that are timed"
-        run()
+        assert len(run()) == steps, "the seconds of each"
         before, *timed = calls
         assert len(timed) == work.timed_tokens == work.timed_runs == steps
         assert [length for _, length, _ in calls] == list(range(tokens - steps - 1, tokens))
@@ -196,5 +196,30 @@ def test_the_first_option_keeps_everything_and_so_does_the_plan_a_forecast_start
     rules = slack.options(work)
     assert rules[0] == first and all(isinstance(rule, Threshold) for rule in rules[1:])
     whole = slack.whole_plan(work, (0, 2), Config())
-    assert [(entry.layer, entry.config.rule, entry.config.decode) for entry in whole.entries] == (
-        [] if work.kind == "prefill" else [(0, All(), first), (2, All(), first)])
+    assert [(entry.layer, entry.config.rule, entry.config.decode) for entry in whole.entries] == [
+        (0, All(), first), (2, All(), first)]
+
+
+@pytest.mark.parametrize("work, passes, begun", [(Decode(8), [9.0, 2.0, 5.0], 1), (Prefill(8), [9.0], 2)], ids=str)
+def test_a_run_is_as_long_as_its_quickest_pass_says(monkeypatch, work, passes, begun):
+    """The first pass of a prompt pays for what the second finds ready; what else runs here only ever adds."""
+    run = Judge(tiny_model("llama"), work, {"calibrate": row_of(8)[None]}, Stages(None), {}).run("calibrate")
+    begins = []
+
+    def begin(plan):
+        begins.append(plan)
+        run.work = lambda: [seconds / len(begins) for seconds in passes]
+
+    monkeypatch.setattr(run, "begin", begin)
+    assert run.least(Plan()) == min(passes) / begun * work.timed_runs and len(begins) == begun
+
+
+def test_where_nothing_chooses_pages_all_tokens_are_read_in_one_call(monkeypatch):
+    monkeypatch.setattr(workload, "losses_after", lambda *inputs, rows: rows)
+    model, row, work = tiny_model("llama"), row_of(80), Decode(80)
+    prefix = work.prefix(model, row)
+    assert work.losses(model, row, prefix) == Decode.READ
+    convert(model, Plan.everywhere([1], "connections", Config(rule=Threshold(0.1))))
+    assert work.losses(model, row, prefix) == Decode.READ
+    convert(model, paged(model, 0.0))
+    assert work.losses(model, row, prefix) == Decode.AT_ONCE

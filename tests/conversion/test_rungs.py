@@ -13,13 +13,14 @@ from sentei.axes.experts import Config as Experts
 from sentei.axes.heads import Config as Heads
 from sentei.axes.weights import Config as Weights
 from sentei.budget.calibration import calibrate
-from sentei.conversion import export
+from sentei.conversion import export, native
 from sentei.conversion.export import POLICY, RECEIPT, check, check_afresh, load
 from sentei.conversion.families import FAMILIES
 from sentei.conversion.plan import Entry, Plan, convert, wanted
 from sentei.conversion.rungs import rung_of
 from sentei.core.errors import FileError, SenteiError
 from sentei.core.rules import Fixed, Threshold, TopK
+from sentei.kernels.native import missing
 
 TOKENS = torch.arange(3, 83)
 
@@ -56,13 +57,17 @@ def written(folder, family: str, plan: Plan):
 
 
 @pytest.mark.parametrize("name", PLANS)
-def test_what_is_written_is_what_is_read(name, tmp_path):
+def test_what_is_written_is_what_is_read(name, tmp_path, monkeypatch):
+    """To the bit, where the same is chosen to run natively, whatever is faster in that moment."""
+    right = native.install
+    monkeypatch.setattr(native, "install", lambda model: right(model, most_rows=8, many_rows=9))
     rung, entries = PLANS[name]
     plan = Plan(entries)
     model = written(tmp_path / "out", "llama", plan)
     assert rung_of(model, plan) == rung == json.loads((tmp_path / "out" / POLICY).read_text())["rung"]
     again = load(tmp_path / "out")
     assert torch.equal(again(TOKENS[None]).logits, model(TOKENS[None]).logits)
+    assert native.is_installed(again) == native.is_installed(model) == (not missing())
     assert sum(w.numel() for w in again.parameters()) == sum(w.numel() for w in model.parameters())
     assert check(tmp_path / "out")["met"]
 

@@ -270,6 +270,23 @@ def test_room_goes_to_the_next_call_and_what_it_holds_does_not_count():
         check("fused_cpp", *case)
 
 
+@needs_library
+@pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=str)
+def test_gradients_of_weights_that_are_held_are_nobody_elses_room(dtype):
+    leaves, ids, stack = drawn(40, inner=130, width=600, outputs=600, dtype=dtype)
+    assert all(leaf.numel() > fused_cpp.MANY for leaf in leaves[2:])
+
+    def gradients(size: float) -> tuple[torch.Tensor, ...]:
+        y = route(leaves[0], ids, leaves[1], stack(), impl="fused_cpp")
+        return torch.autograd.grad(y, leaves, torch.full_like(y, size))
+
+    held = gradients(1.0)
+    before = [gradient.clone() for gradient in held]
+    for other in (gradients(2.0), gradients(3.0)):
+        assert not {gradient.data_ptr() for gradient in other} & {gradient.data_ptr() for gradient in held}
+    assert all(torch.equal(*pair) for pair in zip(held, before, strict=True))
+
+
 def spoil():
     """Every room that waits is full of what no answer has."""
     held = []

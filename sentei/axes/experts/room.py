@@ -21,12 +21,14 @@ import torch
 from torch import nn
 
 from sentei.axes.axis import Axis
+from sentei.axes.experts import soft
 from sentei.axes.experts.balance import Choices, Gauge, Sums
 from sentei.axes.experts.dense import FeedForward, joined, parts
 from sentei.axes.experts.gates import Gate, Soft, Task, Unit, gate_from_json
 from sentei.axes.experts.router import METRICS, Router, in_full, widened
 from sentei.core.cost import Cost
 from sentei.core.errors import FileError, RuleError, ShapeError
+from sentei.core.modes import is_plain_call
 from sentei.core.rules import MAX_K, All, Capacity, Rule, rule_from_json
 from sentei.core.selection import Selection
 from sentei.core.shapes import check_shape
@@ -178,7 +180,9 @@ class Experts(Axis):
     def apply(self, selection, hidden, logits, up, down, mask=None, noise=None):
         stack = self.stack(up, down)
         if isinstance(self.gate, Soft):
-            return self.apply_soft(selection, hidden, logits, stack)
+            with in_full(hidden):
+                dispatch = self.gate.dispatch(widened(logits), selection.mask())
+            return soft.answer(selection, hidden, dispatch, stack, self.impl)
         answers = route(*self.routed(selection, hidden), stack, impl=self.impl)
         return answers.reshape(*hidden.shape[:-1], answers.shape[-1])
 
@@ -187,20 +191,15 @@ class Experts(Axis):
         """Tokens, ids and weights without a batch, as `route` takes them."""
         return hidden.flatten(0, -2), selection.ids.flatten(0, -2), selection.weights.flatten(0, -2)
 
-    def apply_soft(self, selection: Selection, hidden: torch.Tensor, logits: torch.Tensor,
-                   stack: Stack) -> torch.Tensor:
-        """Every slot is a mean of tokens, its expert's answer goes to every token (2308.00951, eq. 1-3)."""
-        real = (selection.permitted > 0).unsqueeze(-1)
-        with in_full(hidden):
-            dispatch = self.gate.dispatch(widened(logits), selection.mask())
-            slots = dispatch.transpose(-1, -2) @ widened(hidden).masked_fill(~real, 0)
-        rows = slots.to(hidden.dtype).flatten(0, -2)
-        ids = torch.arange(slots.shape[-2], device=rows.device).div(self.gate.slots, rounding_mode="floor")
-        ids = ids.expand(slots.shape[:-1]).reshape(-1, 1)
-        answers = route(rows, ids, torch.ones_like(ids, dtype=dispatch.dtype), stack, impl=self.impl)
-        with in_full(hidden):
-            answer = answers.reshape(*slots.shape[:-1], answers.shape[-1])
-            return (selection.dense_weights() @ answer.to(dispatch.dtype)).to(answers.dtype)
+    def shortcut(self, hidden, logits, up, down, mask=None, noise=None):
+        """The same for the gate Soft without masks of what all tokens keep, which take as long as the products."""
+        if not isinstance(self.gate, Soft) or mask is not None or self.gauge.is_heard or not is_plain_call():
+            return None
+        self.check(hidden, logits, up, down, mask)
+        if not logits.numel() or not logits.detach().sum().isfinite():
+            return None
+        self.refuse_lookahead()
+        return soft.mix(hidden, *self.gate.shares_of_all(widened(logits)), self.stack(up, down), self.impl)
 
     def account(self, selection, hidden, logits, up, down, mask=None, noise=None):
         kept, permitted = int(selection.count().sum()), int(selection.permitted.sum())

@@ -68,8 +68,8 @@ class RowBlocks {
                float* c) const {
     const float *a = room.row.get(), *b = weights.numbers.get() + first * width_;
     for (int64_t d = 0; d < width_; d += depth_, a += kLeft)
-      multiply_on[machine](a, b + d * panel, width_ * panel, c, lines, int(columns),
-                           int(std::min(depth_, width_ - d)), false, d > 0);
+      multiply_on[machine]({a, Lines::kCopied, 0}, b + d * panel, width_ * panel, c, lines, int(columns),
+                           int(std::min(depth_, width_ - d)), d > 0, {});
   }
 
   const bool half;
@@ -150,9 +150,10 @@ void gated_of_many(const Gated& p, bool half, int64_t threads, int machine) {
       join_block_on[machine](room.c.get(), lines, depths, some, gate.bias.data() + f, up.bias.data() + f,
                              p.tanh ? kGeluTanh : kSilu, room.a.get());
       for (int64_t part = 0; part < parts; ++part)
-        multiply_on[machine](room.a.get(), down.numbers.get() + part * each * p.hidden + f * panel, p.hidden * panel,
+        multiply_on[machine]({room.a.get(), Lines::kCopied, 0},
+                             down.numbers.get() + part * each * p.hidden + f * panel, p.hidden * panel,
                              sums.get() + part * kLines * kToken, lines,
-                             int(std::min(each, p.outputs - part * each)), int(depths), false, f > 0);
+                             int(std::min(each, p.outputs - part * each)), int(depths), f > 0, {});
     }
     for (int64_t part = 0; part < parts; ++part)
       write_block_on[machine](sums.get() + part * kLines * kToken, lines, std::min(each, p.outputs - part * each),

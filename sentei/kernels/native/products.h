@@ -38,18 +38,49 @@ struct Rows {
   const int64_t* order;
 };
 
-// A panel of rows first … of `count` rows (zeros beyond), turned: [depth][panel]. `room` holds a panel x kDepth floats.
+// L numbers of a tensor, widened.
+template <int L>
+INLINE typename Simd<L>::Vec load_wide(const void* from, bool half) {
+  if (!half) return Simd<L>::load(static_cast<const float*>(from));
+  typename Simd<L>::Halves halves;
+  std::memcpy(&halves, from, sizeof halves);
+  const auto bits = __builtin_convertvector(halves, typename Simd<L>::Ints) << 16;
+  typename Simd<L>::Vec wide;
+  std::memcpy(&wide, &bits, sizeof wide);
+  return wide;
+}
+
+// L rows first … of `rows`, their numbers d … d + L - 1 turned: to[number][row].
+template <int L>
+INLINE void turn_square(const Rows& rows, int64_t first, int64_t d, float* to, int64_t stride) {
+  typename Simd<L>::Vec square[L];
+#pragma GCC unroll 16
+  for (int i = 0; i < L; ++i)
+    square[i] = load_wide<L>(at(rows.data, rows.half, rows.order[first + i] * rows.stride + d), rows.half);
+  transpose_square<L>(square);
+#pragma GCC unroll 16
+  for (int i = 0; i < L; ++i) Simd<L>::store(to + i * stride, square[i]);
+}
+
+// A panel of rows first … of `count` rows (zeros beyond), turned: [depth][panel]. `room` holds L rows of L numbers.
 template <int L>
 INLINE void turn_panel(const Rows& rows, int64_t first, int64_t count, int64_t depth, float* to, float* room) {
   constexpr int panel = Micro<L>::panel;
-  const int lines = int(std::min<int64_t>(panel, count - first));
-  if (lines < panel) std::fill(to, to + depth * panel, 0.0f);
-  for (int64_t d = 0; d < depth; d += kDepth) {
-    const int some = int(std::min<int64_t>(kDepth, depth - d));
-    for (int i = 0; i < lines; ++i)
-      widen_row(at(rows.data, rows.half, rows.order[first + i] * rows.stride + d), rows.half, some, room + i * kLine);
-    transpose(room, kLine, lines, some, to + d * panel, panel);
+  const int lines = int(std::min<int64_t>(panel, count - first)), whole = lines / L * L;
+  const int64_t squares = depth / L * L;
+  for (int64_t d = 0; d < squares; d += L) {
+    for (int i = 0; i < panel; ++i) __builtin_prefetch(to + (d + 4 * L) * panel + i * L, 1);
+    for (int i = 0; i < whole; i += L) turn_square<L>(rows, first + i, d, to + d * panel + i, panel);
   }
+  for (int i = 0; i < panel; i += L)
+    for (int64_t d = i < whole ? squares : 0; d < depth; d += L) {
+      const int some = int(std::min<int64_t>(L, depth - d));
+      std::fill_n(room, L * L, 0.0f);
+      for (int r = 0; r < std::min(L, lines - i); ++r)
+        widen_row(at(rows.data, rows.half, rows.order[first + i + r] * rows.stride + d), rows.half, some, room + r * L);
+      for (int j = 0; j < some; ++j)
+        for (int r = 0; r < L; ++r) to[(d + j) * panel + i + r] = room[r * L + j];
+    }
 }
 ON_EVERY_MACHINE(turn_panel, (const Rows& rows, int64_t first, int64_t count, int64_t depth, float* to, float* room),
                  (rows, first, count, depth, to, room))
@@ -105,11 +136,43 @@ INLINE void copy_left(const Left& left, int64_t line, int lines, int64_t depth, 
 ON_EVERY_MACHINE(copy_left, (const Left& left, int64_t line, int lines, int64_t depth, int depths, float* to),
                  (left, line, lines, depth, depths, to))
 
-// C[lines x panel] = (add ? C : 0) + A B; number (r, d) of A stands at r · line + d · step. At `ahead` is what is read
-// soon: a cache line every four depths.
-template <int L, int line, int step>
-INLINE void tile(const float* a, const float* b, float* c, int depths, bool add, const float* ahead) {
+// Rows of memory that are read, or written, after a product: fetched while it is multiplied.
+struct Soon {
+  const void* from;
+  int64_t stride, rows, bytes;  // from a row to the next, in bytes; of a row
+};
+
+// Fetches them in so many steps.
+class Fetch {
+ public:
+  INLINE Fetch(const Soon& soon, int64_t steps)
+      : row_(static_cast<const char*>(soon.from)), stride_(soon.stride), lines_((soon.bytes + int64_t(kCacheLine) - 1) / int64_t(kCacheLine)),
+        left_(soon.rows * lines_), each_((left_ + steps - 1) / std::max<int64_t>(steps, 1)) {}
+  INLINE void step() {
+    for (int64_t i = std::min(each_, left_); i > 0; --i) {
+      __builtin_prefetch(row_ + line_ * int64_t(kCacheLine), 0, 2);
+      --left_;
+      if (++line_ == lines_) line_ = 0, row_ += stride_;
+    }
+  }
+
+ private:
+  const char* row_;
+  const int64_t stride_, lines_;
+  int64_t left_, each_, line_ = 0;
+};
+
+// C[lines x panel] = (add ? C : 0) + A B; number (r, d) of A stands at r · line + d · step, where a template's 0 stands
+// for `apart`; of panels, `apart` is from one to the next. At `ahead` is what is read soon: a cache line every four
+// depths.
+template <int L, int line, int step, bool panels = false>
+INLINE void tile(const float* a, int64_t apart, const float* b, float* c, int depths, bool add, const float* ahead,
+                 Fetch& fetch) {
   constexpr int R = Micro<L>::lines, V = Micro<L>::vectors;
+  const int64_t down = line ? line : apart, right = step ? step : apart;
+  const float* third[R / 3];  // of the lines: processors reach the next two from there
+#pragma GCC unroll 4
+  for (int r = 0; r < R / 3; ++r) third[r] = a + 3 * r * down;
   typename Simd<L>::Vec sum[R][V];
 #pragma GCC unroll 12
   for (int r = 0; r < R; ++r)
@@ -122,15 +185,23 @@ INLINE void tile(const float* a, const float* b, float* c, int depths, bool add,
 #pragma GCC unroll 12
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) sum[r][v] += a[r * line] * row[v];
-    a += step, b += V * L;
+      for (int v = 0; v < V; ++v) sum[r][v] += (line ? a[r * line] : third[r / 3][r % 3 * down]) * row[v];
+    if (line)
+      a += right;
+    else
+#pragma GCC unroll 4
+      for (int r = 0; r < R / 3; ++r) third[r] += right;
+    b += V * L;
   };
   int d = 0;
   for (; d + 4 <= depths; d += 4, ahead += kAhead) {
+    if (panels && d && d % Micro<L>::panel == 0) a += apart - Micro<L>::panel;
     __builtin_prefetch(ahead, 0, 2);
+    fetch.step();
 #pragma GCC unroll 4
     for (int next = 0; next < 4; ++next) one_depth();
   }
+  if (panels && d && d < depths && d % Micro<L>::panel == 0) a += apart - Micro<L>::panel;
   for (; d < depths; ++d) one_depth();
 #pragma GCC unroll 12
   for (int r = 0; r < R; ++r)
@@ -138,27 +209,44 @@ INLINE void tile(const float* a, const float* b, float* c, int depths, bool add,
     for (int v = 0; v < V; ++v) Simd<L>::store(c + r * kToken + v * L, sum[r][v]);
 }
 
+// A left factor where it is to be read: a block that was copied, along or across, or lines that lie in memory so far
+// apart, or depths, or panels of depths that do.
+struct Lines {
+  const float* data;
+  enum { kCopied, kCopiedAcross, kFar, kFarAcross, kPanels } how;
+  int64_t apart;
+};
+
 // C[lines x columns] = (add ? C : 0) + A B, of a block of A and as many panels of B, which lie `apart`. While one panel
-// is multiplied the next one is fetched, or the first of the depths that follow: they come from far.
+// is multiplied the next one is fetched, or the first of the depths that follow, and `soon`: they come from far.
 template <int L>
-INLINE void multiply(const float* a, const float* b, int64_t apart, float* c, int lines, int columns, int depths,
-                     bool across, bool add) {
+INLINE void multiply(const Lines& a, const float* b, int64_t apart, float* c, int lines, int columns, int depths,
+                     bool add, const Soon& soon) {
   constexpr int panel = Micro<L>::panel;
   const float* follows = b + depths * panel;
+  const int64_t tiles = int64_t((columns + panel - 1) / panel) * ((lines + Micro<L>::lines - 1) / Micro<L>::lines);
+  Fetch fetch(soon, tiles * (depths / 4));
   for (int j = 0; j < columns; j += panel, b += apart)
     for (int i = 0; i < lines; i += Micro<L>::lines) {
       const int64_t part = int64_t(i) / Micro<L>::lines * (depths / 4) * kAhead;
       const float* ahead = part < depths * panel ? (j + panel < columns ? b + apart : follows) + part : b;
-      if (across)
-        tile<L, 1, kStripLines>(a + i / kStripLines * kStripLines * kDepth + i % kStripLines, b, c + i * kToken + j,
-                                depths, add, ahead);
+      float* to = c + i * kToken + j;
+      if (a.how == Lines::kCopied)
+        tile<L, kLine, 1>(a.data + i * kLine, 0, b, to, depths, add, ahead, fetch);
+      else if (a.how == Lines::kCopiedAcross)
+        tile<L, 1, kStripLines>(a.data + i / kStripLines * kStripLines * kDepth + i % kStripLines, 0, b, to, depths,
+                                add, ahead, fetch);
+      else if (a.how == Lines::kFar)
+        tile<L, 0, 1>(a.data + i * a.apart, a.apart, b, to, depths, add, ahead, fetch);
+      else if (a.how == Lines::kFarAcross)
+        tile<L, 1, 0>(a.data + i, a.apart, b, to, depths, add, ahead, fetch);
       else
-        tile<L, kLine, 1>(a + i * kLine, b, c + i * kToken + j, depths, add, ahead);
+        tile<L, panel, 1, true>(a.data + i * panel, a.apart, b, to, depths, add, ahead, fetch);
     }
 }
-ON_EVERY_MACHINE(multiply, (const float* a, const float* b, int64_t apart, float* c, int lines, int columns,
-                            int depths, bool across, bool add),
-                 (a, b, apart, c, lines, columns, depths, across, add))
+ON_EVERY_MACHINE(multiply, (const Lines& a, const float* b, int64_t apart, float* c, int lines, int columns,
+                            int depths, bool add, const Soon& soon),
+                 (a, b, apart, c, lines, columns, depths, add, soon))
 
 // act(z) and its derivative; silu and gelu by tanh are z / (1 + 2^t), because (1 + tanh u) / 2 = 1 / (1 + e^(-2u)).
 template <int L>
@@ -296,7 +384,18 @@ ON_EVERY_MACHINE(finish_slopes, (const float* c, int lines, int columns, bool ga
 // A block C[lines x columns] turned: to[column][line].
 template <int L>
 INLINE void turn_block(const float* c, int lines, int columns, float* to, int64_t stride) {
-  transpose(c, kToken, lines, columns, to, stride);
+  const int whole_lines = lines / L * L, whole = columns / L * L;
+  for (int j = 0; j < whole; j += L)
+    for (int i = 0; i < whole_lines; i += L) {
+      typename Simd<L>::Vec square[L];
+#pragma GCC unroll 16
+      for (int r = 0; r < L; ++r) square[r] = Simd<L>::load(c + (i + r) * kToken + j);
+      transpose_square<L>(square);
+#pragma GCC unroll 16
+      for (int r = 0; r < L; ++r) Simd<L>::store(to + (j + r) * stride + i, square[r]);
+    }
+  transpose(c + whole, kToken, whole_lines, columns - whole, to + whole * stride, stride);
+  transpose(c + whole_lines * kToken, kToken, lines - whole_lines, columns, to + whole_lines, stride);
 }
 ON_EVERY_MACHINE(turn_block, (const float* c, int lines, int columns, float* to, int64_t stride),
                  (c, lines, columns, to, stride))
@@ -344,6 +443,7 @@ class Rooms {
   struct Room {
     Lent a, c, row;  // a block of the left factor (and what is turned in one), of the product, and a row
   };
+  int64_t count() const { return int64_t(rooms_.size()); }
   // work(i, room) for 0 … count - 1.
   template <class Work>
   void each(int64_t count, Work work) {

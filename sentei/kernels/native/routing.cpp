@@ -1,22 +1,8 @@
 // Mixtures of feed-forward networks: the products of each expert with its own tokens, forward and backward. Tokens stand
 // in vectors and weights are read as they lie: each is used by few tokens, and is not laid out anew.
-#include "products.h"
-#include "rows.h"
+#include "neurons.h"
 
 namespace {
-
-// Strides are in elements; the last dimension of every tensor is contiguous.
-struct Route {
-  const void* hidden;              // [T, D]
-  const int64_t* ids;              // [T, K], contiguous; -1 where a slot is empty
-  const float* weights;            // [T, K], contiguous
-  const void *up, *gate, *down;    // [E, F, D], the same or null, [E, O, F]
-  void* output;                    // [T, O], contiguous
-  float* saved;                    // up's and gate's products with the tokens for the backward, or null
-  int64_t hidden_stride, up_stride[2], gate_stride[2], down_stride[2];  // of experts and rows
-  int64_t tokens, slots, experts, width, inner, outputs;                // T, K, E, D, F, O
-  int64_t activation, bfloat16, threads, machine;
-};
 
 struct RouteBackward {
   Route call;
@@ -60,6 +46,8 @@ struct Block {
   int lines;
 };
 
+constexpr int64_t kNear = 4;  // panels for which a left factor is not worth a copy
+
 // Everything about a call that its phases share.
 struct Call {
   explicit Call(const Route& p)
@@ -67,15 +55,51 @@ struct Call {
         rooms(std::max<int64_t>(p.threads, 1), std::max(p.width, p.outputs)) {}
 
   // The product of a block of a left factor with panels: C[lines x columns] of the room, `below` so many of its lines.
+  // `soon` is what is read after it.
   void product(Rooms::Room& room, const Left& left, int64_t line, int lines, const float* b, int64_t apart,
-               int64_t columns, int64_t depth, int below = 0, bool add = false) const {
+               int64_t columns, int64_t depth, int below = 0, bool add = false, const Soon& soon = {}) const {
     const int64_t each = even_part(depth, kDepth, 32);  // which every panel divides
-    for (int64_t d = 0; d < depth; d += each) {
+    const bool near = left.how == Left::kPanels || (columns <= kNear * panel && !left.half);
+    const int far = near ? lines / kStripLines * kStripLines : 0;  // what is read where it lies
+    float* c = room.c.get() + below * kToken;
+    for (int64_t d = 0; d < depth; d += each, add = true) {
       const int depths = int(std::min(each, depth - d));
-      copy_left_on[machine](left, line, lines, d, depths, room.a.get());
-      multiply_on[machine](room.a.get(), b + d * panel, apart, room.c.get() + below * kToken, lines, int(columns),
-                           depths, left.how == Left::kAcross, add || d > 0);
+      const int64_t rest = depth - d - each;
+      const Soon next = rest > 0 ? soon_of(left, line, lines, d + each, std::min(each, rest)) : soon;
+      if (far)
+        multiply_on[machine](lines_of(left, line, d), b + d * panel, apart, c, far, int(columns), depths, add, next);
+      if (far == lines) continue;
+      copy_left_on[machine](left, line + far, lines - far, d, depths, room.a.get());
+      const Lines copied{room.a.get(), left.how == Left::kAcross ? Lines::kCopiedAcross : Lines::kCopied, 0};
+      multiply_on[machine](copied, b + d * panel, apart, c + far * kToken, lines - far, int(columns), depths, add,
+                           far ? Soon{} : next);
     }
+  }
+  // What the block after number i, of the same thread, begins with, of the left factors left_of(expert).
+  template <class LeftOf>
+  Soon after(const std::vector<Block>& blocks, int64_t i, int64_t depth, LeftOf left_of) const {
+    const size_t next = size_t(i + rooms.count());
+    if (next >= blocks.size()) return {};
+    return soon_of(left_of(blocks[next].share->expert), blocks[next].line, blocks[next].lines, 0,
+                   std::min(depth, even_part(depth, kDepth, 32)));
+  }
+  // Where a block of floats begins.
+  Lines lines_of(const Left& left, int64_t line, int64_t depth) const {
+    const auto* data = static_cast<const float*>(left.data);
+    if (left.how == Left::kAcross) return {data + depth * left.stride + line, Lines::kFarAcross, left.stride};
+    if (left.how == Left::kPanels)
+      return {data + depth * left.stride + line * panel, Lines::kPanels, left.stride * panel};
+    return {data + line * left.stride + depth, Lines::kFar, left.stride};
+  }
+  // A part of a left factor that is copied next.
+  Soon soon_of(const Left& left, int64_t line, int64_t lines, int64_t depth, int64_t depths) const {
+    const int64_t size = left.half ? 2 : 4;
+    if (left.how == Left::kPanels)
+      return {at(left.data, false, depth * left.stride + line * panel), left.stride * panel * size,
+              (depths + panel - 1) / panel, lines * panel * size};
+    if (left.how == Left::kAcross) return {at(left.data, left.half, depth * left.stride + line), left.stride * size,
+                                           depths, lines * size};
+    return {at(left.data, left.half, line * left.stride + depth), left.stride * size, lines, depths * size};
   }
 
   // The blocks of lines times so many columns, or each expert's rows (-1), of each of a wave; those of an expert are of
@@ -242,11 +266,15 @@ void many_rows(Call& call, const std::vector<Share>& wave, float* inputs, float*
     const auto [share, line, first, columns, lines] = up_blocks[i];
     const int64_t at_panel = share->panel + first / panel;
     const float* b = inputs + at_panel * panel * p.width;
-    call.product(room, call.left(p.up, p.up_stride, share->expert, false), line, lines, b, p.width * panel, columns,
-                 p.width);
+    auto up = [&](int64_t e) { return call.left(p.up, p.up_stride, e, false); };
+    auto gate = [&](int64_t e) { return call.left(p.gate, p.gate_stride, e, false); };
+    const Soon after = call.after(up_blocks, i, p.width, up);
+    const int64_t part = std::min(p.width, even_part(p.width, kDepth, 32));
+    call.product(room, up(share->expert), line, lines, b, p.width * panel, columns, p.width, 0, false,
+                 p.gate ? call.soon_of(gate(share->expert), line, lines, 0, part) : after);
     if (p.gate)
-      call.product(room, call.left(p.gate, p.gate_stride, share->expert, false), line, lines, b, p.width * panel,
-                   columns, p.width, round_lines(lines));
+      call.product(room, gate(share->expert), line, lines, b, p.width * panel, columns, p.width, round_lines(lines),
+                   false, after);
     float* saved = p.saved ? p.saved + ((share->all_panel + first / panel) * inner * (p.gate ? 2 : 1) + line) * panel
                            : nullptr;
     finish_up_on[call.machine](room.c.get(), lines, int(columns), p.gate != nullptr, p.activation, inner,
@@ -256,7 +284,8 @@ void many_rows(Call& call, const std::vector<Share>& wave, float* inputs, float*
   call.rooms.each(int64_t(down_blocks.size()), [&](int64_t i, Rooms::Room& room) {
     const auto [share, line, first, columns, lines] = down_blocks[i];
     call.product(room, call.left(p.down, p.down_stride, share->expert, false), line, lines,
-                 acts + (share->panel + first / panel) * panel * inner, inner * panel, columns, inner);
+                 acts + (share->panel + first / panel) * panel * inner, inner * panel, columns, inner, 0, false,
+                 {answers + (share->first + first) * p.outputs + line, p.outputs * 4, columns, lines * 4});
     turn_block_on[call.machine](room.c.get(), lines, int(columns), answers + (share->first + first) * p.outputs + line,
                                 p.outputs);
   });
@@ -339,8 +368,9 @@ void slopes_of(Call& call, const RouteBackward& q, const std::vector<Share>& wav
   call.rooms.each(int64_t(blocks.size()), [&](int64_t i, Rooms::Room& room) {
     const auto [share, line, first, columns, lines] = blocks[i];
     const int64_t at_panel = share->panel + first / panel;
-    call.product(room, call.left(p.down, p.down_stride, share->expert, true), line, lines,
-                 own.turned.get() + at_panel * panel * p.outputs, p.outputs * panel, columns, p.outputs);
+    auto down = [&](int64_t e) { return call.left(p.down, p.down_stride, e, true); };
+    call.product(room, down(share->expert), line, lines, own.turned.get() + at_panel * panel * p.outputs,
+                 p.outputs * panel, columns, p.outputs, 0, false, call.after(blocks, i, p.outputs, down));
     finish_slopes_on[call.machine](
         room.c.get(), lines, int(columns), p.gate != nullptr, p.activation, inner,
         p.saved + ((share->all_panel + first / panel) * products + line) * panel,
@@ -364,10 +394,13 @@ void weight_gradient(Call& call, const std::vector<Share>& wave, const float* le
   const auto blocks = call.blocks(wave, lines, kLines, columns);
   call.rooms.each(int64_t(blocks.size()), [&](int64_t i, Rooms::Room& room) {
     const auto [share, line, first, across, some] = blocks[i];
-    const int64_t start = share->expert * lines * columns;
+    const int64_t start = share->expert * lines * columns, size = call.half() ? 2 : 4;
     const Left left{lefts + share->panel * panel * lines, lines, false, Left::kPanels};
+    const void* written = at(to, call.half(), start + (turned ? first * lines + line : line * columns + first));
     call.product(room, left, line, some, rights + (share->panel * padded + first / panel * share->rows) * panel,
-                 share->rows * panel, across, share->rows);
+                 share->rows * panel, across, share->rows, 0, false,
+                 turned ? Soon{written, lines * size, across, some * size}
+                        : Soon{written, columns * size, some, across * size});
     const float* from = room.c.get();
     int64_t from_stride = kToken, rows = some, numbers = across;
     if (turned) {
@@ -393,7 +426,8 @@ void row_gradients(Call& call, const std::vector<Share>& wave, const float* slop
       call.product(room, call.left(p.gate, p.gate_stride, share->expert, true), line, lines, b, products * panel,
                    columns, inner);
     call.product(room, call.left(p.up, p.up_stride, share->expert, true), line, lines,
-                 b + (p.gate ? inner * panel : 0), products * panel, columns, inner, 0, p.gate != nullptr);
+                 b + (p.gate ? inner * panel : 0), products * panel, columns, inner, 0, p.gate != nullptr,
+                 {rows + (share->first + first) * p.width + line, p.width * 4, columns, lines * 4});
     turn_block_on[call.machine](room.c.get(), lines, int(columns), rows + (share->first + first) * p.width + line,
                                 p.width);
   });
@@ -428,96 +462,6 @@ void backward(const RouteBackward& q) {
     if (q.hidden) row_gradients(call, wave, own.slopes.get(), rows.get());
   });
   if (q.hidden) call.sum(rows.get(), p.width, nullptr, q.hidden);
-}
-
-// One neuron an expert: a row of each weight, read where it lies. Vectors stand as Kind::place says.
-template <class Kind, int L>
-INLINE void neurons(const Route& p, const float* x, const int64_t* ids, const float* weights, int64_t slots,
-                    float* sum) {
-  using Number = typename Kind::Number;
-  using Vec = typename Simd<L>::Vec;
-  const Activate<L> act{p.activation};
-  auto row = [](const void* weight, const int64_t* stride, int64_t e) INLINE_LAMBDA {
-    return static_cast<const Number*>(weight) + e * stride[0];
-  };
-  // The vectors of a row's numbers i …, zeros beyond its end.
-  auto load = [](const Number* from, int64_t i, int64_t width, Vec& one, Vec& two) INLINE_LAMBDA {
-    if (i + 2 * L <= width) return Kind::template load<L>(from + i, one, two);
-    Number rest[2 * L]{};
-    std::copy(from + i, from + width, rest);
-    Kind::template load<L>(rest, one, two);
-  };
-  auto dot = [&](const Number* from) INLINE_LAMBDA {
-    Vec one, two, sums[2]{};
-    for (int64_t i = 0; i < p.width; i += 2 * L) {
-      load(from, i, p.width, one, two);
-      sums[0] += one * Simd<L>::load(x + i);
-      sums[1] += two * Simd<L>::load(x + i + L);
-    }
-    return Simd<L>::fold(sums[0] + sums[1], [](auto a, auto b) INLINE_LAMBDA { return a + b; });
-  };
-  for (int64_t k = 0; k < slots; ++k) {
-    if (ids[k] < 0) continue;
-    if (k + 1 < slots && ids[k + 1] >= 0) {
-      for (int64_t i = 0; i < p.width; i += int64_t(64 / sizeof(Number))) {
-        __builtin_prefetch(row(p.up, p.up_stride, ids[k + 1]) + i);
-        if (p.gate) __builtin_prefetch(row(p.gate, p.gate_stride, ids[k + 1]) + i);
-      }
-      for (int64_t i = 0; i < p.outputs; i += int64_t(64 / sizeof(Number)))
-        __builtin_prefetch(row(p.down, p.down_stride, ids[k + 1]) + i);
-    }
-    const float up = dot(row(p.up, p.up_stride, ids[k]));
-    const Vec value = act.value(Vec{} + (p.gate ? dot(row(p.gate, p.gate_stride, ids[k])) : up));
-    const float weight = weights[k] * value[0] * (p.gate ? up : 1.0f);
-    Vec one, two;
-    for (int64_t i = 0; i < p.outputs; i += 2 * L) {
-      load(row(p.down, p.down_stride, ids[k]), i, p.outputs, one, two);
-      Simd<L>::store(sum + i, Simd<L>::load(sum + i) + weight * one);
-      Simd<L>::store(sum + i + L, Simd<L>::load(sum + i + L) + weight * two);
-    }
-  }
-}
-
-template <int L>
-INLINE void neurons_float32(const Route& p, const float* x, const int64_t* ids, const float* weights, int64_t slots,
-                            float* sum) {
-  neurons<Float32, L>(p, x, ids, weights, slots, sum);
-}
-ON_EVERY_MACHINE(neurons_float32, (const Route& p, const float* x, const int64_t* ids, const float* weights,
-                                   int64_t slots, float* sum), (p, x, ids, weights, slots, sum))
-
-template <int L>
-INLINE void neurons_bfloat16(const Route& p, const float* x, const int64_t* ids, const float* weights, int64_t slots,
-                             float* sum) {
-  neurons<BFloat16, L>(p, x, ids, weights, slots, sum);
-}
-ON_EVERY_MACHINE(neurons_bfloat16, (const Route& p, const float* x, const int64_t* ids, const float* weights,
-                                    int64_t slots, float* sum), (p, x, ids, weights, slots, sum))
-
-// A token's slots are cut into parts, whatever the number of threads, whose sums are added in order.
-template <class Kind, class Run>
-void one_neuron(const Route& p, Run run, int machine) {
-  constexpr int64_t part = 64;
-  for (int64_t i = 0; i < p.tokens * p.slots; ++i)
-    if (p.ids[i] < -1 || p.ids[i] >= p.experts) throw BadPlan();
-  const int lanes = 4 << machine, step = 2 * lanes;
-  const int64_t parts = (p.slots + part - 1) / part, padded = (p.outputs + step - 1) / step * step;
-  std::vector<float> sums(size_t(p.tokens * parts * padded));
-  const int64_t bytes = p.tokens * p.slots * 2 * p.width * int64_t(sizeof(typename Kind::Number));
-  in_parallel(p.tokens * parts, bytes < kAlone ? 1 : p.threads, [] { return 0; }, [&](int64_t i, int) {
-    const int64_t t = i / parts, first = i % parts * part;
-    const auto x = laid_out<Kind>(static_cast<const typename Kind::Number*>(p.hidden) + t * p.hidden_stride, 1, p.width,
-                                  0, lanes);
-    run(p, x.data(), p.ids + t * p.slots + first, p.weights + t * p.slots + first, std::min(part, p.slots - first),
-        sums.data() + i * padded);
-  });
-  for (int64_t t = 0; t < p.tokens; ++t)
-    for (int64_t o = 0; o < p.outputs; ++o) {
-      float sum = 0.0f;
-      for (int64_t i = 0; i < parts; ++i)
-        sum += sums[(t * parts + i) * padded + o / step * step + Kind::place(int(o % step), lanes)];
-      static_cast<typename Kind::Number*>(p.output)[t * p.outputs + o] = Kind::narrow(sum);
-    }
 }
 
 }  // namespace

@@ -25,7 +25,7 @@ struct Choice {
 
 namespace {
 
-constexpr int kLanes = 48;     // rows that an item has at least, where there are so many: keys are then read less often
+constexpr int kLanes = 96;     // rows that an item has at least, where there are so many: keys are then read less often
 constexpr int kMostLanes = 512;  // rows of several heads in an item: its scratch stays in the cache
 constexpr int kUnits = 64;     // products of a row that are held at once
 constexpr int kBadScores = 2;  // of sentei_keep: NaN or plus infinity
@@ -104,16 +104,20 @@ struct Units {
 
 struct EstimateScratch {
   EstimateScratch(const Problem& p, const Sizes& s, const Cut& cut)
-      : query(p.width * cut.exact_lanes),
+      : rows(p.width * cut.run * cut.heads * cut.exact_rows),
+        query(p.width * cut.exact_lanes),
         columns(cut.parts > 1 ? cut.parts * p.width * cut.lanes : 0),
         scores(std::max(cut.tiles * cut.units * int64_t(cut.lanes),
                         p.key_block * round_up(cut.heads * cut.exact_rows))),
-        top(s.key_blocks * cut.lanes), sum(top.size()), exact_top(cut.exact_lanes), exact_sum(cut.exact_lanes) {}
+        top(s.key_blocks * cut.lanes), sum(top.size()), exact_top(cut.exact_lanes), exact_sum(cut.exact_lanes),
+        from(cut.exact_lanes), end(cut.exact_lanes) {}
+  Zeros rows;        // [block][head][exact row][width]
   Zeros query;       // [width][exact lanes]: every row whose exact scores are wanted
   Zeros columns;     // [part][width][lanes]: what `Units` are multiplied with, where that is another
   Zeros scores;      // [unit][lanes]
   Zeros top, sum;    // [tile][lanes]: a row's mass on a tile is sum · 2^top
   Zeros exact_top, exact_sum;
+  std::vector<int32_t> from, end;  // [exact lanes]: what a row sees of a tile
 };
 
 // The rows' largest score (minus infinity where there is none) and weight · Σ 2^(score - largest).
@@ -134,28 +138,34 @@ INLINE void reduce(const float* scores, int line, int units, int lanes, float we
   }
 }
 
+// The rows of an item as columns, in folds also those of each part, and for bounds by sign; zeros beyond the end.
 INLINE void load_rows(const Estimate& e, const Cut& cut, int64_t row, int64_t block, EstimateScratch& t) {
   const Problem& p = e.problem;
   const Tensor query = queries_of(p);
-  std::fill(t.query.begin(), t.query.end(), 0.0f);
-  float* to = t.query.data();
+  const int width = int(p.width), lanes = cut.run * cut.heads * cut.rows;
+  float* to = t.rows.data();
   for (int64_t s = block; s < block + cut.run; ++s)
     for (int64_t h = 0; h < cut.heads; ++h)
-      for (int64_t r = 0; r < cut.exact_rows; ++r, ++to) {
+      for (int64_t r = 0; r < cut.exact_rows; ++r, to += width) {
         const int64_t i = s * p.query_block + cut.first + r * cut.step;
-        if (i >= p.queries) continue;
-        query.read(row + h, i, to, p.scale * kLog2E, cut.exact_lanes);
+        if (i < p.queries) query.read(row + h, i, to, p.scale * kLog2E);
+        else std::fill_n(to, width, 0.0f);
       }
-  for (int64_t d = 0; d < p.width && cut.parts > 1; ++d)
-    for (int j = 0; j < cut.parts; ++j) {
-      float* column = t.columns.data() + (j * p.width + d) * cut.lanes;
-      const float* rows = t.query.data() + d * cut.exact_lanes;
-      for (int lane = 0; lane < cut.run * cut.heads * cut.rows; ++lane) {
-        const float x = rows[lane * cut.fold + cut.fold - 1 - (e.kind == kFolded ? j : 0)];
-        const bool other = j == 0 ? x < 0 : x > 0;  // of the two signs; a NaN has none
-        column[lane] = e.kind == kFolded ? x / float(cut.fold) : other ? 0.0f : x;
-      }
+  transpose(t.rows.data(), width, lanes * cut.fold, width, t.query.data(), cut.exact_lanes);
+  if (e.kind == kFolded) {
+    for (float& x : t.rows) x /= float(cut.fold);
+    for (int j = 0; j < cut.fold; ++j)
+      transpose(t.rows.data() + (cut.fold - 1 - j) * width, cut.fold * width, lanes, width,
+                t.columns.data() + j * width * cut.lanes, cut.lanes);
+  }
+  for (int d = 0; e.kind == kBounds && d < width; ++d) {
+    const float* rows = t.query.data() + d * cut.exact_lanes;
+    float *positive = t.columns.data() + d * cut.lanes, *negative = positive + width * cut.lanes;
+    for (int i = 0; i < lanes; ++i) {  // a NaN has no sign, and is in both
+      positive[i] = rows[i] < 0 ? 0.0f : rows[i];
+      negative[i] = rows[i] > 0 ? 0.0f : rows[i];
     }
+  }
 }
 
 // The mass of full tiles, as the estimate has it.
@@ -195,8 +205,12 @@ INLINE void edge_tile(const Estimate& e, const Cut& cut, int64_t b, int64_t grou
                    count, lanes, int(p.width), false);
   for (int row = 0; row < rows; ++row) {
     const Span span = seen_in(p, b, block * p.query_block + cut.first + row % cut.exact_rows * cut.step, tile);
-    for (int j = 0; j < count; ++j)
-      if (j < span.first || j >= span.end) t.scores[j * lanes + row] = kNone;
+    t.from[row] = int32_t(std::max<int64_t>(span.first, 0));
+    t.end[row] = int32_t(std::max<int64_t>(span.end, 0));
+  }
+  for (int j = 0; j < count; ++j) {
+    float* scores = t.scores.data() + j * lanes;
+    for (int row = 0; row < rows; ++row) scores[row] = j < t.from[row] || j >= t.end[row] ? kNone : scores[row];
   }
   reduce<L>(t.scores.data(), lanes, count, lanes, 1.0f, t.exact_top.data(), t.exact_sum.data());
   float* top = t.top.data() + tile * cut.lanes + at * cut.heads * cut.rows;

@@ -327,6 +327,36 @@ INLINE void transpose_four(const float* from, int64_t from_stride, float* to, in
   Simd<4>::store(to + 3 * to_stride, SHUFFLE(high, next_high, 2, 3, 6, 7));
 }
 
+// Numbers of two vectors, those of the second counted from L on.
+template <int L>
+INLINE typename Simd<L>::Vec merge(typename Simd<L>::Vec one, typename Simd<L>::Vec two, typename Simd<L>::Ints places) {
+#if defined(__clang__)
+  typename Simd<L>::Vec merged;
+  for (int i = 0; i < L; ++i) merged[i] = places[i] < L ? one[places[i]] : two[places[i] - L];
+  return merged;
+#else
+  return __builtin_shuffle(one, two, places);
+#endif
+}
+
+// Row i of L rows of L numbers becomes column i: log2(L) times, rows i and i + L / 2 are merged number by number.
+template <int L>
+INLINE void transpose_square(typename Simd<L>::Vec (&rows)[L]) {
+  typename Simd<L>::Ints low, high;
+  for (int i = 0; i < L; ++i) low[i] = i / 2 + i % 2 * L, high[i] = low[i] + L / 2;
+#pragma GCC unroll 4
+  for (int stage = 1; stage < L; stage *= 2) {
+    typename Simd<L>::Vec merged[L];
+#pragma GCC unroll 8
+    for (int i = 0; i < L / 2; ++i) {
+      merged[2 * i] = merge<L>(rows[i], rows[i + L / 2], low);
+      merged[2 * i + 1] = merge<L>(rows[i], rows[i + L / 2], high);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < L; ++i) rows[i] = merged[i];
+  }
+}
+
 // to[j][i] = from[i][j] for `lines` x `count` numbers.
 INLINE void transpose(const float* from, int64_t from_stride, int lines, int count, float* to, int64_t to_stride) {
   const int whole_lines = lines / 4 * 4, whole = count / 4 * 4;

@@ -6,6 +6,7 @@ blocks, and an expert that is one neuron is three rows of numbers. A call is an 
 """
 
 import ctypes
+import math
 import weakref
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -237,7 +238,7 @@ def _backward(gradient: torch.Tensor, given: list[torch.Tensor], gate: torch.Ten
     """
     _check(*given, gate, kind)
     hidden, ids, weights, up, down = given
-    found = _backward_shapes(gradient, given, gate, saved, kind, wanted)
+    found = _backward_shapes(gradient, given, gate, saved, kind, wanted, _like)
     if _is_nothing(ids, up, down):
         _checked_ids(ids, up, gradient)
         return [tensor.zero_() for tensor in found]
@@ -253,7 +254,15 @@ def _backward(gradient: torch.Tensor, given: list[torch.Tensor], gate: torch.Ten
     return found
 
 
-def _backward_shapes(gradient, given, gate, saved, kind, wanted):
+def _like(tensor: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """A tensor of any values and the dtype of another; of many numbers, in such room."""
+    count = math.prod(shape)
+    if count < MANY:
+        return tensor.new_empty(shape)
+    return _room(-(-count * tensor.itemsize // 4)).view(tensor.dtype)[:count].view(shape)
+
+
+def _backward_shapes(gradient, given, gate, saved, kind, wanted, like=torch.Tensor.new_empty):
     hidden, ids, weights, up, down = given
     _check(*given, gate, kind)
     if (gradient.shape != (len(hidden), down.shape[1]) or gradient.dtype != hidden.dtype or not gradient.is_cpu
@@ -263,7 +272,7 @@ def _backward_shapes(gradient, given, gate, saved, kind, wanted):
                          got=f"{gradient.dtype} {list(gradient.shape)} and {saved.dtype} {list(saved.shape)}",
                          do="call it through route")
     shapes = hidden.shape, weights.shape, (len(up), up.shape[1] * (1 if gate is None else 2), up.shape[2]), down.shape
-    return [tensor.new_empty(shape if want else 0)
+    return [like(tensor, shape if want else (0,))
             for tensor, shape, want in zip((hidden, weights, up, down), shapes, wanted, strict=True)]
 
 

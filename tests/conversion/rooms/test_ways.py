@@ -16,7 +16,7 @@ from sentei.budget.calibration import calibrate, wanted_by_rooms
 from sentei.conversion import native, wrapper
 from sentei.conversion.families import FAMILIES
 from sentei.conversion.layers import layer_of, layers_of, originals
-from sentei.conversion.plan import Entry, Plan, convert, prunable_layers, wanted
+from sentei.conversion.plan import Entry, Plan, convert, place, prunable_layers, wanted
 from sentei.conversion.rooms import WAYS
 from sentei.conversion.statistics import Statistics
 from sentei.core.errors import RuleError, UnsupportedError
@@ -58,7 +58,7 @@ def plan_of(model: nn.Module, room: str, choice: int) -> Plan:
 def test_keeping_all_is_the_dense_model_bit_for_bit(family, room):
     model, ids = tiny_model(family), tokens(40)
     expected, modules = logits(model, ids), dict(model.named_modules())
-    convert(model, plan_of(model, room, 0), statistics(family))
+    place(model, plan_of(model, room, 0), statistics(family))
     assert torch.equal(logits(model, ids), expected)
     assert dict(model.named_modules()) == modules, "the original itself stands where all is kept"
 
@@ -192,8 +192,8 @@ def test_what_is_built_is_made_of_plain_modules(room, before):
     model, ids = convert(tiny_model("llama"), before), tokens(40)
     native.install(model, most_rows=8, many_rows=0)
     lean, fresh = plan_of(model, room, -1), tiny_model("llama")
-    convert(model, lean, calibrate(tiny_model("llama"), TEXT, wanted_by_rooms(model, INSIDE, "rule")))
-    convert(fresh, lean, statistics("llama"))
+    place(model, lean, calibrate(tiny_model("llama"), TEXT, wanted_by_rooms(model, INSIDE, "rule")))
+    place(fresh, lean, statistics("llama"))
     assert torch.equal(logits(model, ids), logits(fresh, ids))
     assert not wrapper.rooms(model) and not any(hasattr(module, "native_rows") for module in model.modules())
     convert(model, Plan())
