@@ -178,8 +178,8 @@ def plan_of_another_grid(draw: Random, given: Arguments, name: str) -> bool:
 
 
 def other_sizes(draw: Random, given: Arguments, name: str) -> bool:
-    sizes, place = [*given["sizes"]], draw.randrange(2)
-    sizes[place] = draw.choice([0, -1, 4097, -2**63, *LARGE])
+    sizes, place = [*given["sizes"]], draw.choice([0, 1, 3])
+    sizes[place] = draw.choice([-1, -2**63, *LARGE[1:]] + [0, 4097, LARGE[0]] * (place != 3))
     given["sizes"] = draw.choice([sizes, sizes, sizes[:2], [], [*given["sizes"], 1]])
     return True
 

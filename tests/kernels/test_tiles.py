@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from oracle import CASES
 
 from sentei.core.errors import ShapeError
+from sentei.core.rules import MAX_K
 from sentei.kernels.attention import Grid, Tiles
 
 CPU = torch.device("cpu")
@@ -134,6 +135,16 @@ def test_a_mask_of_another_grid_is_refused(shape):
 def test_a_grid_of_impossible_sizes_is_refused(settings):
     with pytest.raises(ShapeError, match="Grid: expected sizes from 0 and blocks from 1 to 4096"):
         Grid(**{"num_queries": 8, "num_keys": 8, "query_block": 4, "key_block": 4, **settings})
+
+
+@pytest.mark.parametrize("window", [-1, 0, MAX_K + 1, 2**63 - 1, 2**64 + 1])
+def test_an_impossible_window_is_refused(window):
+    """A position below 0 less a window of 2^63 - 1 is beyond 64 bits, and would forbid what the row may see."""
+    message = "Grid: expected a causal grid for a window, and 1 to 2147483647 keys in it"
+    with pytest.raises(ShapeError, match=message):
+        Grid(num_queries=8, num_keys=4, query_block=4, key_block=4, window=window)
+    with pytest.raises(ShapeError, match=message):
+        Grid(num_queries=8, num_keys=8, query_block=4, key_block=4, window=3, causal=False)
 
 
 @pytest.mark.parametrize("lengths", [torch.zeros(2), torch.zeros(2, dtype=torch.int64),

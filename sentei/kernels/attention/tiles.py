@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from sentei.core.errors import ShapeError
+from sentei.core.rules import MAX_K
 from sentei.core.selection import Selection
 
 # Larger blocks choose nothing, and a kernel's scratch grows with their square.
@@ -26,11 +27,12 @@ class Grid:
         num_queries, num_keys: tokens; the last block of either may be ragged.
         query_block, key_block: tokens a block.
         causal: a query sees no later position.
-        window: how many keys a query sees, up to its own position (a sliding window); None for all. Causal only.
+        window: how many keys a query sees, up to its own position (a sliding window), MAX_K at most; None for all.
+            Causal only.
         lengths: int64 [B, 2] or None; the real keys of each row are positions start ≤ j < stop.
     Raises:
-        ShapeError: a size below 0, a block outside 1 … MAX_BLOCK, a window below 1 or without causality, lengths of
-            another shape or dtype.
+        ShapeError: a size below 0, a block outside 1 … MAX_BLOCK, a window outside 1 … MAX_K or without causality,
+            lengths of another shape or dtype.
     """
 
     num_queries: int
@@ -47,8 +49,8 @@ class Grid:
             raise ShapeError("Grid", expected=f"sizes from 0 and blocks from 1 to {MAX_BLOCK}",
                              got=f"{self.num_queries} queries by {self.query_block}, {self.num_keys} keys by "
                              f"{self.key_block}", do="choose other blocks")
-        if self.window is not None and not (self.causal and self.window >= 1):
-            raise ShapeError("Grid", expected="a causal grid for a window, and at least 1 key in it",
+        if self.window is not None and not (self.causal and 1 <= self.window <= MAX_K):
+            raise ShapeError("Grid", expected=f"a causal grid for a window, and 1 to {MAX_K} keys in it",
                              got=f"causal {self.causal}, window {self.window}", do="leave the window out")
         if self.lengths is not None and (self.lengths.dim() != 2 or self.lengths.shape[1] != 2
                                          or self.lengths.dtype != torch.int64):

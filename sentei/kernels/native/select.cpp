@@ -152,7 +152,7 @@ INLINE void load_rows(const Estimate& e, const Cut& cut, int64_t row, int64_t bl
         else std::fill_n(to, width, 0.0f);
       }
   transpose(t.rows.data(), width, lanes * cut.fold, width, t.query.data(), cut.exact_lanes);
-  if (e.kind == kFolded) {
+  if (e.kind == kFolded && cut.parts > 1) {
     for (float& x : t.rows) x /= float(cut.fold);
     for (int j = 0; j < cut.fold; ++j)
       transpose(t.rows.data() + (cut.fold - 1 - j) * width, cut.fold * width, lanes, width,
