@@ -22,6 +22,8 @@ LARGER = [
     Case(name="three tiles wide", queries=200, keys=200, tile=(64, 64), heads=6, groups=2),
     Case(name="rows left over", queries=77, keys=130, tile=(13, 24), heads=2, groups=1),
     Case(name="padded", queries=90, keys=90, tile=(32, 16), lengths=((17, 90), (0, 41))),
+    *(Case(name=f"far below a cap of {cap:g}", queries=70, keys=70, tile=(64, 64), softcap=cap, logits=3.0)
+      for cap in (9.0, 1e3, 1e6, 1e9)),
 ]
 
 

@@ -283,11 +283,14 @@ struct Simd {
 
   // Scores (of powers of two) become cap · tanh(score / cap), cap in the same unit. `slopes`, unless null, gets the
   // derivative: not 1 - tanh², of which nothing is left near the cap. That of a NaN is 0: it may yet be forbidden.
+  // Far below the cap, where the exponential is one and nothing is left of the difference, tanh is its series.
   static INLINE void soften_peaks(float* row, int columns, float cap, float* slopes = nullptr) {
     for (int j = 0; j < columns; j += L) {
-      const Vec twice = load(row + j) * (2 * kLog2E / cap);
+      const Vec score = load(row + j), ratio = score * (1 / cap), twice = score * (2 * kLog2E / cap);
       const Vec grown = exp2(twice > 126.0f ? Vec{} + 126.0f : twice), part = 1.0f / (grown + 1.0f);
-      store(row + j, cap - 2 * cap / (grown + 1.0f));
+      const Vec square = ratio * ratio;
+      const Vec series = (((square * (62.0f / 2835) - 17.0f / 315) * square + 2.0f / 15) * square - 1.0f / 3) * square;
+      store(row + j, square < 0.09f ? score + score * series : cap - 2 * cap / (grown + 1.0f));
       const Vec slope = 4.0f * grown * part * part;
       if (slopes) store(slopes + j, slope == slope ? slope : Vec{});
     }
