@@ -25,7 +25,7 @@ DENSE = {"dense-choose", "dense-verify", "seconds"}
 STOPS = [
     ("load", 1, set()),
     ("calibrate", 0, set()),
-    ("calibrate", 4, {"seconds", "dense-verify"}),
+    ("calibrate", 5, {"seconds", "dense-verify"}),
     ("slack", 2, DENSE),
     ("solve", 3, DENSE | {"slack", "offers", "choose"}),
     ("measure", 1, DENSE | {"slack", "offers", "choose"}),

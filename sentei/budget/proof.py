@@ -54,6 +54,8 @@ def first_proven(goal: Goal, solution: Solution, judge: Judge, step: Callable[[]
     towards dense, so a lucky text cannot be hunted for.
     """
     ladder, proofs = solution.ladder[:STEPS], []
+    if goal.quality is not None:
+        ladder[-1:] = solution.ladder[-1:]  # the safest, dense where it is in the ladder, is the last that is tried
     for attempts, candidate in enumerate(ladder, 1):
         strict = None if goal.lookahead else judge.judge(candidate.plan.without_lookahead(), "verify", step)
         judgement = judge.judge(candidate.plan, "verify", step)

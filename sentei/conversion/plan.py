@@ -160,9 +160,7 @@ def _become(model: nn.Module, plan: Plan, statistics: Statistics | None, finish:
         wrapper.remove(model)
         native.remove(model)
         placing.swap(model, earlier[0])
-        if earlier[1]:
-            wrapper.install(model, earlier[1])
-            wrapper.use(model, implementation)
+        wrapper.restore(model, earlier[1], implementation)
         if was_native:
             native.install(model)
         raise

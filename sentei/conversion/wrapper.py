@@ -54,6 +54,13 @@ def remove(model: nn.Module) -> None:
         delattr(model, BEFORE)
 
 
+def restore(model: nn.Module, earlier: dict[str, Connections], implementation: str) -> None:
+    """Puts rooms back that were taken out, under the attention they had; nothing is called, so that nothing can fail."""
+    if earlier:
+        setattr(model, BEFORE, model.config._attn_implementation)
+        _place(model, earlier, implementation)
+
+
 def _place(model: nn.Module, new: dict[str, Connections], implementation: str) -> None:
     """Makes `new` the model's only rooms, under that attention, and has caches of ours made for those with pages."""
     if hasattr(model, HOOK):

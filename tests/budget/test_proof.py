@@ -82,11 +82,17 @@ def test_when_none_meets_the_goal_the_best_one_tried_is_kept(goal, plans, best):
     assert found.candidate.name == best and found.reason and found.attempts == int(best) + 1
 
 
-def test_it_gives_up_after_some_steps(monkeypatch):
+def test_it_gives_up_after_some_steps_the_last_of_them_to_the_safest_plan(monkeypatch):
     monkeypatch.setattr(proof, "STEPS", 2)
     judge = Told((0.5, 2.0), (0.6, 2.0), (0.99, 2.0))
-    assert judge.prove(Goal(quality=0.98)).candidate.name == "1"
-    assert len(judge.asked) == 3
+    assert judge.prove(Goal(quality=0.98)).candidate.name == "2"
+    assert judge.asked == ["judge 0 verify", "judge 2 verify", "time 2 verify"]
+
+
+def test_for_a_speed_no_step_is_left_out(monkeypatch):
+    monkeypatch.setattr(proof, "STEPS", 2)
+    found = Told((0.9, 1.1), (0.8, 1.2), (0.2, 9.0)).prove(Goal(speed=1.5))
+    assert (found.candidate.name, bool(found.reason)) == ("1", True)
 
 
 def test_without_lookahead_both_readings_are_held_to_the_bound():
