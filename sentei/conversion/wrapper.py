@@ -55,7 +55,7 @@ def remove(model: nn.Module) -> None:
 
 
 def restore(model: nn.Module, earlier: dict[str, Connections], implementation: str) -> None:
-    """Puts rooms back that were taken out, under the attention they had; nothing is called, so that nothing can fail."""
+    """Puts rooms back that were taken out, under the attention they had; nothing is called, so nothing can fail."""
     if earlier:
         setattr(model, BEFORE, model.config._attn_implementation)
         _place(model, earlier, implementation)
