@@ -11,7 +11,9 @@ nearest to 1.2, 1.5 and 2 times dense, and `judge` reads text with these.
 `--python optipfair=PYTHON` names the interpreter of an environment that has a rival's package; what runs there is in
 benchmarks/rivals/elsewhere and knows nothing of sentei. Everything is float32 and unhealed. All have the same
 calibration text and are judged on the same windows, which are those of `sentei prune`, with more to verify on. Dense is
-transformers' sdpa path, timed in turn with each. "Ratio" is the perplexity over the dense one with its 95 % interval.
+transformers' sdpa path, timed in turn with each. Ours run what is beside attention natively, as `convert` leaves them,
+the rivals through torch, as published: a part of our speed is that. "Ratio" is the perplexity over the dense one with
+its 95 % interval.
 """
 
 import argparse

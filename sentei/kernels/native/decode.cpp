@@ -13,31 +13,6 @@ namespace {
 
 constexpr int64_t kPagesOfBounds = 64, kPagesOfAttention = 16, kMostRuns = 32;
 
-template <int L>
-struct Half {  // bfloat16 is the upper half of a float
-  typedef uint16_t Halves __attribute__((vector_size(2 * L)));
-  typedef uint32_t Words __attribute__((vector_size(4 * L)));
-};
-
-template <int L>
-INLINE typename Simd<L>::Vec wide(const float* from) { return Simd<L>::load(from); }
-
-template <int L>
-INLINE typename Simd<L>::Vec wide(const uint16_t* from) {
-  typename Half<L>::Words words;
-  if constexpr (kPairs && L == kPairLanes) {  // in one instruction, where the compiler takes five
-    asm("vpmovzxwd %1, %0" : "=v"(words) : "m"(*reinterpret_cast<const char(*)[2 * L]>(from)));
-  } else {
-    typename Half<L>::Halves halves;
-    std::memcpy(&halves, from, sizeof halves);
-    words = __builtin_convertvector(halves, typename Half<L>::Words);
-  }
-  words <<= 16;
-  typename Simd<L>::Vec result;
-  std::memcpy(&result, &words, sizeof result);
-  return result;
-}
-
 // log2 of a positive number, by its exponent and a series for the rest; relative error 2e-7.
 template <int L>
 INLINE typename Simd<L>::Vec log2_of(typename Simd<L>::Vec x) {

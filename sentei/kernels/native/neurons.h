@@ -68,24 +68,17 @@ INLINE void neurons(const Route& p, const float* x, const int64_t* ids, const fl
 }
 
 template <int L>
-INLINE void neurons_float32(const Route& p, const float* x, const int64_t* ids, const float* weights, int64_t slots,
-                            float* sum) {
-  neurons<Float32, L>(p, x, ids, weights, slots, sum);
+INLINE void neurons_of(const Route& p, const float* x, const int64_t* ids, const float* weights, int64_t slots,
+                       float* sum) {
+  if (p.bfloat16) neurons<BFloat16, L>(p, x, ids, weights, slots, sum);
+  else neurons<Float32, L>(p, x, ids, weights, slots, sum);
 }
-ON_EVERY_MACHINE(neurons_float32, (const Route& p, const float* x, const int64_t* ids, const float* weights,
-                                   int64_t slots, float* sum), (p, x, ids, weights, slots, sum))
-
-template <int L>
-INLINE void neurons_bfloat16(const Route& p, const float* x, const int64_t* ids, const float* weights, int64_t slots,
-                             float* sum) {
-  neurons<BFloat16, L>(p, x, ids, weights, slots, sum);
-}
-ON_EVERY_MACHINE(neurons_bfloat16, (const Route& p, const float* x, const int64_t* ids, const float* weights,
-                                    int64_t slots, float* sum), (p, x, ids, weights, slots, sum))
+ON_EVERY_MACHINE(neurons_of, (const Route& p, const float* x, const int64_t* ids, const float* weights, int64_t slots,
+                              float* sum), (p, x, ids, weights, slots, sum))
 
 // A token's slots are cut into parts, whatever the number of threads, whose sums are added in order.
-template <class Kind, class Run>
-void one_neuron(const Route& p, Run run, int machine) {
+template <class Kind>
+void one_neuron(const Route& p, int machine) {
   constexpr int64_t part = 64;
   for (int64_t i = 0; i < p.tokens * p.slots; ++i)
     if (p.ids[i] < -1 || p.ids[i] >= p.experts) throw BadPlan();
@@ -97,8 +90,8 @@ void one_neuron(const Route& p, Run run, int machine) {
     const int64_t t = i / parts, first = i % parts * part;
     const auto x = laid_out<Kind>(static_cast<const typename Kind::Number*>(p.hidden) + t * p.hidden_stride, 1, p.width,
                                   0, lanes);
-    run(p, x.data(), p.ids + t * p.slots + first, p.weights + t * p.slots + first, std::min(part, p.slots - first),
-        sums.data() + i * padded);
+    neurons_of_on[machine](p, x.data(), p.ids + t * p.slots + first, p.weights + t * p.slots + first,
+                           std::min(part, p.slots - first), sums.data() + i * padded);
   });
   for (int64_t t = 0; t < p.tokens; ++t)
     for (int64_t o = 0; o < p.outputs; ++o) {

@@ -38,25 +38,15 @@ struct Rows {
   const int64_t* order;
 };
 
-// L numbers of a tensor, widened.
-template <int L>
-INLINE typename Simd<L>::Vec load_wide(const void* from, bool half) {
-  if (!half) return Simd<L>::load(static_cast<const float*>(from));
-  typename Simd<L>::Halves halves;
-  std::memcpy(&halves, from, sizeof halves);
-  const auto bits = __builtin_convertvector(halves, typename Simd<L>::Ints) << 16;
-  typename Simd<L>::Vec wide;
-  std::memcpy(&wide, &bits, sizeof wide);
-  return wide;
-}
-
 // L rows first … of `rows`, their numbers d … d + L - 1 turned: to[number][row].
 template <int L>
 INLINE void turn_square(const Rows& rows, int64_t first, int64_t d, float* to, int64_t stride) {
   typename Simd<L>::Vec square[L];
 #pragma GCC unroll 16
-  for (int i = 0; i < L; ++i)
-    square[i] = load_wide<L>(at(rows.data, rows.half, rows.order[first + i] * rows.stride + d), rows.half);
+  for (int i = 0; i < L; ++i) {
+    const void* from = at(rows.data, rows.half, rows.order[first + i] * rows.stride + d);
+    square[i] = rows.half ? wide<L>(static_cast<const uint16_t*>(from)) : wide<L>(static_cast<const float*>(from));
+  }
   transpose_square<L>(square);
 #pragma GCC unroll 16
   for (int i = 0; i < L; ++i) Simd<L>::store(to + i * stride, square[i]);
@@ -146,7 +136,8 @@ struct Soon {
 class Fetch {
  public:
   INLINE Fetch(const Soon& soon, int64_t steps)
-      : row_(static_cast<const char*>(soon.from)), stride_(soon.stride), lines_((soon.bytes + int64_t(kCacheLine) - 1) / int64_t(kCacheLine)),
+      : row_(static_cast<const char*>(soon.from)), stride_(soon.stride),
+        lines_((soon.bytes + int64_t(kCacheLine) - 1) / int64_t(kCacheLine)),
         left_(soon.rows * lines_), each_((left_ + steps - 1) / std::max<int64_t>(steps, 1)) {}
   INLINE void step() {
     for (int64_t i = std::min(each_, left_); i > 0; --i) {

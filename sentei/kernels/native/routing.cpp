@@ -483,9 +483,9 @@ int sentei_route(const void* hidden, const int64_t* ids, const float* weights, c
     if (inner != 1 || saved)
       forward(p);
     else if (bfloat16)
-      one_neuron<BFloat16>(p, neurons_bfloat16_on[set], set);
+      one_neuron<BFloat16>(p, set);
     else
-      one_neuron<Float32>(p, neurons_float32_on[set], set);
+      one_neuron<Float32>(p, set);
   });
 }
 

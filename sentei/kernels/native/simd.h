@@ -330,9 +330,31 @@ INLINE void transpose_four(const float* from, int64_t from_stride, float* to, in
   Simd<4>::store(to + 3 * to_stride, SHUFFLE(high, next_high, 2, 3, 6, 7));
 }
 
+// L numbers, widened: bfloat16 is the upper half of a float.
+template <int L>
+INLINE typename Simd<L>::Vec wide(const float* from) { return Simd<L>::load(from); }
+
+template <int L>
+INLINE typename Simd<L>::Vec wide(const uint16_t* from) {
+  typedef uint32_t Words __attribute__((vector_size(4 * L)));
+  Words words;
+  if constexpr (kPairs && L == kPairLanes) {  // in one instruction, where the compiler takes five
+    asm("vpmovzxwd %1, %0" : "=v"(words) : "m"(*reinterpret_cast<const char(*)[2 * L]>(from)));
+  } else {
+    typename Simd<L>::Halves halves;
+    std::memcpy(&halves, from, sizeof halves);
+    words = __builtin_convertvector(halves, Words);
+  }
+  words <<= 16;
+  typename Simd<L>::Vec result;
+  std::memcpy(&result, &words, sizeof result);
+  return result;
+}
+
 // Numbers of two vectors, those of the second counted from L on.
 template <int L>
-INLINE typename Simd<L>::Vec merge(typename Simd<L>::Vec one, typename Simd<L>::Vec two, typename Simd<L>::Ints places) {
+INLINE typename Simd<L>::Vec merge(typename Simd<L>::Vec one, typename Simd<L>::Vec two,
+                                   typename Simd<L>::Ints places) {
 #if defined(__clang__)
   typename Simd<L>::Vec merged;
   for (int i = 0; i < L; ++i) merged[i] = places[i] < L ? one[places[i]] : two[places[i] - L];
