@@ -8,6 +8,8 @@ from sentei.core.errors import SenteiError
 
 # Each is a module beside this one, which has CASES, a table by name, and rows(names, runs, absent).
 BENCHES = ("attention", "decode", "linear", "memory", "prompt", "rooms", "topk")
+# What the whole of a bench measures besides: attention of few tokens, its best keys, its linear layers and its memory.
+PARTS = {"attention": ("topk", "linear", "decode", "memory")}
 WIDTHS = 60, 30
 # What a row may hold besides seconds, and how it is written.
 MORE = {"gflops": "{:,.0f} GFLOP/s", "gb_s": "{:,.1f} GB/s", "bandwidth": "{:.2f} of read bandwidth",
@@ -20,7 +22,7 @@ def rows(bench: str, cases: list[str], runs: int, absent: Callable[[str], None])
     """The rows of a bench, each as soon as it is measured: bench, case, peer, ours_s, peer_s, ratio, machine, and MORE.
 
     Args:
-        cases: of the bench; none for all.
+        cases: of the bench; none for all, and for those of its PARTS.
         runs: timed pairs a row.
         absent: told why a peer that cannot run here has no row.
     Raises:
@@ -37,6 +39,8 @@ def rows(bench: str, cases: list[str], runs: int, absent: Callable[[str], None])
         raise SenteiError(f"bench {bench}", expected=f"cases of {', '.join(module.CASES)}", got=", ".join(unknown),
                           do="choose some of these, or none for all")
     yield from module.rows(cases or list(module.CASES), runs, absent)
+    for part in () if cases else PARTS.get(bench, ()):
+        yield from rows(part, [], runs, absent)
 
 
 def head() -> str:

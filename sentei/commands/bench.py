@@ -11,7 +11,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `sentei bench`."""
     parser.add_argument("name", metavar="NAME", help=f"one of {', '.join(benches.BENCHES)}")
     parser.add_argument("cases", nargs="*", metavar="CASE", help="some of its cases; an unknown one is answered with "
-                        "their names (default: all)")
+                        "their names (default: all; for attention those of topk, linear, decode and memory too)")
     parser.add_argument("--runs", type=int, default=5, metavar="N", help="timed pairs a row (default: %(default)s)")
     json_argument(parser, "a row")
 

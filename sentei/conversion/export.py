@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from sentei.conversion import cache
+from sentei.conversion import cache, native
 from sentei.conversion.card import CARD
 from sentei.conversion.checkpoints import DTYPES, load_model, locate
 from sentei.conversion.model_folder import member
@@ -187,8 +187,15 @@ def _threads(policy: dict) -> int:
 def _logits(model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
     """Float32 [ROWS, vocabulary]: the logits of the last ROWS positions of tokens [T].
 
-    From one pass; where decoding is pruned from a cache of the others, as in decoding.
+    From one pass; where decoding is pruned from a cache of the others, as in decoding. Layers beside the rooms run
+    as torch has them: which of them are faster natively the clock says, in each process anew, and a choice between
+    near equals may then come out otherwise.
     """
+    with native.removed(model):
+        return _last_rows(model, tokens)
+
+
+def _last_rows(model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
     if not len(tokens):
         raise SenteiError("receipt", expected="at least one token", got="none", do="give a longer text")
     if not cache.pruned_layers(model):

@@ -1,5 +1,7 @@
 """What of a model runs natively besides attention: found, proven, measured, switched; and all of it taken back."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -47,6 +49,18 @@ def remove(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, tuple(kind.mixin for kind in KINDS)):
             restore(module)
+
+
+@contextmanager
+def removed(model: nn.Module) -> Iterator[nn.Module]:
+    """The model plain for as long as this lasts, so that its numbers do not depend on what was measured faster."""
+    was_native = is_installed(model)
+    remove(model)
+    try:
+        yield model
+    finally:
+        if was_native:
+            install(model)
 
 
 def _install(model: nn.Module, modules: dict[str, nn.Module], kind: Kind, most_rows: int | None,

@@ -12,6 +12,7 @@ weights stay where they are, which `place_of` tells.
 """
 
 import ctypes
+import math
 import struct
 from typing import NamedTuple
 
@@ -228,9 +229,9 @@ def _cache_fits(step: Step, batch: int, tokens: int) -> bool:
 
 
 def _choice_fits(choice: PageChoice, batch: int) -> bool:
-    """Whether the library knows the rule, and the lengths are of so many rows."""
+    """Whether the library knows the rule, the scale is finite, and the lengths are of so many rows."""
     lengths = choice.lengths
-    return can_choose(choice.rule) and choice.window >= 0 and (lengths is None or (
+    return can_choose(choice.rule) and choice.window >= 0 and math.isfinite(choice.scale) and (lengths is None or (
         lengths.shape == (batch, 2) and lengths.dtype is torch.int64 and lengths.is_cpu and lengths.is_contiguous()))
 
 

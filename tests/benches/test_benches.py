@@ -24,6 +24,7 @@ def small(monkeypatch) -> None:
         "exact": [Case(2, 1, 8, 130)], "sparse": [Case(2, 2, 8, 256, kept=0.9999)],
         "backward": [Case(4, 2, 8, 130, backward=True)]})
     monkeypatch.setattr(attention, "compiled", lambda: torch.nn.attention.flex_attention.flex_attention)
+    monkeypatch.setattr(benches, "PARTS", {})
 
 
 def measure(*cases: str, absent=print) -> list[dict]:
@@ -110,6 +111,13 @@ def test_a_layer_that_chooses_is_timed_beside_the_peers_or_the_peer_is_said_to_b
 def test_what_there_is_not_is_refused(given, error):
     with pytest.raises(SenteiError, match=error):
         next(benches.rows(*given, print))
+
+
+def test_a_whole_bench_has_the_rows_of_its_parts_and_a_case_of_it_has_not(small, monkeypatch):
+    monkeypatch.setattr(benches, "PARTS", {"attention": ("decode",)})
+    monkeypatch.setattr(decode, "CASES", {"small": SMALL["decode"][1]})
+    assert [row["bench"] for row in measure()] == ["attention"] * 4 + ["decode"] * 2
+    assert {row["bench"] for row in measure("exact", "sparse", "backward")} == {"attention"}
 
 
 def test_a_ratio_is_peer_over_ours_pair_by_pair():

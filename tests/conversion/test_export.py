@@ -9,7 +9,7 @@ import torch
 from tiny import save_tiny, tiny_model, tiny_tokenizer
 
 from sentei.axes.connections import Config
-from sentei.conversion import export, wrapper
+from sentei.conversion import export, native, wrapper
 from sentei.conversion.export import POLICY, RECEIPT, check, check_afresh, load
 from sentei.conversion.plan import Entry, Plan, convert
 from sentei.core.errors import FileError
@@ -38,6 +38,20 @@ def test_a_folder_loads_as_it_was_written(folder):
     assert list(wrapper.rooms(model)) == ["model.layers.1.self_attn"]
     assert torch.equal(model(TOKENS[None]).logits, expected(TOKENS[None]).logits)
     assert check(folder)["met"]
+
+
+@pytest.mark.parametrize("many", [True, False])
+def test_a_receipt_does_not_depend_on_which_layers_are_faster_natively(tmp_path, monkeypatch, many):
+    """All of them where it is written, and none where it is read; or the other way round."""
+    install = native.install
+    rows = dict(most_rows=0, many_rows=0), dict(most_rows=8, many_rows=1)
+    monkeypatch.setattr(native, "install", lambda model: install(model, **rows[many]))
+    model = convert(tiny_model("llama"), PLAN)
+    assert native.is_installed(model) == many
+    export.export(model, tiny_tokenizer(), PLAN, tmp_path / "pruned", tokens=TOKENS, facts={})
+    assert native.is_installed(model) == many
+    monkeypatch.setattr(native, "install", lambda model: install(model, **rows[not many]))
+    assert check(tmp_path / "pruned")["difference"] == 0
 
 
 def test_a_folder_called_default_is_itself(folder, monkeypatch):

@@ -226,6 +226,12 @@ def test_what_does_not_fit_is_refused(query, key, value, tiles, message):
         attend(query, key, value, tiles)
 
 
+@pytest.mark.parametrize("scale", [torch.nan, torch.inf, -torch.inf])
+def test_a_scale_that_is_not_finite_is_refused(scale):
+    with pytest.raises(ShapeError, match="^attend: expected a finite scale, got -?(nan|inf)"):
+        attend(Q, K, V, DENSE, scale=scale)
+
+
 def test_auto_says_what_it_chose_and_why():
     name, reason = choose_impl("auto", Q, K, V, DENSE)
     assert name in IMPLS and reason

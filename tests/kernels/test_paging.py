@@ -1,6 +1,7 @@
 """Attention to chosen pages: every implementation against the definition in fp64, the choice included."""
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 import pytest
 import torch
@@ -384,6 +385,9 @@ def test_what_does_not_fit_is_refused():
                     (query, key, key[:, 1:])):
         with pytest.raises(ShapeError, match="paging: expected"):
             paging.attend(*tensors, pages)
+    for call in (partial(paging.attend, query, key, key), partial(paging.score, query, key)):
+        with pytest.raises(ShapeError, match="paging: expected a finite scale, got inf"):
+            call(pages, scale=torch.inf)
     for rule in (Capacity(0.5), TopK((1, 2)), None):
         with pytest.raises(RuleError, match="paging: expected All, TopK, Mass or Threshold, of one number"):
             paging.attend(query, key, key, pages._replace(rule=rule))

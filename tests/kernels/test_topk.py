@@ -272,6 +272,7 @@ def test_what_it_cannot_take_is_refused_by_name_and_left_by_auto(monkeypatch):
     ({"k": -1}, RuleError, "k and window as whole numbers"), ({"k": 2.0}, RuleError, "k and window as whole numbers"),
     ({"k": 3, "impl": "fast"}, ImplError, "impl 'auto', 'reference'"),
     ({"k": 3, "lengths": torch.zeros(2, 2)}, ShapeError, "lengths int64"),
+    ({"k": 3, "scale": torch.nan}, ShapeError, "a finite scale, got nan"),
     ({"k": Choice(3, 1), "causal": False}, RuleError, "a window of causal attention"),
 ], ids=str)
 def test_bad_arguments_are_named(arguments, error, message):

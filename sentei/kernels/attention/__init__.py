@@ -5,6 +5,7 @@ import math
 import torch
 
 from sentei.core.errors import ImplError, ShapeError
+from sentei.core.shapes import scale_of
 from sentei.kernels.attention import auto, eager, flex, fused_cpp, fused_triton, reference
 from sentei.kernels.attention.tiles import Grid, Tiles
 
@@ -44,7 +45,7 @@ def attend(
         in float32 or wider. What stands in padding, NaN included, reaches no output; a NaN or an
         infinity in a key or value that only later rows of a block may see reaches the block's earlier rows, too.
     Raises:
-        ShapeError: shapes, dtypes or grid do not fit.
+        ShapeError: shapes, dtypes or grid do not fit; a scale that is not finite.
         ImplError: an unknown implementation.
     Cost: kept pairs · (D + Dv) multiply-adds; the dense plan is torch's own kernel.
 
@@ -55,7 +56,7 @@ def attend(
     name, _ = choose_impl(impl, query, key, value, tiles, softcap, return_lse)
     if not 0 <= softcap < math.inf:
         raise ShapeError("attend", expected="a softcap from 0", got=str(softcap), do="leave it out for none")
-    scale = 1 / math.sqrt(max(query.shape[-1], 1)) if scale is None else scale
+    scale = scale_of("attend", scale, query.shape[-1])
     key, value = tiles.grid.without_padding(key, value)
     return IMPLS[name](query, key, value, tiles, scale=scale, softcap=softcap, return_lse=return_lse)
 

@@ -375,18 +375,7 @@ ON_EVERY_MACHINE(finish_slopes, (const float* c, int lines, int columns, bool ga
 // A block C[lines x columns] turned: to[column][line].
 template <int L>
 INLINE void turn_block(const float* c, int lines, int columns, float* to, int64_t stride) {
-  const int whole_lines = lines / L * L, whole = columns / L * L;
-  for (int j = 0; j < whole; j += L)
-    for (int i = 0; i < whole_lines; i += L) {
-      typename Simd<L>::Vec square[L];
-#pragma GCC unroll 16
-      for (int r = 0; r < L; ++r) square[r] = Simd<L>::load(c + (i + r) * kToken + j);
-      transpose_square<L>(square);
-#pragma GCC unroll 16
-      for (int r = 0; r < L; ++r) Simd<L>::store(to + (j + r) * stride + i, square[r]);
-    }
-  transpose(c + whole, kToken, whole_lines, columns - whole, to + whole * stride, stride);
-  transpose(c + whole_lines * kToken, kToken, lines - whole_lines, columns, to + whole_lines, stride);
+  turn<L>(c, kToken, lines, columns, to, stride);
 }
 ON_EVERY_MACHINE(turn_block, (const float* c, int lines, int columns, float* to, int64_t stride),
                  (c, lines, columns, to, stride))

@@ -55,31 +55,37 @@ struct Cut {
   float weight;  // how many keys a unit stands for
 };
 
-// The mean of the keys of each full tile, or their lowest and highest numbers: [B, G, tiles, parts, width].
-Zeros joined_keys(const Estimate& e) {
+// What stands for the keys of full tiles, [B, G, part, unit, width]: their mean, their highest and lowest numbers, or
+// the keys themselves ÷ fold, those of a fold apart, so that a part's are neighbours.
+Zeros joined_keys(const Estimate& e, const Cut& cut) {
   const Problem& p = e.problem;
   const Tensor key = keys_of(p);
-  const int64_t parts = e.kind == kBounds ? 2 : 1, tiles = p.keys / p.key_block, size = parts * p.width;
-  Zeros joined(p.batch * p.groups * tiles * size);
-  in_parallel(p.batch * p.groups * tiles, p.threads, [] { return 0; }, [&](int64_t i, int) {
-    float* high = joined.data() + i * size;
-    const int64_t row = i / tiles, first = i % tiles * p.key_block;
+  const int64_t units = p.keys / p.key_block * cut.units, size = units * p.width, span = p.key_block / cut.units;
+  Zeros joined(p.batch * p.groups * cut.parts * size);
+  in_parallel(p.batch * p.groups * units, p.threads, [] { return 0; }, [&](int64_t i, int) {
+    const int64_t row = i / units, first = i % units * span;
+    float* high = joined.data() + row * cut.parts * size + i % units * p.width;
+    float* low = high + (cut.parts - 1) * size;  // of kBounds
+    if (e.kind == kFolded) {
+      for (int j = 0; j < cut.fold; ++j) key.read(row, first + j, high + j * size, 1.0f / float(cut.fold));
+      return;
+    }
     std::copy_n(key.at(row, first), p.width, high);
-    if (parts == 2) std::copy_n(high, p.width, high + p.width);
-    for (int64_t j = 1; j < p.key_block; ++j) {
+    if (e.kind == kBounds) std::copy_n(high, p.width, low);
+    for (int64_t j = 1; j < span; ++j) {
       const float* token = key.at(row, first + j);
       for (int64_t d = 0; d < p.width; ++d) {
-        if (parts == 1) {
-          high[d] += token[d];
+        const float x = token[d];
+        if (e.kind == kPooled) {
+          high[d] += x;
         } else {  // a NaN is taken, and stays
-          const float x = token[d], low = high[p.width + d];
           high[d] = x > high[d] || x != x ? x : high[d];
-          high[p.width + d] = x < low || x != x ? x : low;
+          low[d] = x < low[d] || x != x ? x : low[d];
         }
       }
     }
-    if (parts == 1)
-      for (int64_t d = 0; d < p.width; ++d) high[d] /= float(p.key_block);
+    if (e.kind == kPooled)
+      for (int64_t d = 0; d < p.width; ++d) high[d] /= float(span);
   });
   return joined;
 }
@@ -88,36 +94,34 @@ Zeros joined_keys(const Estimate& e) {
 struct Units {
   Units(const Estimate& e, const Cut& cut, const Zeros& joined, int64_t b, int64_t group) {
     const Problem& p = e.problem;
-    if (joined.empty()) {
-      data = keys_of(p).at(b * p.groups + group, 0);
-      part = p.key_stride[1];
-      unit = part * cut.fold;
-    } else {
-      part = p.width;
-      unit = part * cut.parts;
-      data = joined.data() + (b * p.groups + group) * (p.keys / p.key_block) * unit;
-    }
+    const int64_t row = b * p.groups + group;
+    unit = joined.empty() ? p.key_stride[1] : p.width;
+    part = p.keys / p.key_block * cut.units * unit;
+    data = joined.empty() ? keys_of(p).at(row, 0) : joined.data() + row * cut.parts * part;
   }
   const float* data;
   int64_t part, unit;
 };
 
+// Numbers from a row to the next in scratch: not a power of two, so that rows a fold apart do not share lines of the cache.
+INLINE int64_t line_of(const Problem& p) { return p.width + kColumns; }
+
 struct EstimateScratch {
   EstimateScratch(const Problem& p, const Sizes& s, const Cut& cut)
-      : rows(p.width * cut.run * cut.heads * cut.exact_rows),
+      : rows(line_of(p) * cut.run * cut.heads * cut.exact_rows),
         query(p.width * cut.exact_lanes),
         columns(cut.parts > 1 ? cut.parts * p.width * cut.lanes : 0),
         scores(std::max(cut.tiles * cut.units * int64_t(cut.lanes),
                         p.key_block * round_up(cut.heads * cut.exact_rows))),
         top(s.key_blocks * cut.lanes), sum(top.size()), exact_top(cut.exact_lanes), exact_sum(cut.exact_lanes),
-        from(cut.exact_lanes), end(cut.exact_lanes) {}
-  Zeros rows;        // [block][head][exact row][width]
+        first(cut.exact_lanes), number(cut.exact_lanes) {}
+  Zeros rows;        // [block][head][exact row][line_of]
   Zeros query;       // [width][exact lanes]: every row whose exact scores are wanted
   Zeros columns;     // [part][width][lanes]: what `Units` are multiplied with, where that is another
   Zeros scores;      // [unit][lanes]
   Zeros top, sum;    // [tile][lanes]: a row's mass on a tile is sum · 2^top
   Zeros exact_top, exact_sum;
-  std::vector<int32_t> from, end;  // [exact lanes]: what a row sees of a tile
+  std::vector<uint32_t> first, number;  // [exact lanes]: the keys that a row sees of a tile
 };
 
 // The rows' largest score (minus infinity where there is none) and weight · Σ 2^(score - largest).
@@ -139,25 +143,24 @@ INLINE void reduce(const float* scores, int line, int units, int lanes, float we
 }
 
 // The rows of an item as columns, in folds also those of each part, and for bounds by sign; zeros beyond the end.
+template <int L>
 INLINE void load_rows(const Estimate& e, const Cut& cut, int64_t row, int64_t block, EstimateScratch& t) {
   const Problem& p = e.problem;
   const Tensor query = queries_of(p);
   const int width = int(p.width), lanes = cut.run * cut.heads * cut.rows;
+  const int64_t line = line_of(p);
   float* to = t.rows.data();
   for (int64_t s = block; s < block + cut.run; ++s)
     for (int64_t h = 0; h < cut.heads; ++h)
-      for (int64_t r = 0; r < cut.exact_rows; ++r, to += width) {
+      for (int64_t r = 0; r < cut.exact_rows; ++r, to += line) {
         const int64_t i = s * p.query_block + cut.first + r * cut.step;
         if (i < p.queries) query.read(row + h, i, to, p.scale * kLog2E);
         else std::fill_n(to, width, 0.0f);
       }
-  transpose(t.rows.data(), width, lanes * cut.fold, width, t.query.data(), cut.exact_lanes);
-  if (e.kind == kFolded && cut.parts > 1) {
-    for (float& x : t.rows) x /= float(cut.fold);
-    for (int j = 0; j < cut.fold; ++j)
-      transpose(t.rows.data() + (cut.fold - 1 - j) * width, cut.fold * width, lanes, width,
-                t.columns.data() + j * width * cut.lanes, cut.lanes);
-  }
+  turn<L>(t.rows.data(), line, lanes * cut.fold, width, t.query.data(), cut.exact_lanes);
+  for (int j = 0; e.kind == kFolded && cut.parts > 1 && j < cut.fold; ++j)
+    turn<L>(t.rows.data() + (cut.fold - 1 - j) * line, cut.fold * line, lanes, width,
+            t.columns.data() + j * width * cut.lanes, cut.lanes);
   for (int d = 0; e.kind == kBounds && d < width; ++d) {
     const float* rows = t.query.data() + d * cut.exact_lanes;
     float *positive = t.columns.data() + d * cut.lanes, *negative = positive + width * cut.lanes;
@@ -192,6 +195,17 @@ INLINE void full_tiles(const Estimate& e, const Cut& cut, const Units& units, in
   }
 }
 
+// Minus infinity for the rows that do not see key j of a tile: those see `number` keys from `first`.
+template <int L>
+INLINE void hide(uint32_t j, const uint32_t* first, const uint32_t* number, float* scores) {
+  typedef uint32_t Numbers __attribute__((vector_size(4 * L)));
+  Numbers from, seen;
+  std::memcpy(&from, first, sizeof from);
+  std::memcpy(&seen, number, sizeof seen);
+  // One comparison, where compilers take many for two: before the first key the difference is huge.
+  Simd<L>::store(scores, Numbers{} + j - from < seen ? Simd<L>::load(scores) : typename Simd<L>::Vec{} + kNone);
+}
+
 // The mass of a tile on the edge of what is permitted, exactly, for the `at`-th block of a run.
 template <int L>
 INLINE void edge_tile(const Estimate& e, const Cut& cut, int64_t b, int64_t group, int64_t block, int at, int64_t tile,
@@ -205,13 +219,12 @@ INLINE void edge_tile(const Estimate& e, const Cut& cut, int64_t b, int64_t grou
                    count, lanes, int(p.width), false);
   for (int row = 0; row < rows; ++row) {
     const Span span = seen_in(p, b, block * p.query_block + cut.first + row % cut.exact_rows * cut.step, tile);
-    t.from[row] = int32_t(std::max<int64_t>(span.first, 0));
-    t.end[row] = int32_t(std::max<int64_t>(span.end, 0));
+    t.first[row] = uint32_t(std::max<int64_t>(span.first, 0));
+    t.number[row] = uint32_t(std::max<int64_t>(span.end - t.first[row], 0));
   }
-  for (int j = 0; j < count; ++j) {
-    float* scores = t.scores.data() + j * lanes;
-    for (int row = 0; row < rows; ++row) scores[row] = j < t.from[row] || j >= t.end[row] ? kNone : scores[row];
-  }
+  for (int j = 0; j < count; ++j)
+    for (int row = 0; row < lanes; row += L)
+      hide<L>(j, t.first.data() + row, t.number.data() + row, t.scores.data() + j * lanes + row);
   reduce<L>(t.scores.data(), lanes, count, lanes, 1.0f, t.exact_top.data(), t.exact_sum.data());
   float* top = t.top.data() + tile * cut.lanes + at * cut.heads * cut.rows;
   float* sum = t.sum.data() + tile * cut.lanes + at * cut.heads * cut.rows;
@@ -274,7 +287,7 @@ INLINE void estimate_item(const Estimate& e, const Sizes& s, const Cut& cut, con
   const int64_t block = (cut.runs - 1 - number / sets) * cut.run;  // the longest first
   const int64_t blocks = std::min<int64_t>(cut.run, s.query_blocks - block);
   const Reach whole(p, b, block + blocks - 1);  // the last block of a run sees most
-  load_rows(e, cut, row, block, t);
+  load_rows<L>(e, cut, row, block, t);
   full_tiles<L>(e, cut, Units(e, cut, joined, b, group), whole.full.first, whole.full.end, t);
   const int lanes = cut.heads * cut.rows;
   for (int64_t at = 0; at < blocks; ++at) {
@@ -339,8 +352,7 @@ int sentei_estimate(const Estimate* estimate) {
     const Problem& p = e.problem;
     const Sizes s(p);
     const Cut cut(e, s);
-    const bool joins = e.kind == kPooled || e.kind == kBounds;
-    const Zeros joined = joins ? joined_keys(e) : Zeros();
+    const Zeros joined = e.kind == kExact ? Zeros() : joined_keys(e, cut);
     in_parallel(p.batch * p.heads / cut.heads * cut.runs, p.threads, [&] { return EstimateScratch(p, s, cut); },
                 [&](int64_t i, EstimateScratch& t) { estimate_item_on[s.machine](e, s, cut, joined, i, t); });
   });

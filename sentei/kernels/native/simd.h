@@ -392,4 +392,21 @@ INLINE void transpose(const float* from, int64_t from_stride, int lines, int cou
     for (int j = i < whole_lines ? whole : 0; j < count; ++j) to[j * to_stride + i] = from[i * from_stride + j];
 }
 
+// The same in squares of L, where code is for one machine.
+template <int L>
+INLINE void turn(const float* from, int64_t from_stride, int lines, int count, float* to, int64_t to_stride) {
+  const int whole_lines = lines / L * L, whole = count / L * L;
+  for (int j = 0; j < whole; j += L)
+    for (int i = 0; i < whole_lines; i += L) {
+      typename Simd<L>::Vec square[L];
+#pragma GCC unroll 16
+      for (int r = 0; r < L; ++r) square[r] = Simd<L>::load(from + (i + r) * from_stride + j);
+      transpose_square<L>(square);
+#pragma GCC unroll 16
+      for (int r = 0; r < L; ++r) Simd<L>::store(to + (j + r) * to_stride + i, square[r]);
+    }
+  transpose(from + whole, from_stride, whole_lines, count - whole, to + whole * to_stride, to_stride);
+  transpose(from + whole_lines * from_stride, from_stride, lines - whole_lines, count, to + whole_lines, to_stride);
+}
+
 }  // namespace

@@ -14,6 +14,7 @@ import torch
 from sentei.core.cost import Cost
 from sentei.core.errors import ImplError
 from sentei.core.selection import Selection
+from sentei.core.shapes import scale_of
 from sentei.kernels.paging import eager, fused_cpp, reference
 from sentei.kernels.paging.pages import PAGE, Pages, bounds_of, can_choose
 
@@ -46,14 +47,15 @@ def attend(
         output [B, R, H, Dv] in the query's dtype, and the choice. A row that sees nothing gives 0. What stands in
         padding, NaN included, reaches neither.
     Raises:
-        ShapeError: shapes, dtypes or bounds do not fit.
+        ShapeError: shapes, dtypes or bounds do not fit; a scale that is not finite.
         RuleError: a rule not of ours; NaN or infinity among the scores.
         ImplError: an unknown implementation, or one that cannot run here.
     Cost: two multiply-adds a page, head and channel to choose; kept keys · (D + Dv) a head.
     """
     pages.check(query, key, value, kept)
     name, _ = choose_impl(impl, query, key, value)
-    return IMPLS[name](query, key, value, pages, scale=query.shape[-1] ** -0.5 if scale is None else scale, kept=kept)
+    scale = scale_of("paging", scale, query.shape[-1])
+    return IMPLS[name](query, key, value, pages, scale=scale, kept=kept)
 
 
 def score(
@@ -65,7 +67,7 @@ def score(
     """
     pages.check(query, key, key)
     name, _ = choose_impl(impl, query, key, key)
-    return SCORES[name](query, key, pages, scale=query.shape[-1] ** -0.5 if scale is None else scale)
+    return SCORES[name](query, key, pages, scale=scale_of("paging", scale, query.shape[-1]))
 
 
 def choose_impl(impl: str, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tuple[str, str]:

@@ -1,10 +1,9 @@
 """Attention over the best keys of each query: one operation, several implementations of one signature."""
 
-import math
-
 import torch
 
 from sentei.core.errors import ImplError, RuleError
+from sentei.core.shapes import scale_of
 from sentei.kernels.attention.tiles import Grid
 from sentei.kernels.topk import eager, fused_cpp, reference
 from sentei.kernels.topk.choice import Choice
@@ -48,7 +47,7 @@ def attend_topk(
         one with a NaN or +inf among its permitted scores keeps nothing, gives NaN and passes on no gradient, unless it
         asks for no key (k = 0). What stands in padding, and the values of keys not kept, reach no output.
     Raises:
-        ShapeError: shapes or dtypes do not fit.
+        ShapeError: shapes or dtypes do not fit; a scale that is not finite.
         RuleError: k or the window out of range, or a window without causality.
         ImplError: an unknown implementation, or one that cannot take these tensors.
         ResourceError: memory ran out.
@@ -63,7 +62,7 @@ def attend_topk(
         raise RuleError("attend_topk", expected="a window of causal attention", got="causal=False",
                         do="give k as a number")
     name, _ = choose_impl(impl, query, key, value)
-    scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+    scale = scale_of("attend_topk", scale, query.shape[-1])
     return IMPLS[name](query, key, value, choice, causal=causal, lengths=lengths, scale=scale)
 
 
