@@ -19,6 +19,7 @@ from tiny import tiny_model, tiny_tokenizer
 from docs.builder.markdown import parse
 from sentei import pipeline
 from sentei.benches import attention, cold, layers, linear, lora, rooms
+from sentei.benches import table as benches
 from sentei.budget import slack
 from sentei.conversion import export
 from sentei.lab.table import chosen
@@ -69,6 +70,7 @@ def small_cases(monkeypatch, text):
 
     shrink(attention, [attention.Case(2, 1, 8, 130)])
     monkeypatch.setitem(attention.CASES, "layer", [layers.Layer(2, 1, 8, 200, 1)])
+    monkeypatch.setattr(benches, "PARTS", {})  # one of them measures in processes of its own
     for module, cases in [*SMALL_BENCHES.values(), *SMALL_ROOMS.values()]:
         shrink(module, cases[:1])
     monkeypatch.setattr(rooms, "CASES", {name: cases for part in rooms.PARTS for name, cases in part.CASES.items()})
