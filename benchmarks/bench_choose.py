@@ -48,7 +48,7 @@ def steps(query: torch.Tensor, key: torch.Tensor, grid: Grid) -> Iterator[tuple[
     scores = select.estimate(Sampled(8), query, key, grid, scale, pool="rms")
 
     def forced() -> torch.Tensor:
-        return select.always_kept(grid, query.device, window=128, dense_below=0)
+        return select.always_kept(grid, query.device, window=128)
 
     def natively(rule: Rule) -> Tiles:
         return select.choose(rule, scores, forced(), grid)
