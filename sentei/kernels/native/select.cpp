@@ -55,9 +55,28 @@ struct Cut {
   float weight;  // how many keys a unit stands for
 };
 
+// The mean of the keys of a tile, or the highest and the lowest of their numbers; a NaN is taken, and stays.
+template <int L>
+INLINE void join(int64_t kind, const float* token, int64_t stride, int count, int width, float* high, float* low) {
+  std::copy_n(token, width, high);
+  if (kind == kBounds) std::copy_n(token, width, low);
+  for (int j = 1; j < count; ++j) {
+    token += stride;
+    for (int d = 0; kind == kPooled && d < width; ++d) high[d] += token[d];
+    for (int d = 0; kind == kBounds && d < width; ++d) {
+      const float x = token[d], most = high[d], least = low[d];
+      high[d] = x > most || x != x ? x : most;
+      low[d] = x < least || x != x ? x : least;
+    }
+  }
+  for (int d = 0; kind == kPooled && d < width; ++d) high[d] /= float(count);
+}
+ON_EVERY_MACHINE(join, (int64_t kind, const float* token, int64_t stride, int count, int width, float* high, float* low),
+                 (kind, token, stride, count, width, high, low))
+
 // What stands for the keys of full tiles, [B, G, part, unit, width]: their mean, their highest and lowest numbers, or
 // the keys themselves ÷ fold, those of a fold apart, so that a part's are neighbours.
-Zeros joined_keys(const Estimate& e, const Cut& cut) {
+Zeros joined_keys(const Estimate& e, const Cut& cut, int machine) {
   const Problem& p = e.problem;
   const Tensor key = keys_of(p);
   const int64_t units = p.keys / p.key_block * cut.units, size = units * p.width, span = p.key_block / cut.units;
@@ -70,22 +89,7 @@ Zeros joined_keys(const Estimate& e, const Cut& cut) {
       for (int j = 0; j < cut.fold; ++j) key.read(row, first + j, high + j * size, 1.0f / float(cut.fold));
       return;
     }
-    std::copy_n(key.at(row, first), p.width, high);
-    if (e.kind == kBounds) std::copy_n(high, p.width, low);
-    for (int64_t j = 1; j < span; ++j) {
-      const float* token = key.at(row, first + j);
-      for (int64_t d = 0; d < p.width; ++d) {
-        const float x = token[d];
-        if (e.kind == kPooled) {
-          high[d] += x;
-        } else {  // a NaN is taken, and stays
-          high[d] = x > high[d] || x != x ? x : high[d];
-          low[d] = x < low[d] || x != x ? x : low[d];
-        }
-      }
-    }
-    if (e.kind == kPooled)
-      for (int64_t d = 0; d < p.width; ++d) high[d] /= float(span);
+    join_on[machine](e.kind, key.at(row, first), p.key_stride[1], int(span), int(p.width), high, low);
   });
   return joined;
 }
@@ -352,7 +356,7 @@ int sentei_estimate(const Estimate* estimate) {
     const Problem& p = e.problem;
     const Sizes s(p);
     const Cut cut(e, s);
-    const Zeros joined = e.kind == kExact ? Zeros() : joined_keys(e, cut);
+    const Zeros joined = e.kind == kExact ? Zeros() : joined_keys(e, cut, s.machine);
     in_parallel(p.batch * p.heads / cut.heads * cut.runs, p.threads, [&] { return EstimateScratch(p, s, cut); },
                 [&](int64_t i, EstimateScratch& t) { estimate_item_on[s.machine](e, s, cut, joined, i, t); });
   });
