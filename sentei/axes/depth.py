@@ -27,6 +27,7 @@ from torch.nn import functional as F
 from sentei.axes.axis import Axis
 from sentei.core.cost import Cost
 from sentei.core.errors import FileError, RuleError, ShapeError
+from sentei.core.precision import in_full, widened
 from sentei.core.rules import All, Capacity, Rule, bad_scores, rule_from_json
 from sentei.core.selection import Selection
 from sentei.core.shapes import check_shape
@@ -178,10 +179,15 @@ class Depth(Axis):
     def score(self, x, lengths=None, cache=None):
         sizes = check_shape("depth", "x", x, "B T D", D=self.gate.in_features)
         if lengths is None:
-            return self.gate(x)
+            return self.gated(x)
         check_shape("depth", "lengths", lengths, "B P", B=sizes["B"], P=2)
         padding = ~real_tokens(lengths, x)[..., None]
-        return self.gate(x.masked_fill(padding, 0)).masked_fill(padding, -torch.inf)
+        return self.gated(x.masked_fill(padding, 0)).masked_fill(padding, -torch.inf)
+
+    def gated(self, x: torch.Tensor) -> torch.Tensor:
+        """The gate's scores [B, T, 1] of x, in fp32 or wider, under autocast too."""
+        with in_full(x):
+            return F.linear(widened(x), widened(self.gate.weight), widened(self.gate.bias))
 
     def select(self, scores, x, lengths=None, cache=None):
         if not self.looks_along:
@@ -209,7 +215,7 @@ class Depth(Axis):
         if rows == 0:
             return x.clone()
         if int(counts.min()) == x.shape[1]:
-            return x + weights * self.block(x, Rows(positions=positions, cache=cache))
+            return x + (weights * self.block(x, Rows(positions=positions, cache=cache))).to(x.dtype)
         # The rows kept, in order, and rows that count 0 where a slot keeps fewer than another (see Rows).
         if cache is None or cache.key is None:
             places = torch.sort(~kept, dim=1, stable=True).indices[:, :rows]
@@ -221,7 +227,7 @@ class Depth(Axis):
         if int(counts.min()) < rows:
             hidden = hidden.masked_fill(~real[..., None], 0)
         update = weights * self.block(hidden, Rows(positions=positions.gather(1, places).where(real, -1), cache=cache))
-        return x.flatten(0, 1).index_add(0, flat, update.flatten(0, 1)).view_as(x)
+        return x.flatten(0, 1).index_add(0, flat, update.flatten(0, 1).to(x.dtype)).view_as(x)
 
     def account(self, selection, x, lengths=None, cache=None):
         counts, tokens = selection.count().sum(1), selection.permitted.sum(1)

@@ -25,10 +25,11 @@ from sentei.axes.experts import soft
 from sentei.axes.experts.balance import Choices, Gauge, Sums
 from sentei.axes.experts.dense import FeedForward, joined, parts
 from sentei.axes.experts.gates import Gate, Soft, Task, Unit, gate_from_json
-from sentei.axes.experts.router import METRICS, Router, in_full, widened
+from sentei.axes.experts.router import METRICS, Router
 from sentei.core.cost import Cost
 from sentei.core.errors import FileError, RuleError, ShapeError
 from sentei.core.modes import is_plain_call
+from sentei.core.precision import in_full, widened
 from sentei.core.rules import MAX_K, All, Capacity, Rule, rule_from_json
 from sentei.core.selection import Selection
 from sentei.core.shapes import check_shape
