@@ -128,8 +128,14 @@ def mixture(value: Routed, config: object) -> nn.Module:
 
 
 def mixture_of_depths(room: depth.Config, block: nn.Module, config: object) -> nn.Module:
-    """The block around which the room stands, dense until its gate is trained."""
-    return depth.start_as_dense(depth.Depth(room, block, width=config.width))
+    """The block around which the room stands, with a small random gate: every update counts about 1.
+
+    With a gate of 0 all tokens would tie, and each sequence would keep its first ones.
+    """
+    made = depth.Depth(room, block, width=config.width)
+    nn.init.normal_(made.gate.weight, std=INITIAL_SPREAD)
+    nn.init.ones_(made.gate.bias)
+    return made
 
 
 class Slot(NamedTuple):
