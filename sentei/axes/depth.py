@@ -125,10 +125,12 @@ class Rows:
     Args:
         positions: int64 [B, N], of the rows among the real tokens of the sequence; -1 for padding.
         cache: of the block, to which it adds the rows' keys and values; None outside generation.
+        tasks: int64 [B], the task of each sequence, for a block that routes by it; or None.
     """
 
     positions: torch.Tensor
     cache: Cache | None = None
+    tasks: torch.Tensor | None = None
 
     def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """Causal attention among these rows and those in the cache; [B, N, H, D] and [B, N, G, D] → [B, N, H, D]."""
@@ -150,10 +152,11 @@ Work = Callable[[torch.Tensor, torch.Tensor], int]
 
 
 class Depth(Axis):
-    """A residual block that only some tokens pass: x [B, T, D] → [B, T, D], optionally with lengths and a cache.
+    """A residual block that only some tokens pass: x [B, T, D] → [B, T, D], optionally with lengths, cache and tasks.
 
     Inputs: x; lengths int64 [B, 2], start and stop of the real tokens (padding is never kept); a `Cache`, in
-    evaluation, to which the rows kept are added. With a cache a token's choice and output are those without one.
+    evaluation, to which the rows kept are added; tasks, which the block is told (`Rows`). With a cache a token's choice
+    and output are those without one.
 
     Args:
         config: how to choose.
@@ -176,7 +179,7 @@ class Depth(Axis):
         nn.init.zeros_(self.predictor.bias)
         self.work = self.linear_work if work is None else work
 
-    def score(self, x, lengths=None, cache=None):
+    def score(self, x, lengths=None, cache=None, tasks=None):
         sizes = check_shape("depth", "x", x, "B T D", D=self.gate.in_features)
         if lengths is None:
             return self.gated(x)
@@ -189,7 +192,7 @@ class Depth(Axis):
         with in_full(x):
             return F.linear(widened(x), widened(self.gate.weight), widened(self.gate.bias))
 
-    def select(self, scores, x, lengths=None, cache=None):
+    def select(self, scores, x, lengths=None, cache=None, tasks=None):
         if not self.looks_along:
             return super().select(scores, x, lengths, cache)
         if self.training and cache is not None:
@@ -206,7 +209,7 @@ class Depth(Axis):
     def weigh(self, selection, scores, *inputs):
         return selection.weigh(scores)
 
-    def apply(self, selection, x, lengths=None, cache=None):
+    def apply(self, selection, x, lengths=None, cache=None, tasks=None):
         kept, weights = selection.mask()[..., 0], selection.dense_weights()
         counts, positions = kept.sum(1), self.positions(x, lengths, cache)
         rows = int(counts.max()) if counts.numel() else 0
@@ -215,7 +218,7 @@ class Depth(Axis):
         if rows == 0:
             return x.clone()
         if int(counts.min()) == x.shape[1]:
-            return x + (weights * self.block(x, Rows(positions=positions, cache=cache))).to(x.dtype)
+            return x + (weights * self.block(x, Rows(positions=positions, cache=cache, tasks=tasks))).to(x.dtype)
         # The rows kept, in order, and rows that count 0 where a slot keeps fewer than another (see Rows).
         if cache is None or cache.key is None:
             places = torch.sort(~kept, dim=1, stable=True).indices[:, :rows]
@@ -226,10 +229,11 @@ class Depth(Axis):
         real = kept.gather(1, places)
         if int(counts.min()) < rows:
             hidden = hidden.masked_fill(~real[..., None], 0)
-        update = weights * self.block(hidden, Rows(positions=positions.gather(1, places).where(real, -1), cache=cache))
+        positions = positions.gather(1, places).where(real, -1)
+        update = weights * self.block(hidden, Rows(positions=positions, cache=cache, tasks=tasks))
         return x.flatten(0, 1).index_add(0, flat, update.flatten(0, 1).to(x.dtype)).view_as(x)
 
-    def account(self, selection, x, lengths=None, cache=None):
+    def account(self, selection, x, lengths=None, cache=None, tasks=None):
         counts, tokens = selection.count().sum(1), selection.permitted.sum(1)
         none = torch.zeros_like(tokens)
         held = none if cache is None or cache.positions is None else (cache.positions >= 0).sum(1)
