@@ -131,7 +131,11 @@ class Renormalised(Gate):
 
 @dataclass(frozen=True)
 class Noisy(Renormalised):
-    """The same, of logits to which the router adds noise of a learned size while it trains."""
+    """The same, of logits to which the router adds noise of a learned size while it trains; k of them, a smooth load
+    being the chance to be among so many."""
+
+    def fits(self, rule):
+        return isinstance(rule, TopK) and super().fits(rule)
 
 
 @dataclass(frozen=True)
