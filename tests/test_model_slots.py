@@ -26,6 +26,7 @@ def test_padding_takes_no_expert_s_room():
 
 ROOMS = {
     "experts": {"feed_forward": Routed(neurons=32, room=experts.Config(rule=TopK(2), gate=Softmax(), unit=8))},
+    "capacity": {"feed_forward": Routed(neurons=32, room=experts.Config(rule=TopK(1), gate=Softmax(1.0), unit=8))},
     "choice": {"feed_forward": Routed(neurons=32, room=experts.Config(rule=Capacity(0.5), gate=Choice(), unit=8))},
     "depth": {"depth": depth.Config(rule=Capacity(0.5))},
     "both": {"feed_forward": Routed(neurons=32, room=experts.Config(unit=16)), "depth": depth.Config()},
@@ -54,7 +55,7 @@ def test_rooms_in_the_slots_train_and_generate_as_without_a_cache(room):
         torch.testing.assert_close(net(later)[:, :8], net(tokens)[:, :8], rtol=1e-9, atol=1e-9)
     with trace(net) as records:
         net(tokens)
-    kinds = {"experts": ["experts"], "choice": ["experts"], "depth": ["depth"], "both": ["experts", "depth"]}[room]
+    kinds = {"depth": ["depth"], "both": ["experts", "depth"]}.get(room, ["experts"])
     assert all(any(kind in type_of(net, path) for path in records.paths()) for kind in kinds)
 
 
