@@ -240,7 +240,8 @@ ROOMS = {
         mixed=(0,),
         rules=(All(), Capacity(0.5), Capacity(0.25)),
         strict=Capacity(0.3),
-        whole=(All(), Mass(1.0), Threshold(0), TopK(10**6), Capacity(1.0)),
+        # A lone candidate's share is always 1, so that no threshold drops it.
+        whole=(All(), Mass(1.0), Threshold(0), Threshold(1), TopK(10**6), Capacity(1.0)),
         ladders={"capacity": [All(), Capacity(1.0), Capacity(0.5), Capacity(0.2), Capacity(0)],
                  "top_k": [TopK(2), TopK(1), TopK(0)]},
         weighs_by_score=True,

@@ -156,7 +156,7 @@ class Depth(Axis):
 
     Inputs: x; lengths int64 [B, 2], start and stop of the real tokens (padding is never kept); a `Cache`, in
     evaluation, to which the rows kept are added; tasks, which the block is told (`Rows`). With a cache a token's choice
-    and output are those without one.
+    and output are those without one, if x has the same bits (see `predict`).
 
     Args:
         config: how to choose.
@@ -257,8 +257,9 @@ class Depth(Axis):
     def predict(self, x: torch.Tensor) -> torch.Tensor:
         """Logits [..., 1] of x [..., D] that a token is among those kept; no gradient reaches x.
 
-        Summed row by row, and not by a matrix product: a token's logit has the same bits whatever stands beside it,
-        so that prompt and generation choose the same tokens.
+        Summed row by row, and not by a matrix product: for the same bits of x a token's logit has the same bits
+        whatever stands beside it. What comes before may round x otherwise in a prompt than in generation, and then a
+        token whose logit is within that of the threshold may be kept in the one and not in the other.
         """
         parts = x.detach().flatten(0, -2).split(ROWS_AT_ONCE)
         sums = torch.cat([(part * self.predictor.weight[0]).sum(-1) * (part.square().mean(-1) + TINY).rsqrt()
