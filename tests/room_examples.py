@@ -33,6 +33,7 @@ class Example:
         strict: TopK(4), or a Capacity where a query has fewer candidates, that keeps a part.
         whole: rules that keep everything.
         ladders: lists of rules, each from dearest to cheapest; none where the room does not choose.
+        mixed: which inputs autocast may hand in bf16 while the others are fp32.
         weighs_by_score: the score is also the weight, and so on the path of the gradient.
     """
 
@@ -47,6 +48,7 @@ class Example:
     strict: Rule = TopK(4)
     whole: tuple[Rule, ...] = (All(), Mass(1.0), Threshold(0), TopK(10**6))
     ladders: dict[str, list[Rule]] = field(default_factory=lambda: LADDERS)
+    mixed: tuple[int, ...] = ()
     weighs_by_score: bool = False
 
 
@@ -191,6 +193,7 @@ ROOMS = {
         dense=lambda: (layer := nn.Sequential(nn.Linear(16, 24, bias=False), nn.SiLU(), nn.Linear(24, 16)), layer),
         x=lambda: torch.randn(2, 20, 16),
         reach=reach_of_experts,
+        mixed=(0,),
     ),
     "heads": Example(
         config=lambda rule: heads.Config(),
@@ -213,6 +216,7 @@ ROOMS = {
         dense=adapted_layer,
         x=lambda: torch.randn(2, 20, 16),
         reach=reach_of_rank,
+        mixed=(0,),
     ),
     "channels": Example(
         config=lambda rule: channels.Config(rule=rule),
@@ -223,6 +227,7 @@ ROOMS = {
         dense=gated_layer,
         x=lambda: torch.randn(2, 8, 6, 5),
         reach=reach_of_channels,
+        mixed=(0, 1),
     ),
     "depth": Example(
         config=lambda rule: depth.Config(rule=rule),
@@ -232,9 +237,11 @@ ROOMS = {
         dense=transformer_layer,
         x=lambda: torch.randn(2, 20, 16),
         reach=reach_of_depth,
+        mixed=(0,),
         rules=(All(), Capacity(0.5), Capacity(0.25)),
         strict=Capacity(0.3),
-        whole=(All(), Mass(1.0), Threshold(0), TopK(10**6), Capacity(1.0)),
+        # A lone candidate's share is always 1, so that no threshold drops it.
+        whole=(All(), Mass(1.0), Threshold(0), Threshold(1), TopK(10**6), Capacity(1.0)),
         ladders={"capacity": [All(), Capacity(1.0), Capacity(0.5), Capacity(0.2), Capacity(0)],
                  "top_k": [TopK(2), TopK(1), TopK(0)]},
         weighs_by_score=True,
@@ -247,6 +254,7 @@ ROOMS = {
         dense=linear_layer,
         x=lambda: torch.randn(2, 20, 16),
         reach=reach_of_weights,
+        mixed=(0,),
         rules=(All(), TopK(4), Capacity(0.5), Fixed((0, 2))),
         whole=(All(), TopK(10**6), Capacity(1.0), Fixed(tuple(range(16)))),
         ladders={"capacity": [All(), Capacity(1.0), Capacity(0.5), Capacity(0.2), Capacity(0)],

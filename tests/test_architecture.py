@@ -24,7 +24,7 @@ FLOORS = {
     "axes": {"core", "kernels"},
     "geometry": {"core"},
     "circuit": {"core"},
-    "measurement": LOWER,
+    "measurement": LOWER | {"geometry"},
     "conversion": LOWER,
     "benches": LOWER | {"conversion", "measurement"},
     "model": LOWER,

@@ -237,13 +237,13 @@ class Some(Axis):
         self.up = nn.Linear(model.width, config.hidden, bias=False)
         self.down = nn.Linear(config.hidden, model.width, bias=False)
 
-    def score(self, x, mask=None):
+    def score(self, x, mask=None, tasks=None):
         return self.up(x).abs()
 
-    def apply(self, selection, x, mask=None):
+    def apply(self, selection, x, mask=None, tasks=None):
         return self.down(self.up(x) * selection.mask())
 
-    def account(self, selection, x, mask=None):
+    def account(self, selection, x, mask=None, tasks=None):
         width = x.shape[-1]
         kept, permitted = int(selection.count().sum()), int(selection.permitted.sum())
         return Cost(multiply_adds=2 * kept * width, dense_multiply_adds=2 * permitted * width), "eager", "a test"
@@ -272,10 +272,10 @@ class Halved(Axis):
         super().__init__(TopK(1))
         self.block, self.gate = block, nn.Linear(1, 1)
 
-    def score(self, x, lengths, cache):
+    def score(self, x, lengths, cache, tasks):
         return torch.zeros(*x.shape[:2], 1, dtype=x.dtype)
 
-    def apply(self, selection, x, lengths, cache):
+    def apply(self, selection, x, lengths, cache, tasks):
         positions = torch.arange(x.shape[1]).expand(x.shape[:2])
         return x + self.block(x, home.Rows(positions=positions, cache=cache)) / 2
 

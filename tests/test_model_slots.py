@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from sentei.axes import depth, experts
-from sentei.axes.experts.gates import Choice, Softmax
-from sentei.core.errors import FileError
-from sentei.core.rules import Capacity, TopK
+from sentei.axes.experts.gates import Choice, Softmax, Task
+from sentei.core.errors import FileError, RuleError, ShapeError
+from sentei.core.rules import Capacity, Mass, TopK
 from sentei.core.tracing import trace
 from sentei.model import Config, Routed, Transformer
 
@@ -26,6 +26,7 @@ def test_padding_takes_no_expert_s_room():
 
 ROOMS = {
     "experts": {"feed_forward": Routed(neurons=32, room=experts.Config(rule=TopK(2), gate=Softmax(), unit=8))},
+    "capacity": {"feed_forward": Routed(neurons=32, room=experts.Config(rule=TopK(1), gate=Softmax(1.0), unit=8))},
     "choice": {"feed_forward": Routed(neurons=32, room=experts.Config(rule=Capacity(0.5), gate=Choice(), unit=8))},
     "depth": {"depth": depth.Config(rule=Capacity(0.5))},
     "both": {"feed_forward": Routed(neurons=32, room=experts.Config(unit=16)), "depth": depth.Config()},
@@ -54,8 +55,68 @@ def test_rooms_in_the_slots_train_and_generate_as_without_a_cache(room):
         torch.testing.assert_close(net(later)[:, :8], net(tokens)[:, :8], rtol=1e-9, atol=1e-9)
     with trace(net) as records:
         net(tokens)
-    kinds = {"experts": ["experts"], "choice": ["experts"], "depth": ["depth"], "both": ["experts", "depth"]}[room]
+    kinds = {"depth": ["depth"], "both": ["experts", "depth"]}.get(room, ["experts"])
     assert all(any(kind in type_of(net, path) for path in records.paths()) for kind in kinds)
+
+
+BY_TASK = {
+    "two experts": (experts.Config(rule=TopK(2), gate=Task(3), unit=8), None),
+    "layers that keep different numbers": (experts.Config(rule=Mass(0.5), gate=Task(3), unit=8, shared=1), None),
+    "tokens that skip blocks": (experts.Config(rule=TopK(2), gate=Task(3), unit=8, metric="cosine"),
+                                depth.Config(rule=Capacity(0.5))),
+}
+
+
+def by_task(kind: str) -> Transformer:
+    torch.manual_seed(0)
+    room, skipped = BY_TASK[kind]
+    net = Transformer(Config(vocabulary=40, width=16, layers=2, heads=(2, 1), depth=skipped,
+                             feed_forward=Routed(neurons=48, room=room))).double().eval()
+    for name, parameter in net.named_parameters():
+        if "router" in name or "predictor" in name:
+            torch.nn.init.normal_(parameter)
+    return net
+
+
+@pytest.mark.parametrize("kind", BY_TASK)
+def test_a_task_is_a_smaller_model_of_its_own(kind):
+    net, tokens, lengths = by_task(kind), torch.randint(0, 40, (3, 12)), torch.tensor([[0, 12], [4, 12], [1, 12]])
+    tasks = torch.tensor([2, 0, 1])
+    answers, written = net(tokens, lengths, tasks=tasks), net.generate(tokens, 6, lengths=lengths, tasks=tasks)
+    before = {name: weight.clone() for name, weight in net.state_dict().items()}
+    for row, task in enumerate(tasks.tolist()):
+        small = net.extract(task)
+        assert small.size()[0] < net.size()[0] and type(small.config.feed_forward) is int and not small.training
+        again = Transformer(Config.from_json(json.loads(json.dumps(small.config.to_json())))).double().eval()
+        again.load_state_dict(small.state_dict())
+        for model in (small, again):
+            start = int(lengths[row, 0])
+            torch.testing.assert_close(model(tokens[row:row + 1, start:]), answers[row:row + 1, start:])
+            assert torch.equal(model.generate(tokens[row:row + 1, start:], 6), written[row:row + 1, start:])
+        with torch.no_grad():
+            for parameter in small.parameters():
+                parameter.zero_()
+    assert all(torch.equal(weight, before[name]) for name, weight in net.state_dict().items()), "a copy"
+    other = net(tokens, lengths, tasks=(tasks + 1) % 3)
+    assert not torch.allclose(other[0], answers[0], rtol=1e-3)
+    net.train()(tokens, tasks=tasks).square().mean().backward()
+    assert all(parameter.grad is not None for name, parameter in net.named_parameters() if "router" in name)
+    assert net.extract(0).training
+
+
+def test_tasks_are_asked_for_where_experts_are_chosen_by_them_and_there_alone():
+    net, tokens = by_task("two experts"), torch.randint(0, 40, (2, 5))
+    plain = Transformer(Config(vocabulary=40, width=16, layers=1, heads=(2, 1)))
+    for model, tasks, told in ((net, None, "got no tasks for"), (plain, torch.tensor([0, 1]), "got tasks for"),
+                               (net, torch.tensor([0]), r"tasks \[B\] with B=2"), (net, torch.tensor([0, 3]), "0 to 2"),
+                               (net, torch.tensor([0.0, 1.0]), "int64")):
+        with pytest.raises(ShapeError, match=told):
+            model(tokens, tasks=tasks)
+    for task in (-1, 3, 1.0):
+        with pytest.raises(ShapeError, match="tasks int64 from 0 to 2"):
+            net.extract(task)
+    with pytest.raises(RuleError, match="extract: expected experts with a Task gate"):
+        plain.extract(0)
 
 
 def type_of(net, path: str) -> str:

@@ -9,7 +9,6 @@ bytes.
 import statistics
 
 import torch
-from torch import nn
 
 from benchmarks.experiments.harness import Experiment, Place, Variant, carry_out, trained
 from benchmarks.experiments.parts import transformer
@@ -24,10 +23,8 @@ SHAPE = {"width": 96, "heads": (4, 4), "feed_forward": 192}
 
 
 def mixture_of_depths(share: float) -> Transformer:
-    """Two dense blocks and two that a share of the bytes passes, in turn; the gates begin small and random."""
+    """Two dense blocks and two that a share of the bytes passes, in turn."""
     model = transformer(**SHAPE, layers=4, depth=depth.Config(rule=Capacity(share)))
-    for room in (module for module in model.modules() if isinstance(module, depth.Depth)):
-        nn.init.normal_(room.gate.weight, std=0.02)
     dense = transformer(**SHAPE, layers=4)
     for number in (0, 2):
         model.blocks[number] = dense.blocks[number]

@@ -67,8 +67,7 @@ def work(model: Transformer, windows: torch.Tensor, domains: torch.Tensor) -> li
     with torch.no_grad(), trace(model) as records:
         model(windows[:, :-1])
     lines = []
-    routed = {path: load for path, load in loads(records).items() if path.endswith(".experts")}
-    for path, load in routed.items():
+    for path, load in loads(records).items():
         found = specialisation(records.at(path), [domains])
         lift, names = found.lift(), [DOMAINS[label] for label in found.labels]
         most = ", ".join(f"{name} {lift[row].max():.1f}" for row, name in enumerate(names))

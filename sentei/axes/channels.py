@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from sentei.axes.axis import Axis
 from sentei.core.cost import Cost
 from sentei.core.errors import FileError, RuleError, ShapeError
+from sentei.core.precision import are_alike, product_dtype
 from sentei.core.rules import All, Capacity, Rule, rule_from_json
 from sentei.core.selection import Selection
 
@@ -100,8 +101,9 @@ class Channels(Axis):
                  ) -> torch.Tensor:
         """The convolution of maps [B, C, Y, X], each times its gate [B, C]; of no map it is the bias alone."""
         if 0 in maps.shape[:2]:
-            empty = maps.new_zeros(maps.shape[0], weight.shape[0], *self.output_size(maps, weight))
-            return empty if bias is None else empty + bias[:, None, None]
+            empty = maps.new_zeros(maps.shape[0], weight.shape[0], *self.output_size(maps, weight),
+                                   dtype=product_dtype(maps))
+            return empty if bias is None else empty + bias[:, None, None].to(empty.dtype)
         return F.conv2d(maps * gates[..., None, None], weight, bias, self.stride, self.padding, self.dilation)
 
     def output_size(self, maps: torch.Tensor, weight: torch.Tensor) -> Pair:
@@ -232,8 +234,7 @@ def _how(selection: Selection) -> str:
 def _check(maps: torch.Tensor, logits: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
     fits = (maps.dim() == weight.dim() == 4 and logits.shape == maps.shape[:2] and weight.shape[1] == maps.shape[1]
             and (bias is None or bias.shape == weight.shape[:1]))
-    kinds = {(part.dtype, part.device) for part in (maps, logits, weight, bias) if part is not None}
-    if not fits or len(kinds) > 1 or not maps.is_floating_point():
+    if not fits or not are_alike(maps, logits, weight, bias):
         raise ShapeError("channels", expected="maps [B, C, Y, X], logits [B, C], weight [O, C, KY, KX] and bias [O], "
                          "of one floating dtype and device",
                          got=", ".join(f"{part.dtype} {list(part.shape)}" for part in (maps, logits, weight, bias)

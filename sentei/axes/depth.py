@@ -27,6 +27,7 @@ from torch.nn import functional as F
 from sentei.axes.axis import Axis
 from sentei.core.cost import Cost
 from sentei.core.errors import FileError, RuleError, ShapeError
+from sentei.core.precision import in_full, widened
 from sentei.core.rules import All, Capacity, Rule, bad_scores, rule_from_json
 from sentei.core.selection import Selection
 from sentei.core.shapes import check_shape
@@ -124,10 +125,12 @@ class Rows:
     Args:
         positions: int64 [B, N], of the rows among the real tokens of the sequence; -1 for padding.
         cache: of the block, to which it adds the rows' keys and values; None outside generation.
+        tasks: int64 [B], the task of each sequence, for a block that routes by it; or None.
     """
 
     positions: torch.Tensor
     cache: Cache | None = None
+    tasks: torch.Tensor | None = None
 
     def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """Causal attention among these rows and those in the cache; [B, N, H, D] and [B, N, G, D] → [B, N, H, D]."""
@@ -149,10 +152,11 @@ Work = Callable[[torch.Tensor, torch.Tensor], int]
 
 
 class Depth(Axis):
-    """A residual block that only some tokens pass: x [B, T, D] → [B, T, D], optionally with lengths and a cache.
+    """A residual block that only some tokens pass: x [B, T, D] → [B, T, D], optionally with lengths, cache and tasks.
 
     Inputs: x; lengths int64 [B, 2], start and stop of the real tokens (padding is never kept); a `Cache`, in
-    evaluation, to which the rows kept are added. With a cache a token's choice and output are those without one.
+    evaluation, to which the rows kept are added; tasks, which the block is told (`Rows`). With a cache a token's choice
+    and output are those without one, if x has the same bits (see `predict`).
 
     Args:
         config: how to choose.
@@ -175,15 +179,20 @@ class Depth(Axis):
         nn.init.zeros_(self.predictor.bias)
         self.work = self.linear_work if work is None else work
 
-    def score(self, x, lengths=None, cache=None):
+    def score(self, x, lengths=None, cache=None, tasks=None):
         sizes = check_shape("depth", "x", x, "B T D", D=self.gate.in_features)
         if lengths is None:
-            return self.gate(x)
+            return self.gated(x)
         check_shape("depth", "lengths", lengths, "B P", B=sizes["B"], P=2)
         padding = ~real_tokens(lengths, x)[..., None]
-        return self.gate(x.masked_fill(padding, 0)).masked_fill(padding, -torch.inf)
+        return self.gated(x.masked_fill(padding, 0)).masked_fill(padding, -torch.inf)
 
-    def select(self, scores, x, lengths=None, cache=None):
+    def gated(self, x: torch.Tensor) -> torch.Tensor:
+        """The gate's scores [B, T, 1] of x, in fp32 or wider, under autocast too."""
+        with in_full(x):
+            return F.linear(widened(x), widened(self.gate.weight), widened(self.gate.bias))
+
+    def select(self, scores, x, lengths=None, cache=None, tasks=None):
         if not self.looks_along:
             return super().select(scores, x, lengths, cache)
         if self.training and cache is not None:
@@ -200,7 +209,7 @@ class Depth(Axis):
     def weigh(self, selection, scores, *inputs):
         return selection.weigh(scores)
 
-    def apply(self, selection, x, lengths=None, cache=None):
+    def apply(self, selection, x, lengths=None, cache=None, tasks=None):
         kept, weights = selection.mask()[..., 0], selection.dense_weights()
         counts, positions = kept.sum(1), self.positions(x, lengths, cache)
         rows = int(counts.max()) if counts.numel() else 0
@@ -209,7 +218,7 @@ class Depth(Axis):
         if rows == 0:
             return x.clone()
         if int(counts.min()) == x.shape[1]:
-            return x + weights * self.block(x, Rows(positions=positions, cache=cache))
+            return x + (weights * self.block(x, Rows(positions=positions, cache=cache, tasks=tasks))).to(x.dtype)
         # The rows kept, in order, and rows that count 0 where a slot keeps fewer than another (see Rows).
         if cache is None or cache.key is None:
             places = torch.sort(~kept, dim=1, stable=True).indices[:, :rows]
@@ -220,10 +229,11 @@ class Depth(Axis):
         real = kept.gather(1, places)
         if int(counts.min()) < rows:
             hidden = hidden.masked_fill(~real[..., None], 0)
-        update = weights * self.block(hidden, Rows(positions=positions.gather(1, places).where(real, -1), cache=cache))
-        return x.flatten(0, 1).index_add(0, flat, update.flatten(0, 1)).view_as(x)
+        positions = positions.gather(1, places).where(real, -1)
+        update = weights * self.block(hidden, Rows(positions=positions, cache=cache, tasks=tasks))
+        return x.flatten(0, 1).index_add(0, flat, update.flatten(0, 1).to(x.dtype)).view_as(x)
 
-    def account(self, selection, x, lengths=None, cache=None):
+    def account(self, selection, x, lengths=None, cache=None, tasks=None):
         counts, tokens = selection.count().sum(1), selection.permitted.sum(1)
         none = torch.zeros_like(tokens)
         held = none if cache is None or cache.positions is None else (cache.positions >= 0).sum(1)
@@ -247,8 +257,9 @@ class Depth(Axis):
     def predict(self, x: torch.Tensor) -> torch.Tensor:
         """Logits [..., 1] of x [..., D] that a token is among those kept; no gradient reaches x.
 
-        Summed row by row, and not by a matrix product: a token's logit has the same bits whatever stands beside it,
-        so that prompt and generation choose the same tokens.
+        Summed row by row, and not by a matrix product: for the same bits of x a token's logit has the same bits
+        whatever stands beside it. What comes before may round x otherwise in a prompt than in generation, and then a
+        token whose logit is within that of the threshold may be kept in the one and not in the other.
         """
         parts = x.detach().flatten(0, -2).split(ROWS_AT_ONCE)
         sums = torch.cat([(part * self.predictor.weight[0]).sum(-1) * (part.square().mean(-1) + TINY).rsqrt()

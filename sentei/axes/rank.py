@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from sentei.axes.axis import Axis
 from sentei.core.cost import Cost
 from sentei.core.errors import FileError, RuleError, ShapeError, UnsupportedError
+from sentei.core.precision import are_alike
 from sentei.core.rules import MAX_K, All, Capacity, Rule, rule_from_json
 from sentei.core.selection import Selection
 
@@ -155,15 +156,15 @@ class Rank(Axis):
 
     def kept_rows(self, selection: Selection, b: torch.Tensor, onto: torch.Tensor | None) -> torch.Tensor:
         """onto + s · Σ over what is kept of its weight times its row of bᵀ; nothing is read of what is not kept."""
-        rows, kept = b.mT.flatten(0, -2).contiguous(), selection.ids >= 0
         ids, weights = selection.ids, selection.weights
+        rows, kept = b.mT.flatten(0, -2).to(weights.dtype).contiguous(), ids >= 0
         if b.dim() == 3:
             ids = ids + selection.num_candidates * torch.arange(len(b), device=b.device)[:, None, None]
         counts = kept.sum(-1).flatten()
         change = F.embedding_bag(ids[kept], rows, counts.cumsum(0) - counts, mode="sum",
                                  per_sample_weights=weights[kept] * self.scale)
         change = change.view(*selection.ids.shape[:-1], b.shape[-2])
-        return change if onto is None else onto + change
+        return change if onto is None else onto.to(change.dtype) + change
 
 
 class Adapter(nn.Module):
@@ -311,7 +312,8 @@ def _check(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, onto: torch.Tensor
                          got=", ".join(str(list(t.shape)) for t in (x, a, b, onto) if t is not None),
                          do="give tensors that fit")
     alike = x.dtype == a.dtype == b.dtype and x.device == a.device == b.device and x.is_floating_point()
-    if not alike or onto is not None and (onto.dtype != x.dtype or onto.device != x.device):
+    alike = alike and (onto is None or onto.dtype == x.dtype and onto.device == x.device)
+    if not alike and not are_alike(x, a, b, onto):
         raise ShapeError("rank", expected="one floating dtype and one device",
                          got=", ".join(f"{t.dtype} on {t.device}" for t in (x, a, b, onto) if t is not None),
                          do="convert them")

@@ -2,8 +2,9 @@
 
 All contenders of a case run in turn, in one process, on the same numbers; a ratio is the median over turns of a peer's
 seconds ÷ ours. Outputs, and where there is a backward the gradients, are compared before anything is timed. In the
-cases of few tokens the weights are cycled through many copies, so that none is in the cache, and a native loop that
-reads as many bytes as the chosen experts have goes in turn with the rest: the bandwidth is ours as a share of what it
+cases of few tokens every call reads other experts, of one of many copies, and the experts read until one's turn comes
+again are more than the caches hold; a native loop that reads as many bytes as the chosen experts have goes in turn with
+the rest: the bandwidth is ours as a share of what it
 reaches. Python is in every figure.
 
 st-moe-pytorch, where it is installed, chooses by itself and drops tokens: it does another sum of the same size, with
@@ -84,16 +85,17 @@ class Subject:
 
         generator = torch.Generator().manual_seed(0)
         config = MixtralConfig(hidden_size=case.width, intermediate_size=case.inner, num_local_experts=case.experts)
-        copies = 1 if case.kind == "many" else max(2, cold.size() // (case.bytes * case.experts))
+        self.ids = torch.rand(case.tokens, case.experts, generator=generator).topk(case.top).indices
+        self.choices = [self.ids] if case.kind == "many" else list(others(self.ids, case.experts, generator))
+        read = len(self.choices) * len(self.ids.unique()) * case.bytes
         self.modules = []
-        for _ in range(copies):
+        for _ in range(1 if case.kind == "many" else max(2, -(-cold.size() // read))):
             module = MixtralExperts(config).to(case.dtype)
             with torch.no_grad():
                 for weight in module.parameters():
                     weight.copy_(torch.randn(weight.shape, generator=generator) * case.width ** -0.5)
             self.modules.append(module.requires_grad_(case.backward))
         self.hidden = torch.randn(case.tokens, case.width, generator=generator).to(case.dtype)
-        self.ids = torch.rand(case.tokens, case.experts, generator=generator).topk(case.top).indices
         self.weights = torch.rand(case.tokens, case.top, generator=generator).to(case.dtype)
         self.gradient = torch.randn(case.tokens, case.width, generator=generator).to(case.dtype)
         self.leaves = [tensor.requires_grad_(case.backward) for tensor in (self.hidden, self.weights)]
@@ -105,16 +107,23 @@ class Subject:
         """The module's weights as `route` reads them."""
         return Stack.from_joint(module.gate_up_proj, module.down_proj)
 
+    @property
+    def calls(self) -> int:
+        """How many calls, from number 0 on, read something else each."""
+        return len(self.modules) * len(self.choices)
+
     def ours(self, number: int = 0) -> torch.Tensor:
         """A call of sentei."""
-        stack = self.stack(self.modules[number]) if self.case.backward else self.stacks[number]
-        return self.finish(route(self.hidden, self.ids, self.weights, stack))
+        choice, copy = divmod(number, len(self.modules))
+        stack = self.stack(self.modules[copy]) if self.case.backward else self.stacks[copy]
+        return self.finish(route(self.hidden, self.choices[choice], self.weights, stack))
 
     def theirs(self, name: str, number: int = 0) -> torch.Tensor:
         """A call of transformers' backend with that name."""
-        module = self.modules[number]
+        choice, copy = divmod(number, len(self.modules))
+        module = self.modules[copy]
         module.config._experts_implementation = name
-        return self.finish(module(self.hidden, self.ids, self.weights))
+        return self.finish(module(self.hidden, self.choices[choice], self.weights))
 
     def finish(self, output: torch.Tensor) -> torch.Tensor:
         """The backward, if there is one, into fresh gradients."""
@@ -125,7 +134,7 @@ class Subject:
         return output
 
     def contenders(self) -> dict[str, Callable[[int], object]]:
-        """Ours and the peers, by name, each a call of the copy with a number."""
+        """Ours and the peers, by name, each a call with a number."""
         named = {"ours": self.ours}
         for name in PEERS:
             if name == "batched_mm" and self.case.kind == "many":
@@ -144,6 +153,14 @@ class Subject:
         for found, expected in zip(*results, strict=True):
             gap = (found.float() - expected.float()).norm() / expected.float().norm()
             assert gap < (1e-5 if self.case.dtype == torch.float32 else 0.02), f"{self.case}: differs by {gap:.2g}"
+
+
+def others(ids: torch.Tensor, experts: int, generator: torch.Generator) -> Iterator[torch.Tensor]:
+    """The choice ids [T, K] with other experts in the place of those chosen, as often as none comes twice."""
+    chosen, places = ids.unique(return_inverse=True)
+    for group in torch.randperm(experts, generator=generator).split(len(chosen)):
+        if len(group) == len(chosen):
+            yield group[places]
 
 
 def st_moe(subject: Subject) -> Callable[[int], None]:
@@ -166,9 +183,9 @@ def st_moe(subject: Subject) -> Callable[[int], None]:
 def turns(subject: Subject, runs: int) -> dict[str, list[float]]:
     """Seconds a call, turn by turn, of each contender, and of reading the chosen experts where tokens are few."""
     case, named = subject.case, subject.contenders()
-    each, seconds = len(subject.modules), {name: [] for name in named}
+    each, seconds = subject.calls, {name: [] for name in named}
     floats = len(subject.ids.unique()) * case.bytes // 4 // 128 * 128
-    if each > 1:
+    if case.kind == "few":
         seconds["read"] = []
         memory = torch.ones(cold.size() // 4)
         named["read"] = lambda number: read(memory, number * floats % memory.numel() // 128 * 128, floats)

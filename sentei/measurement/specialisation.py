@@ -18,6 +18,8 @@ from sentei.core.errors import RuleError, ShapeError
 from sentei.core.selection import Selection
 from sentei.core.tracing import Record, Trace
 
+ROOMS = ("experts", "neurons")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Load:
@@ -49,7 +51,7 @@ class Load:
 
 
 def loads(records: Trace, *, level: float = 0.95, part: float = 0.01) -> dict[str, Load]:
-    """The load of every layer in a trace, over all its calls.
+    """The load of every layer of experts in a trace, over all its calls; other rooms are left out.
 
     Args:
         level: of the bounds (Clopper and Pearson 1934, one-sided, Bonferroni over a layer's experts).
@@ -58,7 +60,8 @@ def loads(records: Trace, *, level: float = 0.95, part: float = 0.01) -> dict[st
     if not 0 < level < 1 or not 0 < part < 1:
         raise RuleError("loads", expected="level and part above 0 and below 1", got=f"{level!r}, {part!r}",
                         do="choose others, e.g. 0.95 and 0.01")
-    return {path: _load(records.at(path), level, part) for path in records.paths()}
+    found = dict.fromkeys(record.path for record in records if record.room in ROOMS)
+    return {path: _load(records.at(path), level, part) for path in found}
 
 
 def _load(records: Sequence[Record], level: float, part: float) -> Load:

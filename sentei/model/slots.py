@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from sentei.axes import depth, experts
+from sentei.axes.experts.gates import Task
 from sentei.core.errors import FileError, SenteiError, require
 
 INITIAL_SPREAD = 0.02
@@ -27,8 +28,9 @@ class GatedFeedForward(nn.Module):
         self.gate, self.up = linear(config.width, hidden), linear(config.width, hidden)
         self.down = linear(hidden, config.width, adds=config)
 
-    def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-        """The layer's output for x; no token of it depends on another, so that the mask does not matter."""
+    def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None, tasks: torch.Tensor | None = None
+                ) -> torch.Tensor:
+        """The layer's output for x; no token of it depends on another or on a task, so that neither matters."""
         return self.down(F.silu(self.gate(x)) * self.up(x))
 
 
@@ -58,10 +60,12 @@ class Rows:
     Args:
         positions: int64 [B, N], their places among the real tokens of their sequence; -1 for padding.
         cache: of the layer, or None.
+        tasks: int64 [B], the task of each sequence, for experts chosen by it; or None.
     """
 
     positions: torch.Tensor
     cache: Cache | None = None
+    tasks: torch.Tensor | None = None
 
 
 class EveryToken(nn.Module):
@@ -75,12 +79,14 @@ class EveryToken(nn.Module):
         super().__init__()
         self.block = block
 
-    def forward(self, x: torch.Tensor, lengths: torch.Tensor | None = None, cache: Cache | None = None) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, lengths: torch.Tensor | None = None, cache: Cache | None = None,
+                tasks: torch.Tensor | None = None) -> torch.Tensor:
         """x + block(x).
 
         Args:
             lengths: int64 [B, 2], start and stop of the real tokens of x.
             cache: the layer's; x goes on where it ends.
+            tasks: see `Rows`.
         """
         places = positions = torch.arange(x.shape[1], device=x.device).expand(x.shape[:2])
         if lengths is not None:
@@ -88,7 +94,7 @@ class EveryToken(nn.Module):
             positions = (places - lengths[:, :1]).where(real, -1)
         if cache is not None and cache.positions is not None:
             positions = (positions + cache.positions.amax(1, keepdim=True) + 1).where(positions >= 0, -1)
-        return x + self.block(x, Rows(positions=positions, cache=cache))
+        return x + self.block(x, Rows(positions=positions, cache=cache, tasks=tasks))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,9 +133,32 @@ def mixture(value: Routed, config: object) -> nn.Module:
     return experts.MixtureOfExperts(value.room, width=config.width, neurons=value.neurons, causal=config.causal)
 
 
+def is_by_task(feed_forward: object) -> bool:
+    """Whether a configuration in the slot `feed_forward` chooses experts by the task of a sequence."""
+    return isinstance(feed_forward, Routed) and isinstance(feed_forward.room.gate, Task)
+
+
+@torch.no_grad()
+def dense_for(mixture: experts.MixtureOfExperts, task: int, hidden: int, config: object) -> GatedFeedForward:
+    """The feed-forward layer that answers as the mixture does for `task`; neurons beyond those it keeps are 0."""
+    found, layer = mixture.extract(task), GatedFeedForward(hidden, config)
+    kept = found.up_proj.out_features
+    for weight, part in ((layer.gate.weight, found.gate_proj), (layer.up.weight, found.up_proj),
+                         (layer.down.weight.T, found.down_proj)):
+        weight[:kept] = part.weight.T if part is found.down_proj else part.weight
+        weight[kept:] = 0
+    return layer.to(mixture.up).train(mixture.training)
+
+
 def mixture_of_depths(room: depth.Config, block: nn.Module, config: object) -> nn.Module:
-    """The block around which the room stands, dense until its gate is trained."""
-    return depth.start_as_dense(depth.Depth(room, block, width=config.width))
+    """The block around which the room stands, with a small random gate: every update counts about 1.
+
+    With a gate of 0 all tokens would tie, and each sequence would keep its first ones.
+    """
+    made = depth.Depth(room, block, width=config.width)
+    nn.init.normal_(made.gate.weight, std=INITIAL_SPREAD)
+    nn.init.ones_(made.gate.bias)
+    return made
 
 
 class Slot(NamedTuple):
@@ -141,9 +170,9 @@ class Slot(NamedTuple):
 
 
 # A room that fills a slot is one line here. A feed-forward layer is made of its configuration and the model's, and is
-# called with x [B, N, width] and a mask, bool [B, N], of the rows that are no padding, or None if all are. A depth
-# layer is made of its configuration, the block and the model's, and is called with x, lengths and a cache of its own
-# type. Configurations of rooms have `to_json` and `from_json`.
+# called with x [B, N, width], a mask, bool [B, N], of the rows that are no padding, or None if all are, and the tasks
+# of the sequences, int64 [B], or None. A depth layer is made of its configuration, the block and the model's, and is
+# called with x, lengths, a cache of its own type, and tasks. Configurations of rooms have `to_json` and `from_json`.
 FEED_FORWARDS = {"dense": Slot(int, GatedFeedForward), "experts": Slot(Routed, mixture)}
 DEPTHS = {"every": Slot(type(None), lambda _, block, config: EveryToken(block), Cache),
           "depth": Slot(depth.Config, mixture_of_depths, depth.Cache)}

@@ -8,7 +8,8 @@ RMSNorm before each sublayer (1910.07467), rotary positions (2104.09864), groupe
 feed-forward layer (2002.05202), no biases, and one matrix for embedding and logits (1608.05859).
 """
 
-from dataclasses import dataclass, field, fields
+import copy
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 from torch import nn
@@ -18,7 +19,7 @@ from sentei.axes.axis import Axis
 from sentei.axes.connections import Config as Attended
 from sentei.axes.connections import Connections
 from sentei.core.cost import Cost
-from sentei.core.errors import FileError, SenteiError, ShapeError, UnsupportedError, require
+from sentei.core.errors import FileError, RuleError, SenteiError, ShapeError, UnsupportedError, require
 from sentei.core.rules import All, Rule
 from sentei.core.shapes import check_shape
 from sentei.core.tracing import Trace
@@ -28,6 +29,8 @@ from sentei.model.slots import (
     INITIAL_SPREAD,
     LARGEST,
     Rows,
+    dense_for,
+    is_by_task,
     linear,
     slot_from_json,
     slot_of,
@@ -141,7 +144,7 @@ class Block(nn.Module):
         attended = self.attention(self.attention_norm(x), rows)
         real = rows.positions >= 0
         mask = None if bool(real.all()) else real
-        return attended + self.feed_forward(self.feed_forward_norm(x + attended), mask)
+        return attended + self.feed_forward(self.feed_forward_norm(x + attended), mask, rows.tasks)
 
 
 class Transformer(nn.Module):
@@ -165,22 +168,24 @@ class Transformer(nn.Module):
             depth.layer(config.depth, Block(config, impl), config) for _ in range(config.layers))
         self.norm = nn.RMSNorm(config.width, eps=1e-6)
 
-    def forward(self, tokens: torch.Tensor, lengths: torch.Tensor | None = None, cache: list | None = None
-                ) -> torch.Tensor:
+    def forward(self, tokens: torch.Tensor, lengths: torch.Tensor | None = None, cache: list | None = None,
+                tasks: torch.Tensor | None = None) -> torch.Tensor:
         """Logits [B, T, V] for what follows each token.
 
         Args:
             tokens: int64 [B, T]; what stands in padding is not read by real tokens.
             lengths: int64 [B, 2], start and stop of the real tokens of each row of `tokens`.
             cache: of what came before, from `cache()`; it takes in these tokens.
+            tasks: int64 [B], the task of each sequence, where experts are chosen by it.
         Raises:
-            ShapeError: other shapes, or padding behind real tokens that go into a cache.
+            ShapeError: other shapes, or padding behind real tokens that go into a cache; tasks, where nothing is
+                chosen by them, or none, where experts are.
             UnsupportedError: a cache for an encoder.
         """
-        return F.linear(self.hidden(tokens, lengths, cache), self.embedding.weight)
+        return F.linear(self.hidden(tokens, lengths, cache, tasks), self.embedding.weight)
 
-    def hidden(self, tokens: torch.Tensor, lengths: torch.Tensor | None = None, cache: list | None = None
-               ) -> torch.Tensor:
+    def hidden(self, tokens: torch.Tensor, lengths: torch.Tensor | None = None, cache: list | None = None,
+               tasks: torch.Tensor | None = None) -> torch.Tensor:
         """The states [B, T, width] that `forward` makes logits of."""
         sizes = check_shape("Transformer", "tokens", tokens, "B T")
         if lengths is not None:
@@ -188,9 +193,15 @@ class Transformer(nn.Module):
             if cache is not None and bool((lengths[:, 1] < sizes["T"]).any()):
                 raise ShapeError("Transformer", expected="padding in front alone, where a cache goes on",
                                  got="padding behind", do="move the padding to the front")
+        if tasks is not None:
+            check_shape("Transformer", "tasks", tasks, "B", B=sizes["B"])
+        if (tasks is not None) != is_by_task(self.config.feed_forward):
+            raise ShapeError("Transformer", expected="tasks where experts are chosen by them, and there alone",
+                             got=f"{'no ' if tasks is None else ''}tasks for {self.config.feed_forward}",
+                             do="name the task of each sequence, or leave tasks out")
         x = self.embedding(tokens)
         for index, layer in enumerate(self.blocks):
-            x = layer(x, lengths, None if cache is None else cache[index])
+            x = layer(x, lengths, None if cache is None else cache[index], tasks)
         return self.norm(x)
 
     def cache(self) -> list:
@@ -203,7 +214,7 @@ class Transformer(nn.Module):
     @torch.no_grad()
     def generate(self, tokens: torch.Tensor, count: int, *, temperature: float = 0.0, rule: Rule | None = None,
                  generator: torch.Generator | None = None, lengths: torch.Tensor | None = None,
-                 stop: int | None = None) -> torch.Tensor:
+                 stop: int | None = None, tasks: torch.Tensor | None = None) -> torch.Tensor:
         """The tokens and what the model writes after them, int64 [B, T + count].
 
         Args:
@@ -213,6 +224,7 @@ class Transformer(nn.Module):
             rule: which tokens may be drawn, by default all: `TopK(40)`, or `Mass(0.9)`, which is top-p.
             generator: of the draws.
             stop: the token that ends a row; the rest of the row is filled with it.
+            tasks: as for `forward`.
         Raises:
             SenteiError: an encoder, padding behind a prompt, an empty one, a temperature below 0.
         """
@@ -223,13 +235,33 @@ class Transformer(nn.Module):
         cache, read = self.cache(), tokens
         ended = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
         for _ in range(count):
-            logits = F.linear(self.hidden(read, lengths, cache)[:, -1], self.embedding.weight)
+            logits = F.linear(self.hidden(read, lengths, cache, tasks)[:, -1], self.embedding.weight)
             read, lengths = draw(logits, temperature, All() if rule is None else rule, generator), None
             if stop is not None:
                 read = torch.where(ended, stop, read)
                 ended = ended | (read == stop)
             tokens, read = torch.cat([tokens, read[:, None]], 1), read[:, None]
         return tokens
+
+    def extract(self, task: int) -> "Transformer":
+        """The smaller model that answers as this one does for `task`, a copy: its experts are dense layers.
+
+        They have the neurons that the task keeps, and where layers keep different numbers as many as the widest.
+
+        Raises:
+            RuleError: experts that are not chosen by the task, or none.
+            ShapeError: no such task.
+        Reference: Kudugunta et al. 2021, arXiv 2110.03742.
+        """
+        if not is_by_task(self.config.feed_forward):
+            raise RuleError("extract", expected="experts with a Task gate", got=repr(self.config.feed_forward),
+                            do="choose experts by the task, not by the token")
+        mixtures = [layer.block.feed_forward for layer in self.blocks]
+        hidden = max(1, *(mixture.extract(task).up_proj.out_features for mixture in mixtures))
+        config = replace(self.config, feed_forward=hidden)
+        small = copy.deepcopy(self, {id(mixture): dense_for(mixture, task, hidden, config) for mixture in mixtures})
+        small.config = config
+        return small
 
     def size(self) -> tuple[int, int]:
         """How many parameters there are and how many bytes they take; a shared one counts once."""

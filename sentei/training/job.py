@@ -25,7 +25,7 @@ from sentei.measurement.outcome import environment
 from sentei.measurement.plots import write_curve
 from sentei.model import Config as Shape
 from sentei.model import Routed, Transformer
-from sentei.model.slots import DEPTHS, FEED_FORWARDS, Slot
+from sentei.model.slots import DEPTHS, FEED_FORWARDS, Slot, is_by_task
 from sentei.training import data
 from sentei.training.loop import METRICS, Config, Optimizer, read_metrics, train
 from sentei.training.losses import Balanced, Weights, of_predictors, of_rooms
@@ -140,6 +140,9 @@ def read_job(path: Path) -> tuple[Callable[[int], Shape], data.Config, Config, W
     if not first.causal:
         raise UnsupportedError(f"{path}: model", expected="a causal model: the loss is that of the next token",
                                got="causal: false", do="leave it out")
+    if is_by_task(first.feed_forward):
+        raise UnsupportedError(f"{path}: model.feed_forward", expected="experts chosen by the token: text has no tasks",
+                               got="the gate task", do="choose another gate, or train with a loop of your own")
     check_balance(path, first, weights)
     return lambda vocabulary: Shape.from_json({**model, "vocabulary": vocabulary}), read, config, weights, parallel
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from sentei.axes.experts import Config, MixtureOfExperts
-from sentei.axes.experts.balance import LOSSES, Balance, Sums, balancing, switch_loss
+from sentei.axes.experts import Config, Experts, MixtureOfExperts
+from sentei.axes.experts.balance import LOSSES, Balance, Noise, Sums, balancing, switch_loss
 from sentei.axes.experts.gates import Noisy, Renormalised, Sigmoid, Softmax
 from sentei.core.errors import RuleError
 from sentei.core.rules import TopK
@@ -100,6 +100,41 @@ def test_the_smooth_load_is_the_chance_to_be_chosen_with_new_noise():
         rival = noisy[0][torch.arange(E) != i].sort(descending=True).values[K - 1]
         chance = (drawn > rival).double().mean()
         assert abs(chance - balance["experts"].load[i]) < 3 * (0.25 / 20_000) ** 0.5
+
+
+def test_a_call_without_a_real_token_has_a_smooth_load_of_0():
+    made, x = layer("noisy").train(), torch.randn(2, 4, WIDTH, dtype=torch.float64)
+    for given, mask in ((x, torch.zeros(2, 4, dtype=torch.bool)), (x[:, :0], None), (x[:0], None)):
+        with balancing(made) as balance:
+            made(given, mask)
+        loss = balance.loss(**ALL)
+        loss.backward()
+        assert loss.item() == 0 and balance["experts"].load.tolist() == [0.0] * E
+        assert made.router.weight.grad.eq(0).all()
+
+
+def test_a_token_that_may_choose_among_fewer_than_k_has_a_finite_smooth_load():
+    """A token that may have none, one, two = k, three, or all of five experts; those beyond k are told by hand."""
+    made = Experts(Config(rule=TopK(K), gate=Noisy(), unit=UNIT), E).double().train()
+    clean, spread = torch.randn(1, 5, E, dtype=torch.float64), torch.rand(1, 5, E, dtype=torch.float64) + 0.5
+    forbidden = torch.tensor([[0, 1, 1, 1, 1], [1, 0, 0, 1, 1], [0, 0, 0, 1, 1], [0] * 5]).bool()
+    forbidden = torch.cat([torch.ones(1, E, dtype=torch.bool), forbidden])[None]
+    clean.requires_grad_()
+    logits = (clean + torch.randn_like(clean) * spread).masked_fill(forbidden, -torch.inf)
+    hidden, up = torch.randn(1, 5, WIDTH, dtype=torch.float64), torch.randn(E, UNIT, WIDTH, dtype=torch.float64)
+    with balancing(made) as balance:
+        made(hidden, logits, up, up.mT.contiguous(), None, Noise(clean.masked_fill(forbidden, -torch.inf), spread))
+    expected = [0.0] * E
+    for row in range(1, 5):
+        permitted = [i for i in range(E) if not forbidden[0, row, i]]
+        for i in permitted:
+            others = sorted((logits[0, row, j].item() for j in permitted if j != i), reverse=True)
+            ahead = clean[0, row, i].item() - others[K - 1] if len(others) >= K else math.inf
+            expected[i] += normal(ahead / spread[0, row, i].item())
+    load = balance[""].load
+    assert load.tolist() == pytest.approx(expected, rel=1e-9)
+    (load * torch.arange(E)).sum().backward()
+    assert clean.grad.isfinite().all() and clean.grad.any()
 
 
 @pytest.mark.parametrize("gate", GATES)

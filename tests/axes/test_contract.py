@@ -76,6 +76,41 @@ def test_shape_and_dtype_of_the_output(room, rule):
 
 
 @every_rule
+def test_under_autocast_the_room_takes_what_layers_around_it_give(room, rule):
+    axis, inputs = build(room, rule)
+    whole, record = one_record(axis, inputs)
+    for given in (inputs, *([*inputs[:i], inputs[i].bfloat16(), *inputs[i + 1:]] for i in ROOMS[room].mixed)):
+        with torch.autocast("cpu", torch.bfloat16):
+            output, narrow = one_record(axis, given)
+            assert torch.equal(axis(*given), output)
+        assert output.shape == whole.shape and output.isfinite().all()
+        if torch.equal(narrow.selection.ids, record.selection.ids):
+            torch.testing.assert_close(output.float(), whole, rtol=0.05, atol=0.05 * float(whole.detach().abs().max()))
+
+
+@every_rule
+def test_a_layer_under_autocast_has_gradients_in_fp32(room, rule):
+    layer, x = AXES[room].from_dense(ROOMS[room].dense()[0], ROOMS[room].config(rule)).train(), ROOMS[room].x()
+    found = []
+    for narrow in (True, False):
+        x = x.detach().requires_grad_()
+        layer.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=narrow):
+            output = layer(x)
+        output.float().square().sum().backward()
+        found.append((output.detach(), x.grad, *(part.grad for part in layer.parameters() if part.requires_grad)))
+    (output, *gradients), (whole, *expected) = found
+    assert any(gradient is not None for gradient in gradients[1:])
+    assert output.shape == whole.shape and output.isfinite().all()
+    for gradient, wanted in zip(gradients, expected, strict=True):
+        assert (gradient is None) == (wanted is None)
+        assert gradient is None or gradient.dtype == torch.float32 and gradient.isfinite().all()
+    if rule in ROOMS[room].whole:
+        got, exact = (torch.cat([one.flatten() for one in each if one is not None]) for each in (gradients, expected))
+        assert (output - whole).norm() < 0.02 * whole.norm() and (got - exact).norm() < 0.02 * exact.norm()
+
+
+@every_rule
 def test_ids_are_in_range_ascending_and_unique_and_empty_slots_weigh_nothing(room, rule):
     _, record = one_record(*build(room, rule))
     ids, weights = record.selection.ids, record.selection.weights

@@ -160,6 +160,18 @@ def test_the_choice_of_training_sees_the_future_and_is_caught():
         check_prefix(Depth, train=True)
 
 
+@pytest.mark.parametrize("train", [True, False])
+def test_the_choice_and_its_weights_are_in_fp32_under_autocast_and_of_bfloat16(train):
+    depth, x = room(train=train).float(), hidden(64).float()
+    for given in (x, x.bfloat16()):
+        plain = selection_of(depth, given.float())
+        with torch.autocast("cpu", torch.bfloat16):
+            narrow = selection_of(depth, given)
+        assert torch.equal(narrow.ids, plain.ids) and torch.equal(narrow.weights, plain.weights)
+    half = selection_of(depth.bfloat16(), x.bfloat16())
+    assert half.weights.dtype == torch.float32 and depth(x.bfloat16()).dtype == torch.bfloat16
+
+
 # The cache
 
 

@@ -341,6 +341,7 @@ def test_the_cost_is_of_the_kept_and_every_weight_counts_once():
     ({"metric": "l1"}, "metric 'dot'"), ({"unit": 0}, "unit from 1"), ({"unit": 1.5}, "unit from 1"),
     ({"unit": True}, "unit from 1"), ({"unit": 10**30}, "unit from 1"), ({"shared": -1}, "shared"),
     *(({"rule": TopK(1), "gate": gate}, "a gate that fits") for gate in (Renormalised(), Noisy(), Sigmoid(), Task(2))),
+    *(({"rule": rule, "gate": Noisy()}, "a gate that fits") for rule in (All(), Mass(0.5), Capacity(0.5))),
     ({"rule": Mass(0.5), "gate": Sigmoid()}, "a gate that fits"),
     ({"rule": Mass(0.5), "gate": Softmax(1.25)}, "a gate that fits"),
     ({"rule": TopK(2), "gate": Soft()}, "a gate that fits"),

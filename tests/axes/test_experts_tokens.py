@@ -6,9 +6,10 @@ from mixtures import KINDS, LOOKING, UNIT, WIDTH, E, answer, layer, x_of
 
 from sentei.axes.experts import Config, Experts, MixtureOfExperts
 from sentei.axes.experts.gates import Renormalised, Sigmoid, Softmax, Unit
-from sentei.core.errors import RuleError
+from sentei.core.errors import RuleError, ShapeError
 from sentei.core.rules import Capacity, TopK
 from sentei.core.tracing import trace
+from sentei.kernels import gains, native
 
 every_kind = pytest.mark.parametrize("kind", KINDS)
 any_kind = pytest.mark.parametrize("kind", [*KINDS, *LOOKING])
@@ -83,18 +84,21 @@ def test_the_slot_in_the_batch_does_not_matter(kind):
         torch.testing.assert_close(made(x[slot:slot + 1], None, tasks)[0], y[slot], rtol=1e-13, atol=1e-13)
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("switch, capacity", "task")])
+@every_kind
 def test_tokens_one_at_a_time_are_the_tokens_at_once(kind):
     made, x = layer(kind), x_of(1, 8)
-    alone = torch.cat([made(x[:, t:t + 1]) for t in range(8)], 1)
-    torch.testing.assert_close(alone, made(x), rtol=1e-13, atol=1e-13)
+    alone, y = torch.cat([answer(made, x[:, t:t + 1]) for t in range(8)], 1), answer(made, x)
+    torch.testing.assert_close(alone, y, rtol=1e-13, atol=1e-13)
+    torch.testing.assert_close(answer(made, x[:, :5]), y[:, :5], rtol=1e-13, atol=1e-13)
+    assert KINDS[kind].is_causal
 
 
 # precision and odd inputs
 
 
 @any_kind
-def test_routing_is_in_fp32_also_under_autocast(kind):
+def test_routing_is_in_fp32_also_under_autocast(kind, monkeypatch):
+    monkeypatch.setattr(gains, "gain", lambda *_: (0.5, "measured here"))
     made, x = layer(kind, dtype=torch.float32), x_of(2, 16, dtype=torch.float32)
     tasks = torch.tensor([0, 1]) if kind == "task" else None
     plain = made.router(x, tasks)[0]
@@ -105,11 +109,19 @@ def test_routing_is_in_fp32_also_under_autocast(kind):
         expected = answer(made, x)
     assert torch.equal(narrow[0].selection.ids, wide[0].selection.ids)
     assert torch.equal(narrow[0].selection.weights, wide[0].selection.weights)
+    assert native.missing() or narrow[0].impl == "fused_cpp" and "torch.float32 under autocast" in narrow[0].reason
     assert y.dtype == torch.bfloat16
     assert (y - expected).abs().max() < 0.05 * expected.abs().max()
     half = made.bfloat16()
     assert half.router(x.bfloat16(), tasks)[0].dtype == torch.float32
     assert answer(half, x.bfloat16()).dtype == torch.bfloat16
+
+
+@any_kind
+def test_tokens_of_another_dtype_than_the_experts_are_refused_in_four_parts(kind):
+    with pytest.raises(ShapeError, match="route: expected experts of the tokens' dtype, .*got torch.float32 on cpu for "
+                       "torch.bfloat16 on cpu; convert the tokens or the experts"):
+        answer(layer(kind).bfloat16(), x_of(3, 4, dtype=torch.float32))
 
 
 @any_kind

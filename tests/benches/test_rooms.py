@@ -58,6 +58,26 @@ def test_every_room_has_rows_of_the_bench(small):
         assert row["case"] in benches.line(row)
 
 
+@pytest.mark.parametrize("tokens", [1, 3, 16])
+def test_the_experts_that_calls_read_are_more_than_the_caches_hold_and_none_comes_twice(tokens, monkeypatch):
+    monkeypatch.setattr(cold, "size", lambda: 1 << 18)
+    case = experts.Case(experts=16, inner=16, top=3, width=16, tokens=tokens, backward=False, dtype=torch.float32)
+    subject, read = experts.Subject(case), []
+    monkeypatch.setattr(experts, "route", lambda hidden, ids, weights, stack: read.append(
+        [(id(stack), expert) for expert in ids.unique().tolist()]))
+    for number in range(subject.calls):
+        subject.ours(number)
+    chosen = len(subject.ids.unique())
+    assert all(len(one) == chosen for one in read) and len(subject.choices) == 16 // chosen
+    everything = [expert for one in read for expert in one]
+    assert len(everything) == len(set(everything)) and len(everything) * case.bytes >= 1 << 18
+    for ids in subject.choices:
+        assert all(len(row.unique()) == 3 for row in ids)
+    theirs = subject.theirs("eager", 5)
+    monkeypatch.undo()
+    torch.testing.assert_close(theirs, subject.ours(5), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("small", SMALL, indirect=True)
 def test_no_room_has_a_ratio_where_the_outputs_differ(small, monkeypatch):
     module, name = WRONG[small]

@@ -88,14 +88,22 @@ def test_an_expert_that_does_not_exist_is_refused(wrong):
 
 
 def test_what_it_cannot_take_is_refused_and_auto_leaves_it_alone():
-    leaves, ids, stack = drawn()
+    (leaves, ids, stack), wide = drawn(), drawn(dtype=torch.float64)
     for given, told in (((leaves[0].double(), [torch.neg] * 4), "functions"),
-                        ((leaves[0].double(), stack()), "torch.float64"), ((leaves[0].half(), stack()), "experts of")):
+                        ((wide[0][0], wide[2]()), "torch.float64")):
         with pytest.raises(ImplError, match=f"fused_triton.*{told}"):
             route(given[0], ids, leaves[1], given[1], impl="fused_triton")
-    with torch.autocast("cpu"), pytest.raises(ImplError, match="autocast"):
-        route(leaves[0], ids, leaves[1], stack(), impl="fused_triton")
     assert choose_impl("auto", leaves[0], ids, leaves[1], stack())[0] != "fused_triton"
+
+
+def test_under_autocast_it_computes_what_it_does_in_its_dtype():
+    leaves, ids, stack = drawn()
+    with torch.autocast("cpu", HALF):
+        y = route(leaves[0], ids, leaves[1], stack(), impl="fused_triton")
+        assert choose_impl("fused_triton", leaves[0], ids, leaves[1], stack()) == (
+            "fused_triton", f"asked for by name; experts of {HALF} under autocast")
+    narrow, _, stack = drawn(dtype=HALF)
+    assert torch.equal(y, route(narrow[0], ids, leaves[1], stack(), impl="fused_triton"))
 
 
 def test_it_is_an_op_of_torch():

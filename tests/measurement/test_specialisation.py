@@ -18,7 +18,8 @@ def record(keep: torch.Tensor, weights: torch.Tensor | None = None, real: torch.
     permitted = torch.ones_like(keep) if real is None else real.unsqueeze(-1).expand_as(keep)
     selection = Selection.from_mask(keep, permitted)
     selection = selection if weights is None else selection.weigh(weights)
-    return Record(path=path, selection=selection, cost=Cost(multiply_adds=0, dense_multiply_adds=0), impl="", reason="")
+    return Record(path=path, selection=selection, cost=Cost(multiply_adds=0, dense_multiply_adds=0), impl="", reason="",
+                  room="experts")
 
 
 def traced(*records: Record) -> Trace:

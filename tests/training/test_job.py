@@ -169,7 +169,10 @@ def test_a_file_that_cannot_be_read_is_refused(tmp_path):
 def test_what_cannot_be_trained_is_refused_before_a_folder_is_made(sentei, job, tmp_path):
     tiny, out = job.read_text(), tmp_path / "out"
     huge = "feed_forward: {room: experts, neurons: 16777216, unit: 16777216}"
+    by_task = ("feed_forward: {room: experts, neurons: 32, unit: 8, rule: {name: topk, k: 2}, "
+               "gate: {name: task, tasks: 2}}")
     for old, new, kind, code in (("width: 16", "width: 16, causal: false", UnsupportedError, 5),
+                                 ("feed_forward: 24", by_task, UnsupportedError, 5),
                                  ("width: 16", "width: 8388608", ResourceError, 4),
                                  ("width: 16, layers: 1, heads: [2, 1], feed_forward: 24",
                                   f"width: 16384, layers: 1, heads: [2, 1], {huge}", ResourceError, 4),

@@ -14,7 +14,7 @@ from sentei.model import Config as Shape
 from sentei.model import Transformer
 from sentei.training.data import Bytes, Windows, prepare
 from sentei.training.job import load_model, run
-from sentei.training.loop import Config, Run
+from sentei.training.loop import Config, Optimizer, Run, train
 from sentei.training.losses import next_token, of_predictors
 
 TEXT = " ".join(f"{number} squared is {number * number}." for number in range(400))
@@ -83,6 +83,24 @@ def test_a_batch_is_its_parts(windows, tmp_path):
     assert seen[0][0] == pytest.approx(seen[1][0], rel=1e-12)
     for one, two in zip(seen[0][1], seen[1][1], strict=True):
         torch.testing.assert_close(one, two, rtol=1e-9, atol=1e-13)
+
+
+def test_before_training_no_place_is_favoured_and_every_update_counts_about_1():
+    shape = Shape(width=16, layers=2, heads=(2, 1), feed_forward=24, depth=Room(rule=Capacity(0.5)))
+    model, tokens = Transformer(shape), torch.randint(257, (16, 32))
+    for kept in choices(model, tokens):
+        assert 0.3 < kept[:, :16].double().mean() < 0.7 and len(kept.unique(dim=0)) == 16
+    assert all((room.gated(torch.randn(9, 16)) - 1).abs().max() < 0.5 for room in model.blocks)
+
+
+def test_it_trains_in_bfloat16_with_weights_in_float32(windows, tmp_path):
+    config = Config(steps=4, batch=4, accumulate=2, precision="bfloat16", optimizer=Optimizer(rate=1e-2, warmup=1))
+    model = model_of().float()
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    result = train(model, windows, config, tmp_path, job={}, terms=(of_predictors,))
+    assert result["loss_after"] < result["loss_before"] - 0.1
+    for name, parameter in model.named_parameters():
+        assert parameter.dtype == torch.float32 and not torch.equal(parameter, before[name]), name
 
 
 @pytest.fixture(scope="module")

@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from sentei.axes.experts.gates import Gate
 from sentei.core.errors import RuleError
@@ -106,15 +107,17 @@ class Sums:
 def chance(wanted: Selection, noisy: torch.Tensor, noise: Noise) -> torch.Tensor:
     """The chance of each expert to be among the k chosen if its noise alone were drawn again, [..., T, E].
 
-    P(x, i) = Φ((z_i - the k-th largest noisy logit of the others) ÷ spread_i), Shazeer et al. 2017, appendix A.
+    P(x, i) = Φ((z_i - the k-th largest noisy logit of the others) ÷ spread_i), Shazeer et al. 2017, appendix A. Each
+    token has its own k: where it may choose among fewer than the rule's, those are certain. What -inf forbids, and a
+    token that keeps nothing, have no chance.
     """
-    chosen = wanted.mask()
-    k, others = wanted.ids.shape[-1], noisy.shape[-1] - 1
-    if k > others:
-        return torch.ones_like(noisy)
-    top = noisy.topk(k + 1, dim=-1).values
-    rival = torch.where(chosen, top[..., k:], top[..., k - 1:k])
-    return torch.special.ndtr((noise.clean - rival) / noise.spread)
+    chosen, k, forbidden = wanted.mask(), wanted.count().unsqueeze(-1), noisy.isneginf()
+    ordered = F.pad(noisy.sort(dim=-1, descending=True).values, (0, 1), value=-torch.inf)
+    rival = ordered.gather(-1, torch.where(chosen, k, (k - 1).clamp(min=0)))
+    certain, never = rival.isneginf() & chosen, forbidden | (k == 0)
+    # What has no rival or is none itself is left out before a difference of infinities can be made.
+    ahead = noise.clean.masked_fill(forbidden, 0) - rival.masked_fill(rival.isneginf(), 0)
+    return torch.special.ndtr(ahead / noise.spread).masked_fill(certain, 1).masked_fill(never, 0)
 
 
 def switch_loss(sums: Sums) -> torch.Tensor:

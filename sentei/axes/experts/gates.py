@@ -3,7 +3,7 @@
 | gate | chooses by | weighs by |
 |---|---|---|
 | Unit | z | 1: the sum over all experts is the dense layer |
-| Softmax | z | softmax(z) over all experts; with a capacity, what comes late is dropped (Switch) |
+| Softmax | z | softmax(z) over all experts; with a capacity, training drops what comes late (Switch) |
 | Renormalised | z | softmax(z) over the kept (Mixtral) |
 | Noisy | z + noise | softmax over the kept of the same (Shazeer); the noise is the router's |
 | Sigmoid | σ(z) + bias, the best groups first | σ(z) ÷ its sum over the kept, times `scale` (DeepSeek-V3) |
@@ -92,10 +92,10 @@ class Softmax(Gate):
     """Weighs by the softmax over all experts: Switch with TopK(1), expert choice with the rule Capacity.
 
     Args:
-        capacity: None drops nothing. Else no expert takes more than `capacity` times the mean load of its sequence,
-            rounded up: tokens come in order, and one that comes too late keeps nothing there. An earlier token never
-            depends on what a later one holds, but the room depends on the number of tokens: pieces of a sequence,
-            read with a cache, drop others.
+        capacity: None drops nothing. Else, in training, no expert takes more than `capacity` times the mean load of its
+            sequence, rounded up: tokens come in order, and one that comes too late keeps nothing there. An earlier
+            token never depends on what a later one holds, but on how many there are. So evaluation drops nothing:
+            pieces of a sequence, read with a cache, would drop others than the whole.
     """
 
     capacity: float | None = None
@@ -131,7 +131,11 @@ class Renormalised(Gate):
 
 @dataclass(frozen=True)
 class Noisy(Renormalised):
-    """The same, of logits to which the router adds noise of a learned size while it trains."""
+    """The same, of logits to which the router adds noise of a learned size while it trains; k of them, a smooth load
+    being the chance to be among so many."""
+
+    def fits(self, rule):
+        return isinstance(rule, TopK) and super().fits(rule)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@
 
 The neurons of a feed-forward network can be split in any groups: the sum over all of them, each weighed 1 (`Unit`),
 is the dense layer. What chooses and what weighs is the gate's (`gates.py`), how many the rule's.
-Nothing is dropped unless a gate has a capacity. The router's arithmetic is in fp32 or wider, under autocast too.
+Nothing is dropped but by a gate's capacity, in training. The router computes in fp32 or wider, under autocast too.
 The rule Capacity (expert choice) and the gate `Soft` look at later tokens: a causal layer refuses them. With the gate
 `Choice` a capacity is kept by thresholds, which look at one token alone.
 References: Shazeer et al. 2017, 1701.06538; Switch 2101.03961; DeepSeekMoE 2401.06066 (small experts, shared ones);
@@ -25,10 +25,11 @@ from sentei.axes.experts import soft
 from sentei.axes.experts.balance import Choices, Gauge, Sums
 from sentei.axes.experts.dense import FeedForward, joined, parts
 from sentei.axes.experts.gates import Gate, Soft, Task, Unit, gate_from_json
-from sentei.axes.experts.router import METRICS, Router, in_full, widened
+from sentei.axes.experts.router import METRICS, Router
 from sentei.core.cost import Cost
 from sentei.core.errors import FileError, RuleError, ShapeError
 from sentei.core.modes import is_plain_call
+from sentei.core.precision import in_full, widened
 from sentei.core.rules import MAX_K, All, Capacity, Rule, rule_from_json
 from sentei.core.selection import Selection
 from sentei.core.shapes import check_shape
@@ -153,10 +154,14 @@ class Experts(Axis):
             self.counts += selection.load().reshape(-1, self.num_experts).sum(0)
             self.tokens += (selection.permitted > 0).sum()
         keep = selection.mask()
-        limited = self.gate.limit(keep)
+        limited = self.limited(keep)
         if listed is scores and limited is keep:
             return selection
         return Selection.from_mask(limited, ~scores.isneginf(), unit=self.unit)
+
+    def limited(self, keep: torch.Tensor) -> torch.Tensor:
+        """What a gate's capacity leaves of `keep`. It drops in training alone, whose sequences are whole."""
+        return self.gate.limit(keep) if self.training else keep
 
     def weigh(self, selection, scores, hidden, logits, up, down, mask=None, noise=None):
         # A token with no expert to choose from has no softmax, and a gradient through one would be NaN.
@@ -171,7 +176,7 @@ class Experts(Axis):
     def choices(self, weighed: Selection, scores: torch.Tensor, logits: torch.Tensor) -> Choices:
         """What the balance is told of a call that kept `weighed`."""
         rule, keep, forbidden = self.gate.rule(self.rule), weighed.mask(), scores.isneginf()
-        wanted = weighed if self.gate.limit(keep) is keep else rule(self.gate.shortlist(scores), unit=self.unit)
+        wanted = weighed if self.limited(keep) is keep else rule(self.gate.shortlist(scores), unit=self.unit)
         if self.bias is None:
             return Choices(wanted, weighed, wanted.mask())
         plain = self.gate.scores(logits, None).masked_fill(forbidden, -torch.inf)

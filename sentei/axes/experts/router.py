@@ -7,6 +7,7 @@ from torch.nn import functional as F
 from sentei.axes.experts.balance import Noise
 from sentei.axes.experts.gates import Gate, Noisy, Soft, Task
 from sentei.core.errors import ShapeError
+from sentei.core.precision import in_full, widened
 
 METRICS = ("dot", "cosine", "l2")
 # The size of the noise never falls below this, as in the code of Shazeer et al.
@@ -66,13 +67,3 @@ class Router(nn.Module):
             raise ShapeError("experts", expected=f"tasks int64 from 0 to {len(weight) - 1}",
                              got=repr(tasks), do="name the task of each sequence")
         return weight[tasks]
-
-
-def widened(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor in fp32 or wider."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-
-
-def in_full(like: torch.Tensor) -> torch.autocast:
-    """A block in which autocast makes nothing narrower."""
-    return torch.autocast(like.device.type, enabled=False)

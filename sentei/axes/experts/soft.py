@@ -2,7 +2,7 @@
 
 import torch
 
-from sentei.axes.experts.router import in_full, widened
+from sentei.core.precision import in_full, widened
 from sentei.core.selection import Selection
 from sentei.kernels.routing import Stack, route
 

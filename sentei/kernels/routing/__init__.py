@@ -6,6 +6,7 @@ from functools import partial
 import torch
 
 from sentei.core.errors import ImplError, ShapeError
+from sentei.core.precision import are_alike, in_full, product_dtype
 from sentei.core.shapes import check_shape
 from sentei.kernels.routing import auto, eager, exchange, fused_cpp, fused_triton, reference
 from sentei.kernels.routing.stack import Stack
@@ -30,8 +31,10 @@ def route(
 
     Shapes: T tokens, K slots, E experts, D and D_out widths, N the tokens that kept one expert.
 
+    Under autocast the answers of a `Stack` have autocast's dtype; in which its products are made, `choose_impl` says.
+
     Args:
-        hidden: [T, D], any float dtype and strides.
+        hidden: [T, D], any float dtype and strides; that of a `Stack`.
         ids: int64 [T, K]; expert numbers, -1 where a slot is empty. The order of the slots does not matter.
         weights: float [T, K]; what a kept expert counts; not read where a slot is empty.
         experts: E functions from [N, D] to [N, D_out]. A `Stack` of DTensors, sharded over the experts, is asked in the
@@ -49,6 +52,11 @@ def route(
     if exchange.is_sharded(experts):
         _check_ids(ids, len(experts))
         return exchange.route(hidden, ids, weights, experts, partial(route, impl=impl))
+    if _is_narrowed(hidden, experts):
+        given = _under_autocast(impl, hidden, ids, weights, experts)
+        with in_full(hidden):
+            answers = route(*given, impl=impl)
+        return answers.to(product_dtype(experts.up))
     name, _ = choose_impl(impl, hidden, ids, weights, experts)
     if name == "fused_cpp":  # which looks at the ids itself, in passing
         return (fused_cpp.run if impl == "auto" else fused_cpp.route)(hidden, ids, weights, experts)
@@ -72,6 +80,11 @@ def choose_impl(
     """
     if exchange.is_sharded(experts):
         return exchange.NAME, exchange.REASON
+    if _is_narrowed(hidden, experts):
+        given = _under_autocast(impl, hidden, ids, weights, experts)
+        with in_full(hidden):
+            name, reason = choose_impl(impl, *given)
+        return name, f"{reason}; experts of {given[-1].up.dtype} under autocast"
     if impl in IMPLS:
         return impl, "asked for by name"
     if impl != "auto":
@@ -79,6 +92,29 @@ def choose_impl(
                         do="choose one of these")
     reason = fused_cpp.refusal(hidden, ids, weights, experts)
     return ("eager", f"fused_cpp cannot take {reason}") if reason else auto.fastest(hidden, ids, experts)
+
+
+def _is_narrowed(hidden: torch.Tensor, experts: Sequence) -> bool:
+    """Whether autocast would make the products of a stack narrower."""
+    return torch.is_autocast_enabled(hidden.device.type) and isinstance(experts, Stack)
+
+
+def _under_autocast(impl: str, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, experts: Stack
+                    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Stack]:
+    """The arguments as they are computed with where autocast is on: as narrow as torch's products would be.
+
+    But "auto" leaves the experts as they are for `fused_cpp`, where that is the fastest: it computes in float32
+    whatever it reads, and a narrow copy of all experts would cost more than it saves.
+    """
+    narrow, alike = hidden.to(product_dtype(hidden)), hidden.to(experts.up.dtype)
+    with in_full(hidden):
+        stays = (impl == "auto" and not fused_cpp.refusal(alike, ids, weights, experts)
+                 and auto.fastest(narrow, ids, experts)[0] == "fused_cpp")
+    if stays:
+        return alike, ids, weights, experts
+    up, down, gate = (None if weight is None else weight.to(product_dtype(weight))
+                      for weight in (experts.up, experts.down, experts.gate))
+    return narrow, ids, weights, Stack(up=up, down=down, gate=gate, activation=experts.activation)
 
 
 def _check(hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, experts: Sequence) -> None:
@@ -92,6 +128,11 @@ def _check(hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, exper
     if not hidden.device == ids.device == weights.device:
         raise ShapeError("route", expected="one device", got=f"{hidden.device}, {ids.device}, {weights.device}",
                          do="move them before the call")
+    alike = not isinstance(experts, Stack) or hidden.dtype == experts.up.dtype and hidden.device == experts.up.device
+    if not alike and not are_alike(hidden, experts.up):
+        raise ShapeError("route", expected="experts of the tokens' dtype, on their device",
+                         got=f"{hidden.dtype} on {hidden.device} for {experts.up.dtype} on {experts.up.device}",
+                         do="convert the tokens or the experts")
     if isinstance(experts, Stack) and hidden.shape[1] != experts.up.shape[2]:
         raise ShapeError("route", expected=f"hidden [T, {experts.up.shape[2]}], as wide as the experts",
                          got=str(list(hidden.shape)), do="give the tokens these experts are for")

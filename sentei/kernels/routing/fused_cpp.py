@@ -86,8 +86,6 @@ def refusal(hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, expe
     for weight in experts.weights():
         if weight.stride(2) != 1 and weight.shape[2] > 1:
             return "weights whose rows are not contiguous"
-    if torch.is_autocast_enabled("cpu"):
-        return "autocast"
     if not compiling and _C._functorch.peek_interpreter_stack() is not None:
         return "a function transform"
     if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None

@@ -55,8 +55,6 @@ def refusal(hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, expe
         return f"{hidden.dtype} on {hidden.device}"
     if experts.up.dtype != hidden.dtype or experts.up.device != hidden.device:
         return f"experts of {experts.up.dtype} on {experts.up.device} with {hidden.dtype} on {hidden.device}"
-    if torch.is_autocast_enabled(hidden.device.type):
-        return "autocast"
     if any(unpack_dual(tensor).tangent is not None for tensor in (hidden, weights, *experts.weights())):
         return "tensors that carry a forward gradient"
     return ""
