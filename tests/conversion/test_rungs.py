@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny import tiny_model, tiny_tokenizer
 
 from sentei.axes.connections import Config as Connections
@@ -48,8 +48,10 @@ PLANS = {
 }
 
 
-def written(folder, family: str, plan: Plan):
+def written(folder, family: str, plan: Plan, dtype: torch.dtype = torch.float32):
     model = tiny_model(family, **({"layer_types": ["full_attention"] * 3} if family == "gemma3_text" else {}))
+    for weight in model.parameters():  # and not the rotary frequencies, which transformers keeps in fp32
+        weight.data = weight.data.to(dtype)
     seen = calibrate(model, TOKENS[None], wanted(plan))
     model = convert(model, plan, seen)
     export.export(model, tiny_tokenizer(), plan, folder, tokens=TOKENS, facts={})
@@ -98,6 +100,25 @@ def test_rung_b_loads_in_every_family(family, tmp_path):
     model = written(tmp_path, family, Plan((drop(1, "attention"), thin(0, 32), drop(2, "network"), MERGED[0], FEWER)))
     again = load(tmp_path)
     torch.testing.assert_close(again(TOKENS[None]).logits, model(TOKENS[None]).logits, rtol=0, atol=1e-5)
+
+
+def test_what_is_chosen_by_keeps_its_dtype_so_that_the_receipt_is_exact(tmp_path):
+    model = written(tmp_path, "llama", Plan((FEWER, ROUTED)), torch.bfloat16)
+    again = load(tmp_path)
+    held = {name: tensor.dtype for name, tensor in model.state_dict().items()}
+    assert {name: tensor.dtype for name, tensor in again.state_dict().items()} == held
+    assert {torch.float32, torch.bfloat16} == set(held.values())
+    assert check(tmp_path)["difference"] == 0
+
+
+@pytest.mark.parametrize("name", ["1.mlp.rows", "1.mlp.scale", "2.mlp.router", "2.mlp.offset"])
+def test_numbers_that_are_chosen_by_are_finite(name, tmp_path):
+    written(tmp_path, "llama", Plan((FEWER, ROUTED)))
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors[f"model.layers.{name}"].view(-1)[3] = float("nan")
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(FileError, match=f"NaN or infinity in model.layers.{name}"):
+        load(tmp_path)
 
 
 def test_a_fresh_process_reads_rung_b(tmp_path):
