@@ -29,6 +29,7 @@ from sentei.budget.workload import Workload
 from sentei.conversion import card, export
 from sentei.conversion.checkpoints import load_model, load_tokenizer, locate
 from sentei.conversion.plan import Plan, convert, prunable_layers
+from sentei.conversion.rungs import rung_of
 from sentei.conversion.tokenizers import require_known
 from sentei.core.errors import FileError, SenteiError, UnsupportedError
 from sentei.core.progress import Progress, Silent
@@ -342,6 +343,7 @@ def _details(subject: Subject, text: Text, request: Request, proof: Proof, layer
                      "tokens": {use: count * work.tokens for use, count in needed(work).items()}},
             "timings": timings, "timed_tokens": work.timed_tokens, "environment": environment(),
             "verify_attempts": proof.attempts, "licence": subject.licence,
+            "rung": rung_of(subject.model, proof.candidate.plan),
             "strict": proof.strict and {"quality_interval": [proof.strict.quality.low, proof.strict.quality.high],
                                         "density": proof.strict.mean_density(layers)},
             "command": subject.command, "date": comparison.date}

@@ -14,8 +14,10 @@ from sentei.axes.heads import Config as Heads
 from sentei.axes.weights import Config as Weights
 from sentei.budget.calibration import calibrate
 from sentei.conversion import export, native
+from sentei.conversion.checkpoints import load_model, locate
 from sentei.conversion.export import POLICY, RECEIPT, check, check_afresh, load
 from sentei.conversion.families import FAMILIES
+from sentei.conversion.inspection import inspect
 from sentei.conversion.plan import Entry, Plan, convert, wanted
 from sentei.conversion.rungs import rung_of
 from sentei.core.errors import FileError, SenteiError
@@ -93,6 +95,39 @@ def test_rung_a_is_an_ordinary_checkpoint_that_gives_the_logits_of_the_receipt(f
     torch.testing.assert_close(logits, receipt["logits"], rtol=0, atol=1e-4)
     assert plain.config.num_hidden_layers == 2 and plain.config.intermediate_size == 32
     assert plain.config.num_key_value_heads == 1
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_transformers_refuses_rung_b_which_is_inspected_and_written_again(family, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    first, second = tmp_path / "first", tmp_path / "second"
+    plan = Plan((drop(1, "attention"), FEWER, ROUTED))
+    written(first, family, plan)
+    with pytest.raises(ValueError, match=f"sentei_{family}"):
+        AutoModelForCausalLM.from_pretrained(first)
+    facts, refused = inspect(first)
+    assert refused is None and facts["architecture"] == f"sentei_{family}" and facts["policy"]["rung"] == "B"
+    again = load(first)
+    assert again.config.model_type == family
+    export.export(again, tiny_tokenizer(), plan, second, tokens=TOKENS, facts={})
+    assert json.loads((second / "config.json").read_text()) == json.loads((first / "config.json").read_text())
+    assert check(first)["met"] and check(second)["met"]
+
+
+def test_rung_b_as_it_was_written_before_loads(tmp_path):
+    model = written(tmp_path, "llama", Plan((FEWER,)))
+    settings = json.loads((tmp_path / "config.json").read_text())
+    settings |= {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    torch.testing.assert_close(load(tmp_path)(TOKENS[None]).logits, model(TOKENS[None]).logits, rtol=0, atol=1e-5)
+
+
+def test_rung_b_without_its_policy_is_refused(tmp_path):
+    written(tmp_path, "llama", Plan((drop(1, "network"),)))
+    (tmp_path / POLICY).unlink()
+    with pytest.raises(FileError, match="missing"):
+        load_model(locate(str(tmp_path)))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
