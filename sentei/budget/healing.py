@@ -158,11 +158,12 @@ def heal(judge: Judge, goal: Goal, before: Proof, rows: torch.Tensor, config: tr
     proof = first_proven(goal, Solution(ladder=[before.candidate], judged=[]), HealedJudge(judge, student, key),
                          lambda: step(""))
     convert(judge.model, Plan())
+    looked = (*before.looked, *proof.looked)  # another model on the same text
     if goal.quality is not None and proof.quality < goal.quality <= before.quality:
-        return replace(kept, table=found.table, reason=f"its quality on held-out text is {proof.quality:.4f}, below "
-                       "the bound, which the unhealed one keeps")
-    proof = replace(proof, attempts=before.attempts)
-    return replace(kept, proof=proof, model=complete(student, plan), table=found.table)
+        return replace(kept, proof=replace(before, looked=looked), table=found.table,
+                       reason=f"its quality on held-out text is {proof.quality:.4f}, below the bound, which the "
+                       "unhealed one keeps")
+    return replace(kept, proof=replace(proof, looked=looked), model=complete(student, plan), table=found.table)
 
 
 def _digest(tokens: torch.Tensor) -> str:

@@ -239,13 +239,12 @@ def _plan(result: dict, details: dict) -> str:
 
 
 def _held_out(details: dict, plan: str) -> str:
-    """The text that quality was measured on; a text that has turned plans away had a hand in the choice of the next."""
+    """The text that quality was measured on; a text on which several plans were judged had a hand in the choice."""
     attempts = details.get("verify_attempts", 1)
     if attempts == 1:
         return f"text {plan} was not chosen on"
-    ending = "th" if attempts % 100 in (11, 12, 13) else {1: "st", 2: "nd", 3: "rd"}.get(attempts % 10, "th")
-    return (f"held-out text (the {attempts}{ending} plan judged on this text; "
-            f"{attempts - 1} before it did not meet the goal)")
+    return (f"held-out text ({attempts} plans were judged on this text: those that did not meet the goal there, or "
+            "came out no better, made way)")
 
 
 def _is_healed(result: dict) -> bool:
