@@ -261,8 +261,8 @@ def _method(result: dict, details: dict) -> str:
     tokens = [f"{number:,} {uses.get(use) or _words(use)}" for use, number in text["tokens"].items()]
     quality = _pairs([
         ("measure", "dense perplexity ÷ pruned perplexity; 100&nbsp;% is no loss"),
-        ("decoding", "read is the end of each text, after a prompt that is read dense, as the plan runs; a token's "
-         "choice is its own, from no later token") if _decodes(result) else
+        ("decoding", "read is the end of each text, after a prompt that the pruned model has read itself, as the "
+         "plan runs; a token's choice is its own, from no later token") if _decodes(result) else
         ("lookahead", "what a block of tokens keeps is chosen with the whole block in sight, as the plan runs"
          + ("" if details.get("strict") is None else "; the bound is also kept, and the plans tried were judged, "
             "without lookahead: what a token keeps is chosen from no later one")),

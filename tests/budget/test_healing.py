@@ -14,7 +14,7 @@ from tiny import tiny_model, tiny_tokenizer
 from sentei import pipeline
 from sentei.axes import connections, depth, heads, weights
 from sentei.budget import healing
-from sentei.budget.judge import Judge
+from sentei.budget.judge import Judge, reading
 from sentei.budget.proof import first_proven
 from sentei.budget.solver import Candidate, Solution
 from sentei.budget.workload import Decode
@@ -202,7 +202,7 @@ def test_the_text_for_healing_is_all_that_is_not_used_to_judge():
 @pytest.mark.parametrize("plan, felt, context", [(Plan(), False, 256), (PAGES, False, 256), (EVEN, True, 256),
                                                  (SPARSE, True, 2048)], ids=["none", "pages", "even", "sparse"])
 def test_windows_are_long_where_attention_is_pruned(plan, felt, context):
-    assert healing.feels(plan) == felt
+    assert bool(reading(plan).entries) == felt
     assert healing.context_of(plan, 4096) == context and healing.context_of(plan, 128) == 128
 
 
