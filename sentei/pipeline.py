@@ -206,9 +206,9 @@ def _prune(subject: Subject, text: Text, windows: dict[str, torch.Tensor], reque
         slack = slack_of.from_json(stages.run("slack", inputs, lambda: {"layers": slack_of.to_json(slack_of.measure(
             subject.model, workload, windows["calibrate"], layers, config, rules=rules,
             step=step))})["layers"])
-        offers = offers_of.from_json(stages.run("offers", {**inputs, "options": [
-            entry.to_json() for entry, _ in options]}, lambda: {"offers": offers_of.to_json(offers_of.measure(
-                judge, windows["calibrate"][0], whole, step=step))})["offers"])
+        asked = {**inputs, "options": [entry.to_json() for entry, _ in options], "priced on": "choose"}
+        offers = offers_of.from_json(stages.run("offers", asked, lambda: {"offers": offers_of.to_json(
+            offers_of.measure(judge, windows["choose"][0], whole, step=step))})["offers"])
     forecast = Forecast.made(slack, workload, dense=dense_seconds, whole=whole_seconds)
     with clock("solve"), progress.stage("solve", JUDGEMENTS * len(windows["choose"])) as step:
         def judged(candidate: Candidate) -> Judgement:
