@@ -29,6 +29,7 @@ from sentei.budget.workload import Workload
 from sentei.conversion import card, export
 from sentei.conversion.checkpoints import load_model, load_tokenizer, locate
 from sentei.conversion.plan import Plan, convert, prunable_layers
+from sentei.conversion.rungs import rung_of
 from sentei.conversion.tokenizers import require_known
 from sentei.core.errors import FileError, SenteiError, UnsupportedError
 from sentei.core.progress import Progress, Silent
@@ -205,9 +206,9 @@ def _prune(subject: Subject, text: Text, windows: dict[str, torch.Tensor], reque
         slack = slack_of.from_json(stages.run("slack", inputs, lambda: {"layers": slack_of.to_json(slack_of.measure(
             subject.model, workload, windows["calibrate"], layers, config, rules=rules,
             step=step))})["layers"])
-        offers = offers_of.from_json(stages.run("offers", {**inputs, "options": [
-            entry.to_json() for entry, _ in options]}, lambda: {"offers": offers_of.to_json(offers_of.measure(
-                judge, windows["calibrate"][0], whole, step=step))})["offers"])
+        asked = {**inputs, "options": [entry.to_json() for entry, _ in options], "priced on": "choose"}
+        offers = offers_of.from_json(stages.run("offers", asked, lambda: {"offers": offers_of.to_json(
+            offers_of.measure(judge, windows["choose"][0], whole, step=step))})["offers"])
     forecast = Forecast.made(slack, workload, dense=dense_seconds, whole=whole_seconds)
     with clock("solve"), progress.stage("solve", JUDGEMENTS * len(windows["choose"])) as step:
         def judged(candidate: Candidate) -> Judgement:
@@ -342,6 +343,7 @@ def _details(subject: Subject, text: Text, request: Request, proof: Proof, layer
                      "tokens": {use: count * work.tokens for use, count in needed(work).items()}},
             "timings": timings, "timed_tokens": work.timed_tokens, "environment": environment(),
             "verify_attempts": proof.attempts, "licence": subject.licence,
+            "rung": rung_of(subject.model, proof.candidate.plan),
             "strict": proof.strict and {"quality_interval": [proof.strict.quality.low, proof.strict.quality.high],
                                         "density": proof.strict.mean_density(layers)},
             "command": subject.command, "date": comparison.date}

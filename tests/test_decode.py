@@ -66,7 +66,7 @@ def test_the_report_speaks_of_decoding(prune, sparse, tmp_path):
     page = (tmp_path / "out" / "report.html").read_text()
     words = re.sub("<[^>]*>", "", page)
     assert "tiny writes the last tokens of 256 2.00× faster" in words
-    assert "run of 32 tokens, one at a time" in words and "read dense" in words
+    assert "run of 32 tokens, one at a time" in words and "has read itself" in words
     assert "prefill" not in words and "whole block in sight" not in words
     assert "threshold, ratio 0.9" in words and "not measured" not in words
 

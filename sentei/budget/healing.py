@@ -16,14 +16,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from sentei.axes.connections import Config as Connections
 from sentei.budget.goal import Goal
-from sentei.budget.judge import Judge
+from sentei.budget.judge import Judge, reading
 from sentei.budget.proof import RUNS, Proof, first_proven
 from sentei.budget.solver import Solution
 from sentei.conversion.plan import Plan, complete, convert
 from sentei.conversion.student import adapted, settled, student_of
-from sentei.core.rules import All
 from sentei.measurement.text import spare_of
 from sentei.training import healing as training
 
@@ -85,6 +83,10 @@ class HealedJudge(Judge):
         """The dense model's for the empty plan: it does not go on from another model's cache."""
         return (super() if plan.entries else self.plain).prefix(plan, use)
 
+    def _beginnings(self, plan: Plan, use: str) -> list:
+        """Read once for all plans."""
+        return self._prefixes(use)
+
     def _prefixes(self, use: str) -> list:
         """As read by the healed model itself: it is the one that will read prompts."""
         if self._read[0] != use:
@@ -93,15 +95,9 @@ class HealedJudge(Judge):
         return self._read[1]
 
 
-def feels(plan: Plan) -> bool:
-    """Whether the reading of a text feels anything of the plan: what only decoding prunes cannot be healed so."""
-    return any(not isinstance(entry.config, Connections) or not isinstance(entry.config.rule, All)
-               for entry in plan.entries)
-
-
 def context_of(plan: Plan, tokens: int) -> int:
     """Tokens of a window to heal on, for a workload of so many tokens."""
-    return min(tokens, LONG_CONTEXT if plan.standing("under").entries and feels(plan.standing("under")) else CONTEXT)
+    return min(tokens, LONG_CONTEXT if reading(plan.standing("under")).entries else CONTEXT)
 
 
 def text_for(tokenizer, text: str, windows: dict[str, torch.Tensor], size: int) -> torch.Tensor:
@@ -135,7 +131,7 @@ def heal(judge: Judge, goal: Goal, before: Proof, rows: torch.Tensor, config: tr
         SenteiError, FileError: see `training.healing.heal`.
     """
     plan, kept = before.candidate.plan, Healed(before=before, proof=before, minutes=config.minutes)
-    if not feels(plan):
+    if not reading(plan).entries:  # what only decoding prunes cannot be healed on text
         return replace(kept, reason="the plan prunes nothing that the reading of a text would feel")
     checks = checks_of(judge.windows["choose"], rows.shape[1])
     job = {**judge.inputs, "plan": plan.to_json(), "rows": _digest(rows), "checks": _digest(checks)}
@@ -158,11 +154,12 @@ def heal(judge: Judge, goal: Goal, before: Proof, rows: torch.Tensor, config: tr
     proof = first_proven(goal, Solution(ladder=[before.candidate], judged=[]), HealedJudge(judge, student, key),
                          lambda: step(""))
     convert(judge.model, Plan())
+    looked = (*before.looked, *proof.looked)  # another model on the same text
     if goal.quality is not None and proof.quality < goal.quality <= before.quality:
-        return replace(kept, table=found.table, reason=f"its quality on held-out text is {proof.quality:.4f}, below "
-                       "the bound, which the unhealed one keeps")
-    proof = replace(proof, attempts=before.attempts)
-    return replace(kept, proof=proof, model=complete(student, plan), table=found.table)
+        return replace(kept, proof=replace(before, looked=looked), table=found.table,
+                       reason=f"its quality on held-out text is {proof.quality:.4f}, below the bound, which the "
+                       "unhealed one keeps")
+    return replace(kept, proof=replace(proof, looked=looked), model=complete(student, plan), table=found.table)
 
 
 def _digest(tokens: torch.Tensor) -> str:

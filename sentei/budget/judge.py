@@ -14,7 +14,7 @@ from sentei.conversion import wrapper
 from sentei.conversion.plan import Entry, Plan, attention_path, convert
 from sentei.conversion.rooms import WAYS
 from sentei.conversion.statistics import Statistics
-from sentei.core.rules import Fixed
+from sentei.core.rules import All, Fixed
 from sentei.core.storage import Stages
 from sentei.core.tracing import Record, Trace, trace
 from sentei.measurement.latency import Comparison, interleave
@@ -77,8 +77,8 @@ class Judge:
     def judge(self, plan: Plan, use: str, step: Step) -> Judgement:
         """The plan on the windows of one use; a step a window."""
         def work() -> dict:
-            prefixes, model = self._prefixes(use), self.standing(plan)
             try:
+                prefixes, model = self._beginnings(plan, use), self.standing(plan)
                 with trace(model, _Counts()) as counts:
                     losses = self._losses(model, use, prefixes, step)
                 density = {entry.layer: [0.0] for entry in plan.entries if takes_attention(entry)}
@@ -89,7 +89,7 @@ class Judge:
             quality = compare(self.dense[use], torch.tensor(losses, dtype=torch.float64))
             return {"quality": asdict(quality), "density": density}
 
-        inputs = {**self.inputs, "use": use, "plan": plan.to_json()}
+        inputs = {**self.inputs, "use": use, "plan": plan.to_json(), "prompt": self._reads_itself(plan)}
         result = self.stages.run(f"{self.named}{use}-{short_key(plan)}", inputs, work)
         return Judgement(quality=Quality(**result["quality"]),
                          density={int(layer): heads for layer, heads in result["density"].items()})
@@ -145,6 +145,20 @@ class Judge:
             self._read = use, [self.workload.prefix(self.model, row) for row in self.windows[use]]
         return self._read[1]
 
+    def _reads_itself(self, plan: Plan) -> bool:
+        """Whether the prompt before decoded tokens is read otherwise than by the dense model."""
+        return self.workload.lever == "decode" and bool(reading(plan).entries)
+
+    def _beginnings(self, plan: Plan, use: str) -> list:
+        """What the plan's readings begin with: prompts as it reads them itself, which is what a user gets.
+
+        Only where that is what the dense model does are its own taken, which are there already.
+        """
+        if not self._reads_itself(plan):
+            return self._prefixes(use)
+        model = self.standing(reading(plan))
+        return [self.workload.prefix(model, row) for row in self.windows[use]]
+
     def _losses(self, model: nn.Module, use: str, prefixes: list, step: Step) -> list[list[float]]:
         losses = []
         for row, prefix in zip(self.windows[use], prefixes, strict=True):
@@ -180,6 +194,13 @@ class Run:
             self.begin(plan)
             passes += self.work()
         return min(passes) * self.workload.timed_runs
+
+
+def reading(plan: Plan) -> Plan:
+    """What of a plan stands while a prompt is read: what only decoding prunes does not."""
+    entries = [replace(entry, config=replace(entry.config, decode=All())) if entry.room == "connections" else entry
+               for entry in plan.entries]
+    return Plan(tuple(entry for entry in entries if entry.room != "connections" or entry.config.rule != All()))
 
 
 def takes_attention(entry: Entry) -> bool:

@@ -8,7 +8,7 @@ Neither costs nor savings quite add up, so whole plans are judged and timed on t
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from sentei.axes.connections import Config
 from sentei.budget.goal import Goal
@@ -24,8 +24,14 @@ PRICES = 40
 RANGE = 0.02, 200.0
 # Plans foreseen to cost more than so many times what may be lost are not judged.
 HOPELESS = 3.0
+# A single room's plans are tried where they are foreseen to be so many times as fast as the best: no forecast is exact.
+NEAR = 0.95
 # What a plan for a speed is foreseen to lose, about, where no bound says it.
 SPEED_NATS = 0.1
+
+Ladders = list[list[Candidate]]
+Seen = Callable[[Candidate], Judgement]
+Speed = Callable[[Candidate], float]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,18 +54,19 @@ class Market:
     rate: float
     dense: float
 
-    def plans(self, nats: float, rooms: set[str]) -> list[Candidate]:
+    def plans(self, nats: float, rooms: set[str], hopeless: float = HOPELESS) -> list[Candidate]:
         """The plans of these rooms for growing prices, dense first and leanest last, without repetitions.
 
         Args:
-            nats: what may be lost, about; plans that are foreseen to lose several times as much are left out.
+            nats: what may be lost, about.
             rooms: which may take part. Connections that keep all always do: all is then run natively.
+            hopeless: plans that are foreseen to lose so many times as much are left out.
         """
         low, high = (share * nats / self.dense for share in RANGE)
         found = [dense_of(fit(self.slack))]
         for number in range(PRICES):
             candidate, cost = self._at(low * (high / low) ** (number / (PRICES - 1)), rooms)
-            if candidate.plan != found[-1].plan and cost <= HOPELESS * nats:
+            if candidate.plan != found[-1].plan and cost <= hopeless * nats:
                 found.append(candidate)
         return found
 
@@ -145,39 +152,74 @@ def _error(options: list, entry: Entry) -> float:
                for head, ratio in zip(heads, ratios, strict=True))
 
 
-def solve_all(goal: Goal, market: Market, alone: Solution, judge: Callable[[Candidate], Judgement],
-              forecast: Callable[[Candidate], float]) -> Solution:
-    """The plans to try over all rooms, beside those of connections alone, which `solve` has found.
+def solve_all(goal: Goal, market: Market, alone: Solution, judge: Seen, forecast: Speed) -> Solution:
+    """The plans to try over all rooms and of every single one, beside those of connections, which `solve` has found.
 
-    The best plan of all rooms is sought on the real model. Of each other room alone the plan that is foreseen to keep
-    the bound is judged once, for the report.
+    The best plan of all rooms is sought on the real model, and so is that of each single room where it may come out as
+    fast (NEAR); of a room where it cannot, the plan that is foreseen to keep the bound is judged once, for the report.
 
     Returns:
-        a Solution whose ladder is the faster one of both as foreseen, with the other as `rival`, and all that was
+        a Solution whose ladder is the best one as foreseen, with those of single rooms as `rivals`, and all that was
         judged. Where nothing of another room is worth its time, that of connections.
     """
     rooms = sorted({offer.entry.room for offer in market.offers if offer.pays})
     if not rooms:
         return alone
     judged = list(alone.judged)
-    nats = -math.log(goal.quality) if goal.quality is not None else SPEED_NATS
-    nats = max(nats, 1e-4)
 
     def seen(candidate: Candidate) -> Judgement:
         judged.append((candidate, judge(candidate)))
         return judged[-1][1]
 
-    plans = market.plans(nats, {"connections", *rooms})
-    if goal.speed is not None:
-        ladder = [plan for plan in plans if forecast(plan) >= goal.speed]
-        better = ladder and seen(ladder[0]).quality.value > judged[0][1].quality.value
-        return replace(alone, judged=judged, ladder=ladder if better else alone.ladder,
-                       rival=alone.ladder if better else [])
-    ladder = plans[:search(plans, lambda candidate: goal.is_good(seen(candidate))) + 1][::-1]
+    chosen = _for_speed if goal.speed is not None else _for_quality
+    ladder, *rivals = chosen(goal, market, rooms, alone, seen, forecast)
+    return Solution(ladder=ladder, judged=judged, rivals=rivals)
+
+
+def _for_quality(goal: Goal, market: Market, rooms: list[str], alone: Solution, seen: Seen, forecast: Speed
+                 ) -> Ladders:
+    """The ladder whose first plan is foreseen to be the fastest, then those of single rooms that come near it."""
+    def good(candidate: Candidate) -> bool:
+        return goal.is_good(seen(candidate))
+
+    nats = max(-math.log(goal.quality), 1e-4)
+    plans, found = market.plans(nats, {"connections", *rooms}), [alone.ladder]
+    together = plans[:search(plans, good) + 1][::-1]
+    if together[0].saved and forecast(together[0]) > forecast(alone.ladder[0]):
+        found.insert(0, together)
     for room in rooms:
-        single = [plan for plan in market.plans(nats / HOPELESS, {room}) if plan.saved]
-        if single:
-            seen(single[-1])
-    if ladder[0].saved and forecast(ladder[0]) > forecast(alone.ladder[0]):
-        return Solution(ladder=ladder, judged=judged, rival=alone.ladder)
-    return replace(alone, judged=judged)
+        single = [plan for plan in market.plans(nats, {room}) if plan.saved]
+        near = [plan for plan in single if forecast(plan) >= NEAR * forecast(found[0][0])]
+        last = search([alone.ladder[-1], *near], good)
+        if last:
+            found.append(near[:last][::-1])
+        elif not near:
+            kept = [plan for plan in market.plans(nats / HOPELESS, {room}) if plan.saved]
+            [seen(plan) for plan in kept[-1:]]
+    return _distinct(sorted(found, key=lambda ladder: -forecast(ladder[0])))
+
+
+def _for_speed(goal: Goal, market: Market, rooms: list[str], alone: Solution, seen: Seen, forecast: Speed
+               ) -> Ladders:
+    """Of the ladders that are foreseen to reach the speed the best one, then the best of a single room.
+
+    Where none reaches it, the one that comes nearest.
+    """
+    told = {id(candidate): judgement for candidate, judgement in alone.judged}
+    every = {"connections", *rooms}
+    families = [(every, market.plans(SPEED_NATS, every, math.inf)), ({"connections"}, alone.ladder),
+                *(({room}, market.plans(SPEED_NATS, {room}, math.inf)) for room in rooms)]
+    reaching = [(taking, [plan for plan in plans if forecast(plan) >= goal.speed]) for taking, plans in families]
+    reaching = [(taking, ladder) for taking, ladder in reaching if ladder]
+    if not reaching:
+        reaching = [(every, [max((plan for _, plans in families for plan in plans), key=forecast)])]
+    values = [(told.get(id(ladder[0])) or seen(ladder[0])).quality.value for _, ladder in reaching]
+    ranked = [reaching[place] for place in sorted(range(len(values)), key=lambda place: -values[place])]
+    singles = [ladder for taking, ladder in ranked if len(taking) == 1]
+    return _distinct([ranked[0][1], *singles[:1]])
+
+
+def _distinct(ladders: Ladders) -> Ladders:
+    """Without those that begin with the plan of an earlier one."""
+    return [ladder for place, ladder in enumerate(ladders)
+            if all(ladder[0].plan != other[0].plan for other in ladders[:place])]

@@ -15,7 +15,7 @@ from torch import nn
 
 from sentei.budget.judge import Judge, takes_attention
 from sentei.budget.workload import Decode
-from sentei.conversion.layers import Layer, layers_of
+from sentei.conversion.layers import Layer, layer_of, layers_of
 from sentei.conversion.plan import Entry, Plan, convert, place
 from sentei.conversion.rooms import WAYS
 from sentei.conversion.statistics import Statistics
@@ -36,7 +36,7 @@ class Offer:
     Args:
         entry: what a plan would say.
         part: "attention" or "network".
-        nats: what it costs alone; None, not measured, where it saves no time on this machine.
+        nats: what it costs alone; None, not measured, where it saves no more time than timing varies by.
         seconds: what it saves of one run of the workload; below zero where it is slower.
     """
 
@@ -47,7 +47,7 @@ class Offer:
 
     @property
     def pays(self) -> bool:
-        """Whether it saves any time at all on this machine."""
+        """Whether it saves more time on this machine than timing varies by."""
         return self.nats is not None
 
 
@@ -79,22 +79,26 @@ def measure(judge: Judge, tokens: torch.Tensor, whole: Plan, rooms: tuple[str, .
 
     Args:
         judge: its model is dense afterwards; its workload is the one that is timed, on its window "calibrate".
-        tokens: int64 [T], read up to TOKENS for the costs.
+        tokens: int64 [T], read up to TOKENS for the costs; none that the rooms were calibrated on, which least squares
+            fit better than others.
         whole: the plan against which options are timed, in which connections keep everything.
         step: called for every option.
     Returns:
         the offers, layer by layer.
-    Cost: half a pass over TOKENS tokens an option, and for each distinct configuration a run of the whole workload
-        where it decodes, RUNS of one layer where it reads a prompt.
+    Cost: half a pass over TOKENS tokens an option that saves time, and for each distinct configuration and kind of
+        layer a run of the whole workload where it decodes, RUNS of one layer where it reads a prompt.
     """
     entries = candidates(judge.model, judge.workload.lever, rooms)
     seen = next(filter(None, (judge.statistics(Plan((entry,))) for entry, _ in entries)), None)
     clock = _decoding_seconds if isinstance(judge.workload, Decode) else _prompt_seconds
-    seconds = clock(judge, [entry for entry, _ in entries], seen, whole)
+    alike: dict[tuple, list[Entry]] = {}  # those that take as long: in layers of one kind
+    for entry, _ in entries:
+        alike.setdefault(_key(judge, entry), []).append(entry)
+    seconds = clock(judge, alike, seen, whole)
     ruler, offers = Ruler(judge.model, tokens[:TOKENS]), []
     for entry, part in entries:
-        saved, nats = seconds[entry.room, entry.config], None
-        if saved > 0:
+        (saved, varies), nats = seconds[_key(judge, entry)], None
+        if saved > varies:
             place(judge.model, Plan((entry,)), seen)
             nats = ruler.nats(entry.layer)
         offers.append(Offer(entry=entry, part=part, nats=nats, seconds=saved))
@@ -150,23 +154,32 @@ def _beginning_at(model: nn.Module, first: int) -> Iterator[None]:
             vars(block).pop("forward", None)
 
 
-Clocked = dict[tuple[str, object], float]
+Clocked = dict[tuple, tuple[float, float]]  # seconds that are saved in one layer, and what these vary by
 
 
-def _decoding_seconds(judge: Judge, entries: list[Entry], seen: Statistics | None, whole: Plan) -> Clocked:
-    """Saved in one layer: an option in every layer that has it, against none, by the clock of the whole model.
+def _key(judge: Judge, entry: Entry) -> tuple[str, object, str]:
+    """What the time of an entry depends on: layers of one kind have one shape."""
+    return entry.room, entry.config, layer_of(judge.model, entry.layer, ()).kind
+
+
+def _decoding_seconds(judge: Judge, alike: dict[tuple, list[Entry]], seen: Statistics | None, whole: Plan) -> Clocked:
+    """Saved in one layer: an option in every such layer that has it, against none, by the clock of the whole model.
 
     A layer on its own would be read from the processor's cache, which a whole model does not fit.
     """
-    plans, numbers = {None: whole}, {}
-    for key in dict.fromkeys((entry.room, entry.config) for entry in entries):
-        alike = [entry for entry in entries if (entry.room, entry.config) == key]
-        plans[key], numbers[key] = _with(whole, alike), len(alike)
     run = judge.run("calibrate")
-    seconds = {key: run.least(plan) for key, plan in plans.items()}
-    kept = min(seconds[None], run.least(whole))  # before and after all others
+    kept = [run.least(whole)]
+    seconds = {key: run.least(_with(whole, entries)) for key, entries in alike.items()}
+    kept += [run.least(whole), run.least(whole)]  # before and after all others
     convert(judge.model, Plan())
-    return {key: (kept - seconds[key]) / number for key, number in numbers.items()}
+    return {key: ((min(kept) - seconds[key]) / len(entries), _variation(kept) / len(entries))
+            for key, entries in alike.items()}
+
+
+def _variation(taken: list[float]) -> float:
+    """What seconds of the same work vary by: the least and the next. What comes late tells of others' work."""
+    least, following, *_ = sorted(taken)
+    return following - least
 
 
 def _with(whole: Plan, entries: list[Entry]) -> Plan:
@@ -176,16 +189,15 @@ def _with(whole: Plan, entries: list[Entry]) -> Plan:
 
 
 @torch.no_grad()
-def _prompt_seconds(judge: Judge, entries: list[Entry], seen: Statistics | None, whole: Plan) -> Clocked:
+def _prompt_seconds(judge: Judge, alike: dict[tuple, list[Entry]], seen: Statistics | None, whole: Plan) -> Clocked:
     """Saved in one layer: the middle one, or the nearest that has the option, run on what a prompt gives it."""
     layers = layers_of(judge.model)
     middle = len(layers) // 2
     inputs: dict[int, tuple] = {}
     found = {}
     convert(judge.model, whole)
-    for key in dict.fromkeys((entry.room, entry.config) for entry in entries):
-        alike = [entry for entry in entries if (entry.room, entry.config) == key]
-        entry = min(alike, key=lambda entry: abs(entry.layer - middle))
+    for key, entries in alike.items():
+        entry = min(entries, key=lambda entry: abs(entry.layer - middle))
         layer = layers[entry.layer]
         if entry.layer not in inputs:
             inputs[entry.layer] = _inputs_of(judge, layer)
@@ -200,7 +212,7 @@ def _prompt_seconds(judge: Judge, entries: list[Entry], seen: Statistics | None,
                 convert(judge.model, plan, seen)
                 taken.append(_quickest(work))
         pruned, kept = map(min, seconds.values())
-        found[key] = kept - pruned
+        found[key] = kept - pruned, max(map(_variation, seconds.values()))
     convert(judge.model, Plan())
     return found
 

@@ -6,6 +6,7 @@ model, says how many nats an error is. Those of the other rooms are measured one
 
 import math
 from dataclasses import replace
+from statistics import median
 
 import torch
 from torch import nn
@@ -16,7 +17,6 @@ from sentei.budget import slack as slack_of
 from sentei.budget.calibration import Library
 from sentei.budget.judge import Judge
 from sentei.budget.mixture import rate_of
-from sentei.budget.slack import LayerSlack
 from sentei.budget.solver import Timed, fit, uniform
 from sentei.budget.workload import Workload
 from sentei.conversion.plan import Plan, prunable_layers
@@ -32,8 +32,8 @@ def measure(model: nn.Module, workload: Workload, windows: dict[str, torch.Tenso
         windows: at least one "calibrate" and one "choose".
     Returns:
         threads; dense: seconds of one run of the workload and perplexity; options, each with layer, room, option (in
-        words), nats, perplexity (what it adds), milliseconds (what it saves of a run) and perplexity_per_millisecond,
-        None where it saves no time; then nats and perplexity may be None too.
+        words), milliseconds (what it saves of a run), nats, perplexity (what it adds) and perplexity_per_millisecond,
+        these and nats None where it saves no more time than timing varies by.
     """
     library = Library(model, windows["calibrate"], workload.lever)
     windows = {use: rows[:1] for use, rows in windows.items()}
@@ -50,27 +50,34 @@ def measure(model: nn.Module, workload: Workload, windows: dict[str, torch.Tenso
         middle = tried[len(tried) // 2]
         rate = rate_of([(middle, judge.judge(middle.plan, "choose", step))], slack)
     with progress.stage("rooms", len(offers_of.candidates(model, workload.lever))) as step:
-        offers = offers_of.measure(judge, windows["calibrate"][0], whole, step=step)
+        offers = offers_of.measure(judge, windows["choose"][0], whole, step=step)
     perplexity = math.exp(float(judge.dense["choose"].mean()))
-    options = [row for layer, timed in zip(slack, fit(slack), strict=True)
-               for row in _connections(layer, timed, workload, rate)]
+    timings = fit(slack)
+    varies = median(abs(option.seconds - timed.seconds(_mean(option.density))) for timed in timings
+                    for option in timed.slack.options[1:])
+    options = [row for timed in timings for row in _connections(timed, workload, rate, varies)]
     options += [{"layer": offer.entry.layer, "room": offer.entry.room, "option": WAYS[offer.entry.room].words(
         offer.entry.config), "nats": offer.nats, "milliseconds": offer.seconds * 1e3} for offer in offers]
     for option in options:
-        saves, nats = option["milliseconds"] > 0, option["nats"]
-        option["perplexity"] = None if nats is None else perplexity * math.expm1(min(nats, 50.0))
+        saves = option["nats"] is not None
+        option["perplexity"] = perplexity * math.expm1(min(option["nats"], 50.0)) if saves else None
         option["perplexity_per_millisecond"] = option["perplexity"] / option["milliseconds"] if saves else None
     return {"threads": torch.get_num_threads(), "dense": {"seconds": seconds, "perplexity": perplexity},
             "options": options}
 
 
-def _connections(layer: LayerSlack, timed: Timed, workload: Workload, rate: float) -> list[dict]:
-    """A layer's rules, all heads alike."""
+def _connections(timed: Timed, workload: Workload, rate: float, varies: float) -> list[dict]:
+    """A layer's rules, all heads alike; `varies` are the seconds by which measured ones lie beside those fitted."""
     rows = []
-    for option in layer.options[1:]:
-        density = sum(option.density) / len(option.density)
-        saved = (timed.whole_seconds - timed.seconds(density)) * workload.timed_runs
+    for option in timed.slack.options[1:]:
+        density = _mean(option.density)
+        saved = timed.whole_seconds - timed.seconds(density)
         words = WAYS["connections"].words(replace(Config(), **{workload.lever: option.rule}))
-        rows.append({"layer": layer.layer, "room": "connections", "option": f"{words}, density {density:.2f}",
-                     "nats": rate * sum(option.error), "milliseconds": saved * 1e3})
+        rows.append({"layer": timed.slack.layer, "room": "connections", "option": f"{words}, density {density:.2f}",
+                     "nats": rate * sum(option.error) if saved > varies else None,
+                     "milliseconds": saved * workload.timed_runs * 1e3})
     return rows
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)

@@ -2,10 +2,12 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 from sentei.budget.goal import Goal
 from sentei.budget.judge import Judge, Judgement
 from sentei.budget.solver import Candidate, Solution
+from sentei.conversion.plan import Plan
 from sentei.measurement.latency import Comparison
 
 RUNS = 3
@@ -22,7 +24,7 @@ class Proof:
         judgement: on held-out text, of the plan as it runs.
         strict: on the same text, of the plan without lookahead; None where the goal does not ask.
         comparison: its seconds and dense seconds.
-        attempts: plans judged on the held-out text up to this one.
+        looked: the plans that were judged on the held-out text before one was taken, this one among them.
         reason: why the goal is not met; empty when it is.
     """
 
@@ -30,8 +32,13 @@ class Proof:
     judgement: Judgement
     strict: Judgement | None
     comparison: Comparison
-    attempts: int
+    looked: tuple[Plan, ...]
     reason: str
+
+    @property
+    def attempts(self) -> int:
+        """How many plans were judged on the held-out text; every one more makes it less unseen."""
+        return len(self.looked)
 
     @property
     def quality(self) -> float:
@@ -40,11 +47,14 @@ class Proof:
 
 
 def best_proven(goal: Goal, solution: Solution, judge: Judge, step: Callable[[], object]) -> Proof:
-    """The faster of the plans proven for all rooms and for the best single one: never worse than that."""
+    """The best of the plans proven for the ladder and for those of single rooms: never worse than these.
+
+    That is the fastest for a quality bound, and for a speed bound the best of those that reach it.
+    """
     proofs = [first_proven(goal, replace(solution, ladder=ladder), judge, step)
-              for ladder in (solution.ladder, solution.rival) if ladder]
-    return max(proofs, key=lambda proof: (not proof.reason, goal.speed is not None or proof.comparison.speedup(),
-                                          proof.quality))
+              for ladder in (solution.ladder, *solution.rivals)]
+    best = max(proofs, key=partial(_rank, goal))
+    return replace(best, looked=tuple(dict.fromkeys(plan for proof in proofs for plan in proof.looked)))
 
 
 def first_proven(goal: Goal, solution: Solution, judge: Judge, step: Callable[[], object]) -> Proof:
@@ -56,6 +66,7 @@ def first_proven(goal: Goal, solution: Solution, judge: Judge, step: Callable[[]
     ladder, proofs = solution.ladder[:STEPS], []
     if goal.quality is not None:
         ladder[-1:] = solution.ladder[-1:]  # the safest, dense where it is in the ladder, is the last that is tried
+    looked = tuple(candidate.plan for candidate in ladder)
     for attempts, candidate in enumerate(ladder, 1):
         strict = None if goal.lookahead else judge.judge(candidate.plan.without_lookahead(), "verify", step)
         judgement = judge.judge(candidate.plan, "verify", step)
@@ -64,11 +75,17 @@ def first_proven(goal: Goal, solution: Solution, judge: Judge, step: Callable[[]
             continue
         comparison = judge.time(candidate.plan, "verify", RUNS, step)
         proofs.append(Proof(candidate=candidate, judgement=judgement, strict=strict, comparison=comparison,
-                            attempts=attempts, reason=goal.shortfall(quality, comparison)))
+                            looked=looked[:attempts], reason=goal.shortfall(quality, comparison)))
         if not proofs[-1].reason:
             return proofs[-1]
-    return max(proofs, key=lambda proof: (goal.quality is None or proof.quality >= goal.quality,
-                                          proof.comparison.speedup()))
+    return replace(max(proofs, key=partial(_rank, goal)), looked=looked)
+
+
+def _rank(goal: Goal, proof: Proof) -> tuple[bool, bool, float]:
+    """The larger the better: the goal, then its bound, then what it asks to be as large as may be."""
+    reached = goal.speed is not None and not proof.reason
+    return (not proof.reason, goal.quality is None or proof.quality >= goal.quality,
+            proof.quality if reached else proof.comparison.speedup())
 
 
 def _lowest(*judgements: Judgement | None) -> float:

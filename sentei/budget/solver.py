@@ -176,12 +176,12 @@ class Solution:
     Args:
         ladder: candidates in the order to try them; each next one is safer (quality bound) or faster (speed bound).
         judged: every candidate judged on the way, with its judgement.
-        rival: the ladder of the best single room, where `ladder` is of several.
+        rivals: the ladders of single rooms that may come out as well.
     """
 
     ladder: list[Candidate]
     judged: list[tuple[Candidate, Judgement]]
-    rival: list[Candidate] = field(default_factory=list)
+    rivals: list[list[Candidate]] = field(default_factory=list)
 
 
 def solve(goal: Goal, workload: Workload, slack: list[LayerSlack], config: Config,

@@ -54,7 +54,7 @@ class Workload(ABC):
 
     @abstractmethod
     def prefix(self, model: nn.Module, row: torch.Tensor) -> object:
-        """What every reading of a row begins with, made once by the dense model."""
+        """What a reading of a row begins with, as this model makes it."""
 
     @abstractmethod
     def losses(self, model: nn.Module, row: torch.Tensor, prefix: object) -> torch.Tensor:
@@ -120,7 +120,7 @@ class Decode(Workload):
 
     Quality is read from the last READ tokens, or the second half of fewer, AT_ONCE a call: each token chooses for
     itself, and what is installed for few rows takes as many, so it is what one by one gives. The prompt before them is
-    read whole, by the dense model.
+    in the prefix: for its losses a plan reads it itself (`Judge`), to be timed the dense model's serves any plan.
     """
 
     kind, lever, per_head, least = "decode", "decode", False, 8
@@ -142,7 +142,7 @@ class Decode(Workload):
 
     @torch.no_grad()
     def prefix(self, model, row):
-        """The dense model's cache of the tokens before those that are read."""
+        """The model's cache of the tokens before those that are read."""
         from transformers import DynamicCache
 
         cache = DynamicCache(config=model.config)
@@ -155,7 +155,7 @@ class Decode(Workload):
         return losses_after(model, row, self._own(model, row, prefix), rows=rows)
 
     def _own(self, model, row, prefix) -> object:
-        """A copy of the dense model's prefix, folded where the model has merged key/value heads.
+        """A copy of a prefix; the dense model's is folded where the model has merged key/value heads.
 
         Where that cannot be, the model reads the tokens itself.
         """

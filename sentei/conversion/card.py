@@ -19,15 +19,23 @@ LIMITS = (
     "the measured value is; the interval may reach below it.",
     "Seconds belong to one machine, its threads and its day. On another one run `sentei prune` again.",
     "The plan is for one workload. Other lengths, and reading where it was made for writing, may gain nothing.",
-    "Without sentei these are the plain weights: the dense model, no faster and no smaller. Memory does not shrink.",
-    "The weights are those of the base model, with its knowledge, its biases and its licence.",
 )
-
-HEALED_LIMITS = (
-    "Without sentei these are the healed weights, without the choices that are made for each input.",
-    "The weights are those of the base model, changed by healing on one text; what that does elsewhere was not "
-    "measured. Its knowledge, its biases and its licence stay.",
-)
+# What the folder is without sentei, by its rung (see `rungs`).
+WITHOUT = {
+    "A": "Without sentei this is an ordinary, smaller model, without the choices that are made for each input.",
+    "B": "Without sentei this folder does not load: its layers differ in shape, and transformers does not know its "
+         "`model_type`. With a class of the base model that is named outright, parts of it would be random.",
+    "C": "Without sentei these are the plain weights: the dense model, no faster and no smaller. Memory does not "
+         "shrink.",
+}
+WITHOUT_HEALED = "Without sentei these are the healed weights, without the choices that are made for each input."
+# What the weights are: as they were, made from them, or healed.
+SAME = "The weights are those of the base model, with its knowledge, its biases and its licence."
+MADE = ("The weights are what is left of the base model's, parts of them refitted on one text: memory is that of the "
+        "files in this folder, and of the key/value heads that are left. Its knowledge, its biases and its licence "
+        "stay.")
+HEALED = ("The weights are those of the base model, changed by healing on one text; what that does elsewhere was not "
+          "measured. Its knowledge, its biases and its licence stay.")
 
 
 def licence_in(card: Path) -> str | None:
@@ -48,7 +56,7 @@ def write(folder: Path, result: dict, details: dict, receipt: dict) -> Path:
 
     Args:
         result: the public object of the run, schema "sentei.prune/1".
-        details: what stands behind it, as for `measurement.report`, with "licence", a word or None.
+        details: what stands behind it, as for `measurement.report`, with "licence", a word or None, and "rung".
         receipt: of `export.check`.
     Raises:
         ResourceError: the disk is full or the folder cannot be written.
@@ -74,7 +82,7 @@ def render(result: dict, details: dict, receipt: dict) -> str:
         "## Use", fenced('import sentei\n\nmodel = sentei.load("path/of/this/folder")', lines=True),
         "## Base model",
         f"{words(details['source'])}. Licence: {words(details['licence'] or 'not known to sentei; see its source')}.",
-        "## Limits", "\n".join(f"- {limit}" for limit in _limits(result)),
+        "## Limits", "\n".join(f"- {limit}" for limit in _limits(result, details["rung"])),
     ]
     return "\n\n".join(filter(None, parts)) + "\n"
 
@@ -117,11 +125,11 @@ def _healing(result: dict) -> list[str]:
             *(["\n".join(f"| {' | '.join(row)} |" for row in rows)] if healed["table"] else [])]
 
 
-def _limits(result: dict) -> tuple[str, ...]:
-    """What is not promised; healed weights are no longer those of the base model."""
-    if not result.get("healed", {}).get("kept"):
-        return LIMITS
-    return (*LIMITS[:-2], *HEALED_LIMITS)
+def _limits(result: dict, rung: str) -> tuple[str, ...]:
+    """What is not promised; the weights of rungs A and B, and healed ones, are no longer those of the base model."""
+    healed = result.get("healed", {}).get("kept")
+    without = WITHOUT_HEALED if healed and rung == "C" else WITHOUT[rung]
+    return (*LIMITS, without, HEALED if healed else SAME if rung == "C" else MADE)
 
 
 def _method(result: dict, details: dict) -> str:

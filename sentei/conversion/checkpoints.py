@@ -152,8 +152,9 @@ def _reshaped(folder: Path, model: PreTrainedModel, reshape: Callable) -> PreTra
     from safetensors.torch import load_file
 
     reshape(model)
+    own = model.state_dict()  # what a room chooses by stays in fp32, whatever the weights are in
     try:
-        state = {name: tensor.to(model.dtype) for file in weight_files(folder)
+        state = {name: tensor.to(own.get(name, tensor).dtype) for file in weight_files(folder)
                  for name, tensor in load_file(folder / file).items()}
         missing, surplus = model.load_state_dict(state, strict=False, assign=True)
     except (OSError, RuntimeError, SafetensorError) as error:
@@ -214,8 +215,8 @@ def _download(model: str) -> Path:
 
 
 def _check_finite(folder: Path, model: PreTrainedModel) -> None:
-    for name, parameter in model.named_parameters():
-        # The extremes carry a NaN or an infinity without a second tensor of the parameter's size.
-        if parameter.numel() and not torch.isfinite(torch.stack(torch.aminmax(parameter.detach()))).all():
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):  # rooms hold what they choose by in these
+        # The extremes carry a NaN or an infinity without a second tensor of the same size.
+        if tensor.numel() and not torch.isfinite(torch.stack(torch.aminmax(tensor.detach()))).all():
             raise FileError(str(folder), expected="finite weights", got=f"NaN or infinity in {name}",
                             do="download the model again")

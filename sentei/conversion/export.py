@@ -2,7 +2,7 @@
 
 Without sentei the folder is the dense model, or a smaller one (`rungs`). With it, `load` gives the pruned one, and
 `receipt.safetensors` holds logits to compare with: the proof is made in a fresh process. A folder of rung B, whose
-layers differ in shape, loads with sentei alone.
+layers differ in shape, loads with sentei alone: its config.json names no model that transformers knows.
 """
 
 import json
@@ -10,6 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from torch import nn
 from sentei.conversion import cache, native
 from sentei.conversion.card import CARD
 from sentei.conversion.checkpoints import DTYPES, load_model, locate
+from sentei.conversion.families import marked
 from sentei.conversion.model_folder import member
 from sentei.conversion.plan import Plan, complete, convert
 from sentei.conversion.rungs import plain, reshape, rung_of
@@ -53,16 +55,16 @@ def export(model: nn.Module, tokenizer, plan: Plan, folder: Path, *, tokens: tor
     from safetensors.torch import save_file
 
     temporary = folder / ".export"
-    dtype = str(model.dtype).removeprefix("torch.")
+    dtype, rung = str(model.dtype).removeprefix("torch."), rung_of(model, plan)
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
-        written, left = plain(model, plan) if rung_of(model, plan) == "A" else (model, plan)
+        written, left = plain(model, plan) if rung == "A" else (model, plan)
         written.save_pretrained(temporary)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
         save_file({"tokens": tokens, "logits": _logits(model, tokens)}, temporary / RECEIPT)
-        _clean_config(temporary / "config.json")
+        _clean_config(temporary / "config.json", marked if rung == "B" else dict)
         for path in sorted(temporary.iterdir()):
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
@@ -76,7 +78,7 @@ def export(model: nn.Module, tokenizer, plan: Plan, folder: Path, *, tokens: tor
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     write_json(folder / POLICY, {"schema": SCHEMA, "dtype": dtype, "threads": torch.get_num_threads(),
-                                 "facts": facts, "rung": rung_of(model, plan), "plan": left.to_json()})
+                                 "facts": facts, "rung": rung, "plan": left.to_json()})
 
 
 def load(folder: str | Path) -> nn.Module:
@@ -206,7 +208,10 @@ def _last_rows(model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
     return model(input_ids=tokens[None, -ROWS:], past_key_values=kept, use_cache=True).logits[0].float().contiguous()
 
 
-def _clean_config(path: Path) -> None:
-    """Drops what transformers writes for itself: keys that begin with an underscore, which no loader should trust."""
-    config = {key: value for key, value in read_json(path).items() if not key.startswith("_")}
-    write_json(path, config)
+def _clean_config(path: Path, named: Callable[[dict], dict]) -> None:
+    """Drops what transformers writes for itself: keys that begin with an underscore, which no loader should trust.
+
+    Args:
+        named: gives the settings the name by which they are written.
+    """
+    write_json(path, named({key: value for key, value in read_json(path).items() if not key.startswith("_")}))

@@ -42,6 +42,8 @@ _ONLY = {
     "quantization_config": (None,),
 }
 
+# Before the names of a model whose layers differ in shape, see `marked`.
+MARK, _CLASS = "sentei_", "Sentei"
 _CODE_KEYS = ("auto_map", "trust_remote_code", "custom_pipelines", "custom_generate")
 
 _REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
@@ -217,6 +219,26 @@ def family_of(raw: dict, where: str = "config.json", families: dict[str, Family]
                         do="remove the key if you know that it does not change the model")
     _check_sizes(raw, where)
     return family
+
+
+def marked(raw: dict) -> dict:
+    """The config.json of a model whose layers differ: transformers' Auto classes know nothing of its names.
+
+    They would otherwise load it, with weights at random where it has others.
+    """
+    return {**raw, "model_type": f"{MARK}{raw['model_type']}",
+            "architectures": [f"{_CLASS}{name}" for name in raw["architectures"]]}
+
+
+def unmarked(raw: dict) -> dict:
+    """As it was before `marked`; another config.json as it is."""
+    kind, names = raw.get("model_type"), raw.get("architectures")
+    if not isinstance(kind, str) or not kind.startswith(MARK):
+        return raw
+    plain = {**raw, "model_type": kind.removeprefix(MARK)}
+    if isinstance(names, list) and all(isinstance(name, str) for name in names):
+        plain["architectures"] = [name.removeprefix(_CLASS) for name in names]
+    return plain
 
 
 def _check_values_of(allowed: dict[str, tuple], raw: dict, where: str) -> None:

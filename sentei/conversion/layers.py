@@ -23,6 +23,7 @@ class Layer(NamedTuple):
         block: the layer itself.
         attention, network: its two parts.
         norms: by part, the norms before it and, in some families, behind it.
+        kind: of its attention, as in transformers' `layer_types`: "full_attention" or "sliding_attention".
         leads: whether transformers reads the length of a cache from this layer's keys, the first of their kind.
     """
 
@@ -31,6 +32,7 @@ class Layer(NamedTuple):
     attention: nn.Module
     network: nn.Module
     norms: dict[str, tuple[nn.Module, ...]]
+    kind: str
     leads: bool
 
     @property
@@ -60,7 +62,7 @@ def layer_of(model: nn.Module, index: int, needed: tuple[str, ...] = tuple(PARTS
     norms = {part: tuple(original_at(model, path) for path in paths_of(model, index, part)[1:]) for part in PARTS}
     kinds = getattr(model.config, "layer_types", None) or ["full_attention"] * model.config.num_hidden_layers
     return Layer(index, model.get_submodule(f"model.layers.{index}"), **parts, norms=norms,
-                 leads=kinds.index(kinds[index]) == index)
+                 kind=kinds[index], leads=kinds.index(kinds[index]) == index)
 
 
 def layers_of(model: nn.Module) -> list[Layer]:

@@ -4,7 +4,7 @@ import re
 import stat
 from pathlib import Path
 
-from sentei.conversion.families import Family, family_of
+from sentei.conversion.families import Family, family_of, unmarked
 from sentei.core.errors import FileError, UnsupportedError, shown
 from sentei.core.safetensors_header import Tensor, read_header
 from sentei.core.storage import json_bytes, read_json
@@ -73,7 +73,7 @@ def read_config(folder: Path) -> tuple[dict, Family]:
     if member(folder, "config.json", required=False) is None:
         raise FileError(str(folder), expected="a model folder with config.json", got="a folder without it",
                         do="give the folder that holds config.json, or a .gguf file")
-    raw = read_json(folder / "config.json", MAX_CONFIG_BYTES)
+    raw = unmarked(read_json(folder / "config.json", MAX_CONFIG_BYTES))
     return raw, family_of(raw, str(folder / "config.json"))
 
 

@@ -2,7 +2,8 @@
 
     A   every layer alike: fewer layers, networks of one width, attentions of as many key/value heads. An ordinary
         checkpoint of a smaller model.
-    B   layers that differ: the weights as they are, and `sentei.json`, which says what stands where.
+    B   layers that differ: the weights as they are, and `sentei.json`, which says what stands where. Its config.json
+        has a name that transformers' Auto classes refuse (`families.marked`).
     C   weights as they were and rooms that choose for each input: an ordinary checkpoint of the dense model, and
         `sentei.json`.
 

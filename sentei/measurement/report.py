@@ -239,13 +239,12 @@ def _plan(result: dict, details: dict) -> str:
 
 
 def _held_out(details: dict, plan: str) -> str:
-    """The text that quality was measured on; a text that has turned plans away had a hand in the choice of the next."""
+    """The text that quality was measured on; a text on which several plans were judged had a hand in the choice."""
     attempts = details.get("verify_attempts", 1)
     if attempts == 1:
         return f"text {plan} was not chosen on"
-    ending = "th" if attempts % 100 in (11, 12, 13) else {1: "st", 2: "nd", 3: "rd"}.get(attempts % 10, "th")
-    return (f"held-out text (the {attempts}{ending} plan judged on this text; "
-            f"{attempts - 1} before it did not meet the goal)")
+    return (f"held-out text ({attempts} plans were judged on this text: those that did not meet the goal there, or "
+            "came out no better, made way)")
 
 
 def _is_healed(result: dict) -> bool:
@@ -262,8 +261,8 @@ def _method(result: dict, details: dict) -> str:
     tokens = [f"{number:,} {uses.get(use) or _words(use)}" for use, number in text["tokens"].items()]
     quality = _pairs([
         ("measure", "dense perplexity ÷ pruned perplexity; 100&nbsp;% is no loss"),
-        ("decoding", "read is the end of each text, after a prompt that is read dense, as the plan runs; a token's "
-         "choice is its own, from no later token") if _decodes(result) else
+        ("decoding", "read is the end of each text, after a prompt that the pruned model has read itself, as the "
+         "plan runs; a token's choice is its own, from no later token") if _decodes(result) else
         ("lookahead", "what a block of tokens keeps is chosen with the whole block in sight, as the plan runs"
          + ("" if details.get("strict") is None else "; the bound is also kept, and the plans tried were judged, "
             "without lookahead: what a token keeps is chosen from no later one")),

@@ -51,14 +51,14 @@ def check(cases: list[dict]) -> None:
 def test_some_attacks_are_refused_and_their_twins_are_not(tmp_path):
     cases = results(tmp_path, "--some")
     check(cases)
-    assert len(cases) > 80 and len({case["door"] for case in cases}) == 14
+    assert len(cases) > 80 and len({case["door"] for case in cases}) == 15
 
 
 @pytest.mark.slow
 def test_all_attacks_are_refused_and_their_twins_are_not(tmp_path):
     cases = results(tmp_path)
     check(cases)
-    assert len(cases) > 480 and len({case["door"] for case in cases}) == 14
+    assert len(cases) > 480 and len({case["door"] for case in cases}) == 15
 
 
 @pytest.mark.slow
@@ -74,8 +74,8 @@ def test_inspect_looks_at_all_of_them_without_harm(tmp_path):
     cases = results(tmp_path, "--inspect")
     assert {case["code"] for case in cases} <= {0, REFUSED, 5}
     assert [line for case in cases for line in wrong_of(case | {"code": REFUSED, "kind": "attack"})] == []
-    seen = {"safetensors", "sharded safetensors", "GGUF", "config.json", "adapter", "sentei.json", "checkpoint",
-            "trace"}
+    seen = {"safetensors", "sharded safetensors", "GGUF", "config.json", "adapter", "sentei.json", "uneven layers",
+            "checkpoint", "trace"}
     twins = [case for case in cases if case["kind"] == "twin" and case["door"] in seen]
     assert len(twins) > 20 and [case["name"] for case in twins if case["code"]] == []
     refused = [case["code"] != 0 for case in cases if case["kind"] == "attack" and case["door"] in seen]

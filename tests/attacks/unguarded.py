@@ -62,6 +62,7 @@ GUARDS: tuple[tuple[str, str, object, str, str], ...] = (
     ("torch", "isfinite", finite, "adapter", "NaN"),
     ("torch", "isfinite", finite, "safetensors", "NaN"),
     ("torch", "isfinite", finite, "trained model", "NaN"),
+    ("torch", "isfinite", finite, "uneven layers", "nan in rows"),
     (CONVERSION + "export", "_is_receipt", lambda **_: True, "sentei.json", "tokens beyond the model"),
     ("sentei.measurement.text", "_check_plain", nothing, "text", "200 MB and then a zero"),
     ("sentei.training.job", "MAX_YAML_BYTES", ENDLESS, "YAML of sentei train", "400,000 lists"),

@@ -122,7 +122,7 @@ def test_the_plan_of_all_rooms_is_tried_only_where_it_is_foreseen_to_be_faster(o
     alone = solve(Goal(quality=0.9), PREFILL, SLACK, Config(), judge, FORECAST)
     found = solve_all(Goal(quality=0.9), market(offers), alone, judge, FORECAST)
     assert bool(found.ladder[0].saved) == taken
-    assert found.rival == (alone.ladder if taken else [])
+    assert found.ladder == alone.ladder or alone.ladder in found.rivals
     assert FORECAST(found.ladder[0]) >= FORECAST(alone.ladder[0])
     assert found.judged[:len(alone.judged)] == alone.judged
 
@@ -133,7 +133,7 @@ def test_plans_that_are_bad_on_the_real_model_are_not_chosen():
 
     alone = solve(Goal(quality=0.9), PREFILL, SLACK, Config(), judge, FORECAST)
     found = solve_all(Goal(quality=0.9), market(OFFERS), alone, judge, FORECAST)
-    assert found.ladder == alone.ladder and not found.rival
+    assert found.ladder == alone.ladder and not found.rivals
 
 
 def test_plans_that_are_foreseen_to_cost_several_times_too_much_are_not_judged():
@@ -152,5 +152,83 @@ def test_never_worse_than_connections_alone():
     offers = [thin(0, 64, 1e-6, 0.01)]
     alone = solve(Goal(quality=0.9), PREFILL, SLACK, Config(), judge, FORECAST)
     found = solve_all(Goal(quality=0.9), market(offers, rate=1e9), alone, judge, FORECAST)
-    assert found.ladder == alone.ladder and not found.rival
+    assert found.ladder == alone.ladder and not found.rivals
     assert len(found.judged) > len(alone.judged)
+
+
+def single(candidate: Candidate) -> str | None:
+    """The room, where it is the only one that saves anything."""
+    rooms = {room for _, room, _ in rooms_of(candidate.plan)}
+    return next(iter(rooms)) if len(rooms) == 1 else None
+
+
+def test_the_best_plan_of_a_single_room_is_tried_where_it_may_come_out_as_fast():
+    """With depth, which all rooms together begin with, nothing is good; weights alone are, and fast."""
+    def judge(candidate) -> Judgement:
+        return judgement(0.5 if "depth" in candidate.saved or candidate.density < 0.9 else 1.0)
+
+    offers = [thin(0, 64, 1e-3, 1.5), thin(1, 64, 2e-3, 1.5), drop(1, "attention", 1e-9, 0.1)]
+    alone = solve(Goal(quality=0.9), PREFILL, SLACK, Config(), judge, FORECAST)
+    found = solve_all(Goal(quality=0.9), market(offers, rate=1e9), alone, judge, FORECAST)
+    assert single(found.ladder[0]) == "weights" and found.ladder[0].saved == {"weights": 3.0}
+    assert alone.ladder in found.rivals
+    assert all(FORECAST(other[0]) <= FORECAST(found.ladder[0]) for other in found.rivals)
+
+
+def test_a_single_room_that_comes_near_is_proven_beside_all_rooms_and_others_are_judged_once():
+    """Weights save 3 s and depth 0.1, of 10 s: all rooms together are little faster than weights alone."""
+    offers, judge = [thin(0, 64, 1e-3, 1.5), thin(1, 64, 1e-3, 1.5), drop(0, "attention", 1e-3, 0.1)], good_from(0.0)
+    alone = solve(Goal(quality=0.9), PREFILL, SLACK, Config(), judge, FORECAST)
+    found = solve_all(Goal(quality=0.9), market(offers, rate=1e9), alone, judge, FORECAST)
+    firsts = [ladder[0] for ladder in found.rivals]
+    assert {"weights"} == {single(first) for first in firsts if first.saved} and alone.ladder[0] in firsts
+    told = [candidate for candidate, _ in found.judged[len(alone.judged):] if single(candidate) == "depth"]
+    assert len(told) == 1, "depth cannot come near, and is judged for the report"
+
+
+SPEED = Goal(speed=1.3)  # connections come to 1.14 at most
+
+
+@pytest.mark.parametrize("value", [0.2, 0.99], ids=["worse", "better"])
+def test_a_plan_that_reaches_the_speed_is_taken_though_a_slower_one_of_connections_is_better(value):
+    def judge(candidate) -> Judgement:
+        return judgement(value if candidate.saved else 0.9)
+
+    alone = solve(SPEED, PREFILL, SLACK, Config(), judge, FORECAST)
+    assert FORECAST(alone.ladder[-1]) < SPEED.speed
+    found = solve_all(SPEED, market(OFFERS), alone, judge, FORECAST)
+    assert all(FORECAST(candidate) >= SPEED.speed for ladder in (found.ladder, *found.rivals) for candidate in ladder)
+
+
+def test_of_plans_that_reach_the_speed_the_best_is_taken_and_a_single_room_stays_beside_it():
+    goal = Goal(speed=1.1)
+
+    def judge(candidate) -> Judgement:
+        return judgement({"weights": 0.97, "connections": 0.96}.get(single(candidate), 0.5))
+
+    alone = solve(goal, PREFILL, SLACK, Config(), judge, FORECAST)
+    found = solve_all(goal, market(OFFERS), alone, judge, FORECAST)
+    assert single(found.ladder[0]) == "weights" and found.rivals == []
+
+    def together(candidate) -> Judgement:
+        return judgement({"weights": 0.97, "connections": 0.98}.get(single(candidate), 0.99))
+
+    alone = solve(goal, PREFILL, SLACK, Config(), together, FORECAST)
+    found = solve_all(goal, market([thin(0, 64, 1e-3, 0.6), thin(1, 64, 1e-3, 0.3), drop(0, "network", 1e-3, 0.7)]),
+                      alone, together, FORECAST)
+    assert single(found.ladder[0]) is None and [single(ladder[0]) for ladder in found.rivals] == ["connections"]
+
+
+def test_plans_that_cost_much_are_tried_where_only_they_reach_the_speed():
+    """What costs 2 nats comes to 1.67 alone, and to 2.08 with connections."""
+    goal, offers, judge = Goal(speed=1.9), [drop(0, "network", 2.0, 4.0)], good_from(0.0)
+    alone = solve(goal, PREFILL, SLACK, Config(), judge, FORECAST)
+    found = solve_all(goal, market(offers), alone, judge, FORECAST)
+    assert FORECAST(found.ladder[0]) >= goal.speed and found.ladder[0].saved
+
+
+def test_where_no_plan_reaches_the_speed_the_fastest_is_tried():
+    goal, judge = Goal(speed=9.0), good_from(0.0)
+    alone = solve(goal, PREFILL, SLACK, Config(), judge, FORECAST)
+    found = solve_all(goal, market(OFFERS), alone, judge, FORECAST)
+    assert len(found.ladder) == 1 and not found.rivals and FORECAST(found.ladder[0]) > FORECAST(alone.ladder[0])

@@ -20,7 +20,7 @@ GONE = Entry(layer=2, room="depth", config=Depth(rule=Fixed(()), part="attention
 
 def proof_of(entries: tuple, saved: dict) -> Proof:
     candidate = Candidate(name="", plan=Plan(entries), seconds=1.0, density=1.0, saved=saved)
-    return Proof(candidate=candidate, judgement=None, strict=None, attempts=1, reason="",
+    return Proof(candidate=candidate, judgement=None, strict=None, looked=(), reason="",
                  comparison=Comparison(dense=[10.0], pruned=[6.0], date=""))
 
 

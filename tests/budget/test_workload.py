@@ -9,15 +9,18 @@ from tiny import tiny_model
 from torch.testing import assert_close
 
 from sentei.axes.connections import Config
+from sentei.axes.depth import Config as Depth
+from sentei.axes.experts import Config as Experts
 from sentei.axes.heads import Config as Heads
+from sentei.axes.weights import Config as Weights
 from sentei.budget import slack, workload
 from sentei.budget.calibration import calibrate
 from sentei.budget.judge import Judge
 from sentei.budget.workload import Decode, Prefill, Workload, workload_of
 from sentei.conversion import cache
-from sentei.conversion.plan import Plan, convert, prunable_layers, wanted
+from sentei.conversion.plan import Entry, Plan, convert, prunable_layers, wanted
 from sentei.core.errors import SenteiError
-from sentei.core.rules import All, Threshold
+from sentei.core.rules import All, Fixed, Threshold, TopK
 from sentei.core.storage import Stages
 from sentei.measurement.quality import compare, losses_after, token_losses
 
@@ -172,6 +175,32 @@ def test_the_prompt_of_a_decode_reading_is_the_dense_model_s_whatever_came_befor
         judge.prepare(use, lambda: None)
     first = [judge.judge(paged(model, 0.5), use, lambda: None) for use in ("a", "b", "a")]
     assert first[0] == first[2] != first[1]
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("room", ["weights", "experts", "depth", "heads"])
+def test_a_plan_of_changed_parts_reads_its_own_prompt_where_it_is_judged(family, room):
+    """As a user gets it: the losses are those of one pass of the pruned model over the whole row."""
+    model, row = tiny_model(family), row_of(200)
+    entry = {"weights": Weights(rule=TopK(32), saliency="magnitude"), "experts": Experts(rule=TopK(24), unit=1),
+             "depth": Depth(rule=Fixed(()), part="attention"), "heads": Heads(num_kv_heads=1, merge="mean")}[room]
+    plan = Plan((Entry(layer=1, room=room, config=entry), *paged(model, 0.0).entries[:1]))
+    seen = calibrate(model, row[None], wanted(plan))
+    judge = Judge(model, Decode(200), {"choose": row[None]}, Stages(None), {}, lambda _: seen)
+    judge.prepare("choose", lambda: None)
+    found = judge.judge(plan, "choose", lambda: None)
+    own = token_losses(convert(model, plan, seen), row[None])[:, 100:]
+    assert found.quality.value == pytest.approx(compare(judge.dense["choose"], own).value, rel=1e-5)
+
+
+def test_what_only_decoding_prunes_reads_no_prompt_of_its_own(monkeypatch):
+    read, prefix = [], Decode.prefix
+    monkeypatch.setattr(Decode, "prefix", lambda work, model, row: read.append(row) or prefix(work, model, row))
+    model = tiny_model("llama")
+    judge = Judge(model, Decode(200), {"choose": row_of(200)[None]}, Stages(None), {})
+    judge.prepare("choose", lambda: None)
+    judge.judge(paged(model, 0.5), "choose", lambda: None)
+    assert len(read) == 1
 
 
 @pytest.mark.parametrize("family, overrides", FAMILIES, ids=[name for name, _ in FAMILIES])

@@ -18,7 +18,8 @@ RESULT = {"model": "tiny", "workload": "prefill:4096", "dtype": "float32", "dens
 DETAILS = {"met": True, "reason": "", "quality_interval": [0.995, 1.002], "speedup_interval": [1.21, 1.3],
            "source": "tiny (a local folder)", "licence": "apache-2.0", "command": "sentei prune tiny --out faster",
            "text": {"name": "a.txt", "sha256": "ab" * 32, "tokens": {"choose": 8192, "verify": 8192}},
-           "environment": {"processor": "a processor", "threads": "2"}, "verify_attempts": 1, "date": "2026-11-27"}
+           "environment": {"processor": "a processor", "threads": "2"}, "verify_attempts": 1, "date": "2026-11-27",
+           "rung": "C"}
 RECEIPT = {"difference": 1.5e-6, "tolerance": 1e-3, "met": True}
 HOSTILE = [
     "<script>alert(1)</script>", "[a](javascript:alert(1))", "![a](https://example.org/a.png)", "`code` ```\n# head",
@@ -60,6 +61,18 @@ def test_the_numbers_are_those_of_the_run():
                  "none shared: choose 8,192, verify 8,192", "The bound is met", "2026-11-27", "Without sentei"):
         assert told in page.text, told
     assert page.tags.count("table") == 1 and page.tags.count("tr") == 7 and "td" in page.tags
+
+
+@pytest.mark.parametrize("healed", [False, True])
+@pytest.mark.parametrize("rung, told", [("A", "an ordinary, smaller model"), ("B", "does not load"),
+                                        ("C", "Memory does not shrink")])
+def test_what_the_folder_is_without_sentei_depends_on_its_rung(rung, told, healed):
+    kept = {"healed": {"kept": healed, "reason": "x", "quality_unhealed": 0.9, "minutes": 1, "table": []}}
+    text = page_of(render(RESULT | kept, DETAILS | {"rung": rung}, RECEIPT)).text
+    assert (told in text) == (rung != "C" or not healed)
+    assert ("The weights are those of the base model, with" in text) == (rung == "C" and not healed)
+    assert ("the dense model, no faster" in text) == (rung == "C" and not healed)
+    assert ("changed by healing" in text) == healed
 
 
 def test_what_is_not_met_or_not_known_is_said():

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny import tiny_model, tiny_tokenizer
 
 from sentei.axes.connections import Config as Connections
@@ -14,8 +14,10 @@ from sentei.axes.heads import Config as Heads
 from sentei.axes.weights import Config as Weights
 from sentei.budget.calibration import calibrate
 from sentei.conversion import export, native
+from sentei.conversion.checkpoints import load_model, locate
 from sentei.conversion.export import POLICY, RECEIPT, check, check_afresh, load
 from sentei.conversion.families import FAMILIES
+from sentei.conversion.inspection import inspect
 from sentei.conversion.plan import Entry, Plan, convert, wanted
 from sentei.conversion.rungs import rung_of
 from sentei.core.errors import FileError, SenteiError
@@ -48,8 +50,10 @@ PLANS = {
 }
 
 
-def written(folder, family: str, plan: Plan):
+def written(folder, family: str, plan: Plan, dtype: torch.dtype = torch.float32):
     model = tiny_model(family, **({"layer_types": ["full_attention"] * 3} if family == "gemma3_text" else {}))
+    for weight in model.parameters():  # and not the rotary frequencies, which transformers keeps in fp32
+        weight.data = weight.data.to(dtype)
     seen = calibrate(model, TOKENS[None], wanted(plan))
     model = convert(model, plan, seen)
     export.export(model, tiny_tokenizer(), plan, folder, tokens=TOKENS, facts={})
@@ -94,10 +98,62 @@ def test_rung_a_is_an_ordinary_checkpoint_that_gives_the_logits_of_the_receipt(f
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_transformers_refuses_rung_b_which_is_inspected_and_written_again(family, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    first, second = tmp_path / "first", tmp_path / "second"
+    plan = Plan((drop(1, "attention"), FEWER, ROUTED))
+    written(first, family, plan)
+    with pytest.raises(ValueError, match=f"sentei_{family}"):
+        AutoModelForCausalLM.from_pretrained(first)
+    facts, refused = inspect(first)
+    assert refused is None and facts["architecture"] == f"sentei_{family}" and facts["policy"]["rung"] == "B"
+    again = load(first)
+    assert again.config.model_type == family
+    export.export(again, tiny_tokenizer(), plan, second, tokens=TOKENS, facts={})
+    assert json.loads((second / "config.json").read_text()) == json.loads((first / "config.json").read_text())
+    assert check(first)["met"] and check(second)["met"]
+
+
+def test_rung_b_as_it_was_written_before_loads(tmp_path):
+    model = written(tmp_path, "llama", Plan((FEWER,)))
+    settings = json.loads((tmp_path / "config.json").read_text())
+    settings |= {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    torch.testing.assert_close(load(tmp_path)(TOKENS[None]).logits, model(TOKENS[None]).logits, rtol=0, atol=1e-5)
+
+
+def test_rung_b_without_its_policy_is_refused(tmp_path):
+    written(tmp_path, "llama", Plan((drop(1, "network"),)))
+    (tmp_path / POLICY).unlink()
+    with pytest.raises(FileError, match="missing"):
+        load_model(locate(str(tmp_path)))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_rung_b_loads_in_every_family(family, tmp_path):
     model = written(tmp_path, family, Plan((drop(1, "attention"), thin(0, 32), drop(2, "network"), MERGED[0], FEWER)))
     again = load(tmp_path)
     torch.testing.assert_close(again(TOKENS[None]).logits, model(TOKENS[None]).logits, rtol=0, atol=1e-5)
+
+
+def test_what_is_chosen_by_keeps_its_dtype_so_that_the_receipt_is_exact(tmp_path):
+    model = written(tmp_path, "llama", Plan((FEWER, ROUTED)), torch.bfloat16)
+    again = load(tmp_path)
+    held = {name: tensor.dtype for name, tensor in model.state_dict().items()}
+    assert {name: tensor.dtype for name, tensor in again.state_dict().items()} == held
+    assert {torch.float32, torch.bfloat16} == set(held.values())
+    assert check(tmp_path)["difference"] == 0
+
+
+@pytest.mark.parametrize("name", ["1.mlp.rows", "1.mlp.scale", "2.mlp.router", "2.mlp.offset"])
+def test_numbers_that_are_chosen_by_are_finite(name, tmp_path):
+    written(tmp_path, "llama", Plan((FEWER, ROUTED)))
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors[f"model.layers.{name}"].view(-1)[3] = float("nan")
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(FileError, match=f"NaN or infinity in model.layers.{name}"):
+        load(tmp_path)
 
 
 def test_a_fresh_process_reads_rung_b(tmp_path):

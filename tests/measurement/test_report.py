@@ -273,10 +273,9 @@ def test_rules_in_words(rule, words):
 
 @pytest.mark.parametrize(("attempts", "words"), [
     (1, "On text the plan was not chosen on."),
-    (2, "On held-out text (the 2nd plan judged on this text; 1 before it did not meet the goal)."),
-    (3, "On held-out text (the 3rd plan judged on this text; 2 before it did not meet the goal)."),
-    (4, "On held-out text (the 4th plan judged on this text; 3 before it did not meet the goal)."),
-    (11, "On held-out text (the 11th plan judged on this text; 10 before it did not meet the goal)."),
+    (2, "On held-out text (2 plans were judged on this text: those that did not meet the goal there, or came out no "
+        "better, made way)."),
+    (11, "(11 plans were judged on this text"),
 ])
 def test_a_plan_that_was_not_the_first_one_tried_says_so(attempts, words):
     result, details = sample()
