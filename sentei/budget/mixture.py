@@ -194,8 +194,8 @@ def _for_quality(goal: Goal, market: Market, rooms: list[str], alone: Solution, 
         if last:
             found.append(near[:last][::-1])
         elif not near:
-            kept = [plan for plan in market.plans(nats / HOPELESS, {room}) if plan.saved]
-            [seen(plan) for plan in kept[-1:]]
+            for plan in [plan for plan in market.plans(nats / HOPELESS, {room}) if plan.saved][-1:]:
+                seen(plan)
     return _distinct(sorted(found, key=lambda ladder: -forecast(ladder[0])))
 
 
