@@ -24,7 +24,7 @@ from sentei.budget.mixture import Market, rate_of, solve_all
 from sentei.budget.proof import RUNS, Proof, best_proven
 from sentei.budget.request import Request
 from sentei.budget.share import kept_of, rooms_of
-from sentei.budget.solver import Candidate, Forecast, Solution, solve
+from sentei.budget.solver import Candidate, Forecast, Solution, mean, solve
 from sentei.budget.workload import Workload
 from sentei.conversion import card, export
 from sentei.conversion.checkpoints import load_model, load_tokenizer, locate
@@ -295,15 +295,11 @@ def _result(request: Request, subject: Subject, proof: Proof, layers: tuple[int,
                     speedup=proof.comparison.speedup())
     plan = [{"layer": entry.layer, "room": entry.room,
              "rule": getattr(entry.config, work.lever if entry.room == "connections" else "rule").to_json(),
-             "density": _mean(density[entry.layer]) if entry.room == "connections" else kept_of(subject.model, entry)}
+             "density": mean(density[entry.layer]) if entry.room == "connections" else kept_of(subject.model, entry)}
             for entry in proof.candidate.plan.entries]
     strict = {} if proof.strict is None else {"quality_without_lookahead": proof.strict.quality.value}
     return {**result, **strict, "density": proof.judgement.mean_density(layers), "plan": plan,
             "rooms": rooms_of(proof, whole), "out": out and str(out)}
-
-
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values)
 
 
 def _export(subject: Subject, proof: Proof, tokens: torch.Tensor, out: Path, result: dict, step: Callable) -> dict:

@@ -311,9 +311,7 @@ def _check(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, onto: torch.Tensor
         raise ShapeError("rank", expected="x [..., I], a [R, I], b [O, R] and onto [..., O], or all with E in front",
                          got=", ".join(str(list(t.shape)) for t in (x, a, b, onto) if t is not None),
                          do="give tensors that fit")
-    alike = x.dtype == a.dtype == b.dtype and x.device == a.device == b.device and x.is_floating_point()
-    alike = alike and (onto is None or onto.dtype == x.dtype and onto.device == x.device)
-    if not alike and not are_alike(x, a, b, onto):
+    if not are_alike(x, a, b, onto):
         raise ShapeError("rank", expected="one floating dtype and one device",
                          got=", ".join(f"{t.dtype} on {t.device}" for t in (x, a, b, onto) if t is not None),
                          do="convert them")

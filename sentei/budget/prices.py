@@ -17,7 +17,7 @@ from sentei.budget import slack as slack_of
 from sentei.budget.calibration import Library
 from sentei.budget.judge import Judge
 from sentei.budget.mixture import rate_of
-from sentei.budget.solver import Timed, fit, uniform
+from sentei.budget.solver import Timed, fit, mean, uniform
 from sentei.budget.workload import Workload
 from sentei.conversion.plan import Plan, prunable_layers
 from sentei.conversion.rooms import WAYS
@@ -53,7 +53,7 @@ def measure(model: nn.Module, workload: Workload, windows: dict[str, torch.Tenso
         offers = offers_of.measure(judge, windows["choose"][0], whole, step=step)
     perplexity = math.exp(float(judge.dense["choose"].mean()))
     timings = fit(slack)
-    varies = median(abs(option.seconds - timed.seconds(_mean(option.density))) for timed in timings
+    varies = median(abs(option.seconds - timed.seconds(mean(option.density))) for timed in timings
                     for option in timed.slack.options[1:])
     options = [row for timed in timings for row in _connections(timed, workload, rate, varies)]
     options += [{"layer": offer.entry.layer, "room": offer.entry.room, "option": WAYS[offer.entry.room].words(
@@ -70,14 +70,10 @@ def _connections(timed: Timed, workload: Workload, rate: float, varies: float) -
     """A layer's rules, all heads alike; `varies` are the seconds by which measured ones lie beside those fitted."""
     rows = []
     for option in timed.slack.options[1:]:
-        density = _mean(option.density)
+        density = mean(option.density)
         saved = timed.whole_seconds - timed.seconds(density)
         words = WAYS["connections"].words(replace(Config(), **{workload.lever: option.rule}))
         rows.append({"layer": timed.slack.layer, "room": "connections", "option": f"{words}, density {density:.2f}",
                      "nats": rate * sum(option.error) if saved > varies else None,
                      "milliseconds": saved * workload.timed_runs * 1e3})
     return rows
-
-
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values)

@@ -81,12 +81,12 @@ def uniform(slack: list[LayerSlack], config: Config, workload: Workload) -> list
     for number, option in enumerate(slack[0].options):
         if isinstance(option.rule, All):
             continue
-        densities = [_mean(layer.slack.options[number].density) for layer in layers]
+        densities = [mean(layer.slack.options[number].density) for layer in layers]
         plan = Plan.everywhere([layer.layer for layer in slack], "connections",
                                replace(config, **{workload.lever: option.rule}))
         seconds = sum(layer.seconds(density) for layer, density in zip(layers, densities, strict=True))
         candidates.append(Candidate(name=f"uniform {option.rule}", plan=plan, seconds=seconds,
-                                    density=_mean(densities)))
+                                    density=mean(densities)))
     return candidates
 
 
@@ -122,7 +122,7 @@ def choice_at(layer: Timed, config: Config, workload: Workload, price: float) ->
     options = layer.slack.options
     heads = range(len(options[0].density))
     picks = [_pick(layer, [head] if workload.per_head else heads, price) for head in heads]
-    density = _mean([options[pick].density[head] for head, pick in enumerate(picks)])
+    density = mean([options[pick].density[head] for head, pick in enumerate(picks)])
     error = sum(options[pick].error[head] for head, pick in enumerate(picks))
     may_be_dense = isinstance(options[0].rule, All)
     seconds = layer.seconds(density)
@@ -139,7 +139,7 @@ def _at_price(layers: list[Timed], config: Config, workload: Workload, price: fl
     choices = [choice_at(layer, config, workload, price) for layer in layers]
     return Candidate(name=f"price {price:.3g}", plan=Plan(tuple(choice.entry for choice in choices)),
                      seconds=sum(choice.seconds for choice in choices),
-                     density=_mean([choice.density for choice in choices]))
+                     density=mean([choice.density for choice in choices]))
 
 
 def _pick(layer: Timed, heads: Sequence[int], price: float) -> int:
@@ -156,8 +156,8 @@ def fit(slack: list[LayerSlack]) -> list[Timed]:
     Layers of one model have one shape, so what differs between their clocks is noise: a slope fitted to one layer
     alone can come out flat, and a flat layer looks as if keeping everything were free.
     """
-    points = [(_mean(option.density), option.seconds) for layer in slack for option in layer.options[1:]]
-    mean_x, mean_y = _mean([x for x, _ in points]), _mean([y for _, y in points])
+    points = [(mean(option.density), option.seconds) for layer in slack for option in layer.options[1:]]
+    mean_x, mean_y = mean([x for x, _ in points]), mean([y for _, y in points])
     spread = sum((x - mean_x) ** 2 for x, _ in points)
     slope = max(0.0, sum((x - mean_x) * (y - mean_y) for x, y in points) / spread) if spread else 0.0
     whole = statistics.median(layer.options[0].seconds for layer in slack)
@@ -165,7 +165,8 @@ def fit(slack: list[LayerSlack]) -> list[Timed]:
             for layer in slack]
 
 
-def _mean(values: list[float]) -> float:
+def mean(values: list[float]) -> float:
+    """Of at least one value, e.g. the densities of a layer's heads."""
     return sum(values) / len(values)
 
 
