@@ -2,7 +2,6 @@
 #pragma once
 
 #include <dlfcn.h>
-#include <sys/mman.h>
 
 #include <atomic>
 #include <cstdlib>
@@ -15,6 +14,7 @@
 #include <utility>
 #include <vector>
 
+#include "shelf.h"
 #include "simd.h"
 
 // The tiles to compute: for every item (batch, head, block) the blocks that go with it, full and partial ones apart.
@@ -45,24 +45,6 @@ struct Problem {
 };
 
 namespace {
-
-struct Free {
-  void operator()(float* numbers) const { std::free(numbers); }
-};
-using Floats = std::unique_ptr<float[], Free>;
-
-// Room for floats that begins with a cache line, so that no vector lies across two; much of it in huge pages where the
-// system has them, because the first touch of a page costs as much as some of the products.
-Floats floats(int64_t count) {
-  constexpr size_t huge = 2 << 20;
-  const size_t bytes = std::max<size_t>(size_t(count) * sizeof(float), 64);
-  void* numbers = nullptr;
-  if (posix_memalign(&numbers, bytes < huge ? 64 : huge, bytes)) throw std::bad_alloc();
-#if defined(MADV_HUGEPAGE)
-  if (bytes >= huge) madvise(numbers, bytes / huge * huge, MADV_HUGEPAGE);
-#endif
-  return Floats(static_cast<float*>(numbers));
-}
 
 // Zeros that begin with a cache line.
 template <class Number>
@@ -217,7 +199,7 @@ class Blocks {
         begin_(begin),
         blocks_((from.tokens + block - 1) / block),
         size_(line * (across ? from.width : block) / (pairs ? 2 : 1)),
-        data_(floats((end - begin) * blocks_ * size_)) {
+        data_((end - begin) * blocks_ * size_) {
     const auto room = [&] { return Zeros(across ? block * from.width : 0); };
     in_parallel((end - begin) * blocks_, p.threads, room, [&](int64_t i, Zeros& turned) {
       const int64_t row = begin + i / blocks_, first = i % blocks_ * block;
@@ -242,7 +224,7 @@ class Blocks {
 
  private:
   int64_t begin_, blocks_, size_;
-  Floats data_;
+  Lent data_;
 };
 
 INLINE Tensor queries_of(const Problem& p) {
