@@ -20,7 +20,7 @@ from sentei.budget.workload import Workload
 from sentei.conversion.plan import Entry, Plan
 from sentei.core.rules import All, Threshold
 
-PRICES = 48
+PRICES = 96
 
 
 @dataclass(frozen=True, kw_only=True)
