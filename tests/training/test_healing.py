@@ -108,7 +108,7 @@ def test_the_clock_bounds_everything_and_is_used(whole):
 def test_a_part_of_the_minutes_is_kept_to_and_named_where_it_is_too_little(tmp_path):
     _, _, clock = started(tmp_path / "half", part=0.5)
     assert 22 < clock.seconds <= 30
-    with pytest.raises(SenteiError, match=r"more than 0.6 minutes, .* fit in 0.1 of the time, got 0.5"):
+    with pytest.raises(SenteiError, match=r"more than 0.667 minutes, .* fit in 0.1 of the time, got 0.5"):
         started(tmp_path / "little", minutes=0.5, part=0.1)
     with pytest.raises(SenteiError, match=r"healing.part: expected a number above 0 and at most 1"):
         config(part=1.5)
