@@ -28,11 +28,8 @@ INLINE void score(const Problem& p, const Sizes& s, const Item& item, int rows, 
   in_strips(p, item.b, item.first, rows, block, partial, [&](int r, int count, int begin, int end) INLINE_LAMBDA {
     Simd<L>::template product<Pairs ? kPaired : kRowMajor>(
         t.query.data() + r * depth, depth, keys + begin, s.columns, scores + r * s.columns + begin, s.columns, count,
-        int(round_up(end - begin)), depth, false);
+        int(round_up(end - begin)), depth, false, Pairs ? p.scale * kLog2E : 1.0f);
   });
-  if constexpr (Pairs)
-    for (int i = 0; i < rows * s.columns; i += L)
-      Simd<L>::store(scores + i, Simd<L>::load(scores + i) * (p.scale * kLog2E));
   if (p.softcap != 0.0f)
     for (int r = 0; r < rows; ++r) Simd<L>::soften_peaks(scores + r * s.columns, s.columns, p.softcap * kLog2E);
   if (partial) forbid(p, item.b, item.first, rows, 1, block, scores, s.columns);

@@ -4,7 +4,7 @@
 // strip is kStripLines lines: numbers [depth][kStripLines].
 #pragma once
 
-#include "shelf.h"
+#include "call.h"
 
 namespace {
 
