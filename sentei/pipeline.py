@@ -24,7 +24,7 @@ from sentei.budget.healing import Healed
 from sentei.budget.judge import Judge, Judgement
 from sentei.budget.proof import RUNS, Proof, best_proven
 from sentei.budget.request import Request
-from sentei.budget.share import kept_of, rooms_of
+from sentei.budget.share import Foreseen, kept_of, rooms_of
 from sentei.budget.solver import Candidate, Forecast, mean
 from sentei.budget.workload import Workload
 from sentei.conversion import card, export
@@ -221,7 +221,8 @@ def _prune(subject: Subject, text: Text, windows: dict[str, torch.Tensor], reque
         healed = _healed(subject, text, request, chooser, proof, cuts, progress)
     proof, report = (healed.proof if healed else proof), None
     convert(subject.model, proof.candidate.plan, judge.statistics(proof.candidate.plan))
-    result = _result(request, subject, proof, layers, out, whole_seconds / dense_seconds)
+    foreseen = Foreseen(dense=dense_seconds, whole=whole_seconds, plan=dense_seconds / forecast(proof.candidate))
+    result = _result(request, subject, proof, layers, out, foreseen)
     result |= {"healed": healed.to_json()} if healed else {}
     subject = replace(subject, model=healed.model) if healed and healed.model else subject
     if out is not None:
@@ -282,8 +283,8 @@ def _fingerprint(model: nn.Module) -> str:
 
 
 def _result(request: Request, subject: Subject, proof: Proof, layers: tuple[int, ...], out: Path | None,
-            whole: float) -> dict:
-    """The public object; `whole` as in `rooms_of`."""
+            foreseen: Foreseen) -> dict:
+    """The public object."""
     quality, density = proof.judgement.quality, proof.judgement.density
     work = request.work()
     result = public(model=subject.name, workload=request.workload, dtype=request.dtype, tokens=work.timed_tokens,
@@ -295,7 +296,7 @@ def _result(request: Request, subject: Subject, proof: Proof, layers: tuple[int,
             for entry in proof.candidate.plan.entries]
     strict = {} if proof.strict is None else {"quality_without_lookahead": proof.strict.quality.value}
     return {**result, **strict, "density": proof.judgement.mean_density(layers), "plan": plan,
-            "rooms": rooms_of(proof, whole), "out": out and str(out)}
+            "rooms": rooms_of(proof, foreseen), "out": out and str(out)}
 
 
 def _export(subject: Subject, proof: Proof, tokens: torch.Tensor, out: Path, result: dict, step: Callable) -> dict:
