@@ -44,6 +44,10 @@ struct Problem {
   uint8_t* kept;  // [B, H, QB, KB]: those that were not, where there is a cut
 };
 
+// Whether pairs of bfloat16 numbers are multiplied as such: where that is asked for by number, or measured, once, to be
+// faster here.
+bool takes_pairs(int64_t machine);
+
 namespace {
 
 // Zeros that begin with a cache line.

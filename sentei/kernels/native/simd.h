@@ -119,6 +119,17 @@ struct Simd {
 
   static INLINE Vec load(const float* from) { return *reinterpret_cast<const Unaligned*>(from); }
   static INLINE void store(float* to, Vec value) { *reinterpret_cast<Unaligned*>(to) = value; }
+  // As they are, or as bfloat16 numbers, each pair in the place of a float.
+  template <bool Pairs>
+  static INLINE void store(float* to, Vec value) {
+    if constexpr (Pairs) {
+      Halves halves;
+      asm("vcvtneps2bf16 %1, %0" : "=v"(halves) : "v"(value));
+      std::memcpy(to, &halves, sizeof halves);
+    } else {
+      store(to, value);
+    }
+  }
 
   // 2^x: split at the nearest integer, to which adding a large number rounds, and a polynomial of degree 5 on
   // [-1/2, 1/2]; relative error 2e-7. Below 2^-126 the result is 0; a NaN stays one.
@@ -259,13 +270,7 @@ struct Simd {
   static INLINE void exponentiate(float* row, int columns, float base, Vec& sum) {
     for (int j = 0; j < columns; j += L) {
       const Vec share = exp2(load(row + j) - base);
-      if constexpr (Pairs) {
-        Halves halves;
-        asm("vcvtneps2bf16 %1, %0" : "=v"(halves) : "v"(share));
-        std::memcpy(row + j / 2, &halves, sizeof halves);
-      } else {
-        store(row + j, share);
-      }
+      store<Pairs>(row + j / (Pairs ? 2 : 1), share);
       sum += share;
     }
   }
