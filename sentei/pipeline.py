@@ -8,23 +8,24 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from sentei.axes.connections import Config
-from sentei.budget import healing
+from sentei.budget import distilled, healing
 from sentei.budget import offers as offers_of
 from sentei.budget import slack as slack_of
 from sentei.budget.calibration import TOKENS, Library
+from sentei.budget.chooser import Chooser
 from sentei.budget.healing import Healed
 from sentei.budget.judge import Judge, Judgement
-from sentei.budget.mixture import Market, rate_of, solve_all
 from sentei.budget.proof import RUNS, Proof, best_proven
 from sentei.budget.request import Request
-from sentei.budget.share import kept_of, rooms_of
-from sentei.budget.solver import Candidate, Forecast, Solution, mean, solve
+from sentei.budget.share import Foreseen, kept_of, rooms_of
+from sentei.budget.solver import Candidate, Forecast, mean
 from sentei.budget.workload import Workload
 from sentei.conversion import card, export
 from sentei.conversion.checkpoints import load_model, load_tokenizer, locate
@@ -210,23 +211,18 @@ def _prune(subject: Subject, text: Text, windows: dict[str, torch.Tensor], reque
         offers = offers_of.from_json(stages.run("offers", asked, lambda: {"offers": offers_of.to_json(
             offers_of.measure(judge, windows["choose"][0], whole, step=step))})["offers"])
     forecast = Forecast.made(slack, workload, dense=dense_seconds, whole=whole_seconds)
+    chooser = Chooser(judge=judge, slack=slack, offers=offers, config=config, forecast=forecast)
     with clock("solve"), progress.stage("solve", JUDGEMENTS * len(windows["choose"])) as step:
-        def judged(candidate: Candidate) -> Judgement:
-            plan = candidate.plan
-            return judge.judge(plan if goal.lookahead else plan.without_lookahead(), "choose", step)
-
-        alone = solve(goal, workload, slack, config, judged, forecast)
-        solution = solve_all(goal, Market(slack=slack, offers=offers, config=config, workload=workload,
-                                          rate=rate_of(alone.judged, slack), dense=dense_seconds),
-                             alone, judged, forecast)
+        solution = chooser.solution(goal, step)
     readings = 1 if goal.lookahead else 2
     with clock("measure"), progress.stage("measure", 2 * RUNS + 2 + readings * len(windows["verify"])) as step:
         proof = best_proven(goal, solution, judge, step)
     with clock("heal") if request.heal else nullcontext():
-        healed = _healed(subject, text, request, judge, proof, cuts, progress)
+        healed = _healed(subject, text, request, chooser, proof, cuts, progress)
     proof, report = (healed.proof if healed else proof), None
     convert(subject.model, proof.candidate.plan, judge.statistics(proof.candidate.plan))
-    result = _result(request, subject, proof, layers, out, whole_seconds / dense_seconds)
+    foreseen = Foreseen(dense=dense_seconds, whole=whole_seconds, plan=dense_seconds / forecast(proof.candidate))
+    result = _result(request, subject, proof, layers, out, foreseen)
     result |= {"healed": healed.to_json()} if healed else {}
     subject = replace(subject, model=healed.model) if healed and healed.model else subject
     if out is not None:
@@ -234,8 +230,10 @@ def _prune(subject: Subject, text: Text, windows: dict[str, torch.Tensor], reque
             receipt = _export(subject, proof, windows["verify"][0], out, result, step)
         with progress.stage("report", 1) as step:
             details = _details(subject, text, request, proof, layers)
-            details |= {"slack": slack_of.to_json(slack), "points": _points(solution, proof, layers, forecast),
-                        "seconds": dict(clock)}
+            details |= {"slack": slack_of.to_json(slack), "seconds": dict(clock), "points": [
+                *_points(solution.judged, None if healed and healed.model else proof, layers, forecast),
+                *_points(healed.judged if healed else [], proof if healed and healed.model else None, layers,
+                         forecast)]}
             report = write_report(out, result, details)
             card.write(out, result, details, receipt)
             step()
@@ -244,16 +242,15 @@ def _prune(subject: Subject, text: Text, windows: dict[str, torch.Tensor], reque
                    quality_interval=(quality.low, quality.high), plan=proof.candidate.plan)
 
 
-def _healed(subject: Subject, text: Text, request: Request, judge: Judge, proof: Proof,
+def _healed(subject: Subject, text: Text, request: Request, chooser: Chooser, proof: Proof,
             cuts: dict[str, torch.Tensor], progress: Progress) -> Healed | None:
     """What healing came to, where it is asked for."""
     config = request.healing()
     if config is None:
         return None
-    size = healing.context_of(proof.candidate.plan, request.work().tokens)
-    rows = healing.text_for(subject.tokenizer, text.text, cuts, size)
+    texts = partial(distilled.text_for, subject.tokenizer, text.text, cuts)
     with progress.stage("heal", healing.STEPS) as step:
-        return healing.heal(judge, request.goal(), proof, rows, config, step=step)
+        return healing.heal(chooser, request.goal(), proof, texts, config, step=step)
 
 
 def needed(workload: Workload) -> dict[str, int]:
@@ -286,8 +283,8 @@ def _fingerprint(model: nn.Module) -> str:
 
 
 def _result(request: Request, subject: Subject, proof: Proof, layers: tuple[int, ...], out: Path | None,
-            whole: float) -> dict:
-    """The public object; `whole` as in `rooms_of`."""
+            foreseen: Foreseen) -> dict:
+    """The public object."""
     quality, density = proof.judgement.quality, proof.judgement.density
     work = request.work()
     result = public(model=subject.name, workload=request.workload, dtype=request.dtype, tokens=work.timed_tokens,
@@ -299,7 +296,7 @@ def _result(request: Request, subject: Subject, proof: Proof, layers: tuple[int,
             for entry in proof.candidate.plan.entries]
     strict = {} if proof.strict is None else {"quality_without_lookahead": proof.strict.quality.value}
     return {**result, **strict, "density": proof.judgement.mean_density(layers), "plan": plan,
-            "rooms": rooms_of(proof, whole), "out": out and str(out)}
+            "rooms": rooms_of(proof, foreseen), "out": out and str(out)}
 
 
 def _export(subject: Subject, proof: Proof, tokens: torch.Tensor, out: Path, result: dict, step: Callable) -> dict:
@@ -345,9 +342,14 @@ def _details(subject: Subject, text: Text, request: Request, proof: Proof, layer
             "command": subject.command, "date": comparison.date}
 
 
-def _points(solution: Solution, proof: Proof, layers: tuple[int, ...], forecast: Forecast) -> list[dict]:
-    """Every plan judged while choosing, as it was read there, with its speed-up as foreseen."""
-    return [{"name": candidate.name, "quality": judgement.quality.value,
-             "speedup": forecast(candidate), "density": judgement.mean_density(layers),
-             "chosen": candidate.plan == proof.candidate.plan}
-            for candidate, judgement in solution.judged]
+def _points(judged: list[tuple[Candidate, Judgement]], proof: Proof | None, layers: tuple[int, ...],
+            forecast: Forecast) -> list[dict]:
+    """Every plan judged while choosing, as it was read there, with its speed-up as foreseen.
+
+    Args:
+        proof: of the plan that was chosen; None where it is not among these.
+    """
+    chosen = proof and proof.candidate.plan
+    return [{"name": candidate.name, "quality": judgement.quality.value, "speedup": forecast(candidate),
+             "density": judgement.mean_density(layers), "chosen": candidate.plan == chosen}
+            for candidate, judgement in judged]

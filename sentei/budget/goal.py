@@ -1,6 +1,6 @@
 """What the user asks for: a bound on quality or on speed."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from sentei.budget.judge import Judgement
 from sentei.core.errors import SenteiError
@@ -35,6 +35,10 @@ class Goal:
         if self.speed is not None and not 1 <= self.speed < float("inf"):
             raise SenteiError("--speed", expected="a number from 1", got=str(self.speed),
                               do="1.5 means half again as fast as dense")
+
+    def relaxed(self, times: float) -> "Goal":
+        """The goal with a quality at which so many times as many nats may be lost; only where a quality is asked."""
+        return replace(self, quality=self.quality ** times)
 
     def is_good(self, judgement: Judgement) -> bool:
         """Whether a plan may be chosen: its quality less one standard error keeps the bound."""

@@ -30,8 +30,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
                         "is the usual one, which chooses for a block of tokens with the whole block in sight")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32",
                         help="number format of dense and pruned model alike (default: %(default)s)")
-    parser.add_argument("--heal", metavar="MINUTES", help="train the pruned model for so long to say what the dense "
-                        "one does, on text that nothing is judged on, and measure it then (default: 0, no training)")
+    parser.add_argument("--heal", metavar="MINUTES", help="choose a bolder plan, train the pruned model for so long "
+                        "to say what the dense one does, on text that nothing is judged on, and measure it then; kept "
+                        "if that serves the bound better (default: 0, no training)")
     parser.add_argument("--out", metavar="DIR", help="folder for the pruned model and the report; the same folder goes "
                         "on with an interrupted run (default: chosen and printed)")
     parser.add_argument("--online", action="store_true", help="allow a download from the hub (default: no network)")
@@ -84,9 +85,14 @@ def summary(result: dict, interval: tuple[float, float], report: Path) -> str:
 
 def healed_words(healed: dict) -> str:
     """What healing came to, in a line."""
+    relaxed = healed["relaxed"]
+    chosen = "" if relaxed is None else \
+        f"; chosen under {relaxed['quality']:.4f}, as {relaxed['share']:.0%} of the nats came back in a probe"
     if not healed["kept"]:
-        return f"not kept: {healed['reason']}"
-    return f"for {healed['minutes']:g} minutes; quality {healed['quality_unhealed']:.4f} before"
+        return f"not kept{chosen}: {healed['reason']}"
+    without = healed["unhealed"]
+    return (f"for {healed['minutes']:g} minutes{chosen}; quality {healed['quality_unhealed']:.4f} before; without "
+            f"healing {without['speedup']:.2f} times at {without['quality']:.4f}")
 
 
 VERB = Verb(
@@ -97,7 +103,7 @@ VERB = Verb(
         "sentei prune --workload prefill:8000 --speed 1.5",
         "sentei prune --workload decode:8000",
         "sentei prune --no-lookahead",
-        "sentei prune --workload prefill:1024 --speed 1.3 --heal 10",
+        "sentei prune --workload prefill:1024 --quality 0.95 --heal 10",
         "sentei prune --json > result.json",
     ),
     arguments=arguments,

@@ -115,14 +115,21 @@ def _healing(result: dict) -> list[str]:
     healed = result.get("healed")
     if healed is None:
         return []
-    outcome = f"Quality before, as measured above: {healed['quality_unhealed']:.4f}." if healed["kept"] else \
+    without, relaxed = healed["unhealed"], healed["relaxed"]
+    outcome = (f"Quality of this plan before, as measured above: {healed['quality_unhealed']:.4f}. The best plan "
+               f"without healing: {without['speedup']:.2f} times as fast at {without['quality']:.4f}."
+               ) if healed["kept"] else \
         f"The healed weights are **not** these: {words(healed['reason'])}."
+    chosen = [] if relaxed is None else [
+        f"The plan was chosen under a bound of {relaxed['quality']:.4f} in place of {relaxed['asked']:g}: "
+        f"{relaxed['probe']['minutes']:.2g} of the minutes brought a plan from {relaxed['probe']['unhealed']:.4f} to "
+        f"{relaxed['probe']['healed']:.4f} on the text for choosing, {relaxed['share']:.0%} of the nats it had lost."]
     rows = [("minutes", "steps", "tokens", "perplexity", "quality"), ("---",) * 5] + [
         (f"{row['minutes']:.2f}", f"{row['step']:,}", f"{row['tokens']:,}", f"{row['perplexity']:.4g}",
          f"{row['quality']:.4f}") for row in healed["table"]]
     return ["## Healed", "Trained by sentei to say what the dense model says (KL of the next token, low-rank changes, "
             f"merged), {healed['minutes']:g} minutes by the clock, on text that nothing is judged on. {outcome}",
-            *(["\n".join(f"| {' | '.join(row)} |" for row in rows)] if healed["table"] else [])]
+            *chosen, *(["\n".join(f"| {' | '.join(row)} |" for row in rows)] if healed["table"] else [])]
 
 
 def _limits(result: dict, rung: str) -> tuple[str, ...]:

@@ -198,21 +198,29 @@ def _inside(model: nn.Module, plan: Plan, statistics: Statistics) -> dict[str, n
         way = WAYS[entry.room]
         if way.stands == "under":
             continue
-        layer, seen = placing.layer_of(model, entry.layer), statistics.of(entry.layer)
-        missing = sorted(set(way.wants(entry.config)) - set(seen))
-        if missing:
-            raise UnsupportedError("convert", expected=f"statistics of layer {entry.layer}: {', '.join(missing)}",
-                                   got="none", do="calibrate (sentei.budget.calibration) and pass them on")
+        layer = placing.layer_of(model, entry.layer)
         for part in way.parts(entry.config):
             paths = placing.paths_of(model, entry.layer, part)
             if paths[0] in found:
                 raise RuleError("convert", expected="one room in each place", got=f"two at {paths[0]}",
                                 do="leave one of the entries out")
             modules = statistics.once((layer.block, part, entry.room, entry.config),
-                                      partial(way.build, layer, part, entry.config, seen))
+                                      partial(_built, layer, part, entry, statistics))
             found |= {path: module for path, module in zip(paths, modules, strict=False)
                       if module is not placing.original_at(model, path)}
     return found
+
+
+def _built(layer: placing.Layer, part: str, entry: Entry, statistics: Statistics) -> tuple[nn.Module, ...]:
+    """What an entry puts in the place of a part; only then are its statistics looked up, and read where need be."""
+    way = WAYS[entry.room]
+    wants = set(way.wants(entry.config))
+    seen = statistics.of(entry.layer) if wants else {}
+    missing = sorted(wants - set(seen))
+    if missing:
+        raise UnsupportedError("convert", expected=f"statistics of layer {entry.layer}: {', '.join(missing)}",
+                               got="none", do="calibrate (sentei.budget.calibration) and pass them on")
+    return way.build(layer, part, entry.config, seen)
 
 
 def _attach(model: nn.Module, plan: Plan) -> None:

@@ -233,11 +233,21 @@ class Statistics(dict[tuple[int, str], State]):
 
     The modules are kept so that a plan that is installed again and again, to be judged and timed, is built once. All
     together they hold at most MAX_BUILT numbers; the one that was used longest ago goes first.
+
+    Args:
+        states: by layer and name.
+        read: where they are not all held at once: gives those of a layer, and of others as may be. They then take the
+            place of what was held.
     """
 
-    def __init__(self, states: Iterable = ()):
+    def __init__(self, states: Iterable = (), read: "Callable[[int], Statistics] | None" = None):
         super().__init__(states)
+        self.read = read
         self.built: OrderedDict[Hashable, tuple[nn.Module, ...]] = OrderedDict()
+
+    def __bool__(self) -> bool:
+        """Whether there are any, held or to be read."""
+        return len(self) > 0 or self.read is not None
 
     @classmethod
     def empty(cls, layers: list[Layer], wanted: dict[int, set[str]]) -> "Statistics":
@@ -260,7 +270,10 @@ class Statistics(dict[tuple[int, str], State]):
         return self.built[key]
 
     def of(self, layer: int) -> dict[str, State]:
-        """The states of one layer, by name."""
+        """The states of one layer, by name; those that are not held are read."""
+        if self.read is not None and all(index != layer for index, _ in self):
+            self.clear()  # before memory is taken for others
+            self.update(self.read(layer))
         return {name: state for (index, name), state in self.items() if index == layer}
 
     def merge(self, other: "Statistics") -> None:
@@ -268,6 +281,13 @@ class Statistics(dict[tuple[int, str], State]):
         for place, state in other.items():
             self[place].merge(state)
         self.built.clear()
+
+
+def bytes_of(layer: Layer, names: Iterable[str]) -> int:
+    """What the states of a layer take; nothing is allocated to know it."""
+    with torch.device("meta"):
+        states = [KINDS[name].empty(layer) for name in names]
+    return sum(value.nbytes for state in states for value in vars(state).values() if isinstance(value, torch.Tensor))
 
 
 def _numbers(modules: tuple[nn.Module, ...]) -> int:

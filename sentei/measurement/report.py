@@ -143,15 +143,30 @@ def _healing(result: dict) -> str:
     healed = result.get("healed")
     if healed is None:
         return ""
-    outcome = ("Kept: its quality on the text for checking the bound was "
-               f"{percent(healed['quality_unhealed'])} before.") if healed["kept"] else \
+    without = healed["unhealed"]
+    outcome = ("Kept: the quality of this plan on the text for checking the bound was "
+               f"{percent(healed['quality_unhealed'])} before. The best plan without healing: "
+               f"{_number(without['speedup'], '.2f')} times as fast as dense at {percent(without['quality'])}."
+               ) if healed["kept"] else \
         f"Not kept, all else is of the unhealed model: {_words(healed['reason'], None)}."
+    outcome = f"{_relaxed(healed['relaxed'])}{outcome}"
     rows = [_row(_number(row["minutes"], ".2f"), f"{row['step']:,}", f"{row['tokens']:,}",
                  _number(row["perplexity"], ",.4g"), percent(row["quality"])) for row in healed["table"]]
     table = _table(("minutes", "steps", "tokens", "perplexity", "quality"), rows) if rows else ""
     return _section("What healing bought", f"{_number(healed['minutes'], 'g')} minutes by the clock to say what the "
                     "dense model says, on text that nothing is judged on; measured where plans were chosen. "
                     + outcome.replace(" %", "&nbsp;%"), table)
+
+
+def _relaxed(relaxed: dict | None) -> str:
+    """Under what bound the plan to be healed was chosen, and why."""
+    if relaxed is None:
+        return ""
+    probe = relaxed["probe"]
+    return (f"The plan was chosen under a bound of {percent(relaxed['quality'])} in place of "
+            f"{percent(relaxed['asked'])}: {_number(probe['minutes'], '.2g')} of the minutes brought a plan from "
+            f"{percent(probe['unhealed'])} to {percent(probe['healed'])} on the text for choosing, "
+            f"{_number(100 * relaxed['share'], '.0f')} % of the nats it had lost. ")
 
 
 def _tried(result: dict, details: dict) -> str:

@@ -47,7 +47,7 @@ def test_options_are_priced_on_text_that_nothing_was_fitted_to(monkeypatch, tmp_
     table = prices.measure(tiny_model("llama"), workload_of("prefill:80"), windows, Silent())
     assert {row["perplexity_per_millisecond"] for row in table["options"] if row["room"] == "weights"} == {None}
     monkeypatch.setattr(pipeline, "_windows", lambda *_: windows)
-    monkeypatch.setattr(pipeline, "solve", stopped)
+    monkeypatch.setattr("sentei.budget.chooser.solve", stopped)
     (tmp_path / "text").write_text("words " * 100)
     with pytest.raises(Interrupted):
         pipeline.prune(tiny_model("llama"), tiny_tokenizer(), workload="prefill:80", text=tmp_path / "text")
