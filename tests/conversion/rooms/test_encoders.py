@@ -15,6 +15,7 @@ from sentei.axes.heads import Config as Heads
 from sentei.axes.weights import Config as Weights
 from sentei.budget.calibration import calibrate, wanted_by_rooms
 from sentei.conversion import export, wrapper
+from sentei.conversion.attended import Attended
 from sentei.conversion.layers import layer_of, layers_of, originals
 from sentei.conversion.plan import Entry, Plan, convert, place
 from sentei.conversion.rooms import WAYS
@@ -220,3 +221,35 @@ def test_one_room_in_each_place():
     with pytest.raises(RuleError, match="one room in each place"):
         convert(model, Plan((*thin.entries, gone)), statistics())
     assert torch.equal(states(model), states(made()))
+
+
+@pytest.mark.parametrize("hole", [slice(30, 40), slice(7, 20)], ids=["behind", "in the middle"])
+def test_layers_without_a_room_see_both_ways_too(hole):
+    mask = torch.ones_like(IDS)
+    mask[1:, hole] = 0
+    model = convert(made(), Plan((Entry(layer=1, room="connections", config=EXACT),)))
+    found, expected = (states(each, attention_mask=mask)[mask.bool()] for each in (model, made()))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_heads_are_watched_with_all_that_they_see():
+    model = made()
+    seen = calibrate(model, TEXT[:1], {0: {"attention_heads"}})[0, "attention_heads"]
+    own = model.encoder.layer[0].attention.self
+    query, key, value = (linear(model.embeddings(TEXT[:1])).unflatten(-1, (4, 8)).transpose(1, 2)
+                         for linear in (own.query, own.key, own.value))
+    expected = Attended(4, 4, 8)
+    expected.see(query, key, value, torch.ones(1, 1, 64, 64, dtype=torch.bool), 8 ** -0.5)
+    torch.testing.assert_close(seen.values, expected.values, rtol=1e-4, atol=1e-4)
+    assert seen.rows == 64 and bool((seen.values != 0).any())
+
+
+@torch.no_grad()
+def test_a_row_of_neurons_counts_as_much_as_it_is_small_beside_the_sum_that_is_normed():
+    model, block = made(), made().encoder.layer[0]
+    gram = calibrate(model, TEXT[:1], {0: {"network_hidden"}})[0, "network_hidden"].gram
+    x = block.attention(model.embeddings(TEXT[:1]))[0][0]
+    neurons = block.intermediate(x)
+    size = (x + block.output.dense(neurons)).square().mean(-1, keepdim=True).sqrt()
+    torch.testing.assert_close(gram, (neurons / size).double().T @ (neurons / size).double(), rtol=1e-4, atol=1e-4)
