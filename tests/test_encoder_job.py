@@ -11,14 +11,18 @@ from torch import nn
 
 import sentei as package
 from sentei import pipeline
-from sentei.budget.calibration import TOKENS, Library
+from sentei.axes.depth import Config as Depth
+from sentei.budget.calibration import Library
+from sentei.budget.judge import Judge
 from sentei.budget.offers import Ruler, candidates
 from sentei.budget.workload import Decode, Embed, Prefill, on_model
 from sentei.conversion import export
 from sentei.conversion.checkpoints import load_model, locate
-from sentei.conversion.plan import Plan, convert
+from sentei.conversion.plan import Entry, Plan, convert
 from sentei.conversion.tokenizers import read_tokenizer
 from sentei.core.errors import FileError
+from sentei.core.rules import Fixed
+from sentei.core.storage import Stages
 from sentei.measurement.quality import COSINE
 from sentei.measurement.text import read_text, windows_of
 
@@ -49,22 +53,26 @@ def test_the_public_object_tells_the_measure_and_no_perplexity(done):
     json.dumps(result, allow_nan=False)
 
 
-def test_the_quality_is_the_mean_cosine_of_embeddings_on_text_that_played_no_part(job, done):
-    """Against the definition, with the plan in a fresh model, on the windows the run has kept for it."""
-    rows = windows_of(read_tokenizer(job["model"]), read_text(job["text"]).text, length=96, needed=Embed(96).windows,
-                      wished={"calibrate": -(-TOKENS // 96) - 1})["verify"]
-    assert rows.shape == (24, 96) and rows[:, 0].unique().tolist() == [1] and rows[:, -1].unique().tolist() == [2]
-    dense, pruned = load_model(locate(str(job["model"]))), done.model
-    cosines = []
-    with torch.no_grad():
-        for row in rows:
-            one, two = (model(row[None]).last_hidden_state[0].mean(0) for model in (dense, pruned))
-            cosines.append(float(nn.functional.cosine_similarity(one, two, dim=0)))
-    mean = sum(cosines) / len(cosines)
-    assert done.result["quality"] == pytest.approx(mean, abs=1e-4)
+@torch.no_grad()
+def test_the_quality_of_a_plan_is_the_mean_cosine_of_embeddings(job):
+    """Against the definition, on windows as a job cuts them, of an encoder without the network of a layer."""
+    rows = windows_of(read_tokenizer(job["model"]), read_text(job["text"]).text, length=96, needed=Embed(96).windows)
+    assert {use: tuple(each.shape) for use, each in rows.items()} == {
+        "calibrate": (1, 96), "choose": (8, 96), "verify": (24, 96)}
+    assert rows["verify"][:, 0].unique().tolist() == [1] and rows["verify"][:, -1].unique().tolist() == [2]
+    dense, model = (load_model(locate(str(job["model"]))) for _ in range(2))
+    judge = Judge(model, Embed(96), rows, Stages(None), {})
+    judge.prepare("verify", lambda: None)
+    plan = Plan((Entry(layer=1, room="depth", config=Depth(rule=Fixed(()), part="network")),))
+    found = judge.judge(plan, "verify", lambda: None).quality
+    convert(model, plan)
+    cosines = [float(nn.functional.cosine_similarity(*(each(row[None]).last_hidden_state[0].mean(0)
+                                                       for each in (dense, model)), dim=0)) for row in rows["verify"]]
+    mean = sum(cosines) / 24
     spread = (sum((cosine - mean) ** 2 for cosine in cosines) / 23 / 24) ** 0.5
-    assert done.quality_interval[0] == pytest.approx(mean - 2.069 * spread, abs=1e-4)
-    assert done.quality_interval[1] == pytest.approx(min(1.0, mean + 2.069 * spread), abs=1e-4)
+    assert 0 < mean < 0.99 and found.value == pytest.approx(mean, abs=1e-5)
+    assert (found.low, found.high) == (pytest.approx(mean - 2.069 * spread, abs=1e-5),
+                                       pytest.approx(mean + 2.069 * spread, abs=1e-5))
 
 
 def test_the_folder_loads_proves_itself_and_is_told(done, job, sentei):
