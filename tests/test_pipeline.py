@@ -128,7 +128,7 @@ def test_where_no_plan_is_faster_the_bound_is_not_met_and_the_dense_model_is_kep
 
 
 def test_a_bound_that_no_plan_keeps_is_not_met_and_says_what_was_reached(subject, tmp_path, monkeypatch):
-    monkeypatch.setattr("sentei.budget.judge.compare", lambda *_: Quality(
+    monkeypatch.setattr("sentei.measurement.quality.compare", lambda *_: Quality(
         value=0.4, low=0.3, high=0.5, dense=1.0, pruned=2.5, tokens=1))
     outcome = pipeline.run(pipeline.Request(**subject, quality=0.5, out=tmp_path / "out"), pipeline.Silent())
     assert not outcome.met and "quality 0.4000 on held-out text, below 0.5" in outcome.reason

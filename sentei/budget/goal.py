@@ -12,7 +12,7 @@ class Goal:
     """The bound: at least this quality, as fast as possible; or at least this speed-up, as good as possible.
 
     Args:
-        quality: dense perplexity ÷ pruned perplexity, above 0 and at most 1; or None.
+        quality: as the workload's measure tells it, 1 for no loss; above 0 and at most 1; or None.
         speed: dense seconds ÷ pruned seconds, at least 1; or None.
         lookahead: whether the quality of the plan as it runs is enough, where a query block's choice has seen its later
             queries; else that of `Plan.without_lookahead` must keep the bound too. What is sought is the same: slack

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from sentei.budget.proof import Proof
-from sentei.conversion.layers import original_at, paths_of
+from sentei.conversion.layers import original_at, places_of
 from sentei.conversion.plan import Entry
 from sentei.conversion.rooms import WAYS
 from sentei.core.rules import All, Threshold
@@ -54,7 +54,7 @@ def _drops_connections(entry: Entry) -> bool:
 
 def kept_of(model: nn.Module, entry: Entry) -> float:
     """The share of the weights of the parts an entry concerns that is left in a model converted with it."""
-    paths = [paths_of(model, entry.layer, part)[0] for part in WAYS[entry.room].parts(entry.config)]
+    paths = [path for part in WAYS[entry.room].parts(entry.config) for path in places_of(model, entry.layer, part)]
     left, own = (sum(weight.numel() for module in modules for weight in module.parameters()) for modules in (
         [model.get_submodule(path) for path in paths], [original_at(model, path) for path in paths]))
     return left / own if own else 1.0

@@ -23,7 +23,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
                         "tokens written when the text is that long (default: %(default)s)")
     goal = parser.add_mutually_exclusive_group()
     goal.add_argument("--quality", metavar="Q", help="find the fastest plan with at least this quality, above 0 and at "
-                      f"most 1: dense perplexity / pruned perplexity on held-out text (default: {QUALITY})")
+                      f"most 1, on held-out text: dense perplexity / pruned perplexity, or of an encoder the cosine of "
+                      f"its embeddings with the dense model's (default: {QUALITY})")
     goal.add_argument("--speed", metavar="S", help="find the best quality at this speed-up, 1 or more")
     parser.add_argument("--no-lookahead", dest="lookahead", action="store_false", help="also measure quality "
                         "with what a token keeps chosen from no later token, and hold that to --quality too; the plan "
@@ -67,14 +68,15 @@ def work(options: argparse.Namespace, say: Say) -> bool:
 def summary(result: dict, interval: tuple[float, float], report: Path) -> str:
     """The public result of `sentei prune`, a line for each of its parts."""
     dense, pruned, strict = result["dense"], result["pruned"], result.get("quality_without_lookahead")
+    told = "cosine of embeddings with the dense model's" if dense["perplexity"] is None else \
+        f"perplexity {dense['perplexity']:.4g} dense, {pruned['perplexity']:.4g} pruned"
     code = f"import sentei; model = sentei.load({json.dumps(str(result['out']), ensure_ascii=False)})"
     return table({
         "model": result["model"],
         "workload": f"{result['workload']}, {result['dtype']}, {result['threads']} threads",
         "speed-up": f"{result['speedup']:.2f} times ({dense['seconds']:.3g} s dense, {pruned['seconds']:.3g} s pruned; "
                     f"{dense['tokens_per_second']:.3g} and {pruned['tokens_per_second']:.3g} tokens a second)",
-        "quality": f"{result['quality']:.4f}, between {interval[0]:.4f} and {interval[1]:.4f} "
-                   f"(perplexity {dense['perplexity']:.4g} dense, {pruned['perplexity']:.4g} pruned)",
+        "quality": f"{result['quality']:.4f}, between {interval[0]:.4f} and {interval[1]:.4f} ({told})",
         **({"without lookahead": f"quality {strict:.4f}"} if strict is not None else {}),
         **({"healed": healed_words(result["healed"])} if "healed" in result else {}),
         "density": f"{result['density']:.3f} of the connections are computed",

@@ -9,7 +9,6 @@ from torch import nn
 from sentei.axes import AXES
 from sentei.conversion import layers as placing
 from sentei.conversion import native, wrapper
-from sentei.conversion.families import FAMILIES
 from sentei.conversion.rooms import WAYS
 from sentei.conversion.statistics import Statistics
 from sentei.core.errors import FileError, RuleError, UnsupportedError
@@ -229,11 +228,11 @@ def _attach(model: nn.Module, plan: Plan) -> None:
     if not entries:
         wrapper.remove(model)
         return
-    family, new = FAMILIES[model.config.model_type], {}
+    new = {}
     for entry in entries:
         path = attention_path(model, entry.layer)
         standing = type(model.get_submodule(path)).__name__
-        if standing != family.attention:
+        if standing != placing.family_of(model).attention:
             raise RuleError("convert", expected=f"an attention for the room {entry.room} at {path}", got=standing,
                             do="leave one of the entries out")
         layer = placing.layer_of(model, entry.layer, ("attention",))
@@ -245,15 +244,9 @@ def prunable_layers(model: nn.Module) -> tuple[int, ...]:
     """The layers whose connections may be pruned: those of full attention.
 
     Raises:
-        UnsupportedError: the family is not in the table.
+        UnsupportedError: see `layers.family_of`.
     """
-    family = FAMILIES.get(getattr(model.config, "model_type", None))
-    if family is None or type(model).__name__ != family.architecture:
-        supported = ", ".join(family.architecture for family in FAMILIES.values())
-        raise UnsupportedError(type(model).__name__, expected=f"one of {supported}",
-                               got=repr(getattr(model.config, "model_type", None)),
-                               do="load a causal language model of one of these families")
-    return family.prunable_layers(model.config)
+    return placing.family_of(model).prunable_layers(model.config)
 
 
 def attention_path(model: nn.Module, layer: int) -> str:

@@ -15,7 +15,8 @@ SIDE = {"seconds": 10.88, "tokens_per_second": 376.4, "perplexity": 12.345}
 RESULT = {"model": "tiny", "workload": "prefill:4096", "dtype": "float32", "dense": SIDE,
           "pruned": {**SIDE, "seconds": 8.7, "tokens_per_second": 470.8, "perplexity": 12.36},
           "speedup": 1.25, "quality": 0.9988, "density": 0.381}
-DETAILS = {"met": True, "reason": "", "quality_interval": [0.995, 1.002], "speedup_interval": [1.21, 1.3],
+DETAILS = {"meaning": "dense perplexity ÷ pruned perplexity", "met": True, "reason": "",
+           "quality_interval": [0.995, 1.002], "speedup_interval": [1.21, 1.3],
            "source": "tiny (a local folder)", "licence": "apache-2.0", "command": "sentei prune tiny --out faster",
            "text": {"name": "a.txt", "sha256": "ab" * 32, "tokens": {"choose": 8192, "verify": 8192}},
            "environment": {"processor": "a processor", "threads": "2"}, "verify_attempts": 1, "date": "2026-11-27",

@@ -16,6 +16,7 @@ import pytest
 from sentei.core.errors import ResourceError
 from sentei.core.rules import Threshold
 from sentei.measurement import drawing, plots, report
+from sentei.measurement.quality import PERPLEXITY
 
 RULES = [{"name": "mass", "mass": mass} for mass in (0.99, 0.9, 0.7)]
 
@@ -37,6 +38,7 @@ def sample(layers: int = 4, heads: int = 3, unpruned: tuple[int, ...] = (1,), **
                  for layer, row in enumerate(rows) if row],
     }
     details = {
+        "meaning": PERPLEXITY.meaning,
         "goal": {"quality": 0.99}, "met": True, "reason": "", "quality_interval": [0.9897, 0.9925],
         "speedup_interval": [1.19, 1.23], "text": {"name": "topics", "sha256": "ab" * 32,
                                                    "tokens": {"calibrate": 4096, "choose": 8192, "verify": 8192}},
