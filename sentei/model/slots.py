@@ -129,8 +129,11 @@ class Routed:
 
 
 def mixture(value: Routed, config: object) -> nn.Module:
-    """The feed-forward layer that `value` describes, for a model of that configuration."""
-    return experts.MixtureOfExperts(value.room, width=config.width, neurons=value.neurons, causal=config.causal)
+    """The feed-forward layer that `value` describes, for a model of that configuration; it begins as a dense one of the
+    neurons that a token keeps."""
+    made = experts.MixtureOfExperts(value.room, width=config.width, neurons=value.neurons, causal=config.causal)
+    made.draw(up=INITIAL_SPREAD, down=adding_spread(config))
+    return made
 
 
 def is_by_task(feed_forward: object) -> bool:
@@ -182,8 +185,13 @@ def linear(into: int, out: int, *, adds: object = None) -> nn.Linear:
     """A linear layer without bias and with small weights; smaller still where it adds to the stream of a model
     with the configuration `adds`."""
     layer = nn.Linear(into, out, bias=False)
-    nn.init.normal_(layer.weight, std=INITIAL_SPREAD if adds is None else INITIAL_SPREAD * (2 * adds.layers) ** -0.5)
+    nn.init.normal_(layer.weight, std=INITIAL_SPREAD if adds is None else adding_spread(adds))
     return layer
+
+
+def adding_spread(config: object) -> float:
+    """The standard deviation of the weights that add to the stream of a model: it sums two such a layer."""
+    return INITIAL_SPREAD * (2 * config.layers) ** -0.5
 
 
 def slot_of(slots: dict[str, Slot], value: object) -> Slot | None:
