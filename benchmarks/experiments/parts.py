@@ -19,8 +19,9 @@ def mixture(number: int, rule: Rule | int, unit: int, gate: Gate, shared: int = 
 def transformer(**shape: object) -> Transformer:
     """A model whose feed-forward layers begin as `nn.Linear` does, with variances of 1 ÷ (3 · inputs).
 
-    The model's own small ones learn more slowly in a training as short as these. Experts begin as large as a dense
-    layer of the neurons that a token keeps, so that none of them wins by its beginning.
+    The model's own small ones learn more slowly in a training as short as these. The inputs of the last projection
+    are the neurons that a token keeps, so that the width of an expert does not matter, nor what a gate's weights add up
+    to (see `MixtureOfExperts.draw`).
     """
     model = Transformer(Config(**shape))
     for layer in model.modules():

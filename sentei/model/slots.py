@@ -129,8 +129,8 @@ class Routed:
 
 
 def mixture(value: Routed, config: object) -> nn.Module:
-    """The feed-forward layer that `value` describes, for a model of that configuration; it begins as a dense one of the
-    neurons that a token keeps."""
+    """The feed-forward layer that `value` describes, for a model of that configuration; its neurons begin as a dense
+    one's."""
     made = experts.MixtureOfExperts(value.room, width=config.width, neurons=value.neurons, causal=config.causal)
     made.draw(up=INITIAL_SPREAD, down=adding_spread(config))
     return made

@@ -1,4 +1,4 @@
-"""experts: a layer begins like a dense one of as many neurons as a token keeps, whatever makes an expert."""
+"""experts: they begin like a dense layer of as many neurons as a token keeps, whatever makes an expert."""
 
 import pytest
 import torch
@@ -37,11 +37,10 @@ class Twin(FeedForward):
 
 @pytest.mark.parametrize("shared", [0, 1])
 @pytest.mark.parametrize("unit, rule, gate", EXPERTS, ids=str)
-def test_a_new_mixture_answers_as_largely_as_a_dense_layer_of_what_a_token_keeps(unit, rule, gate, shared):
-    config, x = Config(rule=rule, gate=gate, unit=unit, shared=shared), states()
-    if NEURONS // unit - shared < 2:
-        shared = 0
-        config = Config(rule=rule, gate=gate, unit=unit)
+def test_the_kept_neurons_of_a_new_mixture_are_as_large_as_a_dense_layer_of_so_many(unit, rule, gate, shared):
+    """Where weights add up to one number the answers are as large; else each kept neuron, before it is weighed."""
+    shared, x = shared if NEURONS // unit > 2 else 0, states()
+    config = Config(rule=rule, gate=gate, unit=unit, shared=shared)
 
     def make() -> MixtureOfExperts:
         return MixtureOfExperts(config, width=WIDTH, neurons=NEURONS)
@@ -49,14 +48,17 @@ def test_a_new_mixture_answers_as_largely_as_a_dense_layer_of_what_a_token_keeps
     made = make()
     with trace(made) as records:
         made(x, None, torch.arange(2))
-    kept = round(unit * (records[0].selection.count().float().mean().item() + shared))
-    assert size_of(make, x) == pytest.approx(size_of(lambda: Twin(WIDTH, kept), x), rel=0.25)
+    chosen = records[0].selection
+    count = chosen.count().float().mean().item()
+    counted = count if gate.adds_up else chosen.weights.square().sum(-1).mean().item()
+    dense = size_of(lambda: Twin(WIDTH, round(unit * (count + shared))), x)
+    assert size_of(make, x) == pytest.approx(dense * (counted + shared) / (count + shared), rel=0.25)
 
 
-@pytest.mark.parametrize("unit, k, gate", [(192, 1, Softmax()), (24, 8, Softmax()), (96, 2, Renormalised()),
-                                           (48, 4, Sigmoid()), (24, 8, Unit())], ids=str)
+@pytest.mark.parametrize("unit, k, gate", [(96, 2, Renormalised()), (24, 8, Renormalised()), (48, 4, Sigmoid()),
+                                           (96, 2, Noisy()), (24, 8, Unit())], ids=str)
 def test_in_the_model_it_begins_as_the_dense_slot_does(unit, k, gate):
-    """All of 192 kept neurons, in experts of other widths, under gates that weigh by 1, by 1/k and by 1/64."""
+    """All of 192 kept neurons, in experts of other widths, under gates that weigh by 1 and by 1/k."""
     shape = {"width": WIDTH, "layers": 3}
     routed = Routed(neurons=16 * unit, room=Config(rule=TopK(k), gate=gate, unit=unit))
     x = states()
@@ -86,12 +88,18 @@ def test_the_spread_of_a_neuron_does_not_depend_on_the_width_of_an_expert():
     assert found[0].down.std().item() == pytest.approx((3 * NEURONS) ** -0.5, rel=0.03)
 
 
-def test_soft_slots_and_an_empty_choice_begin_with_the_spreads_as_they_are():
-    for config in (Config(gate=Soft(2), metric="cosine", unit=64), Config(rule=TopK(0), gate=Softmax(), unit=64)):
+def test_what_may_count_up_to_1_later_begins_with_the_spreads_as_they_are():
+    for config in (Config(gate=Soft(2), metric="cosine", unit=64), Config(rule=TopK(0), gate=Softmax(), unit=64),
+                   Config(rule=TopK(1), gate=Softmax(), unit=64), Config(rule=TopK(0), gate=Renormalised(), unit=64)):
         made = MixtureOfExperts(config, width=WIDTH, neurons=NEURONS, causal=False)
         made.draw(up=0.1, down=0.2)
         assert made.up.std().item() == pytest.approx(0.1, rel=0.03)
         assert made.down.std().item() == pytest.approx(0.2, rel=0.03)
+
+
+def test_an_expert_of_slots_begins_as_a_dense_layer_of_its_own_width():
+    made = MixtureOfExperts(Config(gate=Soft(4), metric="cosine", unit=64), width=WIDTH, neurons=NEURONS, causal=False)
+    assert made.down.std().item() == pytest.approx((3 * 64) ** -0.5, rel=0.03)
 
 
 def test_a_layer_is_made_where_nothing_is_computed():

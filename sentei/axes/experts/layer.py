@@ -53,18 +53,19 @@ class MixtureOfExperts(nn.Module):
 
     @torch.no_grad()
     def draw(self, *, up: float | None = None, down: float | None = None) -> None:
-        """Draws the experts anew, so that the layer begins like a dense one of as many neurons as a token keeps.
+        """Draws the experts anew, so that they begin like a dense layer of as many neurons as a token keeps.
 
-        The spread of a neuron does not depend on how many of them make an expert. A dense neuron counts 1 and a kept
-        one what its gate says, 1 / E say: `down` is divided by that, and the answers' variance is the dense layer's
-        under every gate. But Soft, whose slots are means of tokens, begins with the spreads as they are.
+        The spread of a neuron does not depend on how many of them make an expert. A dense neuron counts 1; where a
+        gate's weights add up to one number, so that each of k counts 1/k, `down` is divided by their size and the
+        answers' variance is the dense layer's. Under Softmax, Choice and Soft a kept expert counts about 1/E at first
+        and up to 1 when the router is sure: there experts begin as the dense layer and the sum smaller, as in Switch.
 
         Args:
             up: standard deviation of the dense layer's first projections, its gate too; that of nn.Linear if None,
                 (3 · inputs)^-½.
             down: that of its last one.
-        Reference: He et al. 2024, arXiv 2410.07524 (weights scaled by what the gate takes); Moonlight, arXiv
-            2502.16982, scales the gate by the same number instead. Switch and DeepSeekMoE begin smaller than dense.
+        Reference: Moonlight, arXiv 2502.16982, scales the gate by the same number instead, as DeepSeek-V3 does, 2.5
+            for 8 kept experts; He et al. 2024, arXiv 2410.07524, scale weights by what a gate takes.
         """
         kept, weight = self.kept_at_first()
         if up is None:
@@ -72,7 +73,7 @@ class MixtureOfExperts(nn.Module):
         if down is None:
             down = (3 * max(kept + self.config.shared, 1) * self.config.unit) ** -0.5
         nn.init.normal_(self.up, std=up)
-        nn.init.normal_(self.down, std=down / weight)
+        nn.init.normal_(self.down, std=down / weight if self.config.gate.adds_up else down)
         if self.shared is not None:
             self.shared.draw(up=up, down=down)
 
@@ -80,20 +81,18 @@ class MixtureOfExperts(nn.Module):
     def kept_at_first(self) -> tuple[float, float]:
         """How many experts a token keeps, and the root mean square of what one counts, while the router is as it is.
 
-        Measured on normal tokens; where nothing is kept, or nothing computed (the meta device), one that counts 1.
+        Measured on normal tokens. One that counts 1, where nothing is kept, nothing computed (the meta device), or a
+        slot of Soft has one expert.
         """
         gate, width = self.config.gate, self.up.shape[-1]
-        if self.up.is_meta:
+        if self.up.is_meta or isinstance(gate, Soft):
             return 1.0, 1.0
-        x = torch.randn(1, PROBES, width, generator=torch.Generator().manual_seed(0), device="cpu")
-        x = x.to(self.up)
+        x = torch.randn(1, PROBES, width, generator=torch.Generator().manual_seed(0), device="cpu").to(self.up)
         logits, _ = self.router(x, torch.zeros(1, dtype=torch.int64, device=x.device))
         rule = gate.rule(self.config.rule)
         selection = gate.weigh(rule(gate.shortlist(gate.scores(logits, None)), unit=self.config.unit), logits)
         kept = selection.weights[selection.ids >= 0]
-        if not len(kept) or isinstance(gate, Soft):
-            return 1.0, 1.0
-        return len(kept) / PROBES, float(kept.square().mean().sqrt())
+        return (len(kept) / PROBES, float(kept.square().mean().sqrt())) if len(kept) else (1.0, 1.0)
 
     def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None,
                 tasks: torch.Tensor | None = None) -> torch.Tensor:
