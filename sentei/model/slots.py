@@ -165,18 +165,21 @@ def mixture_of_depths(room: depth.Config, block: nn.Module, config: object) -> n
 
 
 class Slot(NamedTuple):
-    """What may stand in a slot: the type of its configuration, how a layer is made of one, and the layer's cache."""
+    """What may stand in a slot: the type of its configuration, how a layer is made of one, the layer's cache, and how
+    many weights a token could meet in the layer besides those of linear layers."""
 
     config: type
     layer: Callable[..., nn.Module]
     cache: type | None = None
+    weights: Callable[[nn.Module], int] = lambda layer: 0
 
 
 # A room that fills a slot is one line here. A feed-forward layer is made of its configuration and the model's, and is
 # called with x [B, N, width], a mask, bool [B, N], of the rows that are no padding, or None if all are, and the tasks
 # of the sequences, int64 [B], or None. A depth layer is made of its configuration, the block and the model's, and is
 # called with x, lengths, a cache of its own type, and tasks. Configurations of rooms have `to_json` and `from_json`.
-FEED_FORWARDS = {"dense": Slot(int, GatedFeedForward), "experts": Slot(Routed, mixture)}
+FEED_FORWARDS = {"dense": Slot(int, GatedFeedForward),
+                 "experts": Slot(Routed, mixture, weights=lambda layer: layer.up.numel() + layer.down.numel())}
 DEPTHS = {"every": Slot(type(None), lambda _, block, config: EveryToken(block), Cache),
           "depth": Slot(depth.Config, mixture_of_depths, depth.Cache)}
 

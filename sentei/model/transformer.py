@@ -128,6 +128,13 @@ class Attention(nn.Module):
                 key, value, positions = keys, values, rows.cache.positions
         return self.output(self.connections(query, key, value, real_span(positions)).flatten(-2))
 
+    def potential(self, real: torch.Tensor, held: int) -> int:
+        """Multiply-adds of the room for every permitted pair of all tokens; `real` bool [B, T], after `held` others."""
+        keys = F.pad(real, (held, 0), value=True)
+        grid = self.connections.grid(real, keys, real_span(torch.where(keys, 0, -1)))
+        tiles = int(grid.permitted(real.device).expand(len(real), -1, -1, -1).sum())
+        return tiles * grid.query_block * grid.key_block * 2 * self.query.out_features
+
 
 class Block(nn.Module):
     """Attention and a feed-forward layer, as what they add to the residual stream; `impl` as in `attend`."""
@@ -137,7 +144,8 @@ class Block(nn.Module):
         self.attention_norm = nn.RMSNorm(config.width, eps=1e-6)
         self.attention = Attention(config, impl)
         self.feed_forward_norm = nn.RMSNorm(config.width, eps=1e-6)
-        self.feed_forward = slot_of(FEED_FORWARDS, config.feed_forward).layer(config.feed_forward, config)
+        slot = slot_of(FEED_FORWARDS, config.feed_forward)
+        self.feed_forward, self.weights_in_room = slot.layer(config.feed_forward, config), slot.weights
 
     def forward(self, x: torch.Tensor, rows: Rows) -> torch.Tensor:
         """The change of x [B, N, width]."""
@@ -145,6 +153,10 @@ class Block(nn.Module):
         real = rows.positions >= 0
         mask = None if bool(real.all()) else real
         return attended + self.feed_forward(self.feed_forward_norm(x + attended), mask, rows.tasks)
+
+    def potential(self, real: torch.Tensor, held: int) -> int:
+        """What the rooms inside could cost; see `Attention.potential`."""
+        return self.attention.potential(real, held) + int(real.sum()) * self.weights_in_room(self.feed_forward)
 
 
 class Transformer(nn.Module):
@@ -272,7 +284,9 @@ class Transformer(nn.Module):
         """What one forward pass cost (`multiply_adds`, two FLOPs each) and could have cost (`dense_multiply_adds`).
 
         Rooms tell of themselves in the records; every other linear layer, and the logits, run for each token.
-        Normalisation, rotation and softmax are no multiply-adds of matrices and are left out.
+        Normalisation, rotation and softmax are no multiply-adds of matrices and are left out. Rooms inside a room that
+        skips tokens are told of some alone: what they could have cost is that of all tokens, and of the keys that a
+        cache holds.
 
         Args:
             records: of a trace around that one pass.
@@ -284,7 +298,20 @@ class Transformer(nn.Module):
         work = sum(rows * out * into for out, into in plain)
         moved = sum(out * into + rows * (out + into) for out, into in plain) * itemsize
         return sum((record.cost for record in records),
-                   Cost(multiply_adds=work, dense_multiply_adds=work, bytes=moved))
+                   Cost(multiply_adds=work, dense_multiply_adds=work + self.unseen(records), bytes=moved))
+
+    def unseen(self, records: Trace) -> int:
+        """What the rooms inside the depth slots could have cost for the tokens they were not shown."""
+        missing = 0
+        for record in records:
+            layer = self.get_submodule(record.path)
+            if layer not in self.blocks:
+                continue
+            inside = [other for other in records if other.path.startswith(f"{record.path}.")]
+            held = max((other.span.keys - other.span.queries for other in inside if other.span is not None), default=0)
+            missing += layer.block.potential((record.selection.permitted > 0).view(-1, record.selection.ids.shape[1]),
+                                             held) - sum(other.cost.dense_multiply_adds for other in inside)
+        return missing
 
 
 def draw(logits: torch.Tensor, temperature: float, rule: Rule, generator: torch.Generator | None) -> torch.Tensor:
