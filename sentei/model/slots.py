@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from sentei.axes import depth, experts
+from sentei.axes.depth import Cache, Rows
 from sentei.axes.experts.gates import Task
 from sentei.core.errors import FileError, SenteiError, require
 
@@ -32,40 +33,6 @@ class GatedFeedForward(nn.Module):
                 ) -> torch.Tensor:
         """The layer's output for x; no token of it depends on another or on a task, so that neither matters."""
         return self.down(F.silu(self.gate(x)) * self.up(x))
-
-
-class Cache:
-    """The keys and values of the tokens a layer has read; None before the first.
-
-    `positions` int64 [B, P] of what is held among the real tokens of each sequence, -1 for padding.
-    """
-
-    def __init__(self):
-        self.key = self.value = self.positions = None
-
-    def extend(self, key: torch.Tensor, value: torch.Tensor, positions: torch.Tensor
-               ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Appends key and value [B, T, G, D] of the tokens at `positions` [B, T]; returns all of them, copied."""
-        if self.key is not None:
-            key, value = torch.cat([self.key, key], 1), torch.cat([self.value, value], 1)
-            positions = torch.cat([self.positions, positions], 1)
-        self.key, self.value, self.positions = key, value, positions
-        return key, value
-
-
-@dataclass(frozen=True, kw_only=True)
-class Rows:
-    """What a block is told of the rows x [B, N, width] it is given.
-
-    Args:
-        positions: int64 [B, N], their places among the real tokens of their sequence; -1 for padding.
-        cache: of the layer, or None.
-        tasks: int64 [B], the task of each sequence, for experts chosen by it; or None.
-    """
-
-    positions: torch.Tensor
-    cache: Cache | None = None
-    tasks: torch.Tensor | None = None
 
 
 class EveryToken(nn.Module):

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from sentei.axes.axis import Axis
 from sentei.axes.connections import Config as Attended
 from sentei.axes.connections import Connections
+from sentei.axes.depth import Rows, rotate
 from sentei.core.cost import Cost
 from sentei.core.errors import FileError, RuleError, SenteiError, ShapeError, UnsupportedError, require
 from sentei.core.rules import All, Rule
@@ -28,7 +29,6 @@ from sentei.model.slots import (
     FEED_FORWARDS,
     INITIAL_SPREAD,
     LARGEST,
-    Rows,
     dense_for,
     is_by_task,
     linear,
@@ -119,7 +119,7 @@ class Attention(nn.Module):
         """Attends within x, and to what the rows' cache holds."""
         query, key, value = (project(x).unflatten(-1, (-1, self.head_dim))
                              for project in (self.query, self.key, self.value))
-        query, key = rotate(query, rows.positions), rotate(key, rows.positions)
+        query, key = (rotate(heads, rows.positions, ROTARY_BASE) for heads in (query, key))
         positions = rows.positions
         if rows.cache is not None:
             held = rows.cache.key is not None
@@ -321,17 +321,6 @@ def draw(logits: torch.Tensor, temperature: float, rule: Rule, generator: torch.
     scores = logits.float() / temperature
     kept = rule(scores[:, None]).mask()[:, 0]
     return torch.multinomial(scores.masked_fill(~kept, -torch.inf).softmax(-1), 1, generator=generator)[:, 0]
-
-
-def rotate(heads: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """Rotary positions: heads [B, N, H, D], whose halves are pairs, turned by positions [B, N]; in their own dtype."""
-    half = heads.shape[-1] // 2
-    dtype = torch.promote_types(heads.dtype, torch.float32)
-    speeds = ROTARY_BASE ** (-torch.arange(half, dtype=dtype, device=heads.device) / half)
-    angles = (positions[..., None].to(dtype) * speeds)[:, :, None]
-    cos, sin = angles.cos(), angles.sin()
-    first, second = heads[..., :half], heads[..., half:]
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(heads.dtype)
 
 
 def real_span(positions: torch.Tensor) -> torch.Tensor | None:
