@@ -39,6 +39,8 @@ ROOMS = {
     "pooled keys, mass": replace(BARE, estimator=Pooled(), criterion="mass"),
     "page bounds, mass": replace(BARE, estimator=PageBounds(), criterion="mass"),
     "default room": Config(),
+    "default room, 1 in 12": Config(estimator=Sampled(12)),
+    "default room, 1 in 16": Config(estimator=Sampled(16)),
 }
 
 
@@ -92,7 +94,7 @@ def rows(model: nn.Module, windows: torch.Tensor, judge: Judge, rooms: list[str]
     for target in DENSITIES:
         for name, config in ((name, ROOMS[name]) for name in rooms):
             for kind, family in ((kind, RULES[kind]) for kind in rules):
-                if name == "default room" and kind != "Threshold":
+                if name.startswith("default room") and kind != "Threshold":
                     continue
                 rule = tune(observation, name, family, target)
                 add(name, kind, target, rule and replace(config, rule=rule), rule and observation.keep(name, rule))

@@ -5,7 +5,7 @@ import pytest
 from sentei.kernels import native
 
 MACHINES = 1 if native.missing() else native.machines()
-SETS = min(3, MACHINES)  # the fourth is the third but for products of pairs, which attention alone has
+SETS = min(3, MACHINES)  # the fourth is the third but for products of pairs
 
 
 def named(number: int) -> str:

@@ -47,16 +47,16 @@ def check(estimator: Estimator, case: Case, dtype: torch.dtype, pool: str) -> No
 @pytest.mark.parametrize("pool", ["mean", "rms"])
 @pytest.mark.parametrize("estimator", ALL, ids=str)
 @pytest.mark.parametrize("case", CASES + LARGER, ids=lambda case: case.name)
-def test_shares_are_those_of_the_definition(case, estimator, pool, machine):
+def test_shares_are_those_of_the_definition(case, estimator, pool, machine_or_pairs):
     if fits(estimator, case.grid()):
-        check(estimator, case, torch.float32, pool)
+        check(estimator, case, torch.bfloat16 if native.takes_pairs() else torch.float32, pool)
 
 
 @needs_library
 @settings(deadline=None, max_examples=150, derandomize=True,
           suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(case=drawn_cases())
-def test_so_are_they_for_drawn_cases(case, machine):
+def test_so_are_they_for_drawn_cases(case, machine_or_pairs):
     for estimator in ALL:
         if fits(estimator, case.grid()):
             check(estimator, case, torch.bfloat16, "rms")
@@ -64,9 +64,12 @@ def test_so_are_they_for_drawn_cases(case, machine):
 
 @needs_library
 @pytest.mark.parametrize("estimator", ALL, ids=str)
-def test_strides_and_threads_do_not_matter(estimator, machine):
+@pytest.mark.parametrize("width", [9, 10])
+def test_strides_and_threads_do_not_matter(width, estimator, machine_or_pairs):
+    dtype = torch.bfloat16 if native.takes_pairs() else torch.float32
     grid = Grid(num_queries=70, num_keys=70, query_block=8, key_block=4)
-    query, key = torch.randn(2, 4, 70, 9).transpose(1, 2), torch.randn(2, 70, 9, 2).transpose(2, 3)
+    query = torch.randn(2, 4, 70, width, dtype=dtype).transpose(1, 2)
+    key = torch.randn(2, 70, width, 2, dtype=dtype).transpose(2, 3)
     expected = estimate(estimator, query.contiguous(), key.contiguous(), grid, 0.4)
     threads = torch.get_num_threads()
     try:
@@ -78,9 +81,9 @@ def test_strides_and_threads_do_not_matter(estimator, machine):
 
 @needs_library
 @pytest.mark.parametrize("estimator", ALL, ids=str)
-def test_a_nan_is_told_and_what_is_padding_is_not_read(estimator, machine):
+def test_a_nan_is_told_and_what_is_padding_is_not_read(estimator, machine_or_pairs):
     case = Case(name="padded", queries=16, keys=16, tile=(4, 4), lengths=((4, 16), (0, 10)))
-    query, key, _ = case.tensors(torch.float32)
+    query, key, _ = case.tensors(torch.bfloat16 if native.takes_pairs() else torch.float32)
     expected = estimate(estimator, query, key, case.grid(), 0.4)
     padding = ~case.grid().real_keys(key.device)
     assert torch.equal(estimate(estimator, query, key.masked_fill(padding[..., None, None], torch.nan), case.grid(),

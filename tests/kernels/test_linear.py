@@ -18,8 +18,8 @@ def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> to
 
 
 def check(function, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-    """The result differs from fp64 by at most twice what torch's own does, or by what one rounding may; or five, where
-    rows are many: their sums are made number by number, torch's in parts."""
+    """The result differs from fp64 by at most twice what torch's own does, or by what one rounding may; where rows
+    are many, whose sums are made number by number and torch's in parts, by five, or by what so many roundings may."""
     wide = [None if tensor is None else tensor.double() for tensor in (x, weight, bias)]
     exact = torch.nn.functional.linear(*wide)
     size = torch.nn.functional.linear(wide[0].abs(), wide[1].abs(), None if bias is None else wide[2].abs())
@@ -30,7 +30,9 @@ def check(function, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | 
     error, own = (((found - exact).abs() / unit.clamp(min=1e-30)).amax().item() if y.numel() else 0
                   for found in (y, torch.nn.functional.linear(x, weight, bias)))
     few = x.shape[:-1].numel() <= fused_cpp.FEW_ROWS
-    assert error <= max(2 * own, 1 if few else 5), f"error {error}, torch's {own}"
+    # Each is of up to half a unit, uniformly: where all terms have one sign, the root of a twelfth of their number / 3.
+    many = max(5, 1.5 * (x.shape[-1] / 36) ** 0.5)
+    assert error <= max(2 * own, 1 if few else many), f"error {error}, torch's {own}"
 
 
 cases = {"rows": st.integers(1, 20) | st.sampled_from([96, 97, 210]),  # from nine on they are many
@@ -43,7 +45,7 @@ cases = {"rows": st.integers(1, 20) | st.sampled_from([96, 97, 210]),  # from ni
 @settings(deadline=None, max_examples=150, derandomize=True,
           suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(**cases)
-def test_is_as_near_to_fp64_as_torch(rows, width, outputs, with_bias, dtype, gap, seed, machine):
+def test_is_as_near_to_fp64_as_torch(rows, width, outputs, with_bias, dtype, gap, seed, machine_or_pairs):
     x, weight = random(rows, width + gap, seed=seed, dtype=dtype), random(outputs, width + gap, seed=1, dtype=dtype)
     bias = random(2, outputs, seed=2, dtype=dtype).T[:, 0] if with_bias else None
     check(fused_cpp.linear, x[:, :width], weight[:, :width], bias)
@@ -80,8 +82,8 @@ def test_a_row_depends_on_nothing_but_itself(dtype, machine, monkeypatch):
 
 @needs_library
 @pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=str)
-def test_a_row_of_many_depends_on_nothing_but_itself(dtype, machine, monkeypatch):
-    x, weight = random(250, 131, dtype=dtype), random(1003, 131, seed=1, dtype=dtype)
+def test_a_row_of_many_depends_on_nothing_but_itself(dtype, machine_or_pairs, monkeypatch):
+    x, weight = random(250, 132, dtype=dtype), random(1003, 132, seed=1, dtype=dtype)
     expected = fused_cpp.linear(x, weight)
     for threads in (1, 2, 3):
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
@@ -91,7 +93,7 @@ def test_a_row_of_many_depends_on_nothing_but_itself(dtype, machine, monkeypatch
 
 @needs_library
 @pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=str)
-def test_many_rows_take_weights_in_groups_of_outputs(dtype, machine):
+def test_many_rows_take_weights_in_groups_of_outputs(dtype, machine_or_pairs):
     """16,777,216 numbers are laid out at once."""
     width = 1 << 19
     x, weight, bias = torch.ones(9, width, dtype=dtype), torch.zeros(70, width, dtype=dtype), torch.arange(70).to(dtype)
@@ -104,7 +106,7 @@ def test_many_rows_take_weights_in_groups_of_outputs(dtype, machine):
 @pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=str)
 @pytest.mark.parametrize("width", [5, 32, 37])
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf, -torch.inf], ids=str)
-def test_nan_and_infinity_reach_their_outputs_and_no_others(dtype, width, poison, machine):
+def test_nan_and_infinity_reach_their_outputs_and_no_others(dtype, width, poison, machine_or_pairs):
     for place in (0, width - 1):
         x, weight = torch.ones(11, width, dtype=dtype), torch.ones(6, width, dtype=dtype)
         x[1, place] = weight[4, place] = poison

@@ -47,7 +47,7 @@ def eager_norm(x, weight, epsilon, shift):
 @pytest.mark.parametrize("width, hidden, outputs", [(1, 1, 1), (37, 53, 29), (64, 96, 64), (130, 401, 7),
                                                     (300, 260, 530)])
 @pytest.mark.parametrize("size", [1.0, 40.0])
-def test_gated_is_as_near_to_fp64_as_torch(activation, dtype, width, hidden, outputs, size, machine):
+def test_gated_is_as_near_to_fp64_as_torch(activation, dtype, width, hidden, outputs, size, machine_or_pairs):
     for count in (*range(1, 9), 9, 13, 100):
         x = (random(1, count, width, seed=count) * size).to(dtype)
         layers = to(dtype, *(layer(*shape, seed, count % 2 == 0) for seed, shape in enumerate(
@@ -97,10 +97,11 @@ def test_a_row_of_gated_depends_on_nothing_but_itself(machine, monkeypatch):
         assert torch.equal(rows.gated(x, *layers, "silu"), expected)
 
 
-def test_a_row_of_many_depends_on_nothing_but_itself(machine, monkeypatch):
-    layers = to(torch.float32, layer(401, 131, 1, True), layer(401, 131, 2, False), layer(603, 401, 3, True))
-    x = random(250, 131).float()
-    case = heads_case(torch.float32, inputs=131, tokens=(1, 250), normed=True, bias=True)
+def test_a_row_of_many_depends_on_nothing_but_itself(machine_or_pairs, monkeypatch):
+    dtype = HALF if native.takes_pairs() else torch.float32
+    layers = to(dtype, layer(402, 132, 1, True), layer(402, 132, 2, False), layer(603, 402, 3, True))
+    x = random(250, 132).to(dtype)
+    case = heads_case(dtype, inputs=132, tokens=(1, 250), normed=True, bias=True)
     expected, turned = rows.gated(x, *layers, "silu"), rows.heads(*case)
     for threads in (1, 2, 3):
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
@@ -181,7 +182,7 @@ CASES = [{}, {"bias": True}, {"normed": True}, {"tokens": (2, 3), "turns": (1, 3
 
 @pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_heads_are_as_near_to_fp64_as_torch(case, dtype, machine):
+def test_heads_are_as_near_to_fp64_as_torch(case, dtype, machine_or_pairs):
     given = heads_case(dtype, **case)
     wide = (given[0].double(), *to(torch.float64, *given[1:4]),
             rows.Turn(*(part.double() if isinstance(part, torch.Tensor) else part for part in given[4])))
@@ -276,7 +277,7 @@ def test_the_definition_of_gated_has_every_activation(activation):
 
 @pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=str)
 @pytest.mark.parametrize("name", ["gated", "norm", "heads"])
-def test_it_is_the_definition_rounded_once(name, dtype, machine):
+def test_it_is_the_definition_rounded_once(name, dtype, machine_or_pairs):
     given = calls(dtype)[name][0]
     wide = [rows.Turn(*(part.double() if isinstance(part, torch.Tensor) else part for part in item))
             if isinstance(item, rows.Turn) else to(torch.float64, item)[0] if isinstance(item, tuple)

@@ -201,11 +201,22 @@ def _estimate(query: torch.Tensor, key: torch.Tensor, lengths: torch.Tensor | No
     grid = _grid("estimate", [query, key, key], [], lengths, sizes)
     found = _estimate_shape(query, key, lengths, sizes, rows, square, scale)
     if found.numel():
-        problem = _problem(_rows(query.float()), _rows(key.float()), grid, scale, 0.0)
-        kind, problem.first, problem.stride = rows
+        kind, *which = rows
+        problem = _problem(*_scored(query, key, kind), grid, scale, 0.0)
+        problem.first, problem.stride = which
         problem.shares = found.data_ptr()
         _finish(native.load().sentei_estimate(ctypes.byref(_Estimate(problem, kind, square))), grid)
     return found
+
+
+def _scored(query: torch.Tensor, key: torch.Tensor, kind: int) -> list[torch.Tensor]:
+    """What the library scores: float32, or exact rows of bfloat16 where it multiplies these as pairs."""
+    scored = [_rows(tensor) for tensor in (query, key)]
+    pairs = ESTIMATES[kind] == "exact" and native.takes_pairs() and all(
+        tensor.dtype is torch.bfloat16 for tensor in scored)
+    even = query.shape[3] % 2 == 0 and scored[1].data_ptr() % 4 == 0 and not any(
+        stride % 2 for stride in scored[1].stride()[:3])
+    return scored if pairs and even else [tensor.float() for tensor in scored]
 
 
 def _estimate_shape(query, key, lengths, sizes, rows, square, scale):

@@ -12,7 +12,7 @@ from sentei.core.errors import ImplError
 from sentei.core.storage import sha256
 
 LIBRARY = "_native*.so"
-ABI = 17  # of attention.cpp's sentei_abi()
+ABI = 18  # of attention.cpp's sentei_abi()
 BAD_PLAN = 2  # the status of a call whose plan is none; of call.h
 MACHINE = -1  # the instruction set to run: the best this processor has; the tests run each, see `machines`
 
@@ -51,6 +51,11 @@ def load() -> ctypes.CDLL:
 def machines() -> int:
     """How many instruction sets this processor can run, numbered from the plainest, 0."""
     return load().sentei_machines()
+
+
+def takes_pairs() -> bool:
+    """Whether it multiplies pairs of bfloat16 numbers as such: where the processor has that and it is the faster."""
+    return bool(load().sentei_takes_pairs(MACHINE))
 
 
 def identity() -> str:

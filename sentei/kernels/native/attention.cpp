@@ -28,11 +28,8 @@ INLINE void score(const Problem& p, const Sizes& s, const Item& item, int rows, 
   in_strips(p, item.b, item.first, rows, block, partial, [&](int r, int count, int begin, int end) INLINE_LAMBDA {
     Simd<L>::template product<Pairs ? kPaired : kRowMajor>(
         t.query.data() + r * depth, depth, keys + begin, s.columns, scores + r * s.columns + begin, s.columns, count,
-        int(round_up(end - begin)), depth, false);
+        int(round_up(end - begin)), depth, false, Pairs ? p.scale * kLog2E : 1.0f);
   });
-  if constexpr (Pairs)
-    for (int i = 0; i < rows * s.columns; i += L)
-      Simd<L>::store(scores + i, Simd<L>::load(scores + i) * (p.scale * kLog2E));
   if (p.softcap != 0.0f)
     for (int r = 0; r < rows; ++r) Simd<L>::soften_peaks(scores + r * s.columns, s.columns, p.softcap * kLog2E);
   if (partial) forbid(p, item.b, item.first, rows, 1, block, scores, s.columns);
@@ -156,20 +153,19 @@ bool pairs_pay() {
   return fastest(multiply_pairs) * 5 < fastest(multiply_floats) * 4;
 }
 
-// Pairs are taken where they are asked for by number, or measured to be faster, once.
-bool takes_pairs(const Problem& p) {
-  if (!p.bfloat16 || machines() <= kPairMachine || p.width % 2 || p.key_block % 2) return false;
-  if (p.machine >= 0) return p.machine == kPairMachine;
+}  // namespace
+
+bool takes_pairs(int64_t machine) {
+  if (machines() <= kPairMachine) return false;
+  if (machine >= 0) return machine == kPairMachine;
   static const bool pay = pairs_pay();
   return pay;
 }
 
-}  // namespace
-
 extern "C" {
 
 // Changes whenever `Problem`, `Backward` or a function does; compared when the library is loaded.
-int sentei_abi() { return 17; }
+int sentei_abi() { return 18; }
 int sentei_problem_size() { return int(sizeof(Problem)); }
 int sentei_machines() { return machines(); }
 
@@ -179,7 +175,7 @@ int sentei_attend(const Problem* problem) {
     const Problem& p = *problem;
     const Sizes s(p);
     check_plan(p, s);
-    const bool pairs = takes_pairs(p);
+    const bool pairs = p.bfloat16 && p.width % 2 == 0 && p.key_block % 2 == 0 && takes_pairs(p.machine);
     const auto attend_one = pairs ? attend_item_pairs : attend_item_on[s.machine];
     const int64_t packed = 4 * s.key_blocks * (int64_t(s.columns) * s.width + p.key_block * s.value_width);
     by_rows(p, packed, [&](int64_t begin, int64_t end) {

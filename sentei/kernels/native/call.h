@@ -2,7 +2,6 @@
 #pragma once
 
 #include <dlfcn.h>
-#include <sys/mman.h>
 
 #include <atomic>
 #include <cstdlib>
@@ -15,6 +14,7 @@
 #include <utility>
 #include <vector>
 
+#include "shelf.h"
 #include "simd.h"
 
 // The tiles to compute: for every item (batch, head, block) the blocks that go with it, full and partial ones apart.
@@ -44,25 +44,11 @@ struct Problem {
   uint8_t* kept;  // [B, H, QB, KB]: those that were not, where there is a cut
 };
 
+// Whether pairs of bfloat16 numbers are multiplied as such: where that is asked for by number, or measured, once, to be
+// faster here.
+bool takes_pairs(int64_t machine);
+
 namespace {
-
-struct Free {
-  void operator()(float* numbers) const { std::free(numbers); }
-};
-using Floats = std::unique_ptr<float[], Free>;
-
-// Room for floats that begins with a cache line, so that no vector lies across two; much of it in huge pages where the
-// system has them, because the first touch of a page costs as much as some of the products.
-Floats floats(int64_t count) {
-  constexpr size_t huge = 2 << 20;
-  const size_t bytes = std::max<size_t>(size_t(count) * sizeof(float), 64);
-  void* numbers = nullptr;
-  if (posix_memalign(&numbers, bytes < huge ? 64 : huge, bytes)) throw std::bad_alloc();
-#if defined(MADV_HUGEPAGE)
-  if (bytes >= huge) madvise(numbers, bytes / huge * huge, MADV_HUGEPAGE);
-#endif
-  return Floats(static_cast<float*>(numbers));
-}
 
 // Zeros that begin with a cache line.
 template <class Number>
@@ -186,6 +172,26 @@ INLINE void read_turned(const Tensor& from, int64_t row, int64_t first, int coun
   transpose(room, from.width, count, int(from.width), to, line);
 }
 
+// The same of bfloat16 numbers as they are, neighbours of a vector as a pair in the place of a float: [width / 2][line].
+INLINE void pair_turned(const Tensor& from, int64_t row, int64_t first, int count, float* to, int64_t line,
+                        float* room) {
+  const int64_t pairs = from.width / 2;
+  for (int j = 0; j < count; ++j) std::memcpy(room + j * pairs, from.halves(row, first + j), pairs * sizeof(float));
+  transpose(room, pairs, count, int(pairs), to, line);
+}
+
+// Of bfloat16 numbers too, but the pairs are of neighbouring tokens, the last of an odd number with a zero:
+// [count / 2][line].
+INLINE void pair_rows(const Tensor& from, int64_t row, int64_t first, int count, float* to, int64_t line) {
+  for (int j = 0; j < count; j += 2, to += line) {
+    const uint16_t *even = from.halves(row, first + j), *odd = j + 1 < count ? from.halves(row, first + j + 1) : nullptr;
+    for (int64_t d = 0; d < from.width; ++d) {
+      const uint32_t pair = even[d] | (odd ? uint32_t(odd[d]) << 16 : 0);
+      std::memcpy(to + d, &pair, sizeof pair);
+    }
+  }
+}
+
 // Some rows of a tensor (a row is b · heads + head), cut into blocks as the micro-kernel reads them, times a factor: each
 // [width][tokens] ("across") or [tokens][width], what is contiguous rounded up, zeros beyond the end. Or as pairs of
 // bfloat16 numbers, neighbours along what is not contiguous, which must then be even: a pair is in the place of a float.
@@ -197,22 +203,21 @@ class Blocks {
         begin_(begin),
         blocks_((from.tokens + block - 1) / block),
         size_(line * (across ? from.width : block) / (pairs ? 2 : 1)),
-        data_(floats((end - begin) * blocks_ * size_)) {
+        data_((end - begin) * blocks_ * size_) {
     const auto room = [&] { return Zeros(across ? block * from.width : 0); };
     in_parallel((end - begin) * blocks_, p.threads, room, [&](int64_t i, Zeros& turned) {
       const int64_t row = begin + i / blocks_, first = i % blocks_ * block;
       const int count = int(std::min(block, from.tokens - first));
       float* to = data_.get() + i * size_;
       if (count < block || line != (across ? block : from.width)) std::fill(to, to + size_, 0.0f);
-      if (across && !pairs) {
+      if (across && pairs)
+        pair_turned(from, row, first, count, to, line, turned.data());
+      else if (across)
         read_turned(from, row, first, count, factor, to, line, turned.data());
-        return;
-      }
-      for (int j = 0; j < count; ++j)
-        if (pairs)
-          write_pairs(from.halves(row, first + j), from.width, j, across, reinterpret_cast<uint16_t*>(to));
-        else
-          from.read(row, first + j, to + j * line, factor);
+      else if (pairs)
+        pair_rows(from, row, first, count, to, line);
+      else
+        for (int j = 0; j < count; ++j) from.read(row, first + j, to + j * line, factor);
     });
   }
   const float* at(int64_t row, int64_t block) const {
@@ -222,15 +227,8 @@ class Blocks {
   const int line;  // elements from one line to the next
 
  private:
-  INLINE void write_pairs(const uint16_t* from, int64_t width, int64_t token, bool across, uint16_t* to) const {
-    if (across)
-      for (int64_t d = 0; d < width; ++d) to[(d / 2 * line + token) * 2 + d % 2] = from[d];
-    else
-      for (int64_t d = 0; d < width; ++d) to[(token / 2 * line + d) * 2 + token % 2] = from[d];
-  }
-
   int64_t begin_, blocks_, size_;
-  Floats data_;
+  Lent data_;
 };
 
 INLINE Tensor queries_of(const Problem& p) {

@@ -359,7 +359,7 @@ int sentei_linear(const void* input, const void* weight, const void* bias, void*
     const Linear p{input, weight, bias, output, nullptr, rows, width, outputs, input_stride, weight_stride};
     const int set = set_of(machine);
     if (rows > kFew)
-      linear_of_many(p, half, threads, set);
+      linear_of_many(p, half, threads, machine);
     else if (half)
       linear<BFloat16>(p, run_bfloat16_on[set], threads, set);
     else
@@ -376,7 +376,7 @@ int sentei_gated(const void* input, const void* gate, const void* up, const void
                   tanh};
     const int set = set_of(machine);
     if (rows > kFew)
-      gated_of_many(p, half, threads, set);
+      gated_of_many(p, half, threads, machine);
     else if (half)
       gated<BFloat16>(p, run_bfloat16_on[set], threads, set);
     else
@@ -409,7 +409,7 @@ int sentei_heads(const void* input, const void* query, const void* key, const vo
                   output, rows, width, {queries, keys, values}, head, turns, float(epsilon), float(shift)};
     const int set = set_of(machine);
     if (rows > kFew)
-      heads_of_many(p, half, threads, set);
+      heads_of_many(p, half, threads, machine);
     else if (half)
       heads<BFloat16>(p, run_bfloat16_on[set], threads, set);
     else

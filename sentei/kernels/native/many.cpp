@@ -1,6 +1,9 @@
-// Layers of many rows, as a prompt has them: products in float32 whatever the dtype, which is faster where a processor has
-// no fast arithmetic for halves. Weights are laid out once a call; rows go through a layer block by block, so that what is
+// Layers of many rows, as a prompt has them: products of pairs of bfloat16 numbers where these are the faster, and else in
+// float32 whatever the dtype. Weights are laid out once a call; rows go through a layer block by block, so that what is
 // between two of its products stays in the cache.
+//
+// A pair, of neighbours along the depth, is in the place of a float: rows and weights are then floats of half the depth,
+// which are copied and turned as such.
 #include "heads.h"
 #include "products.h"
 
@@ -14,28 +17,49 @@ struct Panels {
   Zeros bias;
 };
 
+AVX512_BF16 void multiply_pairs(const Lines& a, const float* b, int64_t apart, float* c, int lines, int columns,
+                                int depths, bool add, const Soon& soon) {
+  multiply<kPairLanes, kPairs>(a, b, apart, c, lines, columns, depths, add, soon);
+}
+
+// How numbers are multiplied: bfloat16 ones as pairs, if all widths and strides are even and all begin where floats may.
+struct Way {
+  Way(bool half, int64_t wanted, std::initializer_list<int64_t> even, std::initializer_list<const void*> begin)
+      : half(half), machine(set_of(wanted)),
+        pairs(half && takes_pairs(wanted) &&
+              std::all_of(even.begin(), even.end(), [](int64_t number) { return number % 2 == 0; }) &&
+              std::all_of(begin.begin(), begin.end(), [](const void* at) { return uintptr_t(at) % 4 == 0; })) {}
+  const bool half;
+  const int machine;
+  const bool pairs;
+};
+
 // What the layers of a call share: its rows, cut into blocks, and room for each thread.
 class RowBlocks {
  public:
   // `rows` of `width` numbers, `stride` apart.
-  RowBlocks(const void* input, int64_t rows, int64_t width, int64_t stride, bool half, int64_t threads, int machine)
-      : half(half), machine(machine), panel(panel_of(machine)), most(tokens_of(machine)),
-        input_{input, stride, half, Left::kAlong}, rows_(rows), width_(width), depth_(even_part(width, kDepth, 32)),
-        rooms_(threads, (width + depth_ - 1) / depth_ * kLeft) {
-    const int64_t rounds = (rows + kLines * threads - 1) / (kLines * threads), blocks = rounds * threads;
-    lines_ = std::min(round_lines(int((rows + blocks - 1) / blocks)), kLines);
-    few_ = std::max<int64_t>(4 * threads * lines_ / rows, 1);
+  RowBlocks(const void* input, int64_t rows, int64_t width, int64_t stride, const Way& way, int64_t threads)
+      : half(way.half), machine(way.machine), unit(way.pairs ? 2 : 1), panel(panel_of(machine)),
+        most(tokens_of(machine)), multiply(way.pairs ? multiply_pairs : multiply_on[machine]), wide_(half && unit == 1),
+        input_{input, stride / unit, wide_, Left::kAlong}, rows_(rows), width_(width / unit),
+        depth_(even_part(width_, kDepth, 32)), rooms_(threads, (width_ + depth_ - 1) / depth_ * kLeft) {
+    int64_t least = std::numeric_limits<int64_t>::max();
+    for (int lines = kLines; lines >= kLines / 2; lines -= kStripLines) {  // those of which the busiest thread has least
+      const int64_t blocks = (rows + lines - 1) / lines, busiest = (blocks + threads - 1) / threads * lines;
+      if (busiest < least) least = busiest, lines_ = lines;
+    }
+    few_ = std::max<int64_t>(8 * threads * lines_ / rows, 1);
     rooms_.prepare();
   }
 
   Panels lay_out(const void* weight, const void* bias, int64_t outputs, int64_t width, int64_t stride) {
-    const int64_t panels = (outputs + panel - 1) / panel;
-    Panels made{Lent(panels * panel * width), Zeros(outputs)};
+    const int64_t panels = (outputs + panel - 1) / panel, depths = width / unit;
+    Panels made{Lent(panels * panel * depths), Zeros(outputs)};
     std::vector<int64_t> order(outputs);
     for (int64_t o = 0; o < outputs; ++o) order[o] = o;
     rooms_.each(panels, [&](int64_t i, Rooms::Room& room) {
-      turn_panel_on[machine]({weight, stride, half, order.data()}, i * panel, outputs, width,
-                             made.numbers.get() + i * panel * width, room.a.get());
+      turn_panel_on[machine]({weight, stride / unit, wide_, order.data()}, i * panel, outputs, depths,
+                             made.numbers.get() + i * panel * depths, room.a.get());
     });
     if (bias) widen_row(bias, half, outputs, made.bias.data());
     return made;
@@ -68,16 +92,19 @@ class RowBlocks {
                float* c) const {
     const float *a = room.row.get(), *b = weights.numbers.get() + first * width_;
     for (int64_t d = 0; d < width_; d += depth_, a += kLeft)
-      multiply_on[machine]({a, Lines::kCopied, 0}, b + d * panel, width_ * panel, c, lines, int(columns),
-                           int(std::min(depth_, width_ - d)), d > 0, {});
+      multiply({a, Lines::kCopied, 0}, b + d * panel, width_ * panel, c, lines, int(columns),
+               int(std::min(depth_, width_ - d)), d > 0, {});
   }
 
   const bool half;
   const int machine;
+  const int64_t unit;         // numbers in the place of a float
   const int64_t panel, most;  // outputs of a panel; columns of a product
+  const decltype(&multiply_pairs) multiply;
 
  private:
   static constexpr int64_t kLeft = kLines * kLine;  // numbers of a left factor
+  const bool wide_;                                 // bfloat16 numbers are widened as they are copied
   const Left input_;
   const int64_t rows_, width_, depth_;
   Rooms rooms_;
@@ -98,23 +125,29 @@ ON_EVERY_MACHINE(write_block, (float* c, int lines, int64_t columns, const float
                  (c, lines, columns, bias, half, to, stride))
 
 // act(C + gate's bias) · (C from `up` + up's bias), to the lines of a left factor.
-template <int L>
+template <int L, bool Pairs = false>
 INLINE void join_block(const float* c, int lines, int64_t columns, int64_t up, const float* gate_bias,
                        const float* up_bias, int64_t kind, float* to) {
   const Activate<L> act{kind};
   for (int i = 0; i < lines; ++i, c += kToken, to += kLine)
     for (int64_t j = 0; j < columns; j += L)
-      Simd<L>::store(to + j, act.value(Simd<L>::load(c + j) + Simd<L>::load(gate_bias + j)) *
-                                 (Simd<L>::load(c + up + j) + Simd<L>::load(up_bias + j)));
+      Simd<L>::template store<Pairs>(to + j / (Pairs ? 2 : 1),
+                                     act.value(Simd<L>::load(c + j) + Simd<L>::load(gate_bias + j)) *
+                                         (Simd<L>::load(c + up + j) + Simd<L>::load(up_bias + j)));
 }
 ON_EVERY_MACHINE(join_block, (const float* c, int lines, int64_t columns, int64_t up, const float* gate_bias,
                               const float* up_bias, int64_t kind, float* to),
                  (c, lines, columns, up, gate_bias, up_bias, kind, to))
+AVX512_BF16 void join_block_pairs(const float* c, int lines, int64_t columns, int64_t up, const float* gate_bias,
+                                  const float* up_bias, int64_t kind, float* to) {
+  join_block<kPairLanes, kPairs>(c, lines, columns, up, gate_bias, up_bias, kind, to);
+}
 
 }  // namespace
 
-void linear_of_many(const Linear& p, bool half, int64_t threads, int machine) {
-  RowBlocks blocks(p.input, p.rows, p.width, p.input_stride, half, threads, machine);
+void linear_of_many(const Linear& p, bool half, int64_t threads, int64_t machine) {
+  const Way way(half, machine, {p.width, p.input_stride, p.weight_stride}, {p.input, p.weight});
+  RowBlocks blocks(p.input, p.rows, p.width, p.input_stride, way, threads);
   const int64_t group = std::max(kLaidOut / p.width / blocks.panel, int64_t(1)) * blocks.panel;
   for (int64_t begin = 0; begin < p.outputs; begin += group) {
     const int64_t count = std::min(group, p.outputs - begin);
@@ -125,15 +158,17 @@ void linear_of_many(const Linear& p, bool half, int64_t threads, int machine) {
       for (int64_t column = first; column < first + outputs; column += each) {
         const int64_t columns = std::min(each, first + outputs - column);
         blocks.product(room, lines, weights, column, columns, room.c.get());
-        write_block_on[machine](room.c.get(), lines, columns, weights.bias.data() + column, half,
+        write_block_on[way.machine](room.c.get(), lines, columns, weights.bias.data() + column, half,
                                 at(p.output, half, row * p.outputs + begin + column), p.outputs);
       }
     });
   }
 }
 
-void gated_of_many(const Gated& p, bool half, int64_t threads, int machine) {
-  RowBlocks blocks(p.input, p.rows, p.width, p.width, half, threads, machine);
+void gated_of_many(const Gated& p, bool half, int64_t threads, int64_t machine) {
+  const Way way(half, machine, {p.width, p.hidden}, {p.input, p.gate, p.up, p.down});
+  RowBlocks blocks(p.input, p.rows, p.width, p.width, way, threads);
+  const auto join_block = way.pairs ? join_block_pairs : join_block_on[way.machine];
   Panels gate = blocks.lay_out(p.gate, p.gate_bias, p.hidden, p.width, p.width);
   Panels up = blocks.lay_out(p.up, p.up_bias, p.hidden, p.width, p.width);
   const Panels down = blocks.lay_out(p.down, p.down_bias, p.outputs, p.hidden, p.hidden);
@@ -147,23 +182,24 @@ void gated_of_many(const Gated& p, bool half, int64_t threads, int machine) {
       const int64_t depths = std::min(some, p.hidden - f);
       blocks.product(room, lines, gate, f, depths, room.c.get());
       blocks.product(room, lines, up, f, depths, room.c.get() + some);
-      join_block_on[machine](room.c.get(), lines, depths, some, gate.bias.data() + f, up.bias.data() + f,
-                             p.tanh ? kGeluTanh : kSilu, room.a.get());
+      join_block(room.c.get(), lines, depths, some, gate.bias.data() + f, up.bias.data() + f,
+                 p.tanh ? kGeluTanh : kSilu, room.a.get());
       for (int64_t part = 0; part < parts; ++part)
-        multiply_on[machine]({room.a.get(), Lines::kCopied, 0},
-                             down.numbers.get() + part * each * p.hidden + f * panel, p.hidden * panel,
-                             sums.get() + part * kLines * kToken, lines,
-                             int(std::min(each, p.outputs - part * each)), int(depths), f > 0, {});
+        blocks.multiply({room.a.get(), Lines::kCopied, 0},
+                        down.numbers.get() + (part * each * p.hidden + f * panel) / blocks.unit,
+                        p.hidden / blocks.unit * panel, sums.get() + part * kLines * kToken, lines,
+                        int(std::min(each, p.outputs - part * each)), int(depths / blocks.unit), f > 0, {});
     }
     for (int64_t part = 0; part < parts; ++part)
-      write_block_on[machine](sums.get() + part * kLines * kToken, lines, std::min(each, p.outputs - part * each),
+      write_block_on[way.machine](sums.get() + part * kLines * kToken, lines, std::min(each, p.outputs - part * each),
                               down.bias.data() + part * each, half, at(p.output, half, first * p.outputs + part * each),
                               p.outputs);
   });
 }
 
-void heads_of_many(const Heads& p, bool half, int64_t threads, int machine) {
-  RowBlocks blocks(p.input, p.rows, p.width, p.width, half, threads, machine);
+void heads_of_many(const Heads& p, bool half, int64_t threads, int64_t machine) {
+  const Way way(half, machine, {p.width}, {p.input, p.weight[0], p.weight[1], p.weight[2]});
+  RowBlocks blocks(p.input, p.rows, p.width, p.width, way, threads);
   std::vector<Panels> weights;
   for (int i = 0; i < 3; ++i)
     weights.push_back(blocks.lay_out(p.weight[i], p.bias[i], p.outputs[i], p.width, p.width));
@@ -179,12 +215,12 @@ void heads_of_many(const Heads& p, bool half, int64_t threads, int machine) {
       for (int64_t column = 0; column < p.outputs[i]; column += each) {
         const int64_t columns = std::min(each, p.outputs[i] - column);
         blocks.product(room, lines, weights[i], column, columns, room.c.get());
-        write_block_on[machine](room.c.get(), lines, columns, weights[i].bias.data() + column, false,
+        write_block_on[way.machine](room.c.get(), lines, columns, weights[i].bias.data() + column, false,
                                 made[i] + column, total);
       }
     }
     for (int64_t r = 0; r < lines; ++r) {
-      turn_row_on[machine](p, half, norms.data(), first + r, made, rows.get() + kLines * total);
+      turn_row_on[way.machine](p, half, norms.data(), first + r, made, rows.get() + kLines * total);
       for (float*& part : made) part += total;
     }
   });

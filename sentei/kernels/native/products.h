@@ -4,7 +4,7 @@
 // strip is kStripLines lines: numbers [depth][kStripLines].
 #pragma once
 
-#include "shelf.h"
+#include "call.h"
 
 namespace {
 
@@ -155,8 +155,8 @@ class Fetch {
 
 // C[lines x panel] = (add ? C : 0) + A B; number (r, d) of A stands at r · line + d · step, where a template's 0 stands
 // for `apart`; of panels, `apart` is from one to the next. At `ahead` is what is read soon: a cache line every four
-// depths.
-template <int L, int line, int step, bool panels = false>
+// depths. Numbers may be pairs of bfloat16 numbers.
+template <int L, bool Pairs, int line, int step, bool panels = false>
 INLINE void tile(const float* a, int64_t apart, const float* b, float* c, int depths, bool add, const float* ahead,
                  Fetch& fetch) {
   constexpr int R = Micro<L>::lines, V = Micro<L>::vectors;
@@ -176,7 +176,9 @@ INLINE void tile(const float* a, int64_t apart, const float* b, float* c, int de
 #pragma GCC unroll 12
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) sum[r][v] += (line ? a[r * line] : third[r / 3][r % 3 * down]) * row[v];
+      for (int v = 0; v < V; ++v)
+        sum[r][v] = Simd<L>::template multiply_add<Pairs>(sum[r][v],
+                                                          line ? a + r * line : third[r / 3] + r % 3 * down, row[v]);
     if (line)
       a += right;
     else
@@ -210,7 +212,7 @@ struct Lines {
 
 // C[lines x columns] = (add ? C : 0) + A B, of a block of A and as many panels of B, which lie `apart`. While one panel
 // is multiplied the next one is fetched, or the first of the depths that follow, and `soon`: they come from far.
-template <int L>
+template <int L, bool Pairs = false>
 INLINE void multiply(const Lines& a, const float* b, int64_t apart, float* c, int lines, int columns, int depths,
                      bool add, const Soon& soon) {
   constexpr int panel = Micro<L>::panel;
@@ -223,16 +225,16 @@ INLINE void multiply(const Lines& a, const float* b, int64_t apart, float* c, in
       const float* ahead = part < depths * panel ? (j + panel < columns ? b + apart : follows) + part : b;
       float* to = c + i * kToken + j;
       if (a.how == Lines::kCopied)
-        tile<L, kLine, 1>(a.data + i * kLine, 0, b, to, depths, add, ahead, fetch);
+        tile<L, Pairs, kLine, 1>(a.data + i * kLine, 0, b, to, depths, add, ahead, fetch);
       else if (a.how == Lines::kCopiedAcross)
-        tile<L, 1, kStripLines>(a.data + i / kStripLines * kStripLines * kDepth + i % kStripLines, 0, b, to, depths,
-                                add, ahead, fetch);
+        tile<L, Pairs, 1, kStripLines>(a.data + i / kStripLines * kStripLines * kDepth + i % kStripLines, 0, b, to,
+                                       depths, add, ahead, fetch);
       else if (a.how == Lines::kFar)
-        tile<L, 0, 1>(a.data + i * a.apart, a.apart, b, to, depths, add, ahead, fetch);
+        tile<L, Pairs, 0, 1>(a.data + i * a.apart, a.apart, b, to, depths, add, ahead, fetch);
       else if (a.how == Lines::kFarAcross)
-        tile<L, 1, 0>(a.data + i, a.apart, b, to, depths, add, ahead, fetch);
+        tile<L, Pairs, 1, 0>(a.data + i, a.apart, b, to, depths, add, ahead, fetch);
       else
-        tile<L, panel, 1, true>(a.data + i * panel, a.apart, b, to, depths, add, ahead, fetch);
+        tile<L, Pairs, panel, 1, true>(a.data + i * panel, a.apart, b, to, depths, add, ahead, fetch);
     }
 }
 ON_EVERY_MACHINE(multiply, (const Lines& a, const float* b, int64_t apart, float* c, int lines, int columns,

@@ -55,9 +55,9 @@ struct After {
 };
 
 constexpr int64_t kFew = 8;  // rows; more of them are many
-void linear_of_many(const Linear& p, bool bfloat16, int64_t threads, int machine);
-void gated_of_many(const Gated& p, bool bfloat16, int64_t threads, int machine);
-void heads_of_many(const Heads& p, bool bfloat16, int64_t threads, int machine);
+void linear_of_many(const Linear& p, bool bfloat16, int64_t threads, int64_t machine);
+void gated_of_many(const Gated& p, bool bfloat16, int64_t threads, int64_t machine);
+void heads_of_many(const Heads& p, bool bfloat16, int64_t threads, int64_t machine);
 
 // Of few.
 void before_attention(const Before& p, bool bfloat16, int64_t threads, int machine);

@@ -9,7 +9,8 @@
 enum EstimateKind : int64_t { kExact = 0, kPooled = 1, kBounds = 2, kFolded = 3 };
 
 struct Estimate {
-  Problem problem;  // of float32; first and stride are the rows of kExact; stride is the fold of kFolded
+  Problem problem;  // of float32, or of kExact bfloat16 where `takes_pairs`, of even width and strides; first and stride
+                    // are the rows of kExact; stride is the fold of kFolded
   int64_t kind, square;  // square: the root of the rows' mean square, not their mean
 };
 
@@ -94,14 +95,26 @@ Zeros joined_keys(const Estimate& e, const Cut& cut, int machine) {
   return joined;
 }
 
+// The keys of one KV head from a token on, in floats, or pairs in the place of floats, as they lie in memory.
+template <bool Pairs>
+INLINE const float* keys_from(const Problem& p, int64_t row, int64_t token) {
+  if constexpr (Pairs) return reinterpret_cast<const float*>(keys_of(p).halves(row, token));
+  return keys_of(p).at(row, token);
+}
+
+// How many floats a pair, or a float, has of a vector's numbers, and what the products of pairs are still to be times.
+template <bool Pairs>
+constexpr int kUnit = Pairs ? 2 : 1;
+template <bool Pairs>
+INLINE float factor_of(const Problem& p) { return Pairs ? p.scale * kLog2E : 1.0f; }
+
 // What stands for the keys of one KV head: part j of unit u.
 struct Units {
-  Units(const Estimate& e, const Cut& cut, const Zeros& joined, int64_t b, int64_t group) {
+  Units(const Estimate& e, const Cut& cut, const Zeros& joined, const float* keys, int64_t next, int64_t row) {
     const Problem& p = e.problem;
-    const int64_t row = b * p.groups + group;
-    unit = joined.empty() ? p.key_stride[1] : p.width;
+    unit = joined.empty() ? next : p.width;
     part = p.keys / p.key_block * cut.units * unit;
-    data = joined.empty() ? keys_of(p).at(row, 0) : joined.data() + row * cut.parts * part;
+    data = joined.empty() ? keys : joined.data() + row * cut.parts * part;
   }
   const float* data;
   int64_t part, unit;
@@ -146,8 +159,9 @@ INLINE void reduce(const float* scores, int line, int units, int lanes, float we
   }
 }
 
-// The rows of an item as columns, in folds also those of each part, and for bounds by sign; zeros beyond the end.
-template <int L>
+// The rows of an item as columns, in folds also those of each part, and for bounds by sign; zeros beyond the end. Pairs
+// are taken as they are.
+template <int L, bool Pairs>
 INLINE void load_rows(const Estimate& e, const Cut& cut, int64_t row, int64_t block, EstimateScratch& t) {
   const Problem& p = e.problem;
   const Tensor query = queries_of(p);
@@ -158,10 +172,11 @@ INLINE void load_rows(const Estimate& e, const Cut& cut, int64_t row, int64_t bl
     for (int64_t h = 0; h < cut.heads; ++h)
       for (int64_t r = 0; r < cut.exact_rows; ++r, to += line) {
         const int64_t i = s * p.query_block + cut.first + r * cut.step;
-        if (i < p.queries) query.read(row + h, i, to, p.scale * kLog2E);
-        else std::fill_n(to, width, 0.0f);
+        if (i >= p.queries) std::fill_n(to, width, 0.0f);
+        else if (Pairs) std::memcpy(to, query.halves(row + h, i), width * sizeof(uint16_t));
+        else query.read(row + h, i, to, p.scale * kLog2E);
       }
-  turn<L>(t.rows.data(), line, lanes * cut.fold, width, t.query.data(), cut.exact_lanes);
+  turn<L>(t.rows.data(), line, lanes * cut.fold, width / kUnit<Pairs>, t.query.data(), cut.exact_lanes);
   for (int j = 0; e.kind == kFolded && cut.parts > 1 && j < cut.fold; ++j)
     turn<L>(t.rows.data() + (cut.fold - 1 - j) * line, cut.fold * line, lanes, width,
             t.columns.data() + j * width * cut.lanes, cut.lanes);
@@ -176,10 +191,10 @@ INLINE void load_rows(const Estimate& e, const Cut& cut, int64_t row, int64_t bl
 }
 
 // The mass of full tiles, as the estimate has it.
-template <int L>
+template <int L, bool Pairs>
 INLINE void full_tiles(const Estimate& e, const Cut& cut, const Units& units, int64_t first, int64_t end,
                        EstimateScratch& t) {
-  const int width = int(e.problem.width), line = cut.parts > 1 ? cut.lanes : cut.exact_lanes;
+  const int width = int(e.problem.width) / kUnit<Pairs>, line = cut.parts > 1 ? cut.lanes : cut.exact_lanes;
   const float* columns = cut.parts > 1 ? t.columns.data() : t.query.data();
   for (int64_t tile = first; tile < end; tile += cut.tiles) {
     const int count = int(std::min<int64_t>(cut.tiles, end - tile));
@@ -187,8 +202,9 @@ INLINE void full_tiles(const Estimate& e, const Cut& cut, const Units& units, in
     float* sum = t.sum.data() + tile * cut.lanes;
     float* scores = cut.units == 1 ? top : t.scores.data();
     for (int j = 0; j < cut.parts; ++j)
-      Simd<L>::product(units.data + tile * cut.units * units.unit + j * units.part, int(units.unit),
-                       columns + j * width * line, line, scores, cut.lanes, count * cut.units, cut.lanes, width, j > 0);
+      Simd<L>::template product<Pairs ? kPaired : kRowMajor>(
+          units.data + tile * cut.units * units.unit + j * units.part, units.unit, columns + j * width * line, line,
+          scores, cut.lanes, count * cut.units, cut.lanes, width, j > 0, factor_of<Pairs>(e.problem));
     if (cut.units == 1) {
       std::fill(sum, sum + count * cut.lanes, cut.weight);
       continue;
@@ -211,16 +227,16 @@ INLINE void hide(uint32_t j, const uint32_t* first, const uint32_t* number, floa
 }
 
 // The mass of a tile on the edge of what is permitted, exactly, for the `at`-th block of a run.
-template <int L>
+template <int L, bool Pairs>
 INLINE void edge_tile(const Estimate& e, const Cut& cut, int64_t b, int64_t group, int64_t block, int at, int64_t tile,
                       EstimateScratch& t) {
   const Problem& p = e.problem;
   const int rows = cut.heads * cut.exact_rows, lanes = int(round_up(rows));
   const int64_t base = tile * p.key_block;
   const int count = int(std::min(p.key_block, p.keys - base));
-  const float* keys = keys_of(p).at(b * p.groups + group, base);
-  Simd<L>::product(keys, int(p.key_stride[1]), t.query.data() + at * rows, cut.exact_lanes, t.scores.data(), lanes,
-                   count, lanes, int(p.width), false);
+  Simd<L>::template product<Pairs ? kPaired : kRowMajor>(
+      keys_from<Pairs>(p, b * p.groups + group, base), p.key_stride[1] / kUnit<Pairs>, t.query.data() + at * rows,
+      cut.exact_lanes, t.scores.data(), lanes, count, lanes, int(p.width) / kUnit<Pairs>, false, factor_of<Pairs>(p));
   for (int row = 0; row < rows; ++row) {
     const Span span = seen_in(p, b, block * p.query_block + cut.first + row % cut.exact_rows * cut.step, tile);
     t.first[row] = uint32_t(std::max<int64_t>(span.first, 0));
@@ -282,7 +298,7 @@ INLINE float pooled(const float* shares, int rows, bool square) {
   return std::log(share < std::numeric_limits<float>::min() ? std::numeric_limits<float>::min() : share);
 }
 
-template <int L>
+template <int L, bool Pairs = false>
 INLINE void estimate_item(const Estimate& e, const Sizes& s, const Cut& cut, const Zeros& joined,
                           int64_t number, EstimateScratch& t) {
   const Problem& p = e.problem;
@@ -291,8 +307,10 @@ INLINE void estimate_item(const Estimate& e, const Sizes& s, const Cut& cut, con
   const int64_t block = (cut.runs - 1 - number / sets) * cut.run;  // the longest first
   const int64_t blocks = std::min<int64_t>(cut.run, s.query_blocks - block);
   const Reach whole(p, b, block + blocks - 1);  // the last block of a run sees most
-  load_rows<L>(e, cut, row, block, t);
-  full_tiles<L>(e, cut, Units(e, cut, joined, b, group), whole.full.first, whole.full.end, t);
+  load_rows<L, Pairs>(e, cut, row, block, t);
+  const int64_t keys = b * p.groups + group;
+  const Units units(e, cut, joined, keys_from<Pairs>(p, keys, 0), p.key_stride[1] / kUnit<Pairs>, keys);
+  full_tiles<L, Pairs>(e, cut, units, whole.full.first, whole.full.end, t);
   const int lanes = cut.heads * cut.rows;
   for (int64_t at = 0; at < blocks; ++at) {
     const Reach reach(p, b, block + at);
@@ -300,7 +318,7 @@ INLINE void estimate_item(const Estimate& e, const Sizes& s, const Cut& cut, con
       if (!reach.is_partial(j)) continue;
       std::fill_n(t.top.data() + j * cut.lanes + at * lanes, lanes, kNone);
       std::fill_n(t.sum.data() + j * cut.lanes + at * lanes, lanes, 0.0f);
-      if (reach.has(j)) edge_tile<L>(e, cut, b, group, block + at, int(at), j, t);
+      if (reach.has(j)) edge_tile<L, Pairs>(e, cut, b, group, block + at, int(at), j, t);
     }
   }
   shares_of<L>(cut, whole.permitted.first, whole.permitted.end, t);
@@ -317,6 +335,10 @@ INLINE void estimate_item(const Estimate& e, const Sizes& s, const Cut& cut, con
 }
 ON_EVERY_MACHINE(estimate_item, (const Estimate& e, const Sizes& s, const Cut& cut, const Zeros& joined,
                                  int64_t number, EstimateScratch& t), (e, s, cut, joined, number, t))
+AVX512_BF16 void estimate_item_pairs(const Estimate& e, const Sizes& s, const Cut& cut, const Zeros& joined,
+                                     int64_t number, EstimateScratch& t) {
+  estimate_item<kPairLanes, kPairs>(e, s, cut, joined, number, t);
+}
 
 struct ChoiceScratch {
   RuleScratch rule;
@@ -349,6 +371,9 @@ extern "C" {
 int sentei_estimate_size() { return int(sizeof(Estimate)); }
 int sentei_choice_size() { return int(sizeof(Choice)); }
 
+// Whether `sentei_estimate` takes bfloat16 numbers, for kExact.
+int sentei_takes_pairs(int64_t machine) { return takes_pairs(machine); }
+
 // Both return 0, or 1 when memory ran out; what they were to fill is then unfinished.
 int sentei_estimate(const Estimate* estimate) {
   return status_of([&] {
@@ -357,8 +382,9 @@ int sentei_estimate(const Estimate* estimate) {
     const Sizes s(p);
     const Cut cut(e, s);
     const Zeros joined = e.kind == kExact ? Zeros() : joined_keys(e, cut, s.machine);
+    const auto estimate_one = p.bfloat16 ? estimate_item_pairs : estimate_item_on[s.machine];
     in_parallel(p.batch * p.heads / cut.heads * cut.runs, p.threads, [&] { return EstimateScratch(p, s, cut); },
-                [&](int64_t i, EstimateScratch& t) { estimate_item_on[s.machine](e, s, cut, joined, i, t); });
+                [&](int64_t i, EstimateScratch& t) { estimate_one(e, s, cut, joined, i, t); });
   });
 }
 

@@ -1,11 +1,36 @@
 // Room for numbers that calls leave to the next.
 #pragma once
 
-#include <mutex>
+#include <sys/mman.h>
 
-#include "call.h"
+#include <algorithm>
+#include <cstdint>
+#include <cstdlib>
+#include <memory>
+#include <mutex>
+#include <new>
+#include <utility>
+#include <vector>
 
 namespace {
+
+struct Free {
+  void operator()(float* numbers) const { std::free(numbers); }
+};
+using Floats = std::unique_ptr<float[], Free>;
+
+// Room for floats that begins with a cache line, so that no vector lies across two; much of it in huge pages where the
+// system has them, because the first touch of a page costs as much as some of the products.
+Floats floats(int64_t count) {
+  constexpr size_t huge = 2 << 20;
+  const size_t bytes = std::max<size_t>(size_t(count) * sizeof(float), 64);
+  void* numbers = nullptr;
+  if (posix_memalign(&numbers, bytes < huge ? 64 : huge, bytes)) throw std::bad_alloc();
+#if defined(MADV_HUGEPAGE)
+  if (bytes >= huge) madvise(numbers, bytes / huge * huge, MADV_HUGEPAGE);
+#endif
+  return Floats(static_cast<float*>(numbers));
+}
 
 // Room that calls leave to the next: the first touch of a page costs as much as some of the products. At most kKept bytes
 // wait here; pieces of less than kLeast are left to malloc.

@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 
 #define INLINE inline __attribute__((always_inline))
 #define INLINE_LAMBDA __attribute__((always_inline))
@@ -118,6 +119,17 @@ struct Simd {
 
   static INLINE Vec load(const float* from) { return *reinterpret_cast<const Unaligned*>(from); }
   static INLINE void store(float* to, Vec value) { *reinterpret_cast<Unaligned*>(to) = value; }
+  // As they are, or as bfloat16 numbers, each pair in the place of a float.
+  template <bool Pairs>
+  static INLINE void store(float* to, Vec value) {
+    if constexpr (Pairs) {
+      Halves halves;
+      asm("vcvtneps2bf16 %1, %0" : "=v"(halves) : "v"(value));
+      std::memcpy(to, &halves, sizeof halves);
+    } else {
+      store(to, value);
+    }
+  }
 
   // 2^x: split at the nearest integer, to which adding a large number rounds, and a polynomial of degree 5 on
   // [-1/2, 1/2]; relative error 2e-7. Below 2^-126 the result is 0; a NaN stays one.
@@ -152,11 +164,11 @@ struct Simd {
     }
   }
 
-  // C[rows x L V] = (add ? C : 0) + A[rows x depth] B[depth x L V], all row-major, or A turned: [depth x rows]. A and B
-  // may be of pairs.
+  // C[rows x L V] = factor ((add ? C : 0) + A[rows x depth] B[depth x L V]), all row-major, or A turned:
+  // [depth x rows]. A and B may be of pairs.
   template <Factors F, int R, int V>
   static INLINE void product_tile(const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc,
-                                  int depth, bool add) {
+                                  int depth, bool add, float factor) {
     const int64_t next_row = F == kTurned ? 1 : lda, next_depth = F == kTurned ? lda : 1;
     Vec sum[R][V];
 #pragma GCC unroll 8
@@ -175,31 +187,36 @@ struct Simd {
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) store(c + r * ldc + v * L, sum[r][v]);
+      for (int v = 0; v < V; ++v) store(c + r * ldc + v * L, sum[r][v] * factor);
   }
 
+  template <int R>
+  using Lines = std::integral_constant<int, R>;
   template <Factors F, int V>
   static INLINE void product_columns(const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc,
-                                     int rows, int depth, bool add) {
+                                     int rows, int depth, bool add, float factor) {
     const int64_t next = F == kTurned ? 1 : lda;
+    const auto tile = [&](auto lines, int r) INLINE_LAMBDA {
+      product_tile<F, lines.value, V>(a + r * next, lda, b, ldb, c + r * ldc, ldc, depth, add, factor);
+    };
     int r = 0;
-    for (; r + kRows <= rows; r += kRows)
-      product_tile<F, kRows, V>(a + r * next, lda, b, ldb, c + r * ldc, ldc, depth, add);
-    for (; r + 4 <= rows; r += 4) product_tile<F, 4, V>(a + r * next, lda, b, ldb, c + r * ldc, ldc, depth, add);
-    for (; r + 2 <= rows; r += 2) product_tile<F, 2, V>(a + r * next, lda, b, ldb, c + r * ldc, ldc, depth, add);
-    for (; r < rows; ++r) product_tile<F, 1, V>(a + r * next, lda, b, ldb, c + r * ldc, ldc, depth, add);
+    for (; r + kRows <= rows; r += kRows) tile(Lines<kRows>{}, r);
+    for (; r + 4 <= rows; r += 4) tile(Lines<4>{}, r);
+    for (; r + 2 <= rows; r += 2) tile(Lines<2>{}, r);
+    for (; r < rows; ++r) tile(Lines<1>{}, r);
   }
 
   // The same for any number of columns that kColumns divides.
   template <Factors F = kRowMajor>
   static INLINE void product(const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc, int rows,
-                             int columns, int depth, bool add) {
+                             int columns, int depth, bool add, float factor = 1.0f) {
     int j = 0;
     for (; j + kVectors * L <= columns; j += kVectors * L)
-      product_columns<F, kVectors>(a, lda, b + j, ldb, c + j, ldc, rows, depth, add);
+      product_columns<F, kVectors>(a, lda, b + j, ldb, c + j, ldc, rows, depth, add, factor);
     if constexpr (kVectors > 2)
-      for (; j + 2 * L <= columns; j += 2 * L) product_columns<F, 2>(a, lda, b + j, ldb, c + j, ldc, rows, depth, add);
-    for (; j < columns; j += L) product_columns<F, 1>(a, lda, b + j, ldb, c + j, ldc, rows, depth, add);
+      for (; j + 2 * L <= columns; j += 2 * L)
+        product_columns<F, 2>(a, lda, b + j, ldb, c + j, ldc, rows, depth, add, factor);
+    for (; j < columns; j += L) product_columns<F, 1>(a, lda, b + j, ldb, c + j, ldc, rows, depth, add, factor);
   }
 
   // One number from a vector, by halves.
@@ -253,13 +270,7 @@ struct Simd {
   static INLINE void exponentiate(float* row, int columns, float base, Vec& sum) {
     for (int j = 0; j < columns; j += L) {
       const Vec share = exp2(load(row + j) - base);
-      if constexpr (Pairs) {
-        Halves halves;
-        asm("vcvtneps2bf16 %1, %0" : "=v"(halves) : "v"(share));
-        std::memcpy(row + j / 2, &halves, sizeof halves);
-      } else {
-        store(row + j, share);
-      }
+      store<Pairs>(row + j / (Pairs ? 2 : 1), share);
       sum += share;
     }
   }
