@@ -33,8 +33,8 @@ def gated(x: torch.Tensor, gate: Layer, up: Layer, down: Layer, activation: str)
     Raises:
         ResourceError: memory ran out.
     Cost: few rows read the weights once; many rows a copy of them (fp32, or pairs), MOST_LAID_OUT numbers at
-    most, whose memory the process keeps for its next calls (256 MiB of all native calls, at most). A row depends on neither the other
-    rows (but on whether they are few) nor the number of threads.
+    most, whose memory the process keeps for its next calls (256 MiB of all native calls, at most). A row
+    depends on neither the other rows (but on whether they are few) nor the number of threads.
     """
     given = x, *gate, *up, *down
     run = _runner("gated", (x, gate[0], up[0], down[0]), (gate[1], up[1], down[1]))
