@@ -4,7 +4,8 @@ For rows on the CPU, few or many, as `fused_cpp`. In the plain case (`fused_cpp.
 plain call of the library, because a token takes hundreds of them; where torch looks on (a compiled graph, a dispatch
 mode) an op of torch (`sentei::gated`, `sentei::norm`, `sentei::heads`). Every other case is answered None: for it the
 module's own forward is there. fp32 and bfloat16; what is between the first number read and the last one written is
-fp32, so that bfloat16 is rounded once where torch rounds at every step. No gradients.
+fp32, so that bfloat16 is rounded once where torch rounds at every step (twice between the layers of a gated MLP of many
+rows where pairs are multiplied). No gradients.
 """
 
 import ctypes
