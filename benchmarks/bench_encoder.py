@@ -20,30 +20,22 @@ from torch import nn
 
 from benchmarks.publish import table, write_result
 from sentei.axes.weights import Config, Network, from_dense
-from sentei.conversion import encoders
-from sentei.conversion.tokenizers import read_tokenizer
+from sentei.conversion.checkpoints import load_model, load_tokenizer, locate
 from sentei.core.rules import TopK
 from sentei.geometry.intervals import mean_interval
 from sentei.kernels.linear.calibration import Calibration, calibrate
 from sentei.measurement.latency import interleave
-from sentei.measurement.text import cut, read_text
+from sentei.measurement.quality import embedding_of
+from sentei.measurement.text import read_text, windows_of
 
 SHARES = (0.96875, 0.9375, 0.875, 0.75, 0.5)
 STEP = 32  # a width is a multiple of so many neurons
 WINDOWS = {"calibrate": 8, "judge": 24}
 
 
-def windows_of(tokenizer, text: str, tokens: int) -> dict[str, torch.Tensor]:
-    """Windows that share no token, int64 [N, tokens], each between the tokenizer's own first and last token."""
-    first, last = tokenizer("")["input_ids"]
-    numbers = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    return {use: nn.functional.pad(nn.functional.pad(rows, (1, 0), value=first), (0, 1), value=last)
-            for use, rows in cut(numbers, length=tokens - 2, needed=WINDOWS).items()}
-
-
 def embeddings(model: nn.Module, rows: torch.Tensor) -> torch.Tensor:
-    """The means of the last states, float32 [N, width]."""
-    return torch.stack([model(input_ids=row[None]).last_hidden_state[0].mean(0) for row in rows])
+    """The means of the last states, float64 [N, width]."""
+    return torch.cat([embedding_of(model, row[None]) for row in rows])
 
 
 def calibrated(model: nn.Module, rows: torch.Tensor) -> dict[str, Calibration]:
@@ -89,8 +81,9 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=15)
     arguments = parser.parse_args()
     sys.argv = nameless(sys.argv, arguments.folder)
-    model, text = encoders.load(arguments.folder), read_text(None)
-    rows = windows_of(read_tokenizer(arguments.folder), text.text, arguments.tokens)
+    checkpoint, text = locate(str(arguments.folder)), read_text(None)
+    model = load_model(checkpoint)
+    rows = windows_of(load_tokenizer(checkpoint), text.text, length=arguments.tokens, needed=WINDOWS)
     seen, dense, lines = calibrated(model, rows["calibrate"]), embeddings(model, rows["judge"]), []
     for share in SHARES:
         made, row = narrower(model, seen, share), rows["judge"][:1]

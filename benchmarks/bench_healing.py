@@ -20,7 +20,7 @@ from benchmarks import subject
 from benchmarks.publish import table, write_result
 from sentei.axes.heads import Config as Heads
 from sentei.axes.weights import Config as Weights
-from sentei.budget import healing
+from sentei.budget import distilled
 from sentei.budget.calibration import calibrate
 from sentei.conversion.checkpoints import load_tokenizer, locate
 from sentei.conversion.plan import Plan, wanted
@@ -51,8 +51,8 @@ def main() -> None:
     arguments = parser.parse_args()
     measured = subject.load(arguments, tune=CALIBRATE)
     model, windows, plan = measured.model, measured.windows, plan_of(arguments.plan, measured.model)
-    rows = healing.text_for(load_tokenizer(locate(arguments.model)), read_text(arguments.text).text,
-                            {"judge": windows, "calibrate": measured.others}, healing.CONTEXT)
+    rows = distilled.text_for(load_tokenizer(locate(arguments.model)), read_text(arguments.text).text,
+                            {"judge": windows, "calibrate": measured.others}, distilled.CONTEXT)
     student, dtypes = student_of(model, plan, calibrate(model, measured.others, wanted(plan)))
     dense, before = token_losses(model, windows), token_losses(student, windows)
     config = Config(minutes=arguments.minutes)

@@ -31,7 +31,6 @@ from sentei.core.rules import All, Threshold
 from sentei.measurement.latency import interleave, measured
 from sentei.measurement.quality import compare
 from sentei.measurement.text import read_text, windows_of
-from sentei.pipeline import needed
 
 DTYPES = ("float32", "bfloat16")
 KINDS = {"prefill": Prefill, "decode": Decode}
@@ -74,7 +73,7 @@ class Side:
     def losses(self, plan: Plan) -> torch.Tensor:
         """Of the tokens of the row that the workload reads."""
         convert(self.model, plan)
-        return self.workload.losses(self.model, self.row, self.prefix)
+        return self.workload.answer(self.model, self.row, self.prefix)
 
     def begin(self, plan: Plan) -> Callable[[], object]:
         """The work, ready to be timed."""
@@ -87,7 +86,7 @@ def rows(asked: argparse.Namespace) -> Iterator[dict]:
     checkpoint = locate(None)
     length = asked.tokens
     windows = windows_of(load_tokenizer(checkpoint), read_text(None).text, length=length,
-                         needed=needed(Prefill(length)))
+                         needed=Prefill(length).windows)
     row = windows["verify"][0]
     for kind, dtype in product(asked.kinds, asked.dtype or DTYPES):
         ours = Side.of(load_model(checkpoint, dtype), dtype, KINDS[kind](length), row)

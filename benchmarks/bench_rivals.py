@@ -38,7 +38,6 @@ from sentei.conversion.plan import Plan, convert, place, wanted
 from sentei.core.storage import write_json
 from sentei.measurement.quality import compare
 from sentei.measurement.text import read_text, windows_of
-from sentei.pipeline import WINDOWS
 
 TARGETS = (1.2, 1.5, 2.0)
 VERIFY, RUNS, PLACES = 4, 2, 6
@@ -54,7 +53,7 @@ class Bench:
         self.checkpoint, self.workload, self.work, self.pythons = locate(None), workload, work, pythons
         self.judged, self.clock, self.settings = judged, clock, []
         self.windows = windows_of(load_tokenizer(self.checkpoint), read_text(None).text, length=workload.tokens,
-                                  needed={**WINDOWS, "verify": VERIFY}, wished={"calibrate": 3})
+                                  needed={**workload.windows, "choose": 2, "verify": VERIFY}, wished={"calibrate": 3})
         self.model = load_model(self.checkpoint)
         work.mkdir(parents=True, exist_ok=True)
         self.calibration = work / f"calibration-{workload.tokens}.safetensors"

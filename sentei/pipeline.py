@@ -8,23 +8,24 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from sentei.axes.connections import Config
-from sentei.budget import healing
+from sentei.budget import distilled, healing
 from sentei.budget import offers as offers_of
 from sentei.budget import slack as slack_of
 from sentei.budget.calibration import TOKENS, Library
+from sentei.budget.chooser import Chooser
 from sentei.budget.healing import Healed
 from sentei.budget.judge import Judge, Judgement
-from sentei.budget.mixture import Market, rate_of, solve_all
 from sentei.budget.proof import RUNS, Proof, best_proven
 from sentei.budget.request import Request
-from sentei.budget.share import kept_of, rooms_of
-from sentei.budget.solver import Candidate, Forecast, Solution, mean, solve
+from sentei.budget.share import Foreseen, kept_of, rooms_of
+from sentei.budget.solver import Candidate, Forecast, mean
 from sentei.budget.workload import Workload
 from sentei.conversion import card, export
 from sentei.conversion.checkpoints import load_model, load_tokenizer, locate
@@ -40,10 +41,6 @@ from sentei.measurement.report import write_report
 from sentei.measurement.text import Text, read_text, windows_of
 
 MARKER = "sentei-run.json"
-# Windows of the workload's length for each use; no two uses share a token. Where one window is LONG tokens, a plan is
-# chosen on one alone: what is chosen is proven on others, and choosing is what takes the time.
-WINDOWS = {"calibrate": 1, "choose": 2, "verify": 2}
-LONG = 4096
 # About how many plans the solver judges; only the length of a progress bar.
 JUDGEMENTS = 18
 # The receipt compares logits after this many tokens: enough that blocks are dropped.
@@ -59,6 +56,7 @@ class Subject:
         tokenizer: a transformers tokenizer.
         name, source: for reports.
         fingerprint: differs for different weights.
+        work: what is to become faster, as this model does it.
         command: what to type to do the job again.
         licence: of the weights, a word, or None where it is not known.
     """
@@ -68,6 +66,7 @@ class Subject:
     name: str
     source: str
     fingerprint: str
+    work: Workload
     command: str
     licence: str | None = None
 
@@ -105,11 +104,11 @@ def opened(request: Request, progress: Progress) -> tuple[Subject, Text, dict[st
         checkpoint = locate(request.model, online=request.online)
         text = read_text(request.text)
         step("checked")
-        tokenizer = load_tokenizer(checkpoint)
-        subject = Subject(model=load_model(checkpoint, request.dtype), tokenizer=tokenizer, name=checkpoint.name,
-                          source=checkpoint.source, fingerprint=checkpoint.fingerprint, command=request.command(),
+        tokenizer, model = load_tokenizer(checkpoint), load_model(checkpoint, request.dtype)
+        subject = Subject(model=model, tokenizer=tokenizer, name=checkpoint.name, source=checkpoint.source,
+                          fingerprint=checkpoint.fingerprint, work=request.work_of(model), command=request.command(),
                           licence=checkpoint.licence)
-        windows = _windows(subject, text, request.work())
+        windows = _windows(subject, text)
         step("loaded")
     return subject, text, windows
 
@@ -156,9 +155,9 @@ def prune(model: nn.Module | str | None = None, tokenizer=None, *, text: Path | 
         raise SenteiError("prune", expected="the model's tokenizer", got="none", do="pass prune(model, tokenizer)")
     name = Path(model.name_or_path or type(model).__name__).name
     subject = Subject(model=model, tokenizer=tokenizer, name=name, source=f"{name} (a model in memory)",
-                      fingerprint=_fingerprint(model), command=request.call())
+                      fingerprint=_fingerprint(model), work=request.work_of(model), command=request.call())
     content = read_text(request.text)
-    windows = _windows(subject, content, request.work())
+    windows = _windows(subject, content)
     with nullcontext() if request.out is None else claimed(request.out, MARKER, "sentei prune"):
         convert(model.eval(), Plan())
         return _prune(subject, content, windows, request, request.out, progress)
@@ -186,7 +185,7 @@ def _prune(subject: Subject, text: Text, windows: dict[str, torch.Tensor], reque
            progress: Progress) -> Outcome:
     """The job itself, once its input is accepted."""
     goal, layers, config = request.goal(), prunable_layers(subject.model), Config()
-    workload = request.work()
+    workload = subject.work
     rules = slack_of.options(workload)
     inputs = {"model": subject.fingerprint, "text": text.sha256, "workload": request.workload, "dtype": request.dtype,
               "environment": environment(), "kernel": native.identity(), "config": config.to_json(),
@@ -194,7 +193,7 @@ def _prune(subject: Subject, text: Text, windows: dict[str, torch.Tensor], reque
               "windows": {use: len(rows) for use, rows in windows.items()}}
     stages, clock, cuts = Stages(out and out / "stages"), Clock(), windows
     library = Library(subject.model, windows["calibrate"], workload.lever)
-    windows = {**windows, "calibrate": windows["calibrate"][:WINDOWS["calibrate"]]}
+    windows = {**windows, "calibrate": windows["calibrate"][:workload.windows["calibrate"]]}
     judge = Judge(subject.model, workload, windows, stages, inputs, library)
     whole = slack_of.whole_plan(workload, layers, config)
     with clock("calibrate"), progress.stage("calibrate", 2 + len(windows["choose"]) + len(windows["verify"])) as step:
@@ -202,31 +201,26 @@ def _prune(subject: Subject, text: Text, windows: dict[str, torch.Tensor], reque
         judge.prepare("verify", step)
         judge.prepare("choose", step)
     options = offers_of.candidates(subject.model, workload.lever)
-    with clock("slack"), progress.stage("slack", len(layers) * WINDOWS["calibrate"] + len(options)) as step:
+    with clock("slack"), progress.stage("slack", len(layers) * len(windows["calibrate"]) + len(options)) as step:
         slack = slack_of.from_json(stages.run("slack", inputs, lambda: {"layers": slack_of.to_json(slack_of.measure(
             subject.model, workload, windows["calibrate"], layers, config, rules=rules,
             step=step))})["layers"])
         asked = {**inputs, "options": [entry.to_json() for entry, _ in options], "priced on": "choose"}
         offers = offers_of.from_json(stages.run("offers", asked, lambda: {"offers": offers_of.to_json(
-            offers_of.measure(judge, windows["choose"][0], whole, step=step))})["offers"])
+            offers_of.measure(judge, windows["choose"], whole, step=step))})["offers"])
     forecast = Forecast.made(slack, workload, dense=dense_seconds, whole=whole_seconds)
+    chooser = Chooser(judge=judge, slack=slack, offers=offers, config=config, forecast=forecast)
     with clock("solve"), progress.stage("solve", JUDGEMENTS * len(windows["choose"])) as step:
-        def judged(candidate: Candidate) -> Judgement:
-            plan = candidate.plan
-            return judge.judge(plan if goal.lookahead else plan.without_lookahead(), "choose", step)
-
-        alone = solve(goal, workload, slack, config, judged, forecast)
-        solution = solve_all(goal, Market(slack=slack, offers=offers, config=config, workload=workload,
-                                          rate=rate_of(alone.judged, slack), dense=dense_seconds),
-                             alone, judged, forecast)
+        solution = chooser.solution(goal, step)
     readings = 1 if goal.lookahead else 2
     with clock("measure"), progress.stage("measure", 2 * RUNS + 2 + readings * len(windows["verify"])) as step:
         proof = best_proven(goal, solution, judge, step)
     with clock("heal") if request.heal else nullcontext():
-        healed = _healed(subject, text, request, judge, proof, cuts, progress)
+        healed = _healed(subject, text, request, chooser, proof, cuts, progress)
     proof, report = (healed.proof if healed else proof), None
     convert(subject.model, proof.candidate.plan, judge.statistics(proof.candidate.plan))
-    result = _result(request, subject, proof, layers, out, whole_seconds / dense_seconds)
+    foreseen = Foreseen(dense=dense_seconds, whole=whole_seconds, plan=dense_seconds / forecast(proof.candidate))
+    result = _result(request, subject, proof, layers, out, foreseen)
     result |= {"healed": healed.to_json()} if healed else {}
     subject = replace(subject, model=healed.model) if healed and healed.model else subject
     if out is not None:
@@ -234,8 +228,10 @@ def _prune(subject: Subject, text: Text, windows: dict[str, torch.Tensor], reque
             receipt = _export(subject, proof, windows["verify"][0], out, result, step)
         with progress.stage("report", 1) as step:
             details = _details(subject, text, request, proof, layers)
-            details |= {"slack": slack_of.to_json(slack), "points": _points(solution, proof, layers, forecast),
-                        "seconds": dict(clock)}
+            details |= {"slack": slack_of.to_json(slack), "seconds": dict(clock), "points": [
+                *_points(solution.judged, None if healed and healed.model else proof, layers, forecast),
+                *_points(healed.judged if healed else [], proof if healed and healed.model else None, layers,
+                         forecast)]}
             report = write_report(out, result, details)
             card.write(out, result, details, receipt)
             step()
@@ -244,35 +240,30 @@ def _prune(subject: Subject, text: Text, windows: dict[str, torch.Tensor], reque
                    quality_interval=(quality.low, quality.high), plan=proof.candidate.plan)
 
 
-def _healed(subject: Subject, text: Text, request: Request, judge: Judge, proof: Proof,
+def _healed(subject: Subject, text: Text, request: Request, chooser: Chooser, proof: Proof,
             cuts: dict[str, torch.Tensor], progress: Progress) -> Healed | None:
     """What healing came to, where it is asked for."""
     config = request.healing()
     if config is None:
         return None
-    size = healing.context_of(proof.candidate.plan, request.work().tokens)
-    rows = healing.text_for(subject.tokenizer, text.text, cuts, size)
+    texts = partial(distilled.text_for, subject.tokenizer, text.text, cuts)
     with progress.stage("heal", healing.STEPS) as step:
-        return healing.heal(judge, request.goal(), proof, rows, config, step=step)
+        return healing.heal(chooser, request.goal(), proof, texts, config, step=step)
 
 
-def needed(workload: Workload) -> dict[str, int]:
-    """How many windows each use of a job needs."""
-    return {**WINDOWS, "choose": 1} if workload.tokens >= LONG else WINDOWS
-
-
-def _windows(subject: Subject, text: Text, workload: Workload) -> dict[str, torch.Tensor]:
+def _windows(subject: Subject, text: Text) -> dict[str, torch.Tensor]:
     """The text as tokens, cut for each use; checks that model and workload fit."""
+    work, config = subject.work, subject.model.config
     if not prunable_layers(subject.model):
         raise UnsupportedError(subject.name, expected="at least one layer of full attention",
                                got="sliding windows in every layer", do="choose another model")
-    context = subject.model.config.max_position_embeddings
-    if workload.tokens > context:
+    context = config.max_position_embeddings
+    if work.tokens > context:
         raise SenteiError("--workload", expected=f"at most the model's context of {context:,} tokens",
-                          got=f"{workload.tokens:,}", do="choose a shorter workload")
-    windows = windows_of(subject.tokenizer, text.text, length=workload.tokens, needed=needed(workload),
-                         wished={"calibrate": -(-TOKENS // workload.tokens) - WINDOWS["calibrate"]})
-    require_known(max(int(part.max()) for part in windows.values()), subject.model.config.vocab_size, subject.name)
+                          got=f"{work.tokens:,}", do="choose a shorter workload")
+    windows = windows_of(subject.tokenizer, text.text, length=work.tokens, needed=work.windows,
+                         wished={"calibrate": -(-TOKENS // work.tokens) - work.windows["calibrate"]})
+    require_known(max(int(part.max()) for part in windows.values()), config.vocab_size, subject.name)
     return windows
 
 
@@ -286,12 +277,12 @@ def _fingerprint(model: nn.Module) -> str:
 
 
 def _result(request: Request, subject: Subject, proof: Proof, layers: tuple[int, ...], out: Path | None,
-            whole: float) -> dict:
-    """The public object; `whole` as in `rooms_of`."""
+            foreseen: Foreseen) -> dict:
+    """The public object."""
     quality, density = proof.judgement.quality, proof.judgement.density
-    work = request.work()
+    work = subject.work
     result = public(model=subject.name, workload=request.workload, dtype=request.dtype, tokens=work.timed_tokens,
-                    perplexity=(quality.dense, quality.pruned), seconds=proof.comparison.seconds(),
+                    measure=work.measure.name, quality=quality, seconds=proof.comparison.seconds(),
                     speedup=proof.comparison.speedup())
     plan = [{"layer": entry.layer, "room": entry.room,
              "rule": getattr(entry.config, work.lever if entry.room == "connections" else "rule").to_json(),
@@ -299,12 +290,12 @@ def _result(request: Request, subject: Subject, proof: Proof, layers: tuple[int,
             for entry in proof.candidate.plan.entries]
     strict = {} if proof.strict is None else {"quality_without_lookahead": proof.strict.quality.value}
     return {**result, **strict, "density": proof.judgement.mean_density(layers), "plan": plan,
-            "rooms": rooms_of(proof, whole), "out": out and str(out)}
+            "rooms": rooms_of(proof, foreseen), "out": out and str(out)}
 
 
 def _export(subject: Subject, proof: Proof, tokens: torch.Tensor, out: Path, result: dict, step: Callable) -> dict:
-    """Writes the model and proves in a fresh process that it gives the same logits; the receipt."""
-    names = "workload", "speedup", "quality", "quality_without_lookahead", "density", "threads", "healed"
+    """Writes the model and proves in a fresh process that it gives the same outputs; the receipt."""
+    names = "workload", "speedup", "measure", "quality", "quality_without_lookahead", "density", "threads", "healed"
     measured = {key: result[key] for key in names if key in result}
     measured |= {"verify_attempts": proof.attempts, "date": proof.comparison.date}
     export.export(subject.model, subject.tokenizer, proof.candidate.plan, out, tokens=tokens[:RECEIPT_TOKENS],
@@ -312,7 +303,7 @@ def _export(subject: Subject, proof: Proof, tokens: torch.Tensor, out: Path, res
     step("written")
     receipt = verify(out)
     if not receipt["met"]:
-        raise FileError(str(out), expected=f"the same logits in a fresh process, within {receipt['tolerance']}",
+        raise FileError(str(out), expected=f"the same outputs in a fresh process, within {receipt['tolerance']}",
                         got=f"a difference of {receipt['difference']}", do="report this: it is a bug in sentei")
     write_json(out / "sentei-receipt.json", receipt)
     step("verified")
@@ -331,12 +322,13 @@ def _details(subject: Subject, text: Text, request: Request, proof: Proof, layer
     for layer, kept in proof.judgement.density.items():
         # A KV group that chooses as one, as in decoding, stands for its heads.
         density[layer] = [share for share in kept for _ in range(heads // len(kept))]
-    work = request.work()
-    return {"goal": {"quality": request.quality} if request.speed is None else {"speed": request.speed},
+    work = subject.work
+    return {"meaning": work.measure.meaning,
+            "goal": {"quality": request.quality} if request.speed is None else {"speed": request.speed},
             "met": not proof.reason, "reason": proof.reason, "quality_interval": [quality.low, quality.high],
             "speedup_interval": [min(ratios), max(ratios)], "source": subject.source, "density": density,
             "text": {"name": text.name, "sha256": text.sha256,
-                     "tokens": {use: count * work.tokens for use, count in needed(work).items()}},
+                     "tokens": {use: count * work.tokens for use, count in work.windows.items()}},
             "timings": timings, "timed_tokens": work.timed_tokens, "environment": environment(),
             "verify_attempts": proof.attempts, "licence": subject.licence,
             "rung": rung_of(subject.model, proof.candidate.plan),
@@ -345,9 +337,14 @@ def _details(subject: Subject, text: Text, request: Request, proof: Proof, layer
             "command": subject.command, "date": comparison.date}
 
 
-def _points(solution: Solution, proof: Proof, layers: tuple[int, ...], forecast: Forecast) -> list[dict]:
-    """Every plan judged while choosing, as it was read there, with its speed-up as foreseen."""
-    return [{"name": candidate.name, "quality": judgement.quality.value,
-             "speedup": forecast(candidate), "density": judgement.mean_density(layers),
-             "chosen": candidate.plan == proof.candidate.plan}
-            for candidate, judgement in solution.judged]
+def _points(judged: list[tuple[Candidate, Judgement]], proof: Proof | None, layers: tuple[int, ...],
+            forecast: Forecast) -> list[dict]:
+    """Every plan judged while choosing, as it was read there, with its speed-up as foreseen.
+
+    Args:
+        proof: of the plan that was chosen; None where it is not among these.
+    """
+    chosen = proof and proof.candidate.plan
+    return [{"name": candidate.name, "quality": judgement.quality.value, "speedup": forecast(candidate),
+             "density": judgement.mean_density(layers), "chosen": candidate.plan == chosen}
+            for candidate, judgement in judged]

@@ -15,6 +15,7 @@ COMMAND = re.compile(r"sentei [a-z]+ \S")
 SMALL = [
     (r"^(sentei prune)(?!.*--workload)", r"\1 --workload prefill:4096"),
     (r"\bprefill:[\d,]+", "prefill:512"),
+    (r"(my-encoder .*)prefill:512", r"\1prefill:128"),  # it needs more windows of a text
     (r"\bdecode:[\d,]+", "decode:24"),
     (r"sentei\.prune\(workload", 'sentei.prune("my-model", workload'),
     (r"quality=0\.99\b", "quality=0.5"),

@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny import tiny_encoder
 
-from benchmarks.bench_encoder import STEP, WINDOWS, calibrated, embeddings, identity, nameless, narrower, windows_of
+from benchmarks.bench_encoder import STEP, calibrated, embeddings, identity, nameless, narrower
 
 
 @pytest.mark.parametrize("word", ["MiniLM", "MiniLM/", "./MiniLM", "./MiniLM/"])
@@ -20,20 +20,6 @@ def test_a_model_is_known_by_its_weights():
     assert identity(model) == identity(other) and f"width {model.config.hidden_size}," in identity(model)
     next(other.parameters())[0, 0] += 1
     assert identity(model) != identity(other)
-
-
-def test_windows_share_no_token_and_have_the_tokenizers_ends():
-    count = 10 * sum(WINDOWS.values())
-
-    def tokenizer(text, add_special_tokens=True, verbose=True):
-        return {"input_ids": [-1, -2] if add_special_tokens else list(range(count))}
-
-    found = windows_of(tokenizer, "text", 12)
-    assert {use: tuple(rows.shape) for use, rows in found.items()} == {use: (n, 12) for use, n in WINDOWS.items()}
-    rows = torch.cat(list(found.values()))
-    assert rows[:, 0].unique().tolist() == [-1] and rows[:, -1].unique().tolist() == [-2]
-    inner = rows[:, 1:-1].flatten()
-    assert int(inner.min()) >= 0 and len(inner.unique()) == inner.numel()
 
 
 @torch.no_grad()

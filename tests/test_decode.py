@@ -29,8 +29,8 @@ def sparse(monkeypatch):
         found = Candidate(name="sparse", plan=plan, seconds=1.0, density=0.5)
         return Solution(ladder=[found], judged=[(found, judge(found))])
 
-    monkeypatch.setattr("sentei.pipeline.solve", solve)
-    monkeypatch.setattr("sentei.pipeline.solve_all", lambda goal, market, alone, *_: alone)
+    monkeypatch.setattr("sentei.budget.chooser.solve", solve)
+    monkeypatch.setattr("sentei.budget.chooser.solve_all", lambda goal, market, alone, *_: alone)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])

@@ -6,15 +6,29 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.experiments import harness
-from benchmarks.experiments.harness import Experiment, Place, Variant, difference, forward_flops, trained
+from benchmarks.experiments.harness import (
+    Experiment,
+    Place,
+    Variant,
+    difference,
+    forward_flops,
+    trained,
+    training_flops,
+)
 from benchmarks.experiments.parts import mixture, transformer
+from benchmarks.experiments.rank import TARGETS
 from benchmarks.experiments.soft import FillsIn
 from sentei.axes import depth
 from sentei.axes.experts import MixtureOfExperts
 from sentei.axes.experts.gates import Sigmoid
+from sentei.axes.rank import Config as Rank
+from sentei.conversion.adapters import adapters_of, add
 from sentei.core.rules import Capacity
+from sentei.model import Transformer
 from sentei.training.loop import METRICS
 from sentei.training.loop import Config as Training
 from sentei.training.losses import Weights
@@ -37,13 +51,36 @@ def place(tmp_path) -> Place:
 def test_every_variant_spends_the_same_flops(place):
     experiment = small(dense=Variant(make=lambda: transformer(**SHAPE, feed_forward=16)),
                        wide=Variant(make=lambda: transformer(**SHAPE, feed_forward=64)),
-                       frozen=Variant(make=lambda: transformer(**SHAPE, feed_forward=64), passes=2.0))
+                       frozen=Variant(make=lambda: adapted(transformer(**SHAPE, feed_forward=64))))
     runs = {name: trained(experiment, name, 0, place)[1] for name in experiment.variants}
     for run in runs.values():
         a_step = run["flops_a_token"] * run["tokens"] / run["steps"]
         assert abs(run["flops_a_token"] * run["tokens"] - experiment.flops) <= a_step / 2
         assert len(run["losses"]) == 3 and run["curve"][-1]["step"] == run["steps"] and run["curve"][0]["step"] == 0
-    assert runs["frozen"]["steps"] > runs["dense"]["steps"] > runs["wide"]["steps"]
+    assert runs["dense"]["flops_a_token"] < runs["frozen"]["flops_a_token"] < runs["wide"]["flops_a_token"]
+    assert runs["dense"]["steps"] > runs["wide"]["steps"]
+
+
+def adapted(model: Transformer) -> Transformer:
+    """With factors of rank 2 in every linear layer."""
+    add(model, TARGETS, Rank(rank=2))
+    return model
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "LoRA"])
+def test_a_training_step_is_charged_what_torch_counts(lora):
+    """One tile of 64, of which torch counts the whole square too. Nothing is trained below the first layer's factors:
+    torch spares the gradients of the input of its query, key and value."""
+    model = transformer(**SHAPE, feed_forward=64).double()
+    model = adapted(model) if lora else model
+    tokens = torch.randint(0, 256, (3, 64))
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model.train()(tokens).sum().backward()
+    spared = sum(layer.weight.numel() + layer.a.numel() for name, layer in adapters_of(model).items()
+                 if name.startswith("blocks.0.") and name.endswith(("query", "key", "value")))
+    assert counter.get_total_flops() == tokens.numel() * (training_flops(model, 64) - 2 * spared)
+    if lora:
+        assert spared and training_flops(model, 64) > 2 * forward_flops(model, 64)
 
 
 def test_flops_are_twice_the_multiply_adds_with_the_router(place):

@@ -4,6 +4,8 @@ import json
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from sentei.axes import depth, experts
 from sentei.axes.experts.gates import Choice, Softmax, Task
@@ -57,6 +59,49 @@ def test_rooms_in_the_slots_train_and_generate_as_without_a_cache(room):
         net(tokens)
     kinds = {"depth": ["depth"], "both": ["experts", "depth"]}.get(room, ["experts"])
     assert all(any(kind in type_of(net, path) for path in records.paths()) for kind in kinds)
+
+
+NESTED = {"depth": (24, Capacity(0.5)), "experts in depth": (Routed(neurons=24, room=experts.Config(
+    rule=TopK(2), gate=Softmax(), unit=4)), Capacity(0.5)), "shared experts in depth": (Routed(
+        neurons=24, room=experts.Config(rule=TopK(1), gate=Softmax(), unit=4, shared=2)), Capacity(0.5)),
+    "experts in a depth that keeps nothing": (Routed(neurons=24, room=experts.Config(
+        rule=TopK(2), gate=Softmax(), unit=4)), TopK(0))}
+
+
+@pytest.mark.parametrize("room", NESTED)
+def test_a_room_in_a_room_could_cost_what_torch_counts_of_the_dense_twin(room):
+    """And what it does cost is what torch counts of itself, without the gate and the router, which choose, and the sum
+    of the experts' answers, which is a product for torch alone. 64 tokens of 128 fill a tile."""
+    feed_forward, rule = NESTED[room]
+    shape = {"vocabulary": 40, "width": 16, "layers": 2, "heads": (2, 1), "causal": False}
+    net = Transformer(Config(**shape, feed_forward=feed_forward, depth=depth.Config(rule=rule))).double()
+    twin, x = Transformer(Config(**shape, feed_forward=24)).double(), torch.randint(0, 40, (3, 128))
+    found = []
+    for model in (net, twin):
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            model.train()(x)
+        found.append(counter.get_total_flops())
+    with torch.no_grad(), trace(net) as records:
+        net(x)
+    cost = net.cost(records, x.shape)
+    assert 2 * cost.dense_multiply_adds == found[1]
+    by_gate = 2 * x.numel() * 16  # of two layers; what stands in the records besides is the routers'
+    by_experts = sum(record.cost.choosing + 16 * int(record.selection.count().sum()) for record in records
+                     if record.room == "experts")
+    assert 2 * (cost.multiply_adds + by_gate + by_experts) == found[0] < found[1]
+
+
+def test_padding_could_cost_nothing_in_a_room_in_a_room():
+    config = Config(vocabulary=40, width=16, layers=2, heads=(2, 1), depth=depth.Config(rule=Capacity(0.5)),
+                    feed_forward=Routed(neurons=24, room=experts.Config(rule=TopK(2), gate=Softmax(), unit=4)))
+    net, x = Transformer(config).double().train(), torch.randint(0, 40, (2, 64))
+    could = []
+    for lengths in (None, torch.tensor([[0, 64], [0, 64]]), torch.tensor([[0, 64], [0, 34]])):
+        with torch.no_grad(), trace(net) as records:
+            net(x, lengths)
+        could.append(net.cost(records, x.shape).dense_multiply_adds)
+    block = sum(part.weight.numel() for part in net.blocks[0].block.modules() if isinstance(part, torch.nn.Linear))
+    assert could[0] == could[1] and could[1] - could[2] == 2 * 30 * (3 * 24 * 16 + block)
 
 
 BY_TASK = {

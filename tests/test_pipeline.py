@@ -120,15 +120,15 @@ def test_two_runs_do_not_share_a_folder(subject, tmp_path):
 
 
 def test_where_no_plan_is_faster_the_bound_is_not_met_and_the_dense_model_is_kept(subject, tmp_path, monkeypatch):
-    monkeypatch.setattr("sentei.pipeline.solve", lambda *_: Solution(ladder=[DENSE], judged=[]))
-    monkeypatch.setattr("sentei.pipeline.solve_all", lambda goal, market, alone, *_: alone)
+    monkeypatch.setattr("sentei.budget.chooser.solve", lambda *_: Solution(ladder=[DENSE], judged=[]))
+    monkeypatch.setattr("sentei.budget.chooser.solve_all", lambda goal, market, alone, *_: alone)
     outcome = pipeline.run(pipeline.Request(**subject, quality=0.5, out=tmp_path / "out"), pipeline.Silent())
     assert not outcome.met and "faster than the dense model" in outcome.reason
     assert outcome.result["speedup"] == 1 and outcome.result["plan"] == []
 
 
 def test_a_bound_that_no_plan_keeps_is_not_met_and_says_what_was_reached(subject, tmp_path, monkeypatch):
-    monkeypatch.setattr("sentei.budget.judge.compare", lambda *_: Quality(
+    monkeypatch.setattr("sentei.measurement.quality.compare", lambda *_: Quality(
         value=0.4, low=0.3, high=0.5, dense=1.0, pruned=2.5, tokens=1))
     outcome = pipeline.run(pipeline.Request(**subject, quality=0.5, out=tmp_path / "out"), pipeline.Silent())
     assert not outcome.met and "quality 0.4000 on held-out text, below 0.5" in outcome.reason
@@ -171,9 +171,9 @@ def test_without_lookahead_a_strict_reading_is_held_to_the_bound_too(prune, tmp_
     sparsest = max((rule for rule in options(workload_of("prefill:512")) if rule != All()), key=lambda rule: rule.ratio)
     plan = Plan.everywhere((0, 1), "connections", Config(rule=sparsest, window=0))
     sparse = Candidate(name="sparse", plan=plan, seconds=1.0, density=0.5)
-    monkeypatch.setattr("sentei.pipeline.solve", lambda goal, work, slack, config, judge, forecast: Solution(
+    monkeypatch.setattr("sentei.budget.chooser.solve", lambda goal, work, slack, config, judge, forecast: Solution(
         ladder=[sparse], judged=[(sparse, judge(sparse))]))
-    monkeypatch.setattr("sentei.pipeline.solve_all", lambda goal, market, alone, *_: alone)
+    monkeypatch.setattr("sentei.budget.chooser.solve_all", lambda goal, market, alone, *_: alone)
     first = prune(*flags, workload="prefill:512", quality=0.1)
     assert not first.returncode, first.stderr[-1500:]
     summary = first.stdout

@@ -57,7 +57,7 @@ def test_a_rebuilt_model_goes_on_with_its_layers_of_a_dense_cache(model, tmp_pat
     torch.testing.assert_close(found["itself"], token_losses(made, TOKENS)[:, -found["itself"].shape[1]:],
                                rtol=1e-5, atol=1e-5)
     convert(model, Plan.everywhere([1], "depth", Depth(rule=Fixed(()))))
-    judged = torch.stack([workload.losses(model, row, prefix) for row, prefix in zip(TOKENS, prefixes, strict=True)])
+    judged = torch.stack([workload.answer(model, row, prefix) for row, prefix in zip(TOKENS, prefixes, strict=True)])
     torch.testing.assert_close(found["dense"], judged, rtol=1e-5, atol=1e-5)
     assert (found["dense"] - found["itself"]).abs().max() > 1e-3
 

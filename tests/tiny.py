@@ -43,8 +43,8 @@ def tiny_model(model_type: str, **overrides):
     return model.eval()
 
 
-def tiny_tokenizer():
-    """A byte-level fast tokenizer: three special tokens, then one token for each byte."""
+def tiny_tokenizer(**names):
+    """A byte-level fast tokenizer: three special tokens, which can be named anew, then one token for each byte."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -54,8 +54,8 @@ def tiny_tokenizer():
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(list(SPECIAL))
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>",
-                                   pad_token="<unk>")
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **{
+        "unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<unk>"} | names)
 
 
 def save_tiny(folder: Path, model_type: str, **overrides) -> Path:
@@ -65,21 +65,32 @@ def save_tiny(folder: Path, model_type: str, **overrides) -> Path:
     return folder
 
 
-def tiny_encoder(head: str = "BertModel"):
-    """A tiny random BERT, float32, eval mode; the weights are the same on every call."""
+def tiny_encoder(head: str = "BertModel", **overrides):
+    """A tiny random BERT, float32, eval mode, its biases not zero; the weights are the same on every call."""
     import transformers
 
-    config = transformers.BertConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
-                                     intermediate_size=48, max_position_embeddings=64)
-    with torch.random.fork_rng(devices=[]):
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+             "intermediate_size": 48, "max_position_embeddings": 64}
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
-        return getattr(transformers, head)(config).eval()
+        kind = getattr(transformers, head)
+        own = {"add_pooling_layer": False} if head == "BertModel" else {}
+        model = kind._from_config(transformers.BertConfig(**sizes | overrides), attn_implementation="sdpa", **own)
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(std=model.config.initializer_range)
+        return model.eval()
 
 
-def save_tiny_encoder(folder: Path, head: str = "BertModel") -> Path:
-    """Writes a tiny BERT, with that head, and the tokenizer into `folder`, and returns it."""
-    tiny_encoder(head).save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
+def save_tiny_encoder(folder: Path, head: str = "BertModel", **overrides) -> Path:
+    """Writes a tiny BERT, with that head, and a tokenizer as encoders have it into `folder`, and returns it."""
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = tiny_tokenizer(cls_token="<s>", sep_token="</s>", bos_token=None, eos_token=None)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)])
+    tiny_encoder(head, **overrides).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     return folder
 
 

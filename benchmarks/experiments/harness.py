@@ -42,14 +42,12 @@ class Variant:
         make: a model with fresh weights, drawn by torch's own generator; a Transformer, or a wrapper whose `inner` is.
         about: what is particular about it.
         balance: what the losses of its experts' balance count.
-        passes: FLOPs of a training step ÷ those of its forward pass.
         rate: the highest learning rate; None for the experiment's.
     """
 
     make: Callable[[], nn.Module]
     about: str = ""
     balance: Weights = Weights()
-    passes: float = 3.0
     rate: float | None = None
 
 
@@ -106,10 +104,25 @@ def forward_flops(model: nn.Module, context: int) -> float:
     return 2 * (cost.multiply_adds + cost.choosing) / tokens.numel()
 
 
+def training_flops(model: nn.Module, context: int) -> float:
+    """FLOPs a token of a training step.
+
+        3 · forward - Σ over the frozen weights of  2 · out · in
+
+    A product y = x Wᵀ has a gradient of x and one of W, as much work each as the product itself, and so has one of two
+    activations, as in attention. A frozen weight gets none, but what lies below needs that of x all the same. (Where
+    nothing below the first layer is trained, its gradient of x is charged and not made.)
+    """
+    inner = getattr(model, "inner", model)
+    plain = [module.weight for module in inner.modules() if isinstance(module, nn.Linear)] + [inner.embedding.weight]
+    frozen = sum(weight.numel() for weight in plain if not weight.requires_grad)
+    return 3 * forward_flops(model, context) - 2 * frozen
+
+
 def config_of(experiment: Experiment, variant: Variant, seed: int) -> tuple[Config, float]:
     """How a run is trained, and its training FLOPs a token."""
     torch.manual_seed(seed)
-    each = variant.passes * forward_flops(variant.make(), experiment.context)
+    each = training_flops(variant.make(), experiment.context)
     given = experiment.training
     steps = round(experiment.flops / (each * given.batch * experiment.context))
     rate = given.optimizer.rate if variant.rate is None else variant.rate

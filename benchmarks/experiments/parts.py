@@ -17,12 +17,17 @@ def mixture(number: int, rule: Rule | int, unit: int, gate: Gate, shared: int = 
 
 
 def transformer(**shape: object) -> Transformer:
-    """A model whose dense feed-forward layers begin as experts do: uniform, of variance 1 ÷ (3 · inputs).
+    """A model whose feed-forward layers begin as `nn.Linear` does, with variances of 1 ÷ (3 · inputs).
 
-    The model's own small ones learn more slowly in a training as short as these, which experts would win by that alone.
+    The model's own small ones learn more slowly in a training as short as these. The inputs of the last projection
+    are the neurons that a token keeps, so that the width of an expert does not matter, nor what a gate's weights add up
+    to (see `MixtureOfExperts.draw`).
     """
     model = Transformer(Config(**shape))
-    for layer in (module for module in model.modules() if isinstance(module, GatedFeedForward)):
-        for part in (layer.gate, layer.up, layer.down):
-            nn.init.uniform_(part.weight, -(part.in_features ** -0.5), part.in_features ** -0.5)
+    for layer in model.modules():
+        if isinstance(layer, experts.MixtureOfExperts):
+            layer.draw()
+        elif isinstance(layer, GatedFeedForward):
+            for part in (layer.gate, layer.up, layer.down):
+                nn.init.uniform_(part.weight, -(part.in_features ** -0.5), part.in_features ** -0.5)
     return model

@@ -69,7 +69,7 @@ def losses(workload: Workload, windows: torch.Tensor, prefixes: list, contender:
     found = {"itself": torch.stack([losses_after(model, row, workload.prefix(model, row), rows=rows)
                                     for row in windows])}
     if contender.few:
-        found["dense"] = torch.stack([workload.losses(model, row, prefix)
+        found["dense"] = torch.stack([workload.answer(model, row, prefix)
                                       for row, prefix in zip(windows, prefixes, strict=True)])
     elif prefixes and goes_on(model, prefixes[0]):
         found["dense"] = torch.stack([losses_after(model, row, copy.deepcopy(cache_of(model, prefix)), rows=rows)

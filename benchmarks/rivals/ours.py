@@ -34,7 +34,7 @@ def front(model: nn.Module, workload: Workload, windows: dict[str, torch.Tensor]
     dense, kept = (judge.seconds(plan, "calibrate", lambda: None) for plan in (Plan(), whole))
     judge.prepare("choose", lambda: None)
     slack = slack_of.measure(model, workload, used["calibrate"], layers, config, rules=slack_of.options(workload))
-    offers = offers_of.measure(judge, used["calibrate"][0], whole)
+    offers = offers_of.measure(judge, used["calibrate"], whole)
     tried = uniform(slack, config, workload)
     middle = tried[len(tried) // 2]
     market = Market(slack=slack, offers=offers, config=config, workload=workload, dense=dense,

@@ -341,13 +341,14 @@ class Transformer(nn.Module):
 
 
 def rotate(heads: torch.Tensor, positions: torch.Tensor, base: float) -> torch.Tensor:
-    """Rotary positions: heads [B, N, H, D], whose halves are pairs, turned by positions [B, N]."""
+    """Rotary positions: heads [B, N, H, D], whose halves are pairs, turned by positions [B, N]; in their own dtype."""
     half = heads.shape[-1] // 2
     speeds = base ** (-torch.arange(half, dtype=torch.float64, device=heads.device) / half)
     angles = (positions[..., None] * speeds)[:, :, None]
-    cos, sin = angles.cos().to(heads.dtype), angles.sin().to(heads.dtype)
+    dtype = torch.promote_types(heads.dtype, torch.float32)
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
     first, second = heads[..., :half], heads[..., half:]
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(heads.dtype)
 
 
 def from_dense(layer: nn.TransformerEncoderLayer, config: Config) -> Depth:

@@ -193,12 +193,23 @@ class Adapter(nn.Module):
             RuleError: a rule other than All, whose choice depends on the token.
         Cost: the weight once more in memory.
         """
+        self.merged = None
+        self.merged = self.whole()
+
+    def whole(self) -> torch.Tensor:
+        """W + s·BA, through which gradients reach the factors; the merged weight, where there is one.
+
+        Raises:
+            RuleError: as `merge` does.
+        """
+        if self.merged is not None:
+            return self.merged
         if not isinstance(self.rank.rule, All):
             raise RuleError("rank", expected="the rule All to merge", got=repr(self.rank.rule),
                             do="merge adapters that keep every direction")
         wide = torch.promote_types(self.weight.dtype, torch.float32)
         change = self.b.to(wide) @ self.a.to(wide) * self.rank.scale
-        self.merged = (self.weight.to(wide) + change).to(self.weight.dtype)
+        return (self.weight.to(wide) + change).to(self.weight.dtype)
 
     def unmerge(self) -> None:
         """Undoes `merge`, to the bit."""

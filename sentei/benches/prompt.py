@@ -2,8 +2,8 @@
 
 The sizes are SmolLM2's: 576 wide, 1,536 between the layers of its MLP, 9 query and 3 key/value heads of 64. Peers are
 torch for a linear layer, transformers' modules for the MLP and the norm of Llama, and for the heads three linear layers
-of torch and transformers' rotation. Of bfloat16, whose products ours makes in float32, a second peer does the same with
-torch: casts, the product in float32, and a cast back. Before a case is timed the outputs are compared.
+of torch and transformers' rotation. Of bfloat16 a second peer does the same with torch in float32, casts included,
+which is faster where a processor has no fast products of pairs. Before a case is timed the outputs are compared.
 """
 
 from collections.abc import Callable, Iterator

@@ -1,6 +1,6 @@
 """What the user asks for: a bound on quality or on speed."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from sentei.budget.judge import Judgement
 from sentei.core.errors import SenteiError
@@ -12,7 +12,7 @@ class Goal:
     """The bound: at least this quality, as fast as possible; or at least this speed-up, as good as possible.
 
     Args:
-        quality: dense perplexity ÷ pruned perplexity, above 0 and at most 1; or None.
+        quality: as the workload's measure tells it, 1 for no loss; above 0 and at most 1; or None.
         speed: dense seconds ÷ pruned seconds, at least 1; or None.
         lookahead: whether the quality of the plan as it runs is enough, where a query block's choice has seen its later
             queries; else that of `Plan.without_lookahead` must keep the bound too. What is sought is the same: slack
@@ -35,6 +35,10 @@ class Goal:
         if self.speed is not None and not 1 <= self.speed < float("inf"):
             raise SenteiError("--speed", expected="a number from 1", got=str(self.speed),
                               do="1.5 means half again as fast as dense")
+
+    def relaxed(self, times: float) -> "Goal":
+        """The goal with a quality at which so many times as many nats may be lost; only where a quality is asked."""
+        return replace(self, quality=self.quality ** times)
 
     def is_good(self, judgement: Judgement) -> bool:
         """Whether a plan may be chosen: its quality less one standard error keeps the bound."""

@@ -1,36 +1,72 @@
-"""A chosen plan, healed: the pruned model learns what the dense one says, and is proved again as a model of its own.
+"""A plan that is to be healed: chosen under a relaxed bound, healed, chosen anew as it now is, and proved.
 
-Text for healing is what no plan was chosen or proved on. What each minute bought is read on the windows on which plans
-were chosen; the proof is made on those that played no part.
+Healing is expected to give part of the loss back. What part is measured: for the first quarter of the minutes a plan is
+healed that may lose twice as many nats as the bound lets it, and the share of them that comes back says how many more a
+plan may lose that is healed for the rest. So short a healing gives no more back than the longer one, so the share is
+rather too small; what more there is, connections use up: which of their rules keeps the bound the healed model is asked
+itself. Where none does on the text that played no part, or none is faster, the unhealed plan stands.
 """
 
-import hashlib
-import json
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import torch
 from torch import nn
 
+from sentei.budget.chooser import Chooser
+from sentei.budget.distilled import context_of, digest, distil
 from sentei.budget.goal import Goal
-from sentei.budget.judge import Judge, reading
-from sentei.budget.proof import RUNS, Proof, first_proven
-from sentei.budget.solver import Solution
+from sentei.budget.judge import Judge, Judgement, reading
+from sentei.budget.proof import RUNS, Proof, first_proven, rank
+from sentei.budget.solver import Candidate, Solution, search
 from sentei.conversion.plan import Plan, complete, convert
-from sentei.conversion.student import adapted, settled, student_of
-from sentei.measurement.text import spare_of
 from sentei.training import healing as training
 
-# Tokens of a window to heal on; longer where attention is pruned, which short windows do not feel.
-CONTEXT, LONG_CONTEXT = 256, 2048
-# A check is on so many windows at most, and about so many tokens.
-CHECKS, CHECKED = 2, 2048
+# How many times as many nats the plan of the probe may lose; no plan is chosen that may lose more.
+PROBED = 2.0
+# The share of the minutes that the probe has.
+PROBE = 0.25
 # About how many calls of `step` there are; only the length of a progress bar.
-STEPS = training.PARTS + 1 + 2 * RUNS + 2 + 2
+STEPS = 2 * (training.PARTS + 1) + 30 + 2 * RUNS + 2 + 2
+
+Texts = Callable[[int], torch.Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Relaxed:
+    """How far the bound on quality was relaxed, and what that follows from.
+
+    Args:
+        asked: the bound.
+        before, after: quality of the plan of the probe on the text for choosing, unhealed and healed.
+        minutes: that it was healed for.
+    """
+
+    asked: float
+    before: float
+    after: float
+    minutes: float
+
+    @property
+    def share(self) -> float:
+        """Of the nats that the plan of the probe lost, what came back, 0 to 1; 0 where it lost none."""
+        return min(max(0.0, 1 - math.log(self.after) / math.log(self.before)), 1.0) if self.before < 1 else 0.0
+
+    @property
+    def times(self) -> float:
+        """How many times as many nats a plan may lose: as many as keep the bound when that share comes back."""
+        return PROBED if self.share >= 1 - 1 / PROBED else 1 / (1 - self.share)
+
+    @property
+    def quality(self) -> float:
+        """The relaxed bound."""
+        return self.asked ** self.times
+
+    def to_json(self) -> dict:
+        """For the public object."""
+        return {"asked": self.asked, "quality": self.quality, "share": self.share, "probe": {
+            "bound": self.asked ** PROBED, "unhealed": self.before, "healed": self.after, "minutes": self.minutes}}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,142 +74,137 @@ class Healed:
     """What healing came to.
 
     Args:
-        before: the proof of the unhealed model.
-        proof: of the healed one, or `before` where that is kept.
+        before: the proof of the plan that is best unhealed.
+        proof: of the healed model, or `before` where that is not kept.
         minutes: that were asked for.
+        relaxed: how the plan was chosen; None where it is the unhealed one.
+        unhealed: quality of the proven plan without healing, on held-out text.
         model: the healed one, a model of its own; None where it is not kept.
         reason: why it is not kept; empty where it is.
         table: see `training.healing.Healing`; empty where nothing was trained.
+        judged: the plans that the healed model was judged with on the text for choosing.
     """
 
     before: Proof
     proof: Proof
     minutes: float
+    relaxed: Relaxed | None
+    unhealed: float
     model: nn.Module | None = None
     reason: str = ""
     table: list[dict] = field(default_factory=list)
+    judged: list[tuple[Candidate, Judgement]] = field(default_factory=list)
 
     def to_json(self) -> dict:
-        """For the public object: the minutes asked, whether it is kept, why not, the quality before, and the table."""
+        """For the public object: the minutes asked, whether it is kept, why not, what was relaxed, and the table.
+
+        `quality_unhealed` is of the plan that is delivered, `unhealed` the best there is without healing.
+        """
         return {"minutes": self.minutes, "kept": self.model is not None, "reason": self.reason,
-                "quality_unhealed": self.before.judgement.quality.value, "table": self.table}
+                "quality_unhealed": self.unhealed, "relaxed": self.relaxed and self.relaxed.to_json(),
+                "unhealed": {"quality": self.before.judgement.quality.value,
+                             "speedup": self.before.comparison.speedup()}, "table": self.table}
 
 
-class HealedJudge(Judge):
-    """A judge of the healed model, a model of its own beside the dense one, on the same windows.
-
-    Args:
-        judge: of the dense model; what it has read is used.
-        student: healed, without rooms.
-        key: differs for different healed models.
-    """
-
-    named = "healed-"
-
-    def __init__(self, judge: Judge, student: nn.Module, key: str):
-        vars(self).update(vars(judge))
-        self.plain = judge
-        self.student, self.inputs, self._read = student, {**judge.inputs, "healed": key}, ("", [])
-
-    def standing(self, plan: Plan) -> nn.Module:
-        """The dense model for the empty plan, else the healed one with what the plan still installs."""
-        return complete(self.student, plan) if plan.entries else convert(self.model, plan)
-
-    def prefix(self, plan: Plan, use: str) -> object:
-        """The dense model's for the empty plan: it does not go on from another model's cache."""
-        return (super() if plan.entries else self.plain).prefix(plan, use)
-
-    def _beginnings(self, plan: Plan, use: str) -> list:
-        """Read once for all plans."""
-        return self._prefixes(use)
-
-    def _prefixes(self, use: str) -> list:
-        """As read by the healed model itself: it is the one that will read prompts."""
-        if self._read[0] != use:
-            model = convert(self.student, Plan())
-            self._read = use, [self.workload.prefix(model, row) for row in self.windows[use]]
-        return self._read[1]
-
-
-def context_of(plan: Plan, tokens: int) -> int:
-    """Tokens of a window to heal on, for a workload of so many tokens."""
-    return min(tokens, LONG_CONTEXT if reading(plan.standing("under")).entries else CONTEXT)
-
-
-def text_for(tokenizer, text: str, windows: dict[str, torch.Tensor], size: int) -> torch.Tensor:
-    """int64 [N, size]: all of the text that is not in other windows than those for calibration.
+def heal(chooser: Chooser, goal: Goal, before: Proof, texts: Texts, config: training.Config, *,
+         step: Callable[..., object] = lambda note="": None) -> Healed:
+    """Chooses a plan to be healed, heals it and proves it; never worse for the goal than `before`.
 
     Args:
-        windows: those that were cut of the text, by use.
-    """
-    length, counts = windows["calibrate"].shape[1], {use: len(rows) for use, rows in windows.items()}
-    between = spare_of(tokenizer, text, length=length, needed=counts, size=size)
-    within = [part for row in windows["calibrate"] for part in row.split(size) if len(part) == size]
-    return torch.cat([torch.stack(within), between]) if within else between
-
-
-def checks_of(windows: torch.Tensor, context: int) -> torch.Tensor:
-    """The beginnings of windows [N, T], int64 [M, C], no shorter than those to heal on."""
-    rows = windows[:CHECKS]
-    return rows[:, :max(context, CHECKED // len(rows))]
-
-
-def heal(judge: Judge, goal: Goal, before: Proof, rows: torch.Tensor, config: training.Config, *,
-         step: Callable[[str], object] = lambda note="": None) -> Healed:
-    """Heals the model with a proven plan, and proves it again; checkpoints go where the judge keeps its stages.
-
-    Args:
-        judge: its model is dense afterwards.
-        before: the proof of the plan.
-        rows: int64 [N, T], to heal on.
-        step: called after every check, every window and every timing.
+        chooser: the model of its judge is dense afterwards.
+        before: the proof of the plan that is best unhealed.
+        texts: int64 [N, T] to heal on for a length T.
+        config: its minutes are for all healing together.
+        step: called after every check, with a note, and after every window and every timing.
     Raises:
         SenteiError, FileError: see `training.healing.heal`.
     """
-    plan, kept = before.candidate.plan, Healed(before=before, proof=before, minutes=config.minutes)
-    if not reading(plan).entries:  # what only decoding prunes cannot be healed on text
+    judge = chooser.judge
+    candidate, relaxed = _to_heal(chooser, goal, before, texts, config, step)
+    kept = Healed(before=before, proof=before, minutes=config.minutes, relaxed=relaxed,
+                  unhealed=before.judgement.quality.value)
+    if not reading(candidate.plan).entries:  # what only decoding prunes cannot be healed on text
         return replace(kept, reason="the plan prunes nothing that the reading of a text would feel")
-    checks = checks_of(judge.windows["choose"], rows.shape[1])
-    job = {**judge.inputs, "plan": plan.to_json(), "rows": _digest(rows), "checks": _digest(checks)}
-    key = hashlib.sha256(json.dumps({**job, "healing": config.to_json()}, sort_keys=True).encode()).hexdigest()[:16]
-    convert(judge.model, Plan())
-    student, dtypes = student_of(judge.model, plan, judge.statistics(plan))
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        adapted(student, config.rank)
-    convert(student, plan.standing("under"))
-    with _work(judge.stages.folder, key) as place:
-        found = training.heal(judge.model, student, training.Texts(rows=rows, checks=checks, seed=config.seed), config,
-                              place, job=job, step=step)
+    rows = texts(context_of(candidate.plan, judge.workload.tokens))
+    own, found = distil(judge, candidate.plan, rows, replace(config, part=1 - PROBE) if relaxed else config, step)
+    kept = replace(kept, table=found.table)
     if not found.kept:
-        return replace(kept, table=found.table, reason="it is no better than unhealed: quality on the checks "
+        return replace(kept, reason="it is no better than unhealed: quality on the checks "
                        f"{found.table[-1]['quality']:.4f}, {found.table[0]['quality']:.4f} before")
-    settled(convert(student, Plan()), dtypes)
-    # What came out depends on the clock too: another healing of the same job is another model.
-    key += "-" + hashlib.sha256(json.dumps(found.losses).encode()).hexdigest()[:16]
-    proof = first_proven(goal, Solution(ladder=[before.candidate], judged=[]), HealedJudge(judge, student, key),
-                         lambda: step(""))
+    ladder, judged = _as_healed(chooser, goal, candidate, own, step)
+    proof = first_proven(goal, Solution(ladder=ladder, judged=[]), own, step)
     convert(judge.model, Plan())
-    looked = (*before.looked, *proof.looked)  # another model on the same text
-    if goal.quality is not None and proof.quality < goal.quality <= before.quality:
-        return replace(kept, proof=replace(before, looked=looked), table=found.table,
-                       reason=f"its quality on held-out text is {proof.quality:.4f}, below the bound, which the "
-                       "unhealed one keeps")
-    return replace(kept, proof=replace(proof, looked=looked), model=complete(student, plan), table=found.table)
+    looked, plan = (*before.looked, *proof.looked), proof.candidate.plan  # another model on the same text
+    kept, same = replace(kept, judged=judged), plan == before.candidate.plan
+    if _place(goal, proof, same) <= _place(goal, before, same):
+        return replace(kept, proof=replace(before, looked=looked), reason=f"on held-out text it has {_words(proof)}; "
+                       f"unhealed, the best plan serves the bound better with {_words(before)}")
+    if not same:
+        kept = replace(kept, unhealed=judge.judge(plan, "verify", step).quality.value)
+        looked += (plan,)
+    return replace(kept, proof=replace(proof, looked=looked), model=complete(own.student, plan))
 
 
-def _digest(tokens: torch.Tensor) -> str:
-    return hashlib.sha256(tokens.numpy().tobytes()).hexdigest()
+def _to_heal(chooser: Chooser, goal: Goal, before: Proof, texts: Texts, config: training.Config,
+             step: Callable[..., object]) -> tuple[Candidate, Relaxed | None]:
+    """The plan to be healed, and how far the bound was relaxed for it; for a speed it is the one that has the speed.
+
+    Where no bolder plan is foreseen to be faster, it is the best unhealed one.
+    """
+    def chosen(times: float) -> Candidate:
+        return chooser.solution(goal.relaxed(times), step).ladder[0]
+
+    def bolder(candidate: Candidate) -> bool:
+        faster = chooser.forecast(candidate) > chooser.forecast(before.candidate)
+        return faster and bool(reading(candidate.plan).entries)
+
+    if goal.quality is None or not bolder(probed := chosen(PROBED)):
+        return before.candidate, None
+    relaxed = _probe(chooser, goal, probed, texts, replace(config, part=PROBE), step)
+    candidate = probed if relaxed.times == PROBED else chosen(relaxed.times)
+    return candidate if bolder(candidate) else before.candidate, relaxed
 
 
-@contextmanager
-def _work(folder: Path | None, key: str) -> Iterator[Path]:
-    """Where checkpoints go: a folder for each job, of which the last one is kept; or one for now."""
-    if folder is None:
-        with tempfile.TemporaryDirectory() as place:
-            yield Path(place)
-        return
-    for other in folder.glob("heal-*"):
-        if other.name != f"heal-{key}":
-            shutil.rmtree(other)
-    yield folder / f"heal-{key}"
+def _probe(chooser: Chooser, goal: Goal, candidate: Candidate, texts: Texts, config: training.Config,
+           step: Callable[..., object]) -> Relaxed:
+    """What a short healing of a plan gives back; remembered as a stage is."""
+    judge, plan = chooser.judge, candidate.plan
+    rows = texts(context_of(plan, judge.workload.tokens))
+
+    def read(by: Judge) -> float:
+        return chooser.judgement(goal, candidate, step=step, judge=by).quality.value
+
+    def work() -> dict:
+        own, found = distil(judge, plan, rows, config, step)
+        return {"after": read(own), "minutes": found.table[-1]["minutes"]}
+
+    told = judge.stages.run("probe", {**judge.inputs, "plan": plan.to_json(), "lookahead": goal.lookahead,
+                                      "rows": digest(rows), "healing": config.to_json()}, work)
+    return Relaxed(asked=goal.quality, before=read(judge), **told)
+
+
+def _as_healed(chooser: Chooser, goal: Goal, candidate: Candidate, own: Judge, step: Callable[..., object]
+               ) -> tuple[list[Candidate], list[tuple[Candidate, Judgement]]]:
+    """The plans to try with a healed model, as `Solution.ladder`, and what was judged on the way.
+
+    For a bound on quality connections may go as far as the healed model keeps it; other rooms are what they are.
+    """
+    if goal.quality is None:
+        return [candidate], []
+    judged: list[tuple[Candidate, Judgement]] = []
+
+    def good(each: Candidate) -> bool:
+        judged.append((each, chooser.judgement(goal, each, step=step, judge=own)))
+        return goal.is_good(judged[-1][1])
+
+    ladder = [replace(each, name=f"healed, {each.name}") for each in chooser.beside(candidate)]
+    return ladder[:search(ladder, good) + 1][::-1], judged
+
+
+def _place(goal: Goal, proof: Proof, same: bool) -> tuple:
+    """What proofs are compared by: the one of the same plan differs in its quality, its speed is the clock's."""
+    return (*rank(goal, proof)[:2], proof.quality) if same else rank(goal, proof)
+
+
+def _words(proof: Proof) -> str:
+    return f"quality {proof.quality:.4f} and {proof.comparison.speedup():.2f} times the speed of dense"

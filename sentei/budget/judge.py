@@ -1,4 +1,4 @@
-"""The judge: what a whole plan does to the real model, on text kept for that use, by the clock and by the loss."""
+"""The judge: what a whole plan does to the real model, on text kept for that use, by the clock and by its answers."""
 
 import hashlib
 import json
@@ -18,7 +18,7 @@ from sentei.core.rules import All, Fixed
 from sentei.core.storage import Stages
 from sentei.core.tracing import Record, Trace, trace
 from sentei.measurement.latency import Comparison, interleave
-from sentei.measurement.quality import Quality, compare
+from sentei.measurement.quality import Quality
 
 Step = Callable[[], object]
 
@@ -59,7 +59,7 @@ class Judge:
                  inputs: dict, statistics: Callable[[Plan], Statistics | None] = lambda plan: None):
         self.model, self.workload, self.windows, self.stages = model, workload, windows, stages
         self.statistics = statistics
-        self.inputs = {**inputs, "workload": str(workload)}
+        self.inputs = {**inputs, "workload": str(workload), "measure": workload.measure.name}
         self.dense: dict[str, torch.Tensor] = {}
         self._read: tuple[str, list] = ("", [])  # the use that was read last, and its prefixes
         wrapper.use(model, "sdpa")
@@ -69,10 +69,10 @@ class Judge:
         def work() -> dict:
             prefixes = self._prefixes(use)
             convert(self.model, Plan())
-            return {"losses": self._losses(self.model, use, prefixes, step)}
+            return {"answers": self._answers(self.model, use, prefixes, step)}
 
         result = self.stages.run(f"dense-{use}", {**self.inputs, "use": use}, work)
-        self.dense[use] = torch.tensor(result["losses"], dtype=torch.float64)
+        self.dense[use] = torch.tensor(result["answers"], dtype=torch.float64)
 
     def judge(self, plan: Plan, use: str, step: Step) -> Judgement:
         """The plan on the windows of one use; a step a window."""
@@ -80,13 +80,13 @@ class Judge:
             try:
                 prefixes, model = self._beginnings(plan, use), self.standing(plan)
                 with trace(model, _Counts()) as counts:
-                    losses = self._losses(model, use, prefixes, step)
+                    answers = self._answers(model, use, prefixes, step)
                 density = {entry.layer: [0.0] for entry in plan.entries if takes_attention(entry)}
                 density |= {entry.layer: counts.density_at(f"{attention_path(model, entry.layer)}.connections")
                             for entry in plan.entries if entry.room == "connections"}
             finally:
                 convert(self.model, Plan())
-            quality = compare(self.dense[use], torch.tensor(losses, dtype=torch.float64))
+            quality = self.workload.measure.compare(self.dense[use], torch.tensor(answers, dtype=torch.float64))
             return {"quality": asdict(quality), "density": density}
 
         inputs = {**self.inputs, "use": use, "plan": plan.to_json(), "prompt": self._reads_itself(plan)}
@@ -159,12 +159,12 @@ class Judge:
         model = self.standing(reading(plan))
         return [self.workload.prefix(model, row) for row in self.windows[use]]
 
-    def _losses(self, model: nn.Module, use: str, prefixes: list, step: Step) -> list[list[float]]:
-        losses = []
+    def _answers(self, model: nn.Module, use: str, prefixes: list, step: Step) -> list[list[float]]:
+        answers = []
         for row, prefix in zip(self.windows[use], prefixes, strict=True):
-            losses.append(self.workload.losses(model, row, prefix).tolist())
+            answers.append(self.workload.answer(model, row, prefix).tolist())
             step()
-        return losses
+        return answers
 
 
 class Run:

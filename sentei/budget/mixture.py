@@ -136,7 +136,7 @@ def rate_of(judged: list[tuple[Candidate, Judgement]], slack: list[LayerSlack]) 
     for candidate, judgement in judged:
         error = sum(_error(options[entry.layer], entry) for entry in candidate.plan.entries)
         if 0 < error < math.inf:
-            points.append((error, max(0.0, -math.log(judgement.quality.value))))
+            points.append((error, max(0.0, judgement.quality.nats)))
     total = sum(error * error for error, _ in points)
     return max(sum(error * nats for error, nats in points) / total, 1e-6) if total else 1.0
 

@@ -1,8 +1,9 @@
 """What every option of every room costs and saves, in one currency: nats of quality and seconds of this machine.
 
-The cost is the mean divergence KL(dense ‖ pruned) of the next token, in nats, with the option alone in the dense model:
-e to the power of it is about the factor by which perplexity grows. The saving is by the clock, of one run of the
-workload. Connections are not here: `sentei.budget.slack` tries their rules head by head.
+The cost is what the workload's measure loses, in nats, with the option alone in the dense model: of a language model
+the mean divergence KL(dense ‖ pruned) of the next token, e to the power of which is about the factor by which
+perplexity grows; of an encoder −ln of the cosine of embeddings. The saving is by the clock, of one run of the workload.
+Connections are not here: `sentei.budget.slack` tries their rules head by head.
 """
 
 import time
@@ -19,6 +20,7 @@ from sentei.conversion.layers import Layer, layer_of, layers_of
 from sentei.conversion.plan import Entry, Plan, convert, place
 from sentei.conversion.rooms import WAYS
 from sentei.conversion.statistics import Statistics
+from sentei.measurement.quality import Measure
 
 # Tokens that are read for the cost, and those of them, the last, on which the divergence is taken: it needs fewer than
 # a difference of perplexities.
@@ -79,8 +81,8 @@ def measure(judge: Judge, tokens: torch.Tensor, whole: Plan, rooms: tuple[str, .
 
     Args:
         judge: its model is dense afterwards; its workload is the one that is timed, on its window "calibrate".
-        tokens: int64 [T], read up to TOKENS for the costs; none that the rooms were calibrated on, which least squares
-            fit better than others.
+        tokens: int64 [N, T], read up to TOKENS for the costs, of as many texts as the measure asks for; none that the
+            rooms were calibrated on, which least squares fit better than others.
         whole: the plan against which options are timed, in which connections keep everything.
         step: called for every option.
     Returns:
@@ -95,7 +97,8 @@ def measure(judge: Judge, tokens: torch.Tensor, whole: Plan, rooms: tuple[str, .
     for entry, _ in entries:
         alike.setdefault(_key(judge, entry), []).append(entry)
     seconds = clock(judge, alike, seen, whole)
-    ruler, offers = Ruler(judge.model, tokens[:TOKENS]), []
+    measure = judge.workload.measure
+    ruler, offers = Ruler(judge.model, tokens[:measure.texts, :TOKENS], measure), []
     for entry, part in entries:
         (saved, varies), nats = seconds[_key(judge, entry)], None
         if saved > varies:
@@ -108,50 +111,51 @@ def measure(judge: Judge, tokens: torch.Tensor, whole: Plan, rooms: tuple[str, .
 
 
 class Ruler:
-    """How far a model has moved from the dense one on a row of tokens, from any layer on.
+    """How far a model has moved from the dense one on some texts, from any layer on.
 
     Args:
         model: dense.
-        tokens: int64 [T].
-    Memory: the stream before each layer, [T, D], and the dense log-probabilities, [T, vocabulary].
+        tokens: int64 [N, T].
+        measure: by which it is told.
+    Memory: the stream before each layer, [N, T, D], and the dense answers, e.g. log-probabilities [N, T, vocabulary].
     """
 
-    @torch.no_grad()
-    def __init__(self, model: nn.Module, tokens: torch.Tensor):
-        self.model, self.streams = model, []
+    def __init__(self, model: nn.Module, tokens: torch.Tensor, measure: Measure):
+        self.model, self.measure, self.streams = model, measure, []
         layers = [layer.block for layer in layers_of(model)]
         handles = [block.register_forward_pre_hook(self._note, with_kwargs=True) for block in layers]
         try:
-            logits = model(input_ids=tokens[None], use_cache=False, logits_to_keep=COMPARED).logits[0]
+            self.dense = measure.answers(model, tokens, COMPARED)
         finally:
             for handle in handles:
                 handle.remove()
-        self.dense = logits.float().log_softmax(-1)
 
     def _note(self, _, inputs: tuple, named: dict) -> None:
         self.streams.append(named["hidden_states"] if "hidden_states" in named else inputs[0])
 
-    @torch.no_grad()
     def nats(self, layer: int = 0) -> float:
-        """Mean KL(dense ‖ now), in nats a token, of a model that is dense before `layer`. Never below zero."""
-        with _beginning_at(self.model, layer):
-            logits = self.model(inputs_embeds=self.streams[layer], use_cache=False,
-                                logits_to_keep=COMPARED).logits[0]
-        pruned = logits.float().log_softmax(-1)
-        return max(0.0, float(nn.functional.kl_div(pruned, self.dense, reduction="batchmean", log_target=True)))
+        """What a model that is dense before `layer` has lost by now, in nats. Never below zero."""
+        stream = self.streams[layer]
+        with _beginning_at(self.model, layer, stream):
+            found = self.measure.answers(self.model, None, COMPARED, inputs_embeds=stream)
+        return self.measure.nats(self.dense, found)
 
 
 @contextmanager
-def _beginning_at(model: nn.Module, first: int) -> Iterator[None]:
-    """The layers before `first` give what they are given."""
-    blocks = [layer.block for layer in layers_of(model)[:first]]
+def _beginning_at(model: nn.Module, first: int, stream: torch.Tensor) -> Iterator[None]:
+    """The layers before `first` do nothing, and it is given the stream, whatever stands before the layers."""
+    *before, block = [layer.block for layer in layers_of(model)[:first + 1]]
+    handle = block.register_forward_pre_hook(
+        lambda _, inputs, named: ((), {**named, "hidden_states": stream}) if "hidden_states" in named
+        else ((stream, *inputs[1:]), named), with_kwargs=True)
     try:
-        for block in blocks:
-            block.forward = lambda hidden_states, *inputs, **named: hidden_states
+        for skipped in before:
+            skipped.forward = lambda hidden_states, *inputs, **named: hidden_states
         yield
     finally:
-        for block in blocks:
-            vars(block).pop("forward", None)
+        handle.remove()
+        for skipped in before:
+            vars(skipped).pop("forward", None)
 
 
 Clocked = dict[tuple, tuple[float, float]]  # seconds that are saved in one layer, and what these vary by

@@ -1,10 +1,9 @@
-"""Slack as a table: for every layer and room what each option costs and saves, in perplexity a millisecond.
+"""Slack as a table: for every layer and room what each option costs and saves, e.g. in perplexity a millisecond.
 
 Options of connections change the stream by an error (`sentei.budget.slack`); one plan of theirs, judged on the real
 model, says how many nats an error is. Those of the other rooms are measured one by one (`sentei.budget.offers`).
 """
 
-import math
 from dataclasses import replace
 from statistics import median
 
@@ -23,6 +22,7 @@ from sentei.conversion.plan import Plan, prunable_layers
 from sentei.conversion.rooms import WAYS
 from sentei.core.progress import Progress
 from sentei.core.storage import Stages
+from sentei.measurement.outcome import measure_of
 
 
 def measure(model: nn.Module, workload: Workload, windows: dict[str, torch.Tensor], progress: Progress) -> dict:
@@ -31,12 +31,13 @@ def measure(model: nn.Module, workload: Workload, windows: dict[str, torch.Tenso
     Args:
         windows: at least one "calibrate" and one "choose".
     Returns:
-        threads; dense: seconds of one run of the workload and perplexity; options, each with layer, room, option (in
-        words), milliseconds (what it saves of a run), nats, perplexity (what it adds) and perplexity_per_millisecond,
-        these and nats None where it saves no more time than timing varies by.
+        threads; measure, where it is not perplexity; dense: seconds of one run of the workload and perplexity, None of
+        an encoder; options, each with layer, room, option (in words), milliseconds (what it saves of a run), nats, and
+        by the measure's name what it loses: perplexity (what it adds) and perplexity_per_millisecond, or cosine (what
+        it takes off) and cosine_per_millisecond; these and nats None where it saves no more time than timing varies by.
     """
-    library = Library(model, windows["calibrate"], workload.lever)
-    windows = {use: rows[:1] for use, rows in windows.items()}
+    library, measure = Library(model, windows["calibrate"], workload.lever), workload.measure
+    windows = {use: rows[:measure.texts] for use, rows in windows.items()}
     judge = Judge(model, workload, windows, Stages(None), {}, library)
     layers, config = prunable_layers(model), Config()
     whole = slack_of.whole_plan(workload, layers, config)
@@ -44,14 +45,14 @@ def measure(model: nn.Module, workload: Workload, windows: dict[str, torch.Tenso
         seconds = judge.seconds(Plan(), "calibrate", step)
         judge.prepare("choose", step)
     with progress.stage("connections", len(layers) + 1) as step:
-        slack = slack_of.measure(model, workload, windows["calibrate"], layers, config,
+        slack = slack_of.measure(model, workload, windows["calibrate"][:1], layers, config,
                                  rules=slack_of.options(workload), step=step)
         tried = uniform(slack, config, workload)
         middle = tried[len(tried) // 2]
         rate = rate_of([(middle, judge.judge(middle.plan, "choose", step))], slack)
     with progress.stage("rooms", len(offers_of.candidates(model, workload.lever))) as step:
-        offers = offers_of.measure(judge, windows["choose"][0], whole, step=step)
-    perplexity = math.exp(float(judge.dense["choose"].mean()))
+        offers = offers_of.measure(judge, windows["choose"], whole, step=step)
+    level = measure.level(judge.dense["choose"])
     timings = fit(slack)
     varies = median(abs(option.seconds - timed.seconds(mean(option.density))) for timed in timings
                     for option in timed.slack.options[1:])
@@ -59,11 +60,10 @@ def measure(model: nn.Module, workload: Workload, windows: dict[str, torch.Tenso
     options += [{"layer": offer.entry.layer, "room": offer.entry.room, "option": WAYS[offer.entry.room].words(
         offer.entry.config), "nats": offer.nats, "milliseconds": offer.seconds * 1e3} for offer in offers]
     for option in options:
-        saves = option["nats"] is not None
-        option["perplexity"] = perplexity * math.expm1(min(option["nats"], 50.0)) if saves else None
-        option["perplexity_per_millisecond"] = option["perplexity"] / option["milliseconds"] if saves else None
-    return {"threads": torch.get_num_threads(), "dense": {"seconds": seconds, "perplexity": perplexity},
-            "options": options}
+        lost = None if option["nats"] is None else measure.lost(option["nats"], level)
+        option |= {measure.name: lost, f"{measure.name}_per_millisecond": lost and lost / option["milliseconds"]}
+    return {"threads": torch.get_num_threads(), **measure_of(measure.name),
+            "dense": {"seconds": seconds, "perplexity": level}, "options": options}
 
 
 def _connections(timed: Timed, workload: Workload, rate: float, varies: float) -> list[dict]:

@@ -53,7 +53,7 @@ def best_proven(goal: Goal, solution: Solution, judge: Judge, step: Callable[[],
     """
     proofs = [first_proven(goal, replace(solution, ladder=ladder), judge, step)
               for ladder in (solution.ladder, *solution.rivals)]
-    best = max(proofs, key=partial(_rank, goal))
+    best = max(proofs, key=partial(rank, goal))
     return replace(best, looked=tuple(dict.fromkeys(plan for proof in proofs for plan in proof.looked)))
 
 
@@ -78,11 +78,11 @@ def first_proven(goal: Goal, solution: Solution, judge: Judge, step: Callable[[]
                             looked=looked[:attempts], reason=goal.shortfall(quality, comparison)))
         if not proofs[-1].reason:
             return proofs[-1]
-    return replace(max(proofs, key=partial(_rank, goal)), looked=looked)
+    return replace(max(proofs, key=partial(rank, goal)), looked=looked)
 
 
-def _rank(goal: Goal, proof: Proof) -> tuple[bool, bool, float]:
-    """The larger the better: the goal, then its bound, then what it asks to be as large as may be."""
+def rank(goal: Goal, proof: Proof) -> tuple[bool, bool, float]:
+    """How well a proof serves a goal, the larger the better: the goal, its bound, what it asks to be large."""
     reached = goal.speed is not None and not proof.reason
     return (not proof.reason, goal.quality is None or proof.quality >= goal.quality,
             proof.quality if reached else proof.comparison.speedup())

@@ -4,10 +4,12 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
+from torch import nn
+
 from sentei.budget.goal import Goal
-from sentei.budget.workload import Workload, workload_of
+from sentei.budget.workload import Workload, on_model, workload_of
 from sentei.conversion.checkpoints import DTYPES
-from sentei.core.errors import SenteiError
+from sentei.core.errors import SenteiError, UnsupportedError
 from sentei.training.healing import Config as Healing
 
 
@@ -59,6 +61,19 @@ class Request:
     def work(self) -> Workload:
         """What is to become faster."""
         return workload_of(self.workload)
+
+    def work_of(self, model: nn.Module) -> Workload:
+        """The same as this model does it.
+
+        Raises:
+            UnsupportedError: a model of no known family, or what only language models can be asked: of an encoder
+                neither decoding, nor healing, which learns next tokens, nor choices without lookahead.
+        """
+        work = on_model(self.work(), model)
+        for flag, asked in (("--heal", self.heal), ("--no-lookahead", not self.lookahead)):
+            if asked and work.measure is not self.work().measure:
+                raise UnsupportedError(flag, expected="a language model", got="an encoder", do=f"leave {flag} out")
+        return work
 
     def command(self) -> str:
         """The command line that asks the same."""

@@ -1,36 +1,45 @@
 """What each room has part in: the seconds that a plan saves, and the weights that are left."""
 
+from dataclasses import dataclass
+
 from torch import nn
 
 from sentei.budget.proof import Proof
-from sentei.conversion.layers import original_at, paths_of
+from sentei.conversion.layers import original_at, places_of
 from sentei.conversion.plan import Entry
 from sentei.conversion.rooms import WAYS
 from sentei.core.rules import All, Threshold
 
-# Under this name stands what keeping all saves: the same numbers, by native layers and exact attention.
-NATIVE = "native"
+# Under these names stand what keeping all saves, the same numbers by native layers and exact attention; and what was
+# measured beyond what was foreseen, or short of it, which is no room's doing.
+NATIVE, UNFORESEEN = "native", "unforeseen"
 
 
-def rooms_of(proof: Proof, whole: float) -> dict[str, dict]:
-    """The layers, seconds and share of every room of a proven plan, and of native layers; of the dense plan, nothing.
+@dataclass(frozen=True, kw_only=True)
+class Foreseen:
+    """Seconds of one run of the workload as told before the proof: dense, with all kept, and with the plan."""
 
-    What was measured is shared out as was foreseen: connections have what is left by the others' seconds; where they
-    drop nothing, the others have all.
+    dense: float
+    whole: float
+    plan: float
 
-    Args:
-        whole: seconds with everything kept ÷ dense seconds, as measured before.
+
+def rooms_of(proof: Proof, foreseen: Foreseen) -> dict[str, dict]:
+    """The layers, seconds and share of every room of a proven plan; of the dense plan, nothing.
+
+    Each has what it was foreseen to save, in seconds of the proof (a machine is not as fast every hour: all are scaled
+    by the two dense times); what the measured saving differs by stands under UNFORESEEN, below zero where it is less.
+    Shares are of the measured saving; together they are 1.
     """
     (dense, pruned), entries = proof.comparison.seconds(), proof.candidate.plan.entries
     if not entries:
         return {}
     total, choosing = dense - pruned, {entry.layer for entry in entries if _drops_connections(entry)}
-    saved = {NATIVE: dense * (1 - whole), **proof.candidate.saved}
+    saved = {NATIVE: foreseen.dense - foreseen.whole, **proof.candidate.saved}
     if choosing:
-        saved["connections"] = total - sum(saved.values())
-    else:
-        scale = total / (sum(saved.values()) or 1e-12)
-        saved = {name: scale * seconds for name, seconds in saved.items()}
+        saved["connections"] = foreseen.dense - foreseen.plan - sum(saved.values())
+    saved = {name: seconds * dense / foreseen.dense for name, seconds in saved.items()}
+    saved[UNFORESEEN] = total - sum(saved.values())
     layers = {name: {entry.layer for entry in entries if entry.room == name} for name in saved}
     layers |= {NATIVE: {entry.layer for entry in entries}, "connections": choosing}
     return {name: {"layers": len(layers[name]), "seconds": seconds, "share": seconds / total if total else 0.0}
@@ -45,7 +54,7 @@ def _drops_connections(entry: Entry) -> bool:
 
 def kept_of(model: nn.Module, entry: Entry) -> float:
     """The share of the weights of the parts an entry concerns that is left in a model converted with it."""
-    paths = [paths_of(model, entry.layer, part)[0] for part in WAYS[entry.room].parts(entry.config)]
+    paths = [path for part in WAYS[entry.room].parts(entry.config) for path in places_of(model, entry.layer, part)]
     left, own = (sum(weight.numel() for module in modules for weight in module.parameters()) for modules in (
         [model.get_submodule(path) for path in paths], [original_at(model, path) for path in paths]))
     return left / own if own else 1.0

@@ -17,7 +17,8 @@ from torch import nn
 
 from sentei.axes.connections import Config, Connections
 from sentei.budget.workload import Workload
-from sentei.conversion.plan import Plan, attention_path, convert
+from sentei.conversion.layers import layer_of
+from sentei.conversion.plan import Plan, convert
 from sentei.conversion.rooms.connections import rules
 from sentei.core.rules import Rule, rule_from_json
 from sentei.core.selection import Selection
@@ -94,11 +95,10 @@ def measure(
     handles = []
     try:
         for layer in layers:
-            path = attention_path(model, layer)
-            attention, block = model.get_submodule(path), model.get_submodule(path.rpartition(".")[0])
-            probe = PROBES[workload.lever](attention, config, rules, found[layer], step)
-            handles.append(block.register_forward_pre_hook(probe.before, with_kwargs=True))
-            handles.append(attention.connections.register_forward_pre_hook(probe))
+            own = layer_of(model, layer, ("attention",))
+            probe = PROBES[workload.lever](own.member("o_proj"), config, rules, found[layer], step)
+            handles.append(own.block.register_forward_pre_hook(probe.before, with_kwargs=True))
+            handles.append(own.attention.connections.register_forward_pre_hook(probe))
         for row, prefix in zip(tokens, prefixes, strict=True):
             workload.sample(model, row, prefix)
     finally:
@@ -111,8 +111,8 @@ def measure(
 class _Probe:
     """Tries every rule on the inputs one layer's room receives, for a prompt."""
 
-    def __init__(self, attention: nn.Module, config: Config, rules: list[Rule], found: list, step: Callable):
-        self.attention, self.config, self.rules, self.found, self.step = attention, config, rules, found, step
+    def __init__(self, last: nn.Linear, config: Config, rules: list[Rule], found: list, step: Callable):
+        self.last, self.config, self.rules, self.found, self.step = last, config, rules, found, step
         self.stream = 1.0
 
     def before(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -143,7 +143,7 @@ class _Probe:
 
     def _error(self, change: torch.Tensor) -> torch.Tensor:
         """Float64 [H]: what the change [B, T, H, D] of each head adds to the stream, squared, against the stream."""
-        weight = self.attention.o_proj.weight.unflatten(1, (change.shape[2], -1))
+        weight = self.last.weight.unflatten(1, (change.shape[2], -1))
         moments = torch.einsum("bthd,bthe->hde", change, change).float() / (change.shape[0] * change.shape[1])
         gram = torch.einsum("ohd,ohe->hde", weight, weight).float()
         return ((moments * gram).sum((1, 2)) / self.stream).double()

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 
 from sentei.axes.connections import Config
 from sentei.budget.goal import Goal
-from sentei.budget.judge import Judgement
+from sentei.budget.judge import Judgement, takes_attention
 from sentei.budget.slack import LayerSlack
 from sentei.budget.workload import Workload
 from sentei.conversion.plan import Entry, Plan
@@ -72,6 +72,23 @@ def family(slack: list[LayerSlack], config: Config, workload: Workload) -> list[
                                                       or not candidates[-1].plan.entries):
             candidates.append(candidate)
     return candidates
+
+
+def beside(candidate: Candidate, slack: list[LayerSlack], config: Config, workload: Workload) -> list[Candidate]:
+    """The other rooms of a candidate with connections at every price of a second: most kept first, sparsest last.
+
+    The candidate itself is among them, in its place.
+    """
+    gone = {entry.layer for entry in candidate.plan.entries if takes_attention(entry)}
+    left, others = [layer for layer in slack if layer.layer not in gone], candidate.plan.standing("in").entries
+    if not left:
+        return [candidate]
+    spared = sum(candidate.saved.values()) / workload.timed_runs - sum(
+        layer.whole_seconds for layer in fit(slack) if layer.slack.layer in gone)
+    found = [replace(each, plan=Plan((*each.plan.entries, *others)), seconds=each.seconds - spared,
+                     density=each.density * len(left) / len(slack), saved=candidate.saved)
+             for each in family(left, config, workload)[1:]]
+    return sorted([*found, candidate], key=lambda each: -each.seconds)
 
 
 def uniform(slack: list[LayerSlack], config: Config, workload: Workload) -> list[Candidate]:

@@ -1,7 +1,8 @@
 """What is to become faster: the reading of a prompt, or the tokens that follow it.
 
-A workload knows how a model does it once (to be timed), how its quality is read from a row of text, and which field of
-the room's configuration prunes it.
+A workload knows how a model does it once (to be timed), what is read of a row of text and how that tells the quality,
+on how many texts, and which field of the room's configuration prunes it. Encoders read prompts as language models do,
+but both ways, and what is read of them is another thing: `on_model` says whose work it is.
 """
 
 import copy
@@ -17,9 +18,14 @@ import torch
 from torch import nn
 
 from sentei.conversion.cache import pruned_layers
+from sentei.conversion.layers import family_of
 from sentei.conversion.rooms.heads import FOLD
-from sentei.core.errors import SenteiError
-from sentei.measurement.quality import losses_after, token_losses
+from sentei.core.errors import SenteiError, UnsupportedError
+from sentei.measurement.quality import COSINE, PERPLEXITY, Measure, embedding_of, losses_after, token_losses
+
+# Where one window is LONG tokens, a plan is chosen on one alone: what is chosen is proven on others, and choosing is
+# what takes the time.
+LONG = 4096
 
 
 @dataclass(frozen=True)
@@ -31,6 +37,7 @@ class Workload(ABC):
         lever: the field of the room's Config that holds the rule for it.
         per_head: whether that rule may differ by head.
         least: the fewest tokens that make sense.
+        measure: of its quality.
     """
 
     tokens: int
@@ -38,9 +45,23 @@ class Workload(ABC):
     lever: ClassVar[str]
     per_head: ClassVar[bool]
     least: ClassVar[int]
+    measure: ClassVar[Measure] = PERPLEXITY
 
     def __str__(self) -> str:
         return f"{self.kind}:{self.tokens}"
+
+    @property
+    def windows(self) -> dict[str, int]:
+        """How many texts of `tokens` tokens each use of a job needs; no two uses share a token."""
+        return {"calibrate": 1, "choose": 1 if self.tokens >= LONG else 2, "verify": 2}
+
+    @abstractmethod
+    def by_encoder(self) -> "Workload":
+        """The same work, done by an encoder.
+
+        Raises:
+            UnsupportedError: encoders do not do it.
+        """
 
     @property
     @abstractmethod
@@ -57,8 +78,10 @@ class Workload(ABC):
         """What a reading of a row begins with, as this model makes it."""
 
     @abstractmethod
-    def losses(self, model: nn.Module, row: torch.Tensor, prefix: object) -> torch.Tensor:
-        """Negative log-likelihoods, float64 [N], in nats, of the tokens this work is about."""
+    def answer(self, model: nn.Module, row: torch.Tensor, prefix: object) -> torch.Tensor:
+        """What the measure compares, float64 [N]: for perplexity the negative log-likelihoods, in nats, of the tokens
+        this work is about; for cosine the embedding of the row.
+        """
 
     @abstractmethod
     def sample(self, model: nn.Module, row: torch.Tensor, prefix: object) -> None:
@@ -101,7 +124,11 @@ class Prefill(Workload):
         """Nothing."""
         return None
 
-    def losses(self, model, row, prefix):
+    def by_encoder(self):
+        """Every token sees all others, and a text becomes an embedding."""
+        return Embed(self.tokens)
+
+    def answer(self, model, row, prefix):
         """Of every token of the row after its first."""
         return token_losses(model, row[None])[0]
 
@@ -113,6 +140,28 @@ class Prefill(Workload):
         """The whole reading is timed."""
         return torch.no_grad()(lambda: _clocked(
             [partial(model, input_ids=row[None], use_cache=True, logits_to_keep=1)]))
+
+
+class Embed(Prefill):
+    """Reading a text with an encoder: of its last states an embedding is made.
+
+    An embedding is one observation, where a text for a language model is one for every few tokens: more are needed.
+    """
+
+    measure = COSINE
+
+    @property
+    def windows(self) -> dict[str, int]:
+        """More texts."""
+        return {"calibrate": 1, "choose": self.measure.texts, "verify": 24}
+
+    def answer(self, model, row, prefix):
+        """The embedding."""
+        return embedding_of(model, row[None])[0]
+
+    def begin(self, model, row, prefix):
+        """The whole reading is timed."""
+        return torch.no_grad()(lambda: _clocked([partial(model, input_ids=row[None])]))
 
 
 class Decode(Workload):
@@ -149,7 +198,12 @@ class Decode(Workload):
         model.get_decoder()(input_ids=row[None, :-self._read], past_key_values=cache, use_cache=True)
         return cache
 
-    def losses(self, model, row, prefix):
+    def by_encoder(self):
+        """They write nothing."""
+        raise UnsupportedError("--workload", expected="a prefill workload for an encoder, which writes no tokens",
+                               got=str(self), do=f"name the texts it reads, e.g. --workload prefill:{self.tokens}")
+
+    def answer(self, model, row, prefix):
         """Of the last tokens of the row; where nothing chooses pages, as in the dense model, all in one call."""
         rows = self.AT_ONCE if pruned_layers(model) else self.READ
         return losses_after(model, row, self._own(model, row, prefix), rows=rows)
@@ -193,6 +247,15 @@ class Decode(Workload):
         """The most likely next token."""
         logits = model(input_ids=token[None], past_key_values=cache, use_cache=True, logits_to_keep=1).logits
         return int(logits[0, -1].argmax())
+
+
+def on_model(workload: Workload, model: nn.Module) -> Workload:
+    """The workload as this model does it.
+
+    Raises:
+        UnsupportedError: an encoder that is to decode, or a model of no known family.
+    """
+    return workload if family_of(model).causal else workload.by_encoder()
 
 
 def workload_of(text: str) -> Workload:

@@ -23,15 +23,17 @@ def arguments(parser: argparse.ArgumentParser) -> None:
                         "tokens written when the text is that long (default: %(default)s)")
     goal = parser.add_mutually_exclusive_group()
     goal.add_argument("--quality", metavar="Q", help="find the fastest plan with at least this quality, above 0 and at "
-                      f"most 1: dense perplexity / pruned perplexity on held-out text (default: {QUALITY})")
+                      f"most 1, on held-out text: dense perplexity / pruned perplexity, or of an encoder the cosine of "
+                      f"its embeddings with the dense model's (default: {QUALITY})")
     goal.add_argument("--speed", metavar="S", help="find the best quality at this speed-up, 1 or more")
     parser.add_argument("--no-lookahead", dest="lookahead", action="store_false", help="also measure quality "
                         "with what a token keeps chosen from no later token, and hold that to --quality too; the plan "
                         "is the usual one, which chooses for a block of tokens with the whole block in sight")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32",
                         help="number format of dense and pruned model alike (default: %(default)s)")
-    parser.add_argument("--heal", metavar="MINUTES", help="train the pruned model for so long to say what the dense "
-                        "one does, on text that nothing is judged on, and measure it then (default: 0, no training)")
+    parser.add_argument("--heal", metavar="MINUTES", help="choose a bolder plan, train the pruned model for so long "
+                        "to say what the dense one does, on text that nothing is judged on, and measure it then; kept "
+                        "if that serves the bound better (default: 0, no training)")
     parser.add_argument("--out", metavar="DIR", help="folder for the pruned model and the report; the same folder goes "
                         "on with an interrupted run (default: chosen and printed)")
     parser.add_argument("--online", action="store_true", help="allow a download from the hub (default: no network)")
@@ -66,14 +68,15 @@ def work(options: argparse.Namespace, say: Say) -> bool:
 def summary(result: dict, interval: tuple[float, float], report: Path) -> str:
     """The public result of `sentei prune`, a line for each of its parts."""
     dense, pruned, strict = result["dense"], result["pruned"], result.get("quality_without_lookahead")
+    told = "cosine of embeddings with the dense model's" if dense["perplexity"] is None else \
+        f"perplexity {dense['perplexity']:.4g} dense, {pruned['perplexity']:.4g} pruned"
     code = f"import sentei; model = sentei.load({json.dumps(str(result['out']), ensure_ascii=False)})"
     return table({
         "model": result["model"],
         "workload": f"{result['workload']}, {result['dtype']}, {result['threads']} threads",
         "speed-up": f"{result['speedup']:.2f} times ({dense['seconds']:.3g} s dense, {pruned['seconds']:.3g} s pruned; "
                     f"{dense['tokens_per_second']:.3g} and {pruned['tokens_per_second']:.3g} tokens a second)",
-        "quality": f"{result['quality']:.4f}, between {interval[0]:.4f} and {interval[1]:.4f} "
-                   f"(perplexity {dense['perplexity']:.4g} dense, {pruned['perplexity']:.4g} pruned)",
+        "quality": f"{result['quality']:.4f}, between {interval[0]:.4f} and {interval[1]:.4f} ({told})",
         **({"without lookahead": f"quality {strict:.4f}"} if strict is not None else {}),
         **({"healed": healed_words(result["healed"])} if "healed" in result else {}),
         "density": f"{result['density']:.3f} of the connections are computed",
@@ -84,9 +87,14 @@ def summary(result: dict, interval: tuple[float, float], report: Path) -> str:
 
 def healed_words(healed: dict) -> str:
     """What healing came to, in a line."""
+    relaxed = healed["relaxed"]
+    chosen = "" if relaxed is None else \
+        f"; chosen under {relaxed['quality']:.4f}, as {relaxed['share']:.0%} of the nats came back in a probe"
     if not healed["kept"]:
-        return f"not kept: {healed['reason']}"
-    return f"for {healed['minutes']:g} minutes; quality {healed['quality_unhealed']:.4f} before"
+        return f"not kept{chosen}: {healed['reason']}"
+    without = healed["unhealed"]
+    return (f"for {healed['minutes']:g} minutes{chosen}; quality {healed['quality_unhealed']:.4f} before; without "
+            f"healing {without['speedup']:.2f} times at {without['quality']:.4f}")
 
 
 VERB = Verb(
@@ -97,7 +105,7 @@ VERB = Verb(
         "sentei prune --workload prefill:8000 --speed 1.5",
         "sentei prune --workload decode:8000",
         "sentei prune --no-lookahead",
-        "sentei prune --workload prefill:1024 --speed 1.3 --heal 10",
+        "sentei prune --workload prefill:1024 --quality 0.95 --heal 10",
         "sentei prune --json > result.json",
     ),
     arguments=arguments,

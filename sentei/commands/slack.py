@@ -28,7 +28,7 @@ def work(options: argparse.Namespace, say: Say) -> bool:
                                workload=options.workload, quality=0.99, dtype=options.dtype, online=options.online)
     progress = Progress(sys.stderr, bars=draws(sys.stderr))
     subject, _, windows = pipeline.opened(request, progress)
-    found = prices.measure(subject.model, request.work(), windows, progress)
+    found = prices.measure(subject.model, subject.work, windows, progress)
     result = {"schema": "sentei.slack/1", "model": subject.name, "workload": options.workload, "dtype": options.dtype,
               **found}
     say(result, summary(result))
@@ -39,23 +39,25 @@ def summary(result: dict) -> str:
     """A line a layer: the cheapest option of every room, and its price."""
     rooms = list(dict.fromkeys(option["room"] for option in result["options"]))
     layers = sorted({option["layer"] for option in result["options"]})
-    dense = result["dense"]
+    dense, measure = result["dense"], result.get("measure", "perplexity")
+    price = f"{measure}_per_millisecond"
+    level = "" if dense["perplexity"] is None else f", perplexity {dense['perplexity']:.4g}"
     lines = [f"{result['model']}, {result['workload']}, {result['dtype']}, {result['threads']} threads: dense "
-             f"{dense['seconds'] * 1e3:.0f} ms, perplexity {dense['perplexity']:.4g}",
-             "the cheapest option of each room: perplexity a millisecond saved (the option, milliseconds saved)", "",
+             f"{dense['seconds'] * 1e3:.0f} ms{level}",
+             f"the cheapest option of each room: {measure} a millisecond saved (the option, milliseconds saved)", "",
              "layer  " + "".join(f"{room:<34}" for room in rooms)]
     for layer in layers:
         cells = []
         for room in rooms:
             paying = [option for option in result["options"] if option["layer"] == layer and option["room"] == room
-                      and option["perplexity_per_millisecond"] is not None]
-            best = min(paying, key=lambda option: option["perplexity_per_millisecond"], default=None)
+                      and option[price] is not None]
+            best = min(paying, key=lambda option: option[price], default=None)
             cells.append("no gain here" if best is None else
-                         f"{best['perplexity_per_millisecond']:.2g} ({best['option']}, {best['milliseconds']:.2g} ms)")
+                         f"{best[price]:.2g} ({best['option']}, {best['milliseconds']:.2g} ms)")
         lines.append(f"{layer:<7}" + "".join(f"{cell:<34}" for cell in cells).rstrip())
     for room in rooms:
         options = [option for option in result["options"] if option["room"] == room]
-        none = sum(option["perplexity_per_millisecond"] is None for option in options)
+        none = sum(option[price] is None for option in options)
         if none:
             lines.append(f"{room}: {none} of {len(options)} options save no time on this machine")
     return "\n".join(lines)

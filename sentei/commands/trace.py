@@ -117,10 +117,6 @@ def _model(options: argparse.Namespace):
         plain = model.config.vocabulary == data.Bytes.vocabulary and not (folder / "tokenizer.json").is_file()
         tokenizer = data.tokenizer_of("bytes" if plain else "tokenizer.json", folder)
         return folder.resolve().name, model, tokenizer, tokenizer.encode
-    encoders = importlib.import_module("sentei.conversion.encoders")
-    if encoders.is_encoder(folder):
-        tokenizer = importlib.import_module("sentei.conversion.tokenizers").read_tokenizer(folder)
-        return folder.resolve().name, encoders.load(folder), tokenizer, lambda text: tokenizer(text)["input_ids"]
     checkpoints = importlib.import_module("sentei.conversion.checkpoints")
     found = checkpoints.locate(options.model, online=options.online)
     if (folder / "sentei.json").is_file():

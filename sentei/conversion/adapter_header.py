@@ -19,7 +19,8 @@ _NAME = re.compile(re.escape(PREFIX) + r"(?P<path>.+)\.lora_(?P<factor>[AB])(\.d
 _PATTERN = re.compile(r"\^?[\w.]+")
 _FLOATS = ("F64", "F32", "F16", "BF16")
 # Read here; each is checked where it is used.
-_READ = {"r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules"}
+_READ = {"r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules",
+         "target_parameters"}
 # What else may be said without changing what the tensors compute: where they come from, and which layers were meant.
 _SAID = {"task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
          "exclude_modules", "layers_to_transform", "layers_pattern", "megatron_core", "qalora_group_size", "eva_config",
@@ -44,7 +45,7 @@ def read_values(folder: Path) -> dict:
         if key not in _READ | _SAID and not any(type(item) is type(one) and item == one for one in allowed):
             raise UnsupportedError(str(path), expected="plain LoRA on linear layers", got=f"{key} {shown(item)}",
                                    do="merge the adapter into its base model with what made it")
-    targets = value.get("target_modules")
+    targets, stacked = value.get("target_modules"), value.get("target_parameters")
     ranks, alphas = value.get("rank_pattern") or {}, value.get("alpha_pattern") or {}
     checks = {
         "peft_type LORA": value.get("peft_type") == "LORA",
@@ -54,6 +55,9 @@ def read_values(folder: Path) -> dict:
             for patterns in (ranks, alphas)),
         "target_modules a list of names, or one name": targets is None or isinstance(targets, str) or (
             isinstance(targets, list) and all(isinstance(target, str) for target in targets)),
+        f"target_parameters a list of at most {MAX_PATTERNS:,} names": stacked is None or (
+            isinstance(stacked, list) and len(stacked) <= MAX_PATTERNS
+            and all(isinstance(target, str) for target in stacked)),
     }
     for expected, holds in checks.items():
         if not holds:

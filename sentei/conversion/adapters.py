@@ -1,39 +1,69 @@
 """Adapters all over a model: added by the names of its layers, merged, taken back, folded into plain weights."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from torch import nn
 
 from sentei.axes.rank import Adapter, Config, LowRank, from_dense
+from sentei.conversion.adapted import AdaptedStacks, check
 from sentei.core.errors import RuleError, UnsupportedError
 from sentei.core.rules import All
 
 
 def add(model: nn.Module, targets: Iterable[str], config: Config) -> list[str]:
-    """Gives the named linear layers of a model an adapter, in place; then only adapters are trainable.
+    """Gives the named linear layers and stacks of experts of a model an adapter, in place; then only adapters train.
 
-        add(model, ["q_proj", "v_proj"], rank.Config(rank=16))
+        add(model, ["q_proj", "v_proj", "experts.down_proj"], rank.Config(rank=16))
 
     Args:
-        targets: module paths or their last parts, e.g. "q_proj" or "layers.3.mlp.up_proj"; each must match a layer.
+        targets: paths of modules or of stacked weights [E, O, I], or their last parts, e.g. "q_proj" or
+            "layers.3.mlp.up_proj"; each must match one.
     Returns:
         The paths of the layers, in the model's order; one path for a layer that stands in several places.
     Raises:
-        UnsupportedError: a target that matches nothing, or something else than a plain nn.Linear without an adapter.
+        UnsupportedError: a target that matches nothing, or something else than a plain nn.Linear without an adapter
+            or such a weight; weights stored [E, I, O].
+        RuleError: a rule or a dropout that those weights cannot have.
     """
     targets = (targets,) if isinstance(targets, str) else tuple(targets)
     found = {path: module for path, module in model.named_modules(remove_duplicate=False)
              if path and any(is_at(path, target) for target in targets)}
-    idle = [target for target in targets if not any(is_at(path, target) for path in found)]
+    stacks = {path: part for path, part in model.named_parameters()
+              if part.dim() == 3 and any(is_at(path, target) for target in targets)}
+    idle = [target for target in targets if not any(is_at(path, target) for path in (*found, *stacks))]
     wrong = [path for path, module in found.items() if type(module) is not nn.Linear]
+    wrong += [path for path in stacks if isinstance(model.get_submodule(path.rpartition(".")[0]), Adapter)]
+    wrong += [path for path in stacks if isinstance(holder_of(model, path), AdaptedStacks) or "." not in path]
     if idle or wrong or not targets:
-        raise UnsupportedError("adapters.add", expected="targets that name nn.Linear layers without an adapter",
-                               got=", ".join([*map(repr, idle), *wrong])[:200] or "no target",
-                               do="give the ends of module paths, as model.named_modules() has them")
-    made = {id(module): from_dense(module, config) for module in found.values()}
-    replace(model, made)
+        raise UnsupportedError("adapters.add", expected="targets that name nn.Linear layers without an adapter, or "
+                               "stacked weights", got=", ".join([*map(repr, idle), *wrong])[:200] or "no target",
+                               do="give the ends of paths, as model.named_modules() and named_parameters() have them")
+    holders = adapted_stacks(model, dict.fromkeys(stacks, config))
+    replace(model, holders | {id(module): from_dense(module, config) for module in found.values()})
     freeze_all_but_adapters(model)
-    return [path for path in adapters_of(model) if path in found]
+    return [path for path in adapters_of(model) if path in found or path in stacks]
+
+
+def adapted_stacks(model: nn.Module, configs: Mapping[str, Config]) -> dict[int, AdaptedStacks]:
+    """For `replace`: what stands in the place of the modules with the stacked weights at these paths.
+
+    Raises:
+        UnsupportedError, RuleError: see `adapted.check`; nothing is changed then.
+    """
+    holders: dict[str, dict[str, Config]] = {}
+    for path, config in configs.items():
+        holder, _, name = path.rpartition(".")
+        holders.setdefault(holder, {})[name] = config
+    bases = [(model.get_submodule(holder), named) for holder, named in holders.items()]
+    for base, named in bases:
+        check(base, named)
+    return {id(base): AdaptedStacks(base, named) for base, named in bases}
+
+
+def holder_of(model: nn.Module, path: str) -> nn.Module | None:
+    """What holds the module that holds the weight at a path."""
+    above = path.rpartition(".")[0]
+    return model.get_submodule(above.rpartition(".")[0]) if above else None
 
 
 def is_at(path: str, target: str) -> bool:
@@ -80,7 +110,7 @@ def unmerge(model: nn.Module) -> None:
 
 
 def remove(model: nn.Module, *, fold: bool = False) -> nn.Module:
-    """Makes the adapted linear layers plain again, in place; returns the model.
+    """Makes the adapted layers plain again, in place; returns the model.
 
     A folded weight that was shared, as an output layer's with the embedding, is its layer's own afterwards; tell the
     model's config before you save it.
@@ -89,18 +119,19 @@ def remove(model: nn.Module, *, fold: bool = False) -> nn.Module:
         fold: keep the change, in a new weight W + s·BA; else the layers are what they were, to the bit.
     Raises:
         RuleError: see `merge`, with `fold`.
-        UnsupportedError: the model is itself such a layer, or holds a LowRankStack.
+        UnsupportedError: the model is itself such a layer, or holds a LowRankStack of its own.
     """
     found = {path: module for path, module in model.named_modules(remove_duplicate=False)
-             if isinstance(module, Adapter)}
-    wrong = [path or "the model itself" for path, module in found.items()
-             if not path or not isinstance(module, LowRank)]
-    if wrong:
-        raise UnsupportedError("adapters.remove", expected="adapted linear layers inside a model",
-                               got=", ".join(wrong)[:200], do="use merge and the attribute `merged`")
+             if isinstance(module, LowRank | AdaptedStacks)}
+    known = {id(stack) for holder in found.values() for stack in holder.modules()}
+    wrong = [path for path, module in adapters_of(model).items() if id(module) not in known]
+    if wrong or "" in found:
+        raise UnsupportedError("adapters.remove", expected="adapted layers inside a model",
+                               got=", ".join(wrong)[:200] or "the model itself", do="use merge and `merged`")
     if fold:
         merge(model)
-    made = {id(adapter): _plain(adapter, fold) for adapter in found.values()}
+    made = {id(layer): layer.plain(fold=fold) if isinstance(layer, AdaptedStacks) else _plain(layer, fold)
+            for layer in found.values()}
     replace(model, made)
     return model
 

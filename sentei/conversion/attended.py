@@ -137,7 +137,8 @@ def watched_forward(module, query, key, value, attention_mask, scaling=None, **e
         tokens = query.shape[2]
         allowed = attention_mask
         if allowed is None:
-            allowed = torch.ones(1, 1, tokens, tokens, dtype=torch.bool, device=query.device).tril()
+            allowed = torch.ones(1, 1, tokens, tokens, dtype=torch.bool, device=query.device)
+            allowed = allowed.tril() if getattr(module, "is_causal", True) else allowed
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
         state.see(query, key, value, allowed if allowed.dtype is torch.bool else allowed >= 0, scaling)
     return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **extra)

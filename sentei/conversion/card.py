@@ -15,8 +15,8 @@ _PLAIN = re.compile(r"[A-Za-z0-9][\w.-]{0,63}", flags=re.ASCII)
 _LICENCE = re.compile(r"^license:[ \t]*[\"']?([\w.-]{1,64})[\"']?[ \t]*$", flags=re.ASCII | re.MULTILINE)
 _MARKUP = re.compile(r"([\\`*_{}\[\]()#+.!|~:@$&<>-])")
 LIMITS = (
-    "Quality is dense perplexity ÷ pruned perplexity on one text; it is no score on your task. The bound is met when "
-    "the measured value is; the interval may reach below it.",
+    "Quality is told on one text; it is no score on your task. The bound is met when the measured value is; the "
+    "interval may reach below it.",
     "Seconds belong to one machine, its threads and its day. On another one run `sentei prune` again.",
     "The plan is for one workload. Other lengths, and reading where it was made for writing, may gain nothing.",
 )
@@ -77,7 +77,7 @@ def render(result: dict, details: dict, receipt: dict) -> str:
         "## Measured", _table(result, details), _method(result, details),
         *_healing(result),
         "## Made with", fenced(details["command"]),
-        f"A fresh process has loaded this folder and compared logits: the largest difference is "
+        f"A fresh process has loaded this folder and compared outputs: the largest difference is "
         f"{receipt['difference']:.2g}, of {receipt['tolerance']:.2g} allowed. `sentei verify` does it again.",
         "## Use", fenced('import sentei\n\nmodel = sentei.load("path/of/this/folder")', lines=True),
         "## Base model",
@@ -102,7 +102,8 @@ def _table(result: dict, details: dict) -> str:
             ("---", "---", "---"),
             ("seconds", f"{dense['seconds']:.3g}", f"{pruned['seconds']:.3g}"),
             ("tokens a second", f"{dense['tokens_per_second']:.3g}", f"{pruned['tokens_per_second']:.3g}"),
-            ("perplexity", f"{dense['perplexity']:.4g}", f"{pruned['perplexity']:.4g}"),
+            *([("perplexity", f"{dense['perplexity']:.4g}", f"{pruned['perplexity']:.4g}")]
+              if dense["perplexity"] is not None else []),
             ("speed-up, range of pairs", "1", f"{result['speedup']:.2f}, {slow:.2f} to {fast:.2f}"),
             ("quality, 95 % interval", "1", f"{result['quality']:.4f}, {low:.4f} to {high:.4f}"),
             *([("quality without lookahead", "1", f"{strict:.4f}")] if strict is not None else []),
@@ -115,14 +116,21 @@ def _healing(result: dict) -> list[str]:
     healed = result.get("healed")
     if healed is None:
         return []
-    outcome = f"Quality before, as measured above: {healed['quality_unhealed']:.4f}." if healed["kept"] else \
+    without, relaxed = healed["unhealed"], healed["relaxed"]
+    outcome = (f"Quality of this plan before, as measured above: {healed['quality_unhealed']:.4f}. The best plan "
+               f"without healing: {without['speedup']:.2f} times as fast at {without['quality']:.4f}."
+               ) if healed["kept"] else \
         f"The healed weights are **not** these: {words(healed['reason'])}."
+    chosen = [] if relaxed is None else [
+        f"The plan was chosen under a bound of {relaxed['quality']:.4f} in place of {relaxed['asked']:g}: "
+        f"{relaxed['probe']['minutes']:.2g} of the minutes brought a plan from {relaxed['probe']['unhealed']:.4f} to "
+        f"{relaxed['probe']['healed']:.4f} on the text for choosing, {relaxed['share']:.0%} of the nats it had lost."]
     rows = [("minutes", "steps", "tokens", "perplexity", "quality"), ("---",) * 5] + [
         (f"{row['minutes']:.2f}", f"{row['step']:,}", f"{row['tokens']:,}", f"{row['perplexity']:.4g}",
          f"{row['quality']:.4f}") for row in healed["table"]]
     return ["## Healed", "Trained by sentei to say what the dense model says (KL of the next token, low-rank changes, "
             f"merged), {healed['minutes']:g} minutes by the clock, on text that nothing is judged on. {outcome}",
-            *(["\n".join(f"| {' | '.join(row)} |" for row in rows)] if healed["table"] else [])]
+            *chosen, *(["\n".join(f"| {' | '.join(row)} |" for row in rows)] if healed["table"] else [])]
 
 
 def _limits(result: dict, rung: str) -> tuple[str, ...]:
@@ -137,7 +145,8 @@ def _method(result: dict, details: dict) -> str:
     text, machine = details["text"], ", ".join(f"{words(key)} {words(value)}" for key, value in
                                                details["environment"].items())
     uses = ", ".join(f"{words(use)} {count:,}" for use, count in text["tokens"].items())
-    return (f"Dense is transformers' own sdpa at the same dtype and threads, timed in turn with the pruned model. "
+    return (f"Quality is {words(details['meaning'])}; 1 is no loss. "
+            f"Dense is transformers' own sdpa at the same dtype and threads, timed in turn with the pruned model. "
             f"Text: {words(text['name'])} (SHA-256 {words(text['sha256'][:16])}); tokens by use, none shared: {uses}. "
             f"{details['verify_attempts']} plan{'s were' if details['verify_attempts'] != 1 else ' was'} judged on the "
             f"text for verifying. {words(details['date'])}; {machine}.")

@@ -8,7 +8,8 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -118,7 +119,7 @@ def load_model(checkpoint: Checkpoint, dtype: str = "float32", reshape: Callable
     folder = checkpoint.folder
     raw, family = read_config(folder)
     config = family.build_config(raw, str(folder / "config.json"))
-    tensors = {name: tensor for file in weight_files(folder).values() for name, tensor in file.items()}
+    tensors = {name: tensor for file in weight_files(folder, family).values() for name, tensor in file.items()}
     model_class = getattr(transformers, family.architecture)
     check_side_files(folder)
     family.check_tensors(config, {name: tensor.shape for name, tensor in tensors.items()},
@@ -126,24 +127,38 @@ def load_model(checkpoint: Checkpoint, dtype: str = "float32", reshape: Callable
     needed = sum(tensor.elements for tensor in tensors.values()) * DTYPES[dtype].itemsize
     require_memory(folder, needed + max(tensor.bytes for tensor in tensors.values()))
     if reshape is not None:
-        model = _reshaped(folder, model_class._from_config(config, dtype=DTYPES[dtype], attn_implementation="sdpa"),
-                          reshape)
+        model = _reshaped(folder, model_class._from_config(config, dtype=DTYPES[dtype], attn_implementation="sdpa",
+                                                           **family.options), reshape)
         _check_finite(folder, model)
         return model.eval()
     try:
-        model, info = model_class.from_pretrained(
-            str(folder), config=config, dtype=DTYPES[dtype], attn_implementation="sdpa", local_files_only=True,
-            use_safetensors=True, trust_remote_code=False, output_loading_info=True)
+        with _without_report():
+            model, info = model_class.from_pretrained(
+                str(folder), config=config, dtype=DTYPES[dtype], attn_implementation="sdpa", local_files_only=True,
+                use_safetensors=True, trust_remote_code=False, output_loading_info=True, **family.options)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise FileError(str(folder), expected="weights that transformers can load", got=shown(error),
                         do="download the model again") from error
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
-        if info[problem]:
+        names = [name for name in info[problem] if problem != "unexpected_keys" or family.own_name(name)]
+        if names:
             raise FileError(str(folder), expected="exactly the tensors of the model",
-                            got=f"{problem.replace('_', ' ')}: {shown(sorted(info[problem]))}",
-                            do="download the model again")
+                            got=f"{problem.replace('_', ' ')}: {shown(sorted(names))}", do="download the model again")
     _check_finite(folder, model)
     return model.eval()
+
+
+@contextmanager
+def _without_report() -> Iterator[None]:
+    """transformers reports what it leaves in the file; that is meant, and is checked."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def _reshaped(folder: Path, model: PreTrainedModel, reshape: Callable) -> PreTrainedModel:
@@ -180,7 +195,7 @@ def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerFast:
 def _from_gguf(path: Path, cache: Path, origin: str) -> Checkpoint:
     folder, header, done = dequantise(path, cache)
     _, family = read_config(folder)
-    weight_files(folder)
+    weight_files(folder, family)
     kind = header.quantisation
     name = re.sub(rf"[.-]{kind}(_[A-Z]+)?$", "", path.stem, flags=re.IGNORECASE)
     licence = header.values.get("general.license")
@@ -191,7 +206,7 @@ def _from_gguf(path: Path, cache: Path, origin: str) -> Checkpoint:
 
 def _from_folder(folder: Path, name: str, source: str) -> Checkpoint:
     _, family = read_config(folder)
-    files = ["config.json", "tokenizer.json", *weight_files(folder)]
+    files = ["config.json", "tokenizer.json", *weight_files(folder, family)]
     check_side_files(folder)
     if member(folder, "tokenizer_config.json", required=False) is not None:
         files.append("tokenizer_config.json")

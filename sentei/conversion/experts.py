@@ -7,11 +7,13 @@ Every model whose experts are stacked weights can be run so (Mixtral, OLMoE, Qwe
 What is gated as usual, without biases, is a `Stack`; the rest is functions of its module's own parts.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 
 import torch
 from torch import nn
 
+from sentei.axes.rank import LowRankStack
 from sentei.core.errors import UnsupportedError
 from sentei.kernels.routing import Stack, route
 from sentei.kernels.routing.stack import ACTIVATIONS
@@ -47,10 +49,21 @@ def run_experts(
     Returns:
         [T, D], of the dtype of hidden_states.
     """
+    return routed(module, hidden_states, top_k_index, top_k_weights, _experts(module))
+
+
+def routed(module: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor,
+           experts: Sequence[Callable]) -> torch.Tensor:
+    """`run_experts` with other functions in the place of the module's experts."""
     ids = top_k_index.long()
     if module._is_expert_parallel:
         ids = ids.masked_fill(ids >= module.num_experts, -1)
-    return route(hidden_states, ids, top_k_weights, _experts(module)).to(hidden_states.dtype)
+    return route(hidden_states, ids, top_k_weights, experts).to(hidden_states.dtype)
+
+
+def is_experts(module: nn.Module) -> bool:
+    """Whether transformers gave the module what `run_experts` reads, and its weights are [E, O, I]."""
+    return hasattr(module, "is_concatenated") and not module.is_transposed
 
 
 def _experts(module: nn.Module) -> Stack | list[Callable]:
@@ -64,14 +77,18 @@ def _experts(module: nn.Module) -> Stack | list[Callable]:
     if plain and module.is_concatenated and type(module)._apply_gate is _default_apply_gate:
         joint = module.gate_up_proj
         return Stack.from_joint(joint.mT if module.is_transposed else joint, down, activation)
-    return [_function(module, e) for e in range(len(down))]
+    return [function_of(module, e) for e in range(len(down))]
 
 
-def _function(module: nn.Module, e: int) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Expert e by the module's own parts."""
+def function_of(module: nn.Module, e: int, adapters: Mapping[str, LowRankStack] = MappingProxyType({})
+                ) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Expert e by the module's own parts, with the adapters of some of its weights, by name."""
     def product(x: torch.Tensor, name: str) -> torch.Tensor:
-        weight = getattr(module, name)[e]
         bias = getattr(module, f"{name}_bias")[e] if module.has_bias else None
+        if name in adapters:
+            y = adapters[name][e](x)
+            return y if bias is None else y + bias
+        weight = getattr(module, name)[e]
         return nn.functional.linear(x, weight.T if module.is_transposed else weight, bias)
 
     def expert(x: torch.Tensor) -> torch.Tensor:

@@ -21,9 +21,11 @@ from sentei.conversion import cache, native
 from sentei.conversion.card import CARD
 from sentei.conversion.checkpoints import DTYPES, load_model, locate
 from sentei.conversion.families import marked
+from sentei.conversion.layers import family_of
 from sentei.conversion.model_folder import member
 from sentei.conversion.plan import Plan, complete, convert
 from sentei.conversion.rungs import plain, reshape, rung_of
+from sentei.conversion.tokenizers import require_known
 from sentei.core.errors import FileError, RuleError, SenteiError, UnsupportedError, shown
 from sentei.core.safetensors_header import read_header
 from sentei.core.storage import cannot_write, read_json, sync_folder, write_json
@@ -34,8 +36,10 @@ SCHEMA = "sentei.policy/1"
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.25}
 ROWS = 8
 MAX_POLICY_BYTES = 4 << 20
-RECEIPT_SHAPES = {"tokens": ("I64", 1), "logits": ("F32", 2)}  # dtype and number of dimensions
-# ROWS of logits of the largest vocabulary, and tokens.
+LOGITS, STATES = "logits", "states"  # what a receipt holds beside tokens: of a decoder, and of an encoder
+# Dtype and number of dimensions.
+RECEIPT_SHAPES = tuple({"tokens": ("I64", 1), name: ("F32", 2)} for name in (LOGITS, STATES))
+# ROWS of logits of the largest vocabulary, or of an encoder's states, and tokens.
 MAX_RECEIPT_BYTES = 1 << 28
 
 
@@ -45,7 +49,7 @@ def export(model: nn.Module, tokenizer, plan: Plan, folder: Path, *, tokens: tor
     Args:
         model: converted with `plan`.
         tokenizer: its tokenizer, or None.
-        tokens: int64 [T]; the receipt holds the logits of their last ROWS positions.
+        tokens: int64 [T]; the receipt holds the logits of their last ROWS positions, or an encoder's states.
         facts: more for the policy, e.g. where the weights come from; JSON-able.
     Raises:
         ResourceError: the disk is full; files of an earlier export are then still whole.
@@ -63,7 +67,8 @@ def export(model: nn.Module, tokenizer, plan: Plan, folder: Path, *, tokens: tor
         written.save_pretrained(temporary)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
-        save_file({"tokens": tokens, "logits": _logits(model, tokens)}, temporary / RECEIPT)
+        name = LOGITS if family_of(model).causal else STATES
+        save_file({"tokens": tokens, name: _outputs(model, tokens)}, temporary / RECEIPT)
         _clean_config(temporary / "config.json", marked if rung == "B" else dict)
         for path in sorted(temporary.iterdir()):
             with open(path, "rb") as file:
@@ -119,7 +124,9 @@ def read_policy(folder: Path) -> dict:
 
 
 def read_receipt(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
-    """The receipt: tokens, int64 [T], and the logits of the last of them, float32 [at most ROWS, vocabulary].
+    """The receipt: tokens, int64 [T], and the outputs of the last of them, float32 [at most ROWS, …].
+
+    These are logits, [… , vocabulary], or an encoder's last states, [… , width].
 
     Raises:
         FileError: not there, too large, or not such tokens of such a vocabulary.
@@ -131,34 +138,42 @@ def read_receipt(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
         raise FileError(str(path), expected=f"at most {MAX_RECEIPT_BYTES:,} bytes", got=f"{path.stat().st_size:,}",
                         do="write the folder again with sentei prune")
     shapes = {name: (tensor.dtype, len(tensor.shape)) for name, tensor in read_header(path).items()}
-    tensors = load_file(path) if shapes == RECEIPT_SHAPES else None
+    tensors = load_file(path) if shapes in RECEIPT_SHAPES else None
     if tensors is None or not _is_receipt(**tensors):
-        raise FileError(str(path), expected="tokens, and logits of a vocabulary that has them", got=shown(shapes),
-                        do="write the folder again with sentei prune")
-    return tensors["tokens"], tensors["logits"]
+        raise FileError(str(path), expected="tokens, and logits of a vocabulary that has them, or states",
+                        got=shown(shapes), do="write the folder again with sentei prune")
+    tokens = tensors.pop("tokens")
+    return tokens, *tensors.values()
 
 
-def _is_receipt(tokens: torch.Tensor, logits: torch.Tensor) -> bool:
-    rows, vocabulary = logits.shape
+def _is_receipt(tokens: torch.Tensor, logits: torch.Tensor | None = None, states: torch.Tensor | None = None) -> bool:
+    rows = len(states if logits is None else logits)
+    vocabulary = float("inf") if logits is None else logits.shape[1]
     return len(tokens) > 0 and rows == min(ROWS, len(tokens)) and 0 <= tokens.min() <= tokens.max() < vocabulary
 
 
 def check(folder: Path) -> dict:
     """Loads the folder and compares it with its receipt: {"difference", "tolerance", "met", "generated"}.
 
-    "difference" is the largest absolute difference of the logits; "generated" are 16 greedily generated tokens.
+    "difference" is the largest absolute difference of the outputs; "generated" are 16 greedily generated tokens, of an
+    encoder none.
     """
     torch.set_num_threads(_threads(read_policy(folder)))
-    tokens, logits = read_receipt(folder)
+    tokens, outputs = read_receipt(folder)
     model = load(folder)
-    found = _logits(model, tokens)
-    difference = (found - logits).abs().max().item() if found.shape == logits.shape else float("inf")
+    require_known(int(tokens.max()), model.config.vocab_size, str(Path(folder) / RECEIPT))
+    found = _outputs(model, tokens)
+    difference = (found - outputs).abs().max().item() if found.shape == outputs.shape else float("inf")
     tolerance = TOLERANCE[read_policy(folder)["dtype"]]
-    prompt = tokens[None, -64:]
-    generated = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=16, do_sample=False,
-                               pad_token_id=0)[0, prompt.shape[1]:]
     return {"difference": difference if difference < float("inf") else -1.0, "tolerance": tolerance,
-            "met": difference <= tolerance, "generated": generated.tolist()}
+            "met": difference <= tolerance, "generated": _written(model, tokens) if model.can_generate() else []}
+
+
+def _written(model: nn.Module, tokens: torch.Tensor) -> list[int]:
+    """The 16 tokens that follow, greedily."""
+    prompt = tokens[None, -64:]
+    return model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=16, do_sample=False,
+                          pad_token_id=0)[0, prompt.shape[1]:].tolist()
 
 
 def check_afresh(folder: Path) -> dict:
@@ -186,8 +201,8 @@ def _threads(policy: dict) -> int:
 
 
 @torch.no_grad()
-def _logits(model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
-    """Float32 [ROWS, vocabulary]: the logits of the last ROWS positions of tokens [T].
+def _outputs(model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+    """Float32 [ROWS, …]: the logits of the last ROWS positions of tokens [T], or an encoder's last states there.
 
     From one pass; where decoding is pruned from a cache of the others, as in decoding. Layers beside the rooms run
     as torch has them: which of them are faster natively the clock says, in each process anew, and a choice between
@@ -200,6 +215,8 @@ def _logits(model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
 def _last_rows(model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
     if not len(tokens):
         raise SenteiError("receipt", expected="at least one token", got="none", do="give a longer text")
+    if not family_of(model).causal:
+        return model(input_ids=tokens[None]).last_hidden_state[0, -ROWS:].float().contiguous()
     if not cache.pruned_layers(model):
         return model(input_ids=tokens[None], use_cache=False, logits_to_keep=ROWS).logits[0].float().contiguous()
     kept = cache.make(model)

@@ -9,7 +9,7 @@ import copy
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from sentei.core.errors import FileError, UnsupportedError, shown
@@ -33,6 +33,19 @@ NOT_PASSED = frozenset({
     "return_dict", "output_attentions", "output_hidden_states", "unk_token_id",
 })
 
+_BERT_KEYS = frozenset({
+    "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act",
+    "hidden_dropout_prob", "attention_probs_dropout_prob", "max_position_embeddings", "type_vocab_size",
+    "initializer_range", "layer_norm_eps", "pad_token_id",
+})
+# Said by published files of encoders, and of no consequence for the encoder itself.
+_BERT_NOT_PASSED = NOT_PASSED | {
+    "position_embedding_type", "is_decoder", "add_cross_attention", "use_cache", "classifier_dropout",
+    "gradient_checkpointing", "id2label", "label2id", "tie_word_embeddings", "bos_token_id", "eos_token_id",
+    "pooler_fc_size", "pooler_num_attention_heads", "pooler_num_fc_layers", "pooler_size_per_head", "pooler_type",
+    "directionality",
+}
+
 # Keys sentei understands at these values only; anything else would change the attention it replaces.
 _ONLY = {
     "rope_interleaved": (False, None),
@@ -55,8 +68,11 @@ _LARGEST = {
 }
 _MAY_BE_ZERO = ("max_window_layers",)
 
-# What every family calls the two parts of a layer.
-PARTS = {"attention": "self_attn", "network": "mlp"}
+# The two parts of a layer, and where decoders keep them; a family's own names of what is in them are in its row.
+PARTS = ("attention", "network")
+_PLACES = {"attention": ("self_attn",), "network": ("mlp",)}
+_MEMBERS = {name: f"self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "o_proj")} | {
+    name: f"mlp.{name}" for name in ("gate_proj", "up_proj", "down_proj", "act_fn")}
 _NORMS = {"attention": ("input_layernorm",), "network": ("post_attention_layernorm",)}
 _NORMS_AROUND = {"attention": ("input_layernorm", "post_attention_layernorm"),
                  "network": ("pre_feedforward_layernorm", "post_feedforward_layernorm")}
@@ -68,13 +84,22 @@ class Family:
 
     Args:
         model_type: the name in config.json.
-        architecture: the causal language model class of transformers.
+        architecture: the class of transformers, a causal language model or an encoder.
         config: its config class.
         attention, network: the classes of its attention and feed-forward modules.
-        norms: by part of a layer, the norms that stand before it and, in some families, behind it; `PARTS` has the
-            parts' own names.
         window: where sliding-window attention is said: "none", "layer_types", or "every" (one window for all layers).
-        config_keys: every key that config.json may hold, passed on or not (`NOT_PASSED`).
+        keys: those of config.json that are passed on.
+        layers: where its layers are.
+        places: by part of a layer, its modules: the one that computes, and others that hold linear layers of it.
+        norms: by part, the norms that stand before it and, in some families, behind it.
+        members: by the names that decoders give them, the linear layers of a layer and its activation.
+        causal: a token sees no later one.
+        ignored: more keys that config.json may hold.
+        only: keys that are understood at these values alone.
+        architectures: that config.json may name; by default `architecture`.
+        options: of the class.
+        prefix: before the names of tensors, in files that hold more than the model.
+        left: how names begin of tensors that are left in the file.
     """
 
     model_type: str
@@ -82,9 +107,19 @@ class Family:
     config: str
     attention: str
     network: str
-    norms: dict[str, tuple[str, ...]]
     window: str
-    config_keys: frozenset[str]
+    keys: frozenset[str]
+    layers: str = "model.layers"
+    places: dict[str, tuple[str, ...]] = field(default_factory=lambda: _PLACES)
+    norms: dict[str, tuple[str, ...]] = field(default_factory=lambda: _NORMS)
+    members: dict[str, str] = field(default_factory=lambda: _MEMBERS)
+    causal: bool = True
+    ignored: frozenset[str] = NOT_PASSED
+    only: dict[str, tuple] = field(default_factory=dict)
+    architectures: tuple[str, ...] = ()
+    options: dict[str, object] = field(default_factory=dict)
+    prefix: str = ""
+    left: tuple[str, ...] = ()
 
     def prunable_layers(self, config: PreTrainedConfig) -> tuple[int, ...]:
         """Indices of the layers whose attention sees the whole past; layers with a sliding window are left out.
@@ -105,7 +140,7 @@ class Family:
         """
         import transformers
 
-        settings = {key: value for key, value in raw.items() if key in self.config_keys - NOT_PASSED}
+        settings = {key: value for key, value in raw.items() if key in self.keys}
         with self._building(where):
             return getattr(transformers, self.config)(**settings)
 
@@ -127,25 +162,35 @@ class Family:
         one = copy.deepcopy(config)
         with self._building(where), torch.device("meta"):
             if reshape is not None:
-                model = getattr(transformers, self.architecture)(config)
+                model = getattr(transformers, self.architecture)(config, **self.options)
                 reshape(model)
                 return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
             one.num_hidden_layers = 1
-            model = getattr(transformers, self.architecture)(one)
-        first = "model.layers.0."
+            model = getattr(transformers, self.architecture)(one, **self.options)
+        first = f"{self.layers}.0."
         shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
         return {name: shape for name, shape in shapes.items() if not name.startswith(first)} | {
-            f"model.layers.{layer}.{name.removeprefix(first)}": shape for layer in range(config.num_hidden_layers)
+            f"{self.layers}.{layer}.{name.removeprefix(first)}": shape for layer in range(config.num_hidden_layers)
             for name, shape in shapes.items() if name.startswith(first)}
+
+    def own_name(self, name: str) -> str | None:
+        """What the model calls a tensor of a file; None for one that is left in it.
+
+        Checkpoints of 2023 carry the rotary frequencies, which are recomputed.
+        """
+        name = name.removeprefix(self.prefix)
+        if name.startswith(self.left) or name.endswith("rotary_emb.inv_freq"):
+            return None
+        return name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
 
     def check_tensors(self, config: PreTrainedConfig, found: dict[str, tuple[int, ...]], where: str,
                       reshape: Callable | None = None) -> None:
         """Raises FileError unless `found`, shapes by name, are the tensors of such a model; see `shapes`."""
         expected, do = self.shapes(config, where, reshape), "download the model again"
+        found = {name: shape for name, shape in ((self.own_name(name), shape) for name, shape in found.items()) if name}
         if config.tie_word_embeddings and "lm_head.weight" not in found:
-            del expected["lm_head.weight"]
-        # Checkpoints of 2023 carry the rotary frequencies, which are recomputed.
-        surplus = sorted(name for name in found.keys() - expected.keys() if not name.endswith("rotary_emb.inv_freq"))
+            expected.pop("lm_head.weight", None)
+        surplus = sorted(found.keys() - expected.keys())
         missing = sorted(expected.keys() - found.keys())
         wrong = sorted(name for name in expected.keys() & found.keys() if found[name] != expected[name])
         for problem, names in (("missing", missing), ("not in the model", surplus)):
@@ -173,7 +218,7 @@ def _family(model_type: str, prefix: str, *, window: str, keys: tuple[str, ...],
     return Family(model_type=model_type, architecture=f"{prefix}ForCausalLM", attention=f"{prefix}Attention",
                   network=f"{prefix}MLP", norms=norms,
                   config=f"{prefix}{'Text' if prefix == 'Gemma3' else ''}Config", window=window,
-                  config_keys=_DECODER_KEYS | NOT_PASSED | frozenset(keys))
+                  keys=_DECODER_KEYS | frozenset(keys))
 
 
 _QWEN_WINDOW = ("sliding_window", "use_sliding_window", "max_window_layers", "layer_types")
@@ -189,14 +234,43 @@ FAMILIES: dict[str, Family] = {
         "query_pre_attn_scalar", "final_logit_softcapping", "attn_logit_softcapping", "use_bidirectional_attention")),
 }
 
+# Only the encoder is read: a pooler, and heads for a task, are left where they are. Its norms stand behind the sums, in
+# the modules of the last linear layers.
+ENCODERS: dict[str, Family] = {
+    "bert": Family(
+        model_type="bert", architecture="BertModel", config="BertConfig", attention="BertSelfAttention",
+        network="BertIntermediate", window="none", keys=_BERT_KEYS, layers="encoder.layer", causal=False,
+        places={"attention": ("attention.self", "attention.output"), "network": ("intermediate", "output")},
+        norms={"attention": (), "network": ()},
+        members={"q_proj": "attention.self.query", "k_proj": "attention.self.key", "v_proj": "attention.self.value",
+                 "o_proj": "attention.output.dense", "up_proj": "intermediate.dense", "down_proj": "output.dense",
+                 "act_fn": "intermediate.intermediate_act_fn"},
+        ignored=_BERT_NOT_PASSED,
+        only={"position_embedding_type": ("absolute", None), "is_decoder": (False, None),
+              "add_cross_attention": (False, None)},
+        architectures=("BertModel", "BertForMaskedLM", "BertForPreTraining", "BertForSequenceClassification",
+                       "BertForTokenClassification", "BertForQuestionAnswering"),
+        options={"add_pooling_layer": False}, prefix="bert.",
+        left=("pooler.", "cls.", "classifier.", "qa_outputs.", "embeddings.position_ids")),
+}
 
-def family_of(raw: dict, where: str = "config.json", families: dict[str, Family] = FAMILIES) -> Family:
+
+def architectures() -> list[str]:
+    """The classes of transformers that can be converted."""
+    return [family.architecture for family in (FAMILIES | ENCODERS).values()]
+
+
+def named(model_type: object) -> Family | None:
+    """The family of that name, decoder or encoder, or None."""
+    return (FAMILIES | ENCODERS).get(model_type) if isinstance(model_type, str) else None
+
+
+def family_of(raw: dict, where: str = "config.json") -> Family:
     """The family of a config.json, after its keys and sizes have been checked; no memory is taken and nothing is run.
 
     Args:
         raw: the parsed file.
         where: what to call the file in an error.
-        families: the table it is looked up in.
     Raises:
         FileError: a key that names code, a private or unknown key, a size missing or out of bounds.
         UnsupportedError: another family, another head, quantised weights, or a setting sentei has no kernel for.
@@ -207,13 +281,14 @@ def family_of(raw: dict, where: str = "config.json", families: dict[str, Family]
                             do="use a model whose architecture is part of transformers; "
                                "sentei never runs code from a model")
     _check_values_of(_ONLY, raw, where)
-    family = families.get(raw["model_type"]) if isinstance(raw.get("model_type"), str) else None
+    family = named(raw.get("model_type"))
     if family is None:
         raise _unsupported(where, f"model_type {shown(raw.get('model_type'))}")
-    architectures = raw.get("architectures")
-    if architectures is not None and architectures != [family.architecture]:
-        raise _unsupported(where, f"architectures {shown(architectures)} with model_type {family.model_type}")
-    for key in sorted(raw.keys() - family.config_keys - _ONLY.keys()):
+    _check_values_of(family.only, raw, where)
+    said = raw.get("architectures")
+    if said is not None and said not in [[name] for name in family.architectures or (family.architecture,)]:
+        raise _unsupported(where, f"architectures {shown(said)} with model_type {family.model_type}")
+    for key in sorted(raw.keys() - family.keys - family.ignored - _ONLY.keys()):
         kind = "the private key" if key.startswith("_") else "the unknown key"
         raise FileError(where, expected=f"the settings of a {family.model_type} model", got=f"{kind} {shown(key)}",
                         do="remove the key if you know that it does not change the model")
@@ -243,9 +318,9 @@ def unmarked(raw: dict) -> dict:
 
 def _check_values_of(allowed: dict[str, tuple], raw: dict, where: str) -> None:
     for key, values in allowed.items():
-        if key in raw and not any(raw[key] is value for value in values):
+        if key in raw and not any(type(raw[key]) is type(value) and raw[key] == value for value in values):
             raise UnsupportedError(where, expected=f"{key!r} absent or one of {list(values)}", got=shown(raw[key]),
-                                   do="use an unquantised, causal version of this model")
+                                   do="use an unquantised version of this model, as its family is in transformers")
 
 
 def _check_sizes(raw: dict, where: str) -> None:
@@ -285,5 +360,5 @@ def _finite(value: object) -> bool:
 
 
 def _unsupported(where: str, got: str) -> UnsupportedError:
-    return UnsupportedError(where, expected=f"a causal language model of one of: {', '.join(FAMILIES)}", got=got,
-                            do="choose a model of one of these families")
+    return UnsupportedError(where, expected=f"a causal language model of one of: {', '.join(FAMILIES)}, or an encoder: "
+                            f"{', '.join(ENCODERS)}", got=got, do="choose a model of one of these families")

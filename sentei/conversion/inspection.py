@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from sentei.conversion import adapter_header, gguf_header, gguf_weights
-from sentei.conversion.families import family_of
+from sentei.conversion.families import Family, family_of
 from sentei.conversion.model_folder import (
     MAX_CONFIG_BYTES,
     PICKLES,
@@ -98,10 +98,10 @@ def _model(folder: Path, names: set[str]) -> list[Step]:
         return _weights({folder / name: tensors for name, tensors in weight_headers(folder).items()})
 
     def accepted() -> dict:
-        raw, _ = read_config(folder)
-        files = weight_files(folder)
+        raw, family = read_config(folder)
+        files = weight_files(folder, family)
         if not pruned or written().get("rung") != "B":  # whose layers may be fewer than config.json says
-            _check_layers(folder, raw["num_hidden_layers"], files)
+            _check_layers(folder, family, raw["num_hidden_layers"], files)
         check_side_files(folder)
         return {"checked": "settings, headers and the files of the tokenizer; not names and shapes against the "
                            "architecture, nor values"}
@@ -125,9 +125,9 @@ def _model(folder: Path, names: set[str]) -> list[Step]:
             accepted, *([policy] if pruned else [])]
 
 
-def _check_layers(folder: Path, layers: int, files: dict[str, dict[str, Tensor]]) -> None:
+def _check_layers(folder: Path, family: Family, layers: int, files: dict[str, dict[str, Tensor]]) -> None:
     found = {match[1] for tensors in files.values() for name in tensors
-             if (match := re.match(r"model\.layers\.(\d{1,6})\.", name))}
+             if (match := re.match(rf"{re.escape(family.layers)}\.(\d{{1,6}})\.", family.own_name(name)))}
     if found != set(map(str, range(layers))):
         raise FileError(str(folder), expected=f"tensors of the {layers:,} layers that config.json describes",
                         got=f"those of {len(found):,}", do="download the model again")

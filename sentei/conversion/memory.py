@@ -16,10 +16,10 @@ def available_memory() -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def require_memory(where: Path, needed: int) -> None:
-    """Raises ResourceError when fewer than `needed` bytes are available for the weights in `where`."""
+def require_memory(where: Path | str, needed: int, what: str = "the weights") -> None:
+    """Raises ResourceError when fewer than `needed` bytes are available for what `where` is about."""
     available = available_memory()
     if needed > available:
-        raise ResourceError(str(where), expected=f"{needed / 1e9:.1f} GB of memory for the weights",
+        raise ResourceError(str(where), expected=f"{needed / 1e9:.1f} GB of memory for {what}",
                             got=f"{available / 1e9:.1f} GB available",
                             do="close other programs, use --dtype bfloat16, or choose a smaller model")

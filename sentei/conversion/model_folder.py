@@ -77,14 +77,19 @@ def read_config(folder: Path) -> tuple[dict, Family]:
     return raw, family_of(raw, str(folder / "config.json"))
 
 
-def weight_files(folder: Path) -> dict[str, dict[str, Tensor]]:
+def weight_files(folder: Path, family: Family | None = None) -> dict[str, dict[str, Tensor]]:
     """The tensors of each weight file of `folder`, from headers alone.
 
+    Args:
+        family: tensors that its models leave in a file are left out.
     Raises:
         FileError: see `weight_headers`.
         UnsupportedError: weights in a quantised or integer type.
     """
     files = weight_headers(folder)
+    if family is not None:
+        files = {file: {name: tensor for name, tensor in tensors.items() if family.own_name(name)}
+                 for file, tensors in files.items()}
     for file, tensors in files.items():
         for name, tensor in tensors.items():
             if tensor.dtype not in _LOADABLE:

@@ -9,7 +9,6 @@ from torch import nn
 from sentei.axes import AXES
 from sentei.conversion import layers as placing
 from sentei.conversion import native, wrapper
-from sentei.conversion.families import FAMILIES
 from sentei.conversion.rooms import WAYS
 from sentei.conversion.statistics import Statistics
 from sentei.core.errors import FileError, RuleError, UnsupportedError
@@ -198,21 +197,29 @@ def _inside(model: nn.Module, plan: Plan, statistics: Statistics) -> dict[str, n
         way = WAYS[entry.room]
         if way.stands == "under":
             continue
-        layer, seen = placing.layer_of(model, entry.layer), statistics.of(entry.layer)
-        missing = sorted(set(way.wants(entry.config)) - set(seen))
-        if missing:
-            raise UnsupportedError("convert", expected=f"statistics of layer {entry.layer}: {', '.join(missing)}",
-                                   got="none", do="calibrate (sentei.budget.calibration) and pass them on")
+        layer = placing.layer_of(model, entry.layer)
         for part in way.parts(entry.config):
             paths = placing.paths_of(model, entry.layer, part)
             if paths[0] in found:
                 raise RuleError("convert", expected="one room in each place", got=f"two at {paths[0]}",
                                 do="leave one of the entries out")
             modules = statistics.once((layer.block, part, entry.room, entry.config),
-                                      partial(way.build, layer, part, entry.config, seen))
+                                      partial(_built, layer, part, entry, statistics))
             found |= {path: module for path, module in zip(paths, modules, strict=False)
                       if module is not placing.original_at(model, path)}
     return found
+
+
+def _built(layer: placing.Layer, part: str, entry: Entry, statistics: Statistics) -> tuple[nn.Module, ...]:
+    """What an entry puts in the place of a part; only then are its statistics looked up, and read where need be."""
+    way = WAYS[entry.room]
+    wants = set(way.wants(entry.config))
+    seen = statistics.of(entry.layer) if wants else {}
+    missing = sorted(wants - set(seen))
+    if missing:
+        raise UnsupportedError("convert", expected=f"statistics of layer {entry.layer}: {', '.join(missing)}",
+                               got="none", do="calibrate (sentei.budget.calibration) and pass them on")
+    return way.build(layer, part, entry.config, seen)
 
 
 def _attach(model: nn.Module, plan: Plan) -> None:
@@ -221,11 +228,11 @@ def _attach(model: nn.Module, plan: Plan) -> None:
     if not entries:
         wrapper.remove(model)
         return
-    family, new = FAMILIES[model.config.model_type], {}
+    new = {}
     for entry in entries:
         path = attention_path(model, entry.layer)
         standing = type(model.get_submodule(path)).__name__
-        if standing != family.attention:
+        if standing != placing.family_of(model).attention:
             raise RuleError("convert", expected=f"an attention for the room {entry.room} at {path}", got=standing,
                             do="leave one of the entries out")
         layer = placing.layer_of(model, entry.layer, ("attention",))
@@ -237,15 +244,9 @@ def prunable_layers(model: nn.Module) -> tuple[int, ...]:
     """The layers whose connections may be pruned: those of full attention.
 
     Raises:
-        UnsupportedError: the family is not in the table.
+        UnsupportedError: see `layers.family_of`.
     """
-    family = FAMILIES.get(getattr(model.config, "model_type", None))
-    if family is None or type(model).__name__ != family.architecture:
-        supported = ", ".join(family.architecture for family in FAMILIES.values())
-        raise UnsupportedError(type(model).__name__, expected=f"one of {supported}",
-                               got=repr(getattr(model.config, "model_type", None)),
-                               do="load a causal language model of one of these families")
-    return family.prunable_layers(model.config)
+    return placing.family_of(model).prunable_layers(model.config)
 
 
 def attention_path(model: nn.Module, layer: int) -> str:

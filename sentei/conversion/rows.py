@@ -36,7 +36,6 @@ LAYERS = ("gate_proj", "up_proj", "down_proj")
 HEADS, HEAD_NORMS = ("q_proj", "k_proj", "v_proj"), ("q_norm", "k_norm")
 ATTENTION_INPUTS = ["self", "hidden_states", "position_embeddings", "attention_mask", "past_key_values", "kwargs"]
 ATTENTIONS = ("sdpa", IMPLEMENTATION)  # the functions known to take what ours makes; others are told of windows, too
-HEADS_STEPS = Steps()
 MORE_ROWS = fused_cpp.FEW_ROWS + 5  # rows that a module is tried on, which are many to the kernel
 EPSILONS = ("variance_epsilon", "eps")
 SCALES = (1.0, 1e-3, 30.0)  # of the rows a module is tried on: small ones tell the epsilon
@@ -252,7 +251,7 @@ def _same(y: torch.Tensor, own: torch.Tensor) -> bool:
 
 
 KINDS = (
-    Kind(NativeHeads, _looks_like_heads, _prove_heads, HEADS_STEPS,
+    Kind(NativeHeads, _looks_like_heads, _prove_heads, Steps(),
          lambda module: sum(len(getattr(module, name).weight) for name in HEADS), turns),
     Kind(NativeGated, _looks_gated, _prove_gated, Steps(), lambda module: len(module.down_proj.weight)),
     Kind(NativeNorm, _looks_like_a_norm, _prove_norm, NORM_STEPS, lambda module: len(module.weight)),

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from sentei.axes.weights import Config as Weights
-from sentei.conversion.layers import layer_of, paths_of
+from sentei.conversion.layers import family_of, layer_of, paths_of, standing
 from sentei.conversion.plan import Plan
 from sentei.conversion.rooms import WAYS
 from sentei.core.errors import UnsupportedError
@@ -46,10 +46,10 @@ def _shape(model: nn.Module, plan: Plan) -> tuple[set[int], int | None, int | No
         if entry.room == "depth" and entry.config.rule == Fixed(()) and entry.config.part == "block":
             gone.add(entry.layer)
         elif entry.room == "weights" and isinstance(entry.config, Weights):
-            widths[entry.layer] = model.get_submodule(paths_of(model, entry.layer, "network")[0]).down_proj.in_features
-        elif entry.room == "heads":
-            attention = model.get_submodule(paths_of(model, entry.layer, "attention")[0])
-            heads[entry.layer] = attention.k_proj.out_features // attention.head_dim
+            widths[entry.layer] = standing(model, entry.layer, "down_proj").in_features
+        elif entry.room == "heads" and hasattr(model.config, "num_key_value_heads"):
+            heads[entry.layer] = (standing(model, entry.layer, "k_proj").out_features
+                                  // layer_of(model, entry.layer, ()).heads[2])
         else:
             return None
     left = set(range(model.config.num_hidden_layers)) - gone
@@ -68,7 +68,8 @@ def plain(model: PreTrainedModel, plan: Plan) -> tuple[PreTrainedModel, Plan]:
     left = [index for index in range(model.config.num_hidden_layers) if index not in gone]
     config = copy.deepcopy(model.config)
     config.num_hidden_layers, config.intermediate_size = len(left), width or config.intermediate_size
-    config.num_key_value_heads = heads or config.num_key_value_heads
+    if heads is not None:
+        config.num_key_value_heads = heads
     for name in ("layer_types", "no_rope_layers"):
         kinds = getattr(config, name, None)
         if kinds is not None:
@@ -76,19 +77,21 @@ def plain(model: PreTrainedModel, plan: Plan) -> tuple[PreTrainedModel, Plan]:
     if getattr(config, "max_window_layers", None) is not None:
         config.max_window_layers = min(config.max_window_layers, len(left))
     config._attn_implementation = "sdpa"
-    made = type(model)._from_config(config, dtype=model.dtype)
+    family = family_of(model)
+    made = type(model)._from_config(config, dtype=model.dtype, **family.options)
     numbers, state = {index: number for number, index in enumerate(left)}, {}
     for name, tensor in model.state_dict().items():
-        head, found, rest = name.partition("model.layers.")
+        head, found, rest = name.partition(f"{family.layers}.")
         if found and not head:
             index, _, rest = rest.partition(".")
             if int(index) not in numbers:
                 continue
-            name = f"model.layers.{numbers[int(index)]}.{rest}"
+            name = f"{family.layers}.{numbers[int(index)]}.{rest}"
         state[name] = tensor
     made.load_state_dict(state, strict=True, assign=True)
     made.tie_weights()
-    made.generation_config = model.generation_config
+    if model.can_generate():
+        made.generation_config = model.generation_config
     under = [replace(entry, layer=numbers[entry.layer]) for entry in plan.standing("under").entries]
     return made.eval(), Plan(tuple(under))
 

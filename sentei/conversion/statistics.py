@@ -151,14 +151,10 @@ class Moment(Calibration):
             self.rows += len(piece)
 
 
-def _linear(layer: Layer, part: str, name: str) -> nn.Linear:
-    return getattr(getattr(layer, part), name)
-
-
-def _input(part: str, name: str) -> Kind:
-    """The second moment of what a linear layer of a part is given."""
-    return Kind(lambda layer: _empty(_linear(layer, part, name)), lambda layer, state: [
-        _linear(layer, part, name).register_forward_pre_hook(lambda _, inputs: state.see(inputs[0]))])
+def _input(name: str) -> Kind:
+    """The second moment of what a linear layer is given."""
+    return Kind(lambda layer: _empty(layer.member(name)), lambda layer, state: [
+        layer.member(name).register_forward_pre_hook(lambda _, inputs: state.see(inputs[0]))])
 
 
 def _hidden(part: str, name: str) -> Kind:
@@ -172,10 +168,9 @@ def _hidden(part: str, name: str) -> Kind:
         def after(_, inputs: tuple, output: torch.Tensor) -> None:
             state.weigh(inputs[0], stream.pop() + output)
 
-        return [layer.norms[part][0].register_forward_pre_hook(before),
-                _linear(layer, part, name).register_forward_hook(after)]
+        return [layer.given(part).register_forward_pre_hook(before), layer.member(name).register_forward_hook(after)]
 
-    return Kind(lambda layer: _empty(_linear(layer, part, name)), listen)
+    return Kind(lambda layer: _empty(layer.member(name)), listen)
 
 
 def _empty(linear: nn.Linear) -> Moment:
@@ -183,46 +178,46 @@ def _empty(linear: nn.Linear) -> Moment:
 
 
 def _listen_attention(layer: Layer, state: Influence) -> list:
-    """Before: what the layer is given. After: what the network's norm is given."""
+    """Before: what the layer is given. After: what the network is given, or the norm before it."""
     stream = []
 
     def before(_, inputs: tuple, named: dict) -> None:
         stream[:] = [named["hidden_states"] if "hidden_states" in named else inputs[0]]
 
     return [layer.block.register_forward_pre_hook(before, with_kwargs=True),
-            layer.norms["network"][0].register_forward_pre_hook(lambda _, inputs: state.see(stream.pop(), inputs[0]))]
+            layer.given("network").register_forward_pre_hook(lambda _, inputs: state.see(stream.pop(), inputs[0]))]
 
 
 def _listen_network(layer: Layer, state: Influence) -> list:
-    """Before: what the network's norm is given. After: what the layer gives."""
+    """Before: what the network is given, or the norm before it. After: what the layer gives."""
     stream = []
 
     def after(_, inputs: tuple, output) -> None:
         state.see(stream.pop(), output[0] if isinstance(output, tuple) else output)
 
-    return [layer.norms["network"][0].register_forward_pre_hook(lambda _, inputs: stream.append(inputs[0])),
+    return [layer.given("network").register_forward_pre_hook(lambda _, inputs: stream.append(inputs[0])),
             layer.block.register_forward_hook(after)]
 
 
 def _listen_neurons(layer: Layer, state: Activity) -> list:
-    return [layer.network.up_proj.register_forward_hook(lambda _, inputs, output: state.see(output))]
+    return [layer.member("up_proj").register_forward_hook(lambda _, inputs, output: state.see(output))]
 
 
 def _listen_amplitudes(layer: Layer, state: Amplitudes) -> list:
-    network, inputs = layer.network, []
-    return [network.up_proj.register_forward_pre_hook(lambda _, given: inputs.append(given[0])),
-            network.down_proj.register_forward_pre_hook(lambda _, given: state.see(inputs.pop(), given[0]))]
+    up, down, inputs = layer.member("up_proj"), layer.member("down_proj"), []
+    return [up.register_forward_pre_hook(lambda _, given: inputs.append(given[0])),
+            down.register_forward_pre_hook(lambda _, given: state.see(inputs.pop(), given[0]))]
 
 
 KINDS = {
-    "attention_input": _input("attention", "q_proj"),
+    "attention_input": _input("q_proj"),
     "attention_hidden": _hidden("attention", "o_proj"),
     "attention_heads": Kind(lambda layer: Attended(*layer.heads), lambda layer, state: [Watch(layer.attention, state)]),
     "attention_influence": Kind(lambda layer: Influence(), _listen_attention),
-    "network_input": _input("network", "up_proj"),
-    "network_neurons": Kind(lambda layer: Activity(layer.network.down_proj.in_features), _listen_neurons),
-    "network_amplitudes": Kind(lambda layer: Amplitudes(layer.network.up_proj.in_features,
-                                                        layer.network.down_proj.in_features), _listen_amplitudes),
+    "network_input": _input("up_proj"),
+    "network_neurons": Kind(lambda layer: Activity(layer.member("down_proj").in_features), _listen_neurons),
+    "network_amplitudes": Kind(lambda layer: Amplitudes(layer.member("up_proj").in_features,
+                                                        layer.member("down_proj").in_features), _listen_amplitudes),
     "network_hidden": _hidden("network", "down_proj"),
     "network_influence": Kind(lambda layer: Influence(), _listen_network),
 }
@@ -233,11 +228,21 @@ class Statistics(dict[tuple[int, str], State]):
 
     The modules are kept so that a plan that is installed again and again, to be judged and timed, is built once. All
     together they hold at most MAX_BUILT numbers; the one that was used longest ago goes first.
+
+    Args:
+        states: by layer and name.
+        read: where they are not all held at once: gives those of a layer, and of others as may be. They then take the
+            place of what was held.
     """
 
-    def __init__(self, states: Iterable = ()):
+    def __init__(self, states: Iterable = (), read: "Callable[[int], Statistics] | None" = None):
         super().__init__(states)
+        self.read = read
         self.built: OrderedDict[Hashable, tuple[nn.Module, ...]] = OrderedDict()
+
+    def __bool__(self) -> bool:
+        """Whether there are any, held or to be read."""
+        return len(self) > 0 or self.read is not None
 
     @classmethod
     def empty(cls, layers: list[Layer], wanted: dict[int, set[str]]) -> "Statistics":
@@ -260,7 +265,10 @@ class Statistics(dict[tuple[int, str], State]):
         return self.built[key]
 
     def of(self, layer: int) -> dict[str, State]:
-        """The states of one layer, by name."""
+        """The states of one layer, by name; those that are not held are read."""
+        if self.read is not None and all(index != layer for index, _ in self):
+            self.clear()  # before memory is taken for others
+            self.update(self.read(layer))
         return {name: state for (index, name), state in self.items() if index == layer}
 
     def merge(self, other: "Statistics") -> None:
@@ -268,6 +276,13 @@ class Statistics(dict[tuple[int, str], State]):
         for place, state in other.items():
             self[place].merge(state)
         self.built.clear()
+
+
+def bytes_of(layer: Layer, names: Iterable[str]) -> int:
+    """What the states of a layer take; nothing is allocated to know it."""
+    with torch.device("meta"):
+        states = [KINDS[name].empty(layer) for name in names]
+    return sum(value.nbytes for state in states for value in vars(state).values() if isinstance(value, torch.Tensor))
 
 
 def _numbers(modules: tuple[nn.Module, ...]) -> int:

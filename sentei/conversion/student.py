@@ -11,7 +11,7 @@ from torch import nn
 
 from sentei.axes.rank import Config as Rank
 from sentei.conversion import adapters
-from sentei.conversion.layers import ORIGINALS, originals
+from sentei.conversion.layers import ORIGINALS, family_of, originals
 from sentei.conversion.plan import Plan, convert, place
 from sentei.conversion.rooms.experts import ChoosingNetwork
 from sentei.conversion.rooms.heads import FOLD
@@ -56,8 +56,8 @@ def adapted(student: nn.Module, config: Rank) -> list[str]:
     Left out are weights that a network of chosen neurons reads without calling their layer.
     """
     read = {id(module.up_proj) for module in student.modules() if isinstance(module, ChoosingNetwork)}
-    layers = student.get_submodule("model.layers")
-    targets = [f"model.layers.{path}" for path, module in layers.named_modules()
+    root = family_of(student).layers
+    targets = [f"{root}.{path}" for path, module in student.get_submodule(root).named_modules()
                if type(module) is nn.Linear and id(module) not in read]
     return adapters.add(student, targets, config)
 

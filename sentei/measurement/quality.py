@@ -1,13 +1,19 @@
-"""Perplexity, dense against pruned, on the same tokens."""
+"""What a model's quality is beside the dense one's, on the same tokens: 1 for no loss.
+
+Of a language model dense perplexity ÷ pruned perplexity, of an encoder the cosine of a text's two embeddings.
+"""
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cosine_similarity, cross_entropy, kl_div
 
 from sentei.core.errors import SenteiError
+from sentei.geometry.intervals import mean_interval
 
 # Rows of logits made at once: 1,024 x a vocabulary of 150,000 in fp32 is 0.6 GB.
 ROWS_AT_ONCE = 1024
@@ -61,23 +67,141 @@ def logits_of(model: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
     return softcap * torch.tanh(logits / softcap) if softcap else logits
 
 
-@dataclass(frozen=True, kw_only=True)
-class Quality:
-    """Dense perplexity ÷ pruned perplexity, paired by token; 1 is no loss.
+@torch.no_grad()
+def embedding_of(model: nn.Module, tokens: torch.Tensor | None, **more) -> torch.Tensor:
+    """An encoder's embeddings of texts, the means of its last states over all tokens, float64 [N, width].
 
     Args:
-        value: the ratio.
-        low, high: its 95 % interval, over means of runs of RUN neighbouring tokens.
-        dense, pruned: the two perplexities.
-        tokens: how many were predicted.
+        tokens: int64 [N, T], or None where `more` has what is read instead.
+    """
+    return model(input_ids=tokens, **more).last_hidden_state.double().mean(1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quality:
+    """Of a pruned model, paired with the dense one; 1 is no loss.
+
+    Args:
+        value: see the head of this file.
+        low, high: its 95 % interval.
+        dense, pruned: the two perplexities; None of encoders, which have none.
+        tokens: how many were predicted, or the texts whose embeddings were compared.
     """
 
     value: float
     low: float
     high: float
-    dense: float
-    pruned: float
+    dense: float | None
+    pruned: float | None
     tokens: int
+
+    @property
+    def nats(self) -> float:
+        """What is lost, −ln of the value, in nats; negative of a gain."""
+        return -math.log(max(self.value, 1e-9))
+
+
+class Measure(ABC):
+    """What is read of a model, and how two models' readings are compared.
+
+    Attributes:
+        name: of what a loss is told in, where a layer's options are priced.
+        meaning: what the quality is, in words.
+        texts: that the price of an option is read on.
+    """
+
+    name: ClassVar[str]
+    meaning: ClassVar[str]
+    texts: ClassVar[int]
+
+    @abstractmethod
+    def compare(self, dense: torch.Tensor, pruned: torch.Tensor) -> Quality:
+        """The quality from what was read of both models, float64 [N, …] of N texts."""
+
+    @abstractmethod
+    def answers(self, model: nn.Module, tokens: torch.Tensor | None, last: int, **more) -> torch.Tensor:
+        """What tells a model from another on texts [N, T], or on what `more` has instead, fewer than for quality.
+
+        Args:
+            last: tokens of each text, where every token answers.
+        """
+
+    @abstractmethod
+    def nats(self, dense: torch.Tensor, pruned: torch.Tensor) -> float:
+        """What the second model has lost by its answers, in nats. Never below zero."""
+
+    @abstractmethod
+    def level(self, dense: torch.Tensor) -> float | None:
+        """The dense model's own perplexity, from what was read of it; None where there is none."""
+
+    @abstractmethod
+    def lost(self, nats: float, level: float | None) -> float:
+        """Nats in what the measure is told in, on top of that level."""
+
+
+class Perplexity(Measure):
+    """Of a language model: negative log-likelihoods are read."""
+
+    name, meaning, texts = "perplexity", "dense perplexity ÷ pruned perplexity", 1
+
+    def compare(self, dense, pruned):
+        """See `compare`."""
+        return compare(dense, pruned)
+
+    @torch.no_grad()
+    def answers(self, model, tokens, last, **more):
+        """Log-probabilities of the next token, float32 [N, last, vocabulary]."""
+        return model(input_ids=tokens, use_cache=False, logits_to_keep=last, **more).logits.float().log_softmax(-1)
+
+    def nats(self, dense, pruned):
+        """The mean of KL(dense ‖ pruned) over tokens."""
+        return max(0.0, float(kl_div(pruned.flatten(0, -2), dense.flatten(0, -2), reduction="batchmean",
+                                     log_target=True)))
+
+    def level(self, dense):
+        """Of the tokens that were read."""
+        return math.exp(float(dense.mean()))
+
+    def lost(self, nats, level):
+        """What is added to the perplexity."""
+        return level * math.expm1(min(nats, 50.0))
+
+
+class Cosine(Measure):
+    """Of an encoder: embeddings are read."""
+
+    name, texts = "cosine", 8
+    meaning = "the cosine of a text's embedding, the mean of its last states, with the dense model's; mean over texts"
+
+    def compare(self, dense, pruned):
+        """The mean over texts and its interval, Student's t.
+
+        Raises:
+            SenteiError: a single text, which says nothing about the spread.
+        """
+        if len(dense) < 2:
+            raise SenteiError("quality", expected="at least two texts", got="one", do="measure on more windows")
+        value, low, high = mean_interval(cosine_similarity(dense, pruned, dim=-1).tolist())
+        return Quality(value=value, low=low, high=min(high, 1.0), dense=None, pruned=None, tokens=len(dense))
+
+    def answers(self, model, tokens, last, **more):
+        """Embeddings, float64 [N, width]."""
+        return embedding_of(model, tokens, **more)
+
+    def nats(self, dense, pruned):
+        """−ln of the mean cosine."""
+        return max(0.0, -math.log(max(float(cosine_similarity(dense, pruned, dim=-1).mean()), 1e-9)))
+
+    def level(self, dense):
+        """An embedding is worth nothing beside another."""
+        return None
+
+    def lost(self, nats, level):
+        """What is taken off the cosine."""
+        return -math.expm1(-nats)
+
+
+PERPLEXITY, COSINE = Perplexity(), Cosine()
 
 
 def compare(dense: torch.Tensor, pruned: torch.Tensor, run: int = RUN) -> Quality:

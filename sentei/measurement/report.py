@@ -29,7 +29,7 @@ def write_report(out: Path, result: dict, details: dict) -> Path:
         out: the run's folder; made if missing.
         result: the public object of the run, schema "sentei.prune/1".
         details: what stands behind it: goal, met, reason, intervals, text, slack, density, points, timings,
-            environment, command, date and seconds, as the pipeline gathers them.
+            environment, command, date, seconds and the meaning of quality, as the pipeline gathers them.
 
     Returns:
         The path of the page. Each file is written whole or not at all, the page last.
@@ -118,14 +118,14 @@ def _strict(result: dict, details: dict) -> str:
 def _comparison(result: dict, details: dict) -> str:
     decodes = _decodes(result)
     forms = {"perplexity": ",.4g", "seconds": ",.3f", "tokens_per_second": ",.1f" if decodes else ",.0f"}
-    rows = [_row(name, *(_number(result[name][key], form) for key, form in forms.items()))
-            for name in ("dense", "pruned")]
+    rows = [_row(name, *(_number(result[name][key], form) if result[name][key] is not None else ""
+                         for key, form in forms.items())) for name in ("dense", "pruned")]
     quality = percent(result["quality"], details["goal"].get("quality")).replace(" %", "&nbsp;%")
     rows.append(_row("pruned against dense",
                      f"<strong>{quality}</strong><small>{_percents(details['quality_interval'])}</small>",
                      f"<strong>{result['speedup']:.2f}×</strong><small>{_times(details['speedup_interval'])}</small>",
                      "", kind="total"))
-    table = _table(("model", "perplexity", "seconds", "tokens/s"), rows)
+    table = _table(("model", _words(result.get("measure", "perplexity")), "seconds", "tokens/s"), rows)
     strip = drawing.timing_strip(details["timings"])
     counts = ", ".join(f"{len(values):,} {_words(name)}" for name, values in details["timings"].items())
     run = f" of {counted(details['timed_tokens'], 'token')}, one at a time" if decodes else ""
@@ -143,15 +143,30 @@ def _healing(result: dict) -> str:
     healed = result.get("healed")
     if healed is None:
         return ""
-    outcome = ("Kept: its quality on the text for checking the bound was "
-               f"{percent(healed['quality_unhealed'])} before.") if healed["kept"] else \
+    without = healed["unhealed"]
+    outcome = ("Kept: the quality of this plan on the text for checking the bound was "
+               f"{percent(healed['quality_unhealed'])} before. The best plan without healing: "
+               f"{_number(without['speedup'], '.2f')} times as fast as dense at {percent(without['quality'])}."
+               ) if healed["kept"] else \
         f"Not kept, all else is of the unhealed model: {_words(healed['reason'], None)}."
+    outcome = f"{_relaxed(healed['relaxed'])}{outcome}"
     rows = [_row(_number(row["minutes"], ".2f"), f"{row['step']:,}", f"{row['tokens']:,}",
                  _number(row["perplexity"], ",.4g"), percent(row["quality"])) for row in healed["table"]]
     table = _table(("minutes", "steps", "tokens", "perplexity", "quality"), rows) if rows else ""
     return _section("What healing bought", f"{_number(healed['minutes'], 'g')} minutes by the clock to say what the "
                     "dense model says, on text that nothing is judged on; measured where plans were chosen. "
                     + outcome.replace(" %", "&nbsp;%"), table)
+
+
+def _relaxed(relaxed: dict | None) -> str:
+    """Under what bound the plan to be healed was chosen, and why."""
+    if relaxed is None:
+        return ""
+    probe = relaxed["probe"]
+    return (f"The plan was chosen under a bound of {percent(relaxed['quality'])} in place of "
+            f"{percent(relaxed['asked'])}: {_number(probe['minutes'], '.2g')} of the minutes brought a plan from "
+            f"{percent(probe['unhealed'])} to {percent(probe['healed'])} on the text for choosing, "
+            f"{_number(100 * relaxed['share'], '.0f')} % of the nats it had lost. ")
 
 
 def _tried(result: dict, details: dict) -> str:
@@ -168,7 +183,7 @@ def _tried(result: dict, details: dict) -> str:
                  f"{point['speedup']:.3f}×", percent(point["quality"]), f"{point['density']:.3f}")
             for point in sorted(points, key=lambda point: point["speedup"]))
     table = _table(("plan", "foreseen speed-up", "quality", "density"), rows, kind="compact points")
-    return _section("Quality against speed", "Quality is dense perplexity over pruned perplexity, on the same tokens.",
+    return _section("Quality against speed", f"Quality is {_words(details['meaning'], None)}, on the same tokens.",
                     f"<figure>{plots}<figcaption>{caption}</figcaption></figure>",
                     f"<details><summary>The same as a table</summary>{table}</details>")
 
@@ -260,7 +275,8 @@ def _method(result: dict, details: dict) -> str:
     uses = {"calibrate": "to measure slack", "choose": "to choose the plan", "verify": "to check the bound"}
     tokens = [f"{number:,} {uses.get(use) or _words(use)}" for use, number in text["tokens"].items()]
     quality = _pairs([
-        ("measure", "dense perplexity ÷ pruned perplexity; 100&nbsp;% is no loss"),
+        ("measure", f"{_words(details['meaning'], None)}; 100&nbsp;% is no loss"),
+        ("sight", "every token sees all others, so that choices may, too") if "measure" in result else
         ("decoding", "read is the end of each text, after a prompt that the pruned model has read itself, as the "
          "plan runs; a token's choice is its own, from no later token") if _decodes(result) else
         ("lookahead", "what a block of tokens keeps is chosen with the whole block in sight, as the plan runs"

@@ -95,16 +95,16 @@ def windows_of(tokenizer, text: str, *, length: int, needed: dict[str, int], wis
     """The text as tokens, cut for each use by `cut`.
 
     A window begins with the model's own first token (<bos>) where the tokenizer puts one before a text: models trained
-    with it keep their attention sink there.
+    with it keep their attention sink there. Those of an encoder stand between its own ([CLS] and [SEP]).
 
     Args:
         tokenizer: a transformers tokenizer.
-        length: tokens of a window, the first token included.
+        length: tokens of a window, the model's own included.
         wished: more windows of a use, as many as the text has beside those needed.
     """
-    tokens, first = _encoded(tokenizer, text)
-    cuts = cut(tokens, length=length - len(first), needed=_granted(len(tokens), length, needed, wished))
-    return {use: _led(rows, first) for use, rows in cuts.items()}
+    tokens, ends = _encoded(tokenizer, text)
+    cuts = cut(tokens, length=length - sum(map(len, ends)), needed=_granted(len(tokens), length, needed, wished))
+    return {use: _between(rows, ends) for use, rows in cuts.items()}
 
 
 def spare_of(tokenizer, text: str, *, length: int, needed: dict[str, int], wished: dict[str, int] | None = None,
@@ -114,21 +114,26 @@ def spare_of(tokenizer, text: str, *, length: int, needed: dict[str, int], wishe
     Args:
         size: tokens of a window; the others are as for `windows_of`.
     """
-    tokens, first = _encoded(tokenizer, text)
-    length, own = length - len(first), size - len(first)
-    needed = _granted(len(tokens), length + len(first), needed, wished)
+    tokens, ends = _encoded(tokenizer, text)
+    own = size - sum(map(len, ends))
+    needed = _granted(len(tokens), length, needed, wished)
+    length -= size - own
     starts = sorted(start for _, start in _places(len(tokens), length, needed))
     gaps = zip([0, *(start + length for start in starts)], [*starts, len(tokens)], strict=True)
     rows = [torch.tensor(tokens[start:start + own], dtype=torch.int64)
             for begin, end in gaps for start in range(begin, end - own + 1, own)]
-    return _led(torch.stack(rows) if rows else torch.empty((0, own), dtype=torch.int64), first)
+    return _between(torch.stack(rows) if rows else torch.empty((0, own), dtype=torch.int64), ends)
 
 
-def _encoded(tokenizer, text: str) -> tuple[list[int], list[int]]:
-    """The tokens of a text, and the first token of the model's own, if it has one."""
-    first = tokenizer("")["input_ids"][:1]
-    return (tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"],
-            first if first and first[0] == tokenizer.bos_token_id else [])
+def _encoded(tokenizer, text: str) -> tuple[list[int], tuple[list[int], list[int]]]:
+    """The tokens of a text, and those of the model's own that begin and end any text, if it has them.
+
+    The last one is an encoder's alone: <eos> ends a text, and no window out of its middle.
+    """
+    around = tokenizer("")["input_ids"]
+    first = [token for token in around[:1] if token in (tokenizer.bos_token_id, tokenizer.cls_token_id)]
+    last = [token for token in around[1:][-1:] if first == [tokenizer.cls_token_id] and token == tokenizer.sep_token_id]
+    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], (first, last)
 
 
 def _granted(tokens: int, length: int, needed: dict[str, int], wished: dict[str, int] | None) -> dict[str, int]:
@@ -139,9 +144,10 @@ def _granted(tokens: int, length: int, needed: dict[str, int], wished: dict[str,
     return needed
 
 
-def _led(rows: torch.Tensor, first: list[int]) -> torch.Tensor:
-    """Rows with the model's own first token before them."""
-    return torch.cat([torch.tensor(first, dtype=torch.int64).expand(len(rows), -1), rows], 1) if first else rows
+def _between(rows: torch.Tensor, ends: tuple[list[int], list[int]]) -> torch.Tensor:
+    """Rows with the model's own tokens around them."""
+    before, after = (torch.tensor(end, dtype=torch.int64).expand(len(rows), -1) for end in ends)
+    return torch.cat([before, rows, after], 1)
 
 
 def cut(tokens: Sequence[int], *, length: int, needed: dict[str, int]) -> dict[str, torch.LongTensor]:

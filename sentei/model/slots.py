@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from sentei.axes import depth, experts
+from sentei.axes.depth import Cache, Rows
 from sentei.axes.experts.gates import Task
 from sentei.core.errors import FileError, SenteiError, require
 
@@ -32,40 +33,6 @@ class GatedFeedForward(nn.Module):
                 ) -> torch.Tensor:
         """The layer's output for x; no token of it depends on another or on a task, so that neither matters."""
         return self.down(F.silu(self.gate(x)) * self.up(x))
-
-
-class Cache:
-    """The keys and values of the tokens a layer has read; None before the first.
-
-    `positions` int64 [B, P] of what is held among the real tokens of each sequence, -1 for padding.
-    """
-
-    def __init__(self):
-        self.key = self.value = self.positions = None
-
-    def extend(self, key: torch.Tensor, value: torch.Tensor, positions: torch.Tensor
-               ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Appends key and value [B, T, G, D] of the tokens at `positions` [B, T]; returns all of them, copied."""
-        if self.key is not None:
-            key, value = torch.cat([self.key, key], 1), torch.cat([self.value, value], 1)
-            positions = torch.cat([self.positions, positions], 1)
-        self.key, self.value, self.positions = key, value, positions
-        return key, value
-
-
-@dataclass(frozen=True, kw_only=True)
-class Rows:
-    """What a block is told of the rows x [B, N, width] it is given.
-
-    Args:
-        positions: int64 [B, N], their places among the real tokens of their sequence; -1 for padding.
-        cache: of the layer, or None.
-        tasks: int64 [B], the task of each sequence, for experts chosen by it; or None.
-    """
-
-    positions: torch.Tensor
-    cache: Cache | None = None
-    tasks: torch.Tensor | None = None
 
 
 class EveryToken(nn.Module):
@@ -129,8 +96,11 @@ class Routed:
 
 
 def mixture(value: Routed, config: object) -> nn.Module:
-    """The feed-forward layer that `value` describes, for a model of that configuration."""
-    return experts.MixtureOfExperts(value.room, width=config.width, neurons=value.neurons, causal=config.causal)
+    """The feed-forward layer that `value` describes, for a model of that configuration; its neurons begin as a dense
+    one's."""
+    made = experts.MixtureOfExperts(value.room, width=config.width, neurons=value.neurons, causal=config.causal)
+    made.draw(up=INITIAL_SPREAD, down=adding_spread(config))
+    return made
 
 
 def is_by_task(feed_forward: object) -> bool:
@@ -162,18 +132,21 @@ def mixture_of_depths(room: depth.Config, block: nn.Module, config: object) -> n
 
 
 class Slot(NamedTuple):
-    """What may stand in a slot: the type of its configuration, how a layer is made of one, and the layer's cache."""
+    """What may stand in a slot: the type of its configuration, how a layer is made of one, the layer's cache, and how
+    many weights a token could meet in the layer besides those of linear layers."""
 
     config: type
     layer: Callable[..., nn.Module]
     cache: type | None = None
+    weights: Callable[[nn.Module], int] = lambda layer: 0
 
 
 # A room that fills a slot is one line here. A feed-forward layer is made of its configuration and the model's, and is
 # called with x [B, N, width], a mask, bool [B, N], of the rows that are no padding, or None if all are, and the tasks
 # of the sequences, int64 [B], or None. A depth layer is made of its configuration, the block and the model's, and is
 # called with x, lengths, a cache of its own type, and tasks. Configurations of rooms have `to_json` and `from_json`.
-FEED_FORWARDS = {"dense": Slot(int, GatedFeedForward), "experts": Slot(Routed, mixture)}
+FEED_FORWARDS = {"dense": Slot(int, GatedFeedForward),
+                 "experts": Slot(Routed, mixture, weights=lambda layer: layer.up.numel() + layer.down.numel())}
 DEPTHS = {"every": Slot(type(None), lambda _, block, config: EveryToken(block), Cache),
           "depth": Slot(depth.Config, mixture_of_depths, depth.Cache)}
 
@@ -182,8 +155,13 @@ def linear(into: int, out: int, *, adds: object = None) -> nn.Linear:
     """A linear layer without bias and with small weights; smaller still where it adds to the stream of a model
     with the configuration `adds`."""
     layer = nn.Linear(into, out, bias=False)
-    nn.init.normal_(layer.weight, std=INITIAL_SPREAD if adds is None else INITIAL_SPREAD * (2 * adds.layers) ** -0.5)
+    nn.init.normal_(layer.weight, std=INITIAL_SPREAD if adds is None else adding_spread(adds))
     return layer
+
+
+def adding_spread(config: object) -> float:
+    """The standard deviation of the weights that add to the stream of a model: it sums two such a layer."""
+    return INITIAL_SPREAD * (2 * config.layers) ** -0.5
 
 
 def slot_of(slots: dict[str, Slot], value: object) -> Slot | None:

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from sentei.axes.axis import Axis
 from sentei.axes.connections import Config as Attended
 from sentei.axes.connections import Connections
+from sentei.axes.depth import Rows, rotate
 from sentei.core.cost import Cost
 from sentei.core.errors import FileError, RuleError, SenteiError, ShapeError, UnsupportedError, require
 from sentei.core.rules import All, Rule
@@ -28,7 +29,6 @@ from sentei.model.slots import (
     FEED_FORWARDS,
     INITIAL_SPREAD,
     LARGEST,
-    Rows,
     dense_for,
     is_by_task,
     linear,
@@ -119,7 +119,7 @@ class Attention(nn.Module):
         """Attends within x, and to what the rows' cache holds."""
         query, key, value = (project(x).unflatten(-1, (-1, self.head_dim))
                              for project in (self.query, self.key, self.value))
-        query, key = rotate(query, rows.positions), rotate(key, rows.positions)
+        query, key = (rotate(heads, rows.positions, ROTARY_BASE) for heads in (query, key))
         positions = rows.positions
         if rows.cache is not None:
             held = rows.cache.key is not None
@@ -127,6 +127,13 @@ class Attention(nn.Module):
             if held:  # else these rows are all there is, and stand where their queries do, padding behind included
                 key, value, positions = keys, values, rows.cache.positions
         return self.output(self.connections(query, key, value, real_span(positions)).flatten(-2))
+
+    def potential(self, real: torch.Tensor, held: int) -> int:
+        """Multiply-adds of the room for every permitted pair of all tokens; `real` bool [B, T], after `held` others."""
+        keys = F.pad(real, (held, 0), value=True)
+        grid = self.connections.grid(real, keys, real_span(torch.where(keys, 0, -1)))
+        tiles = int(grid.permitted(real.device).expand(len(real), -1, -1, -1).sum())
+        return tiles * grid.query_block * grid.key_block * 2 * self.query.out_features
 
 
 class Block(nn.Module):
@@ -137,7 +144,8 @@ class Block(nn.Module):
         self.attention_norm = nn.RMSNorm(config.width, eps=1e-6)
         self.attention = Attention(config, impl)
         self.feed_forward_norm = nn.RMSNorm(config.width, eps=1e-6)
-        self.feed_forward = slot_of(FEED_FORWARDS, config.feed_forward).layer(config.feed_forward, config)
+        slot = slot_of(FEED_FORWARDS, config.feed_forward)
+        self.feed_forward, self.weights_in_room = slot.layer(config.feed_forward, config), slot.weights
 
     def forward(self, x: torch.Tensor, rows: Rows) -> torch.Tensor:
         """The change of x [B, N, width]."""
@@ -145,6 +153,10 @@ class Block(nn.Module):
         real = rows.positions >= 0
         mask = None if bool(real.all()) else real
         return attended + self.feed_forward(self.feed_forward_norm(x + attended), mask, rows.tasks)
+
+    def potential(self, real: torch.Tensor, held: int) -> int:
+        """What the rooms inside could cost; see `Attention.potential`."""
+        return self.attention.potential(real, held) + int(real.sum()) * self.weights_in_room(self.feed_forward)
 
 
 class Transformer(nn.Module):
@@ -272,7 +284,9 @@ class Transformer(nn.Module):
         """What one forward pass cost (`multiply_adds`, two FLOPs each) and could have cost (`dense_multiply_adds`).
 
         Rooms tell of themselves in the records; every other linear layer, and the logits, run for each token.
-        Normalisation, rotation and softmax are no multiply-adds of matrices and are left out.
+        Normalisation, rotation and softmax are no multiply-adds of matrices and are left out. Rooms inside a room that
+        skips tokens are told of some alone: what they could have cost is that of all tokens, and of the keys that a
+        cache holds.
 
         Args:
             records: of a trace around that one pass.
@@ -284,7 +298,20 @@ class Transformer(nn.Module):
         work = sum(rows * out * into for out, into in plain)
         moved = sum(out * into + rows * (out + into) for out, into in plain) * itemsize
         return sum((record.cost for record in records),
-                   Cost(multiply_adds=work, dense_multiply_adds=work, bytes=moved))
+                   Cost(multiply_adds=work, dense_multiply_adds=work + self.unseen(records), bytes=moved))
+
+    def unseen(self, records: Trace) -> int:
+        """What the rooms inside the depth slots could have cost for the tokens they were not shown."""
+        missing = 0
+        for record in records:
+            layer = self.get_submodule(record.path)
+            if layer not in self.blocks:
+                continue
+            inside = [other for other in records if other.path.startswith(f"{record.path}.")]
+            held = max((other.span.keys - other.span.queries for other in inside if other.span is not None), default=0)
+            missing += layer.block.potential((record.selection.permitted > 0).view(-1, record.selection.ids.shape[1]),
+                                             held) - sum(other.cost.dense_multiply_adds for other in inside)
+        return missing
 
 
 def draw(logits: torch.Tensor, temperature: float, rule: Rule, generator: torch.Generator | None) -> torch.Tensor:
@@ -294,17 +321,6 @@ def draw(logits: torch.Tensor, temperature: float, rule: Rule, generator: torch.
     scores = logits.float() / temperature
     kept = rule(scores[:, None]).mask()[:, 0]
     return torch.multinomial(scores.masked_fill(~kept, -torch.inf).softmax(-1), 1, generator=generator)[:, 0]
-
-
-def rotate(heads: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """Rotary positions: heads [B, N, H, D], whose halves are pairs, turned by positions [B, N]; in their own dtype."""
-    half = heads.shape[-1] // 2
-    dtype = torch.promote_types(heads.dtype, torch.float32)
-    speeds = ROTARY_BASE ** (-torch.arange(half, dtype=dtype, device=heads.device) / half)
-    angles = (positions[..., None].to(dtype) * speeds)[:, :, None]
-    cos, sin = angles.cos(), angles.sin()
-    first, second = heads[..., :half], heads[..., half:]
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(heads.dtype)
 
 
 def real_span(positions: torch.Tensor) -> torch.Tensor | None:

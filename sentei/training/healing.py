@@ -40,6 +40,7 @@ class Config:
 
     Args:
         minutes: by the clock, of everything: steps, checks and checkpoints.
+        part: of the minutes that may be used, where they are for more than one healing.
         batch: windows of a step.
         seed: of the adapters and of the order of the text.
         rank: of the adapters.
@@ -47,6 +48,7 @@ class Config:
     """
 
     minutes: float
+    part: float = 1.0
     batch: int = 1
     seed: int = 0
     rank: Rank = field(default_factory=lambda: Rank(rank=16, alpha=16.0))
@@ -55,6 +57,7 @@ class Config:
     def __post_init__(self):
         require("--heal", self.minutes, {"minutes as a number above 0": isinstance(
             self.minutes, int | float) and 0 < self.minutes < math.inf})
+        require("healing.part", self.part, {"a number above 0 and at most 1": 0 < self.part <= 1})
 
     def to_json(self) -> dict:
         """The configuration as a JSON object."""
@@ -159,7 +162,8 @@ class _Healer(Run):
 
     def __init__(self, teacher, student, texts, config, folder, job, now):
         folder.mkdir(parents=True, exist_ok=True)
-        self.teacher, self.limit, self.now, self.began = teacher, 60.0 * config.minutes, now, now()
+        self.teacher, self.now, self.began = teacher, now, now()
+        self.part, self.limit = config.part, 60.0 * config.minutes * config.part
         self.clock, self.finished = Clock(), False
         self.last = 0, 0.0  # the step of the last checkpoint, and the seconds that led to it
         super().__init__(student, texts, Loop(batch=config.batch, seed=config.seed, optimizer=config.optimizer), folder,
@@ -210,8 +214,10 @@ class _Healer(Run):
         """Raises SenteiError where the first step and the check after it do not fit."""
         needed = self.spent() + self.clock.check + (0.0 if done else self.clock.step)
         if done <= 1 and needed > self.limit:
-            raise SenteiError("--heal", expected=f"more than {needed / 60:.3g} minutes, which a step and the checks "
-                              "before and after it take here", got=f"{self.limit / 60:g}", do="give it more minutes")
+            share = "" if self.part == 1 else f" in {self.part:g} of the time"
+            raise SenteiError("--heal", expected=f"more than {needed / 60 / self.part:.3g} minutes, so that a step and "
+                              f"the checks before and after it fit{share}",
+                              got=f"{self.limit / 60 / self.part:g}", do="give it more minutes")
 
     def rate(self, number: int) -> float:
         """The learning rate of a step: it goes down with the time, as foreseen at the last checkpoint."""

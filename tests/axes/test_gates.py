@@ -125,10 +125,9 @@ def test_a_parameter_outside_its_range_is_refused(make):
 
 
 def test_groups_that_do_not_divide_the_experts_are_refused():
-    made = MixtureOfExperts(Config(rule=TopK(2), gate=Sigmoid(groups=3, kept_groups=2), unit=UNIT), width=WIDTH,
-                            neurons=E * UNIT)
     with pytest.raises(RuleError, match="expected experts in 3 equal groups, got 8"):
-        made(torch.randn(1, 4, WIDTH))
+        MixtureOfExperts(Config(rule=TopK(2), gate=Sigmoid(groups=3, kept_groups=2), unit=UNIT), width=WIDTH,
+                         neurons=E * UNIT)
 
 
 def test_a_group_of_one_expert_is_worth_that_expert():

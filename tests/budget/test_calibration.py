@@ -4,10 +4,18 @@ import pytest
 import torch
 from tiny import tiny_model
 
-from sentei.budget.calibration import calibrate, wanted_by_rooms
+from sentei.axes.depth import Config as Depth
+from sentei.axes.heads import Config as Heads
+from sentei.axes.weights import Config as Weights
+from sentei.budget import calibration
+from sentei.budget.calibration import Library, calibrate, wanted_by_rooms
 from sentei.conversion.families import FAMILIES
+from sentei.conversion.layers import layers_of
+from sentei.conversion.plan import Entry, Plan, convert
 from sentei.conversion.rooms import WAYS
-from sentei.conversion.statistics import KINDS, Statistics
+from sentei.conversion.statistics import KINDS, Statistics, bytes_of
+from sentei.core.errors import ResourceError
+from sentei.core.rules import Fixed, TopK
 
 TEXT = torch.randint(3, 320, (4, 60), generator=torch.Generator().manual_seed(3))
 EVERYTHING = {layer: set(KINDS) for layer in range(3)}
@@ -92,3 +100,64 @@ def test_rooms_say_what_they_want():
     assert wanted_by_rooms(model, ["connections", "depth"], "rule") == {}
     assert wanted_by_rooms(model, ["weights"], "rule") == {layer: {"network_hidden"} for layer in range(3)}
     assert {name for names in wanted_by_rooms(model, list(WAYS), "decode").values() for name in names} <= set(KINDS)
+
+
+LEAN = Plan((*Plan.everywhere(range(3), "weights", Weights(rule=TopK(64), saliency="obs")).entries,
+             *Plan.everywhere((2, 0), "heads", Heads(num_kv_heads=1, merge="joint")).entries,
+             Entry(layer=1, room="depth", config=Depth(rule=Fixed(()), part="attention"))))
+
+
+@pytest.fixture
+def library(monkeypatch):
+    """A library of the tiny model on a machine with memory for so many layers; and the layers of each pass."""
+    passes = []
+
+    def read(model, windows, names):
+        passes.append(sorted(names))
+        return calibrate(model, windows, names)
+
+    def made(layers: float) -> tuple[Library, list]:
+        found = Library(tiny_model("llama"), TEXT, "rule")
+        names = wanted_by_rooms(found.model, list(WAYS), "rule")
+        least = max(calibration.USED * bytes_of(layer, names[layer.index]) for layer in layers_of(found.model))
+        for module in ("sentei.budget.calibration", "sentei.conversion.memory"):
+            monkeypatch.setattr(f"{module}.available_memory", lambda: int(layers * least / calibration.HALF) + 2)
+        monkeypatch.setattr(calibration, "calibrate", read)
+        passes.clear()
+        return found, passes
+
+    return made
+
+
+@pytest.mark.parametrize("layers, groups", [(2, {(0, 1), (2,)}), (1, {(0,), (1,), (2,)}), (0.6, {(0,), (1,), (2,)})])
+def test_layers_that_do_not_fit_together_are_read_in_groups_with_the_same_result(library, layers, groups):
+    whole, passes = library(3)
+    expected = {name: weight.clone() for name, weight in convert(
+        whole.model, LEAN, whole(LEAN)).state_dict().items()}
+    assert passes == [[0, 1, 2]]
+    one, passes = library(layers)
+    assert not one.statistics.keys() and one(Plan()) is None
+    found = convert(one.model, LEAN, one(LEAN)).state_dict()
+    assert {tuple(read) for read in passes} == groups and {index for index, _ in one.statistics} in map(set, groups)
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
+    count = len(passes)
+    convert(convert(one.model, Plan()), LEAN, one(LEAN))
+    assert len(passes) == count, "what is built is built once"
+
+
+def test_without_memory_for_one_layer_nothing_is_allocated(library, monkeypatch):
+    one, passes = library(0.4)
+    before = {name: tensor.clone() for name, tensor in one.model.state_dict().items()}
+    with pytest.raises(ResourceError, match="calibration: expected .* GB of memory for the statistics of one layer"):
+        convert(one.model, LEAN, one(LEAN))
+    assert not passes and not one.statistics.keys()
+    after = one.model.state_dict()
+    assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
+
+
+def test_bytes_are_told_without_taking_them():
+    layer = layers_of(tiny_model("llama"))[1]
+    found = calibrate(tiny_model("llama"), TEXT[:1], {1: set(KINDS)})
+    assert bytes_of(layer, KINDS) == sum(value.nbytes for state in found.values() for value in vars(state).values()
+                                         if isinstance(value, torch.Tensor))
+    assert bytes_of(layer, {"network_hidden"}) == 8 * (96 ** 2 + 96 * 64)

@@ -53,3 +53,8 @@ def test_a_goal_that_is_none_is_refused(settings):
 
 def test_the_ends_of_the_ranges_are_goals():
     assert Goal(quality=1.0).quality == Goal(speed=1.0).speed == 1.0
+
+
+def test_a_relaxed_goal_lets_so_many_times_as_many_nats_be_lost():
+    goal = Goal(quality=0.9, lookahead=False)
+    assert goal.relaxed(2).quality == pytest.approx(0.81) and not goal.relaxed(2).lookahead and goal.relaxed(1) == goal

@@ -55,7 +55,7 @@ def test_the_model_is_dense_again_whatever_happens(judge, monkeypatch):
     judge.judge(SPARSE, "choose", lambda: None)
     judge.time(SPARSE, "verify", 1, lambda: None)
     assert not wrapper.rooms(judge.model)
-    monkeypatch.setattr(judge, "_losses", lambda *_: 1 / 0)
+    monkeypatch.setattr(judge, "_answers", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         judge.judge(plan_of(Threshold(0.4), 1), "choose", lambda: None)
     assert not wrapper.rooms(judge.model)

@@ -7,7 +7,7 @@ from sentei.axes.connections import Config as Connections
 from sentei.axes.depth import Config as Depth
 from sentei.axes.weights import Config as Weights
 from sentei.budget.proof import Proof
-from sentei.budget.share import kept_of, rooms_of
+from sentei.budget.share import Foreseen, kept_of, rooms_of
 from sentei.budget.solver import Candidate
 from sentei.conversion.plan import Entry, Plan, convert
 from sentei.core.rules import Fixed, Threshold, TopK
@@ -24,23 +24,29 @@ def proof_of(entries: tuple, saved: dict) -> Proof:
                  comparison=Comparison(dense=[10.0], pruned=[6.0], date=""))
 
 
-def test_connections_have_what_the_others_leave():
-    """Of 10 s dense 6 s are left; keeping all takes 9.5."""
-    found = rooms_of(proof_of((CHOOSING, THIN, GONE), {"weights": 1.0, "depth": 2.0}), 0.95)
-    assert {room: (told["layers"], told["seconds"]) for room, told in found.items()} == {
-        "connections": (1, pytest.approx(0.5)), "depth": (1, 2.0), "native": (2, pytest.approx(0.5)),
-        "weights": (1, 1.0)}
-    assert sum(told["share"] for told in found.values()) == pytest.approx(1)
+def told(entries: tuple, saved: dict, whole: float, plan: float, dense: float = 10.0) -> dict:
+    """Layers and seconds by room, of 10 s dense and 6 with the plan, as measured; foreseen was what is given."""
+    found = rooms_of(proof_of(entries, saved), Foreseen(dense=dense, whole=whole, plan=plan))
+    assert not found or sum(each["share"] for each in found.values()) == pytest.approx(1)
+    assert all(each["share"] == pytest.approx(each["seconds"] / 4.0) for each in found.values())
+    return {room: (each["layers"], pytest.approx(each["seconds"])) for room, each in found.items()}
+
+
+@pytest.mark.parametrize("slower", [1.0, 0.5], ids=["the same hour", "an hour in which all took half as long"])
+def test_each_room_has_what_was_foreseen_of_it_and_none_what_was_not(slower):
+    """Of 10 s all kept takes 9.5 and the plan 6.2, of 3.3 the other rooms save 3; measured are 6 s."""
+    saved = {"weights": slower, "depth": 2.0 * slower}
+    assert told((CHOOSING, THIN, GONE), saved, 9.5 * slower, 6.2 * slower, 10.0 * slower) == {
+        "connections": (1, 0.3), "depth": (1, 2.0), "native": (2, 0.5), "weights": (1, 1.0), "unforeseen": (0, 0.2)}
 
 
 @pytest.mark.parametrize("kept", [Connections(), Connections(decode=Threshold(0.0))], ids=["prompts", "decoding"])
-def test_where_connections_drop_nothing_the_others_have_all(kept):
+def test_where_connections_drop_nothing_they_have_no_part(kept):
     every = Entry(layer=3, room="connections", config=kept)
-    found = rooms_of(proof_of((every, THIN, GONE), {"weights": 1.0, "depth": 2.0}), 0.9)
-    assert {room: (told["layers"], told["share"]) for room, told in found.items()} == {
-        "depth": (1, pytest.approx(0.5)), "native": (3, pytest.approx(0.25)), "weights": (1, pytest.approx(0.25))}
-    assert rooms_of(proof_of((every,), {}), 0.9)["native"] == {"layers": 1, "seconds": pytest.approx(4), "share": 1}
-    assert rooms_of(proof_of((), {}), 0.9) == {}
+    assert told((every, THIN, GONE), {"weights": 1.0, "depth": 2.0}, 9.0, 6.0) == {
+        "depth": (1, 2.0), "native": (3, 1.0), "weights": (1, 1.0), "unforeseen": (0, 0.0)}
+    assert told((every,), {}, 5.0, 5.0) == {"native": (1, 5.0), "unforeseen": (0, -1.0)}
+    assert told((), {}, 9.0, 10.0) == {}
 
 
 def test_what_is_left_of_a_part_is_told_by_its_weights():

@@ -76,7 +76,7 @@ def test_a_model_of_fewer_heads_folds_the_prefix_of_the_dense_one(family, merge)
                                                                      else prefix).layers[2], part))
     workload.begin(model, row, prefix)()
     workload.sample(model, row, prefix)
-    assert len(workload.losses(model, row, prefix)) == 39
+    assert len(workload.answer(model, row, prefix)) == 39
     assert [layer.keys.shape[1] for layer in prefix.layers] == [4, 4, 4] and prefix.get_seq_length() == 40
 
 
@@ -85,10 +85,10 @@ def test_a_prefix_serves_any_number_of_readings(tokens):
     model, row, work = tiny_model("gemma3_text"), row_of(tokens), Decode(tokens)
     prefix = work.prefix(model, row)
     length = prefix.get_seq_length()
-    first = work.losses(model, row, prefix)
+    first = work.answer(model, row, prefix)
     work.begin(model, row, prefix)()
     work.sample(model, row, prefix)
-    assert prefix.get_seq_length() == length and torch.equal(work.losses(model, row, prefix), first)
+    assert prefix.get_seq_length() == length and torch.equal(work.answer(model, row, prefix), first)
     assert len(first) == tokens - length - 1 and torch.isfinite(first).all()
 
 
@@ -97,9 +97,9 @@ def test_a_prefix_serves_any_number_of_readings(tokens):
 def test_quality_is_read_as_one_token_at_a_time_would(family, overrides, ratio):
     model, row, work = tiny_model(family, **overrides), row_of(300), Decode(300)
     prefix = work.prefix(model, row)
-    dense = work.losses(model, row, prefix)
+    dense = work.answer(model, row, prefix)
     convert(model, paged(model, ratio))
-    found = work.losses(model, row, prefix)
+    found = work.answer(model, row, prefix)
     assert_close(found, losses_after(model, row, copy.deepcopy(prefix), rows=1), rtol=1e-4, atol=1e-5)
     assert torch.allclose(found, dense, atol=1e-4) == (ratio == 0)
 
@@ -143,7 +143,7 @@ def test_a_prompt_is_read_in_one_pass_with_a_cache_and_the_last_token_s_logits(m
     (call,) = calls
     assert torch.equal(call.pop("input_ids"), row[None])
     assert call == {"use_cache": True, "logits_to_keep": 1}
-    assert torch.equal(work.losses(tiny_model("llama"), row, None), token_losses(tiny_model("llama"), row[None])[0])
+    assert torch.equal(work.answer(tiny_model("llama"), row, None), token_losses(tiny_model("llama"), row[None])[0])
 
 
 @pytest.mark.parametrize("family, overrides", FAMILIES, ids=[name for name, _ in FAMILIES])
@@ -162,7 +162,7 @@ def test_a_decode_plan_is_judged_on_the_tokens_after_the_prompt(tmp_path, family
     assert sparse.quality.tokens == 398 and sparse.quality.value != 1
     prefixes = [work.prefix(model, row) for row in windows["choose"]]
     convert(model, paged(model, 0.5))
-    losses = torch.stack([work.losses(model, row, prefix)
+    losses = torch.stack([work.answer(model, row, prefix)
                           for row, prefix in zip(windows["choose"], prefixes, strict=True)])
     assert sparse.quality == compare(judge.dense["choose"], losses)
 
@@ -247,8 +247,8 @@ def test_where_nothing_chooses_pages_all_tokens_are_read_in_one_call(monkeypatch
     monkeypatch.setattr(workload, "losses_after", lambda *inputs, rows: rows)
     model, row, work = tiny_model("llama"), row_of(80), Decode(80)
     prefix = work.prefix(model, row)
-    assert work.losses(model, row, prefix) == Decode.READ
+    assert work.answer(model, row, prefix) == Decode.READ
     convert(model, Plan.everywhere([1], "connections", Config(rule=Threshold(0.1))))
-    assert work.losses(model, row, prefix) == Decode.READ
+    assert work.answer(model, row, prefix) == Decode.READ
     convert(model, paged(model, 0.0))
-    assert work.losses(model, row, prefix) == Decode.AT_ONCE
+    assert work.answer(model, row, prefix) == Decode.AT_ONCE

@@ -77,10 +77,10 @@ def test_an_encoder_of_transformers(sentei, tmp_path):
     done = sentei("trace", folder, "a bat", "a cat", *files, "--json")
     result, kept = json.loads(done.stdout), load(tmp_path / "a.trace")
     assert "REPORT" not in done.stderr  # the head is left in the file on purpose
-    assert result["kind"] == "observed" and result["model"] == "bert" and result["tokens"] == [5, 5]
-    assert [token.text for token in kept.runs[1].tokens] == list("a cat")
+    assert result["kind"] == "observed" and result["model"] == "bert" and result["tokens"] == [7, 7]
+    assert [token.text for token in kept.runs[1].tokens] == ["<s>", *"a cat", "</s>"]
     assert not kept.runs[0].causal and kept.runs[0].following == ()
-    assert result["together"]["shared"] == 2 and result["together"]["differences"] > 0  # it has read what follows
+    assert result["together"]["shared"] == 3 and result["together"]["differences"] > 0  # it has read what follows
     assert sentei("trace", folder, "a bat", "--write", "1").returncode == 2
     assert sentei("trace", folder, "a" * 65).returncode == 2
 

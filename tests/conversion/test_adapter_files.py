@@ -98,7 +98,7 @@ def test_what_the_format_cannot_say_is_not_written(tmp_path):
 @pytest.mark.parametrize("changes", [
     {"use_dora": True}, {"bias": "all"}, {"modules_to_save": ["lm_head"]}, {"fan_in_fan_out": True},
     {"init_lora_weights": "pissa"}, {"lora_bias": True}, {"layer_replication": [[0, 2]]}, {"peft_type": "IA3"},
-    {"a_key_of_tomorrow": 1}, {"use_dora": 0}, {"auto_map": {"a": "b"}}, {"target_parameters": ["experts"]}], ids=str)
+    {"a_key_of_tomorrow": 1}, {"use_dora": 0}, {"auto_map": {"a": "b"}}], ids=str)
 def test_what_changes_the_computation_is_refused(folder, changes):
     edit(folder, **changes)
     model = tiny_model("llama")

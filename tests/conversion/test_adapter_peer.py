@@ -2,6 +2,9 @@
 
 import pytest
 import torch
+from stacked_models import TOKENS as EXPERT_TOKENS
+from stacked_models import logits as expert_logits
+from stacked_models import stacked
 from tiny import tiny_model
 from torch import nn
 
@@ -80,3 +83,63 @@ def test_what_peft_does_beyond_plain_lora_is_refused(settings, tmp_path):
     peer("qwen2", settings).save_pretrained(tmp_path)
     with pytest.raises(UnsupportedError, match="plain LoRA on linear layers"):
         load(tiny_model("qwen2"), tmp_path)
+
+
+STACKS = [("Mixtral", ["experts.gate_up_proj", "experts.down_proj"], {}), ("Mixtral", ["experts.down_proj"], {}),
+          ("Olmoe", ["experts.down_proj", "experts.gate_up_proj"], {"use_rslora": True, "lora_alpha": 6}),
+          ("Qwen2Moe", ["layers.1.mlp.experts.gate_up_proj"], {}),
+          ("Mixtral", ["experts.gate_up_proj", "experts.down_proj"],
+           {"rank_pattern": {"experts.down_proj": 3}, "alpha_pattern": {"experts.down_proj": 7}})]
+every_stack = pytest.mark.parametrize("family, targets, settings", STACKS, ids=str)
+
+
+def expert_peer(family: str, targets: list[str], settings: dict) -> nn.Module:
+    """A PEFT model whose experts have adapters that do something."""
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], target_parameters=targets, **settings)
+    model = peft.get_peft_model(stacked(family), config)
+    for name, part in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(part, std=0.2)
+    return model.eval()
+
+
+@every_stack
+def test_stacks_in_a_file_of_peft_give_the_same_logits_here(family, targets, settings, tmp_path):
+    theirs, ours = expert_peer(family, targets, settings), stacked(family)
+    theirs.save_pretrained(tmp_path)
+    paths = load(ours, tmp_path)
+    assert sum("experts" in path for path in paths) == sum("lora_A" in name and "experts" in name
+                                                           for name, _ in theirs.named_parameters())
+    torch.testing.assert_close(expert_logits(ours), expert_logits(theirs), rtol=1e-3, atol=1e-4)
+    assert (expert_logits(ours) - expert_logits(stacked(family))).abs().max() > 1e-2
+    merge(ours)
+    theirs.merge_adapter()
+    torch.testing.assert_close(expert_logits(ours), expert_logits(theirs), rtol=1e-3, atol=1e-4)
+
+
+@every_stack
+def test_our_stacks_give_the_same_logits_in_peft(family, targets, settings, tmp_path):
+    ours = stacked(family)
+    scaling = "root" if settings.get("use_rslora") else "rank"
+    add(ours, [*targets, "q_proj"], Config(rank=3, alpha=settings.get("lora_alpha", 8), scaling=scaling))
+    for adapter in adapters_of(ours).values():
+        nn.init.normal_(adapter.b, std=0.2)
+    write(ours, tmp_path)
+    theirs = peft.PeftModel.from_pretrained(stacked(family), tmp_path).eval()
+    torch.testing.assert_close(expert_logits(theirs), expert_logits(ours), rtol=1e-3, atol=1e-4)
+    assert (expert_logits(ours) - expert_logits(stacked(family))).abs().max() > 1e-2
+    assert sum("lora_A" in name for name, _ in theirs.named_parameters()) == len(adapters_of(ours))
+
+
+def test_gradients_of_stacks_are_those_of_peft(tmp_path):
+    theirs, ours = expert_peer(*STACKS[0]), stacked("Mixtral")
+    theirs.save_pretrained(tmp_path)
+    load(ours, tmp_path)
+    for model in (theirs, ours):
+        model.eval()(input_ids=EXPERT_TOKENS, labels=EXPERT_TOKENS, use_cache=False).loss.backward()
+    stack, layer = adapters_of(ours)["model.layers.1.mlp.experts.down_proj"], (
+        theirs.base_model.model.model.layers[1].mlp.experts)
+    gradient = layer.lora_A["default"].weight.grad.unflatten(0, (5, 2))
+    torch.testing.assert_close(stack.a.grad, gradient, rtol=1e-3, atol=1e-6)
+    gradient = layer.lora_B["default"].weight.grad.unflatten(1, (2, 5)).permute(2, 0, 1)
+    torch.testing.assert_close(stack.b.grad, gradient, rtol=1e-3, atol=1e-6)

@@ -121,7 +121,7 @@ def test_removed_is_the_model_that_was_and_folded_the_model_that_is():
 def test_what_has_no_place_in_a_model_is_not_removed():
     layer = LowRank(nn.Linear(2, 2), Config(rank=1))
     for model in (layer, nn.Sequential(LowRankStack(torch.zeros(1, 2, 2), Config(rank=1)))):
-        with pytest.raises(UnsupportedError, match="adapters.remove: expected adapted linear layers inside a model"):
+        with pytest.raises(UnsupportedError, match="adapters.remove: expected adapted layers inside a model"):
             remove(model)
 
 

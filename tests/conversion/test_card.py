@@ -15,11 +15,16 @@ SIDE = {"seconds": 10.88, "tokens_per_second": 376.4, "perplexity": 12.345}
 RESULT = {"model": "tiny", "workload": "prefill:4096", "dtype": "float32", "dense": SIDE,
           "pruned": {**SIDE, "seconds": 8.7, "tokens_per_second": 470.8, "perplexity": 12.36},
           "speedup": 1.25, "quality": 0.9988, "density": 0.381}
-DETAILS = {"met": True, "reason": "", "quality_interval": [0.995, 1.002], "speedup_interval": [1.21, 1.3],
+DETAILS = {"meaning": "dense perplexity ÷ pruned perplexity", "met": True, "reason": "",
+           "quality_interval": [0.995, 1.002], "speedup_interval": [1.21, 1.3],
            "source": "tiny (a local folder)", "licence": "apache-2.0", "command": "sentei prune tiny --out faster",
            "text": {"name": "a.txt", "sha256": "ab" * 32, "tokens": {"choose": 8192, "verify": 8192}},
            "environment": {"processor": "a processor", "threads": "2"}, "verify_attempts": 1, "date": "2026-11-27",
            "rung": "C"}
+HEALED = {"kept": True, "reason": "x", "quality_unhealed": 0.9, "minutes": 10, "table": [],
+          "unhealed": {"quality": 0.962, "speedup": 3.14}, "relaxed": {
+              "asked": 0.95, "quality": 0.9292, "share": 0.3,
+              "probe": {"bound": 0.9025, "unhealed": 0.9057, "healed": 0.933, "minutes": 2.41}}}
 RECEIPT = {"difference": 1.5e-6, "tolerance": 1e-3, "met": True}
 HOSTILE = [
     "<script>alert(1)</script>", "[a](javascript:alert(1))", "![a](https://example.org/a.png)", "`code` ```\n# head",
@@ -67,12 +72,21 @@ def test_the_numbers_are_those_of_the_run():
 @pytest.mark.parametrize("rung, told", [("A", "an ordinary, smaller model"), ("B", "does not load"),
                                         ("C", "Memory does not shrink")])
 def test_what_the_folder_is_without_sentei_depends_on_its_rung(rung, told, healed):
-    kept = {"healed": {"kept": healed, "reason": "x", "quality_unhealed": 0.9, "minutes": 1, "table": []}}
+    kept = {"healed": HEALED | {"kept": healed}}
     text = page_of(render(RESULT | kept, DETAILS | {"rung": rung}, RECEIPT)).text
     assert (told in text) == (rung != "C" or not healed)
     assert ("The weights are those of the base model, with" in text) == (rung == "C" and not healed)
     assert ("the dense model, no faster" in text) == (rung == "C" and not healed)
     assert ("changed by healing" in text) == healed
+
+
+@pytest.mark.parametrize("relaxed", [HEALED["relaxed"], None])
+def test_what_was_relaxed_for_healing_is_said_and_what_there_is_without(relaxed):
+    text = page_of(render(RESULT | {"healed": HEALED | {"relaxed": relaxed}}, DETAILS, RECEIPT)).text
+    assert "as measured above: 0.9000" in text and "without healing: 3.14 times as fast at 0.9620" in text
+    told = ("under a bound of 0.9292 in place of 0.95", "2.4 of the minutes brought a plan from 0.9057 to 0.9330",
+            "30% of the nats")
+    assert all((words in text) == (relaxed is not None) for words in told)
 
 
 def test_what_is_not_met_or_not_known_is_said():

@@ -1,26 +1,23 @@
-"""Encoders of transformers from a folder: read, wherever they stand in a file, or refused before memory is taken."""
+"""Encoders of transformers: read, wherever they stand in a file, or refused before memory is taken; and converted."""
 
 import json
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import save_tiny, save_tiny_encoder, tiny_encoder
+from tiny import save_tiny_encoder, tiny_encoder
 
-from sentei.conversion.encoders import is_encoder, load
+from sentei.conversion.checkpoints import load_model, locate
 from sentei.core.errors import FileError, UnsupportedError
+
+
+def load(folder):
+    return load_model(locate(str(folder)))
 
 
 @pytest.fixture
 def folder(tmp_path):
     return save_tiny_encoder(tmp_path / "bert")
-
-
-def test_an_encoder_is_told_by_its_config(folder, tmp_path):
-    assert is_encoder(folder) and not is_encoder(save_tiny(tmp_path / "llama", "llama"))
-    assert not is_encoder(tmp_path) and not is_encoder(tmp_path / "nothing")
-    (folder / "config.json").write_text('{"model_type": ["bert"]}')
-    assert not is_encoder(folder)
 
 
 @pytest.mark.parametrize("head", ["BertModel", "BertForMaskedLM", "BertForSequenceClassification"])
@@ -50,7 +47,7 @@ def test_numbers_of_positions_are_left_where_they_are(folder):
     ({"hidden_size": 33}, FileError, "bert model|shape"),
     ({"hidden_size": 1 << 40}, FileError, "whole number"),
     ({"num_hidden_layers": 3}, FileError, "missing"),
-    ({"num_hidden_layers": 1}, FileError, "not in the encoder"),
+    ({"num_hidden_layers": 1}, FileError, "not in the model"),
     ({"hidden_act": "os.system"}, FileError, "settings"),
     ({"quantization_config": {}}, UnsupportedError, "quantization_config"),
 ])
@@ -61,16 +58,16 @@ def test_what_is_no_encoder_of_ours_is_refused(change, error, said, folder):
         load(folder)
 
 
-@pytest.mark.parametrize(("name", "value", "said"), [
-    ("encoder.layer.1.output.dense.bias", torch.full((32,), torch.nan), "finite"),
-    ("encoder.layer.1.output.dense.bias", torch.zeros(31), "shape"),
-    ("encoder.layer.1.output.dense.bias", torch.zeros(32, dtype=torch.int64), "F32"),
-    ("more", torch.zeros(2), "not in the encoder"),
+@pytest.mark.parametrize(("name", "value", "error", "said"), [
+    ("encoder.layer.1.output.dense.bias", torch.full((32,), torch.nan), FileError, "finite"),
+    ("encoder.layer.1.output.dense.bias", torch.zeros(31), FileError, "shape"),
+    ("encoder.layer.1.output.dense.bias", torch.zeros(32, dtype=torch.int64), UnsupportedError, "F32"),
+    ("more", torch.zeros(2), FileError, "not in the model"),
 ])
-def test_weights_that_do_not_fit_are_refused(name, value, said, folder):
+def test_weights_that_do_not_fit_are_refused(name, value, error, said, folder):
     weights = load_file(folder / "model.safetensors")
     save_file(weights | {name: value}, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(FileError, match=said):
+    with pytest.raises(error, match=said):
         load(folder)
 
 

@@ -14,7 +14,7 @@ import torch
 from benches.test_benches import SMALL as SMALL_BENCHES
 from benches.test_rooms import SMALL as SMALL_ROOMS
 from documents import PAGES, ROOT, Piece, pieces, read
-from tiny import tiny_model, tiny_tokenizer
+from tiny import save_tiny_encoder, tiny_model, tiny_tokenizer
 
 from docs.builder.markdown import parse
 from sentei import pipeline
@@ -50,9 +50,10 @@ def text():
 
 @pytest.fixture
 def folder(tiny, tmp_path, monkeypatch):
-    """Where a page's pieces run: a model, a text called README.md, and the examples with fewer steps."""
+    """Where a page's pieces run: a model and an encoder, a text called README.md, and the examples with fewer steps."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my-model").symlink_to(tiny)
+    save_tiny_encoder(tmp_path / "my-encoder", initializer_range=0.2, max_position_embeddings=512)
     (tmp_path / "README.md").write_text((ROOT / "README.md").read_text(encoding="utf-8")[:300], encoding="utf-8")
     (tmp_path / "examples").mkdir()
     for path in (ROOT / "examples").glob("*.yaml"):

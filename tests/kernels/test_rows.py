@@ -277,7 +277,7 @@ def test_the_definition_of_gated_has_every_activation(activation):
 
 @pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=str)
 @pytest.mark.parametrize("name", ["gated", "norm", "heads"])
-def test_it_is_the_definition_rounded_once(name, dtype, machine_or_pairs):
+def test_it_is_the_definition_rounded_once(name, dtype, machine):
     given = calls(dtype)[name][0]
     wide = [rows.Turn(*(part.double() if isinstance(part, torch.Tensor) else part for part in item))
             if isinstance(item, rows.Turn) else to(torch.float64, item)[0] if isinstance(item, tuple)

@@ -16,6 +16,7 @@ import pytest
 from sentei.core.errors import ResourceError
 from sentei.core.rules import Threshold
 from sentei.measurement import drawing, plots, report
+from sentei.measurement.quality import PERPLEXITY
 
 RULES = [{"name": "mass", "mass": mass} for mass in (0.99, 0.9, 0.7)]
 
@@ -37,6 +38,7 @@ def sample(layers: int = 4, heads: int = 3, unpruned: tuple[int, ...] = (1,), **
                  for layer, row in enumerate(rows) if row],
     }
     details = {
+        "meaning": PERPLEXITY.meaning,
         "goal": {"quality": 0.99}, "met": True, "reason": "", "quality_interval": [0.9897, 0.9925],
         "speedup_interval": [1.19, 1.23], "text": {"name": "topics", "sha256": "ab" * 32,
                                                    "tokens": {"calibrate": 4096, "choose": 8192, "verify": 8192}},
@@ -114,6 +116,19 @@ def test_page_shows_every_part():
                  "8,192 to check the bound", "paired", "ab" * 32, "a folder", "2.13.0", "2026-03-02",
                  "sentei prune --workload prefill:4096", "84 s in all", "connections", "plan 3", "(chosen)"):
         assert part in words, part
+
+
+def test_what_healing_was_chosen_under_and_what_there_is_without_it_is_said():
+    result, details = sample()
+    healed = {"kept": True, "reason": "", "quality_unhealed": 0.9, "minutes": 10, "table": [],
+              "unhealed": {"quality": 0.962, "speedup": 3.14}, "relaxed": {
+                  "asked": 0.95, "quality": 0.9292, "share": 0.3,
+                  "probe": {"bound": 0.9025, "unhealed": 0.9057, "healed": 0.933, "minutes": 2.41}}}
+    page = report.render({**result, "healed": healed}, details).replace("&nbsp;", " ")
+    told = "under a bound of 92.9 % in place of 95.0 %: 2.4 of the minutes brought a plan from 90.6 % to 93.3 %"
+    assert told in page and "30 % of the nats" in page
+    assert "checking the bound was 90.0 % before" in page and "healing: 3.14 times as fast as dense at 96.2 %" in page
+    assert told not in report.render({**result, "healed": healed | {"relaxed": None}}, details).replace("&nbsp;", " ")
 
 
 def test_page_is_well_formed_and_runs_and_loads_nothing():

@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sentei.core.errors import FileError, SenteiError
-from sentei.measurement.text import cut, read_text, windows_of
+from sentei.measurement.text import cut, read_text, spare_of, windows_of
 
 
 def test_the_default_text_is_long_and_the_same_each_time():
@@ -92,14 +92,16 @@ def test_impossible_windows_are_a_usage_error(length, needed):
 
 
 class Tokenizer:
-    """One token a character; the first token, when it has one, comes before every text."""
+    """One token a character; the first token, when it has one, comes before every text, and others after it."""
 
-    def __init__(self, bos: int | None, marks: bool):
-        self.bos_token_id, self.marks = bos, marks
+    def __init__(self, bos: int | None, marks: bool, *, cls: int | None = None, after: tuple[int, ...] = ()):
+        self.bos_token_id, self.cls_token_id, self.sep_token_id, self.eos_token_id = bos, cls, 8, 9
+        self.marks, self.after = marks, after
 
     def __call__(self, text, add_special_tokens=True, verbose=True):
-        first = [self.bos_token_id] if add_special_tokens and self.marks else []
-        return {"input_ids": first + [ord(letter) for letter in text]}
+        marked = add_special_tokens and self.marks
+        first = [self.cls_token_id if self.bos_token_id is None else self.bos_token_id] if marked else []
+        return {"input_ids": first + [ord(letter) for letter in text] + list(self.after if marked else ())}
 
 
 def test_every_window_begins_with_the_first_token_of_a_model_that_has_one():
@@ -113,3 +115,20 @@ def test_every_window_begins_with_the_first_token_of_a_model_that_has_one():
 def test_no_token_is_put_before_a_window_where_the_tokenizer_puts_none(bos):
     windows = windows_of(Tokenizer(bos, False), "abcdefgh", length=4, needed={"choose": 2})
     assert sorted(windows["choose"].flatten().tolist()) == [ord(letter) for letter in "abcdefgh"]
+
+
+def test_every_window_of_an_encoder_stands_between_its_own_tokens():
+    tokenizer = Tokenizer(None, True, cls=7, after=(8,))
+    windows = windows_of(tokenizer, "abcdefgh", length=4, needed={"choose": 2, "verify": 1})
+    rows = torch.cat(list(windows.values()))
+    assert rows.shape == (3, 4) and rows[:, 0].unique().tolist() == [7] and rows[:, -1].unique().tolist() == [8]
+    assert len(rows[:, 1:-1].unique()) == 6
+    spare = spare_of(tokenizer, "abcdefgh", length=4, needed={"choose": 2, "verify": 1}, size=3)
+    assert all(row[0] == 7 and row[-1] == 8 for row in spare.tolist())
+    assert not set(spare[:, 1].tolist()) & set(rows[:, 1:-1].flatten().tolist())
+
+
+@pytest.mark.parametrize("after", [(8,), (9,)], ids=["sep", "eos"])
+def test_no_window_of_a_language_model_ends_with_a_token_of_its_own(after):
+    rows = windows_of(Tokenizer(7, True, after=after), "abcdefgh", length=3, needed={"choose": 2})["choose"]
+    assert (rows[:, 0] == 7).all() and int(rows[:, 1:].min()) > 9

@@ -51,14 +51,14 @@ def config(minutes=1.0, **changes):
                   **changes)
 
 
-def started(folder, given=None, step=lambda note: None, job=None, minutes=1.0):
+def started(folder, given=None, step=lambda note: None, job=None, **times):
     """A healing of the tiny model from the start, in what would be a process of its own."""
     teacher = tiny_model("llama")
     student, _ = student_of(teacher, PLAN)
     torch.manual_seed(0)
     adapted(student, Rank(rank=4))
     clock = Passes(student)
-    found = heal(teacher, student, texts() if given is None else given, config(minutes), folder, job=job or {},
+    found = heal(teacher, student, texts() if given is None else given, config(**times), folder, job=job or {},
                  step=step, now=clock)
     return found, student, clock
 
@@ -103,6 +103,15 @@ def test_the_clock_bounds_everything_and_is_used(whole):
     found, _, clock, _ = whole
     assert 52 < clock.seconds <= 60
     assert len(found.losses) == found.table[-1]["step"] and found.table[-1]["minutes"] == clock.seconds / 60
+
+
+def test_a_part_of_the_minutes_is_kept_to_and_named_where_it_is_too_little(tmp_path):
+    _, _, clock = started(tmp_path / "half", part=0.5)
+    assert 22 < clock.seconds <= 30
+    with pytest.raises(SenteiError, match=r"more than 0.667 minutes, .* fit in 0.1 of the time, got 0.5"):
+        started(tmp_path / "little", minutes=0.5, part=0.1)
+    with pytest.raises(SenteiError, match=r"healing.part: expected a number above 0 and at most 1"):
+        config(part=1.5)
 
 
 def test_a_row_for_what_is_checked_from_before_the_first_step_to_the_last(tmp_path, monkeypatch):
@@ -161,7 +170,7 @@ def test_a_checkpoint_of_another_job_is_refused(whole):
 def test_less_time_than_a_step_and_its_checks_take_is_said_at_once(tmp_path, monkeypatch, minutes, steps):
     taken, gradients = [], healing._Healer.gradients
     monkeypatch.setattr(healing._Healer, "gradients", lambda *given: taken.append(1) or gradients(*given))
-    with pytest.raises(SenteiError, match="--heal: expected more than .* which a step and the checks"):
+    with pytest.raises(SenteiError, match="--heal: expected more than .* so that a step and the checks"):
         started(tmp_path, minutes=minutes)
     assert len(taken) == steps
 

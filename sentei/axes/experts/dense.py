@@ -25,6 +25,12 @@ class FeedForward(nn.Module):
         self.up_proj = nn.Linear(width, neurons, bias=False)
         self.down_proj = nn.Linear(neurons, width, bias=bias)
 
+    def draw(self, *, up: float, down: float) -> None:
+        """Draws the weights anew, normal, of these standard deviations: the first projections' and the last one's."""
+        for part, spread in ((self.gate_proj, up), (self.up_proj, up), (self.down_proj, down)):
+            if part is not None:
+                nn.init.normal_(part.weight, std=spread)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The network's answer."""
         act = ACTIVATIONS[self.activation]

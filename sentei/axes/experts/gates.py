@@ -37,10 +37,12 @@ class Gate(ABC):
     Attributes:
         slots: candidates an expert has.
         speed: of the balancing bias; 0 where there is none.
+        adds_up: whether the weights of a token add up to one number, whatever the router learns.
     """
 
     slots = 1
     speed = 0.0
+    adds_up = False
 
     def fits(self, rule: Rule) -> bool:
         """Whether the gate means something under `rule`."""
@@ -122,6 +124,8 @@ class Softmax(Gate):
 class Renormalised(Gate):
     """Weighs by the softmax over the kept alone. One expert would always weigh 1, and its router learn nothing."""
 
+    adds_up = True
+
     def fits(self, rule):
         return not (isinstance(rule, TopK) and rule.k == 1)
 
@@ -168,6 +172,7 @@ class Sigmoid(Gate):
     groups: int = 1
     kept_groups: int = 1
     speed: float = 1e-3
+    adds_up = True
 
     def __post_init__(self):
         whole = type(self.groups) is int and type(self.kept_groups) is int

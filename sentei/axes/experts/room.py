@@ -18,14 +18,12 @@ import math
 from dataclasses import dataclass, field
 
 import torch
-from torch import nn
 
 from sentei.axes.axis import Axis
 from sentei.axes.experts import soft
 from sentei.axes.experts.balance import Choices, Gauge, Sums
-from sentei.axes.experts.dense import FeedForward, joined, parts
-from sentei.axes.experts.gates import Gate, Soft, Task, Unit, gate_from_json
-from sentei.axes.experts.router import METRICS, Router
+from sentei.axes.experts.gates import Gate, Soft, Unit, gate_from_json
+from sentei.axes.experts.router import METRICS
 from sentei.core.cost import Cost
 from sentei.core.errors import FileError, RuleError, ShapeError
 from sentei.core.modes import is_plain_call
@@ -34,7 +32,6 @@ from sentei.core.rules import MAX_K, All, Capacity, Rule, rule_from_json
 from sentei.core.selection import Selection
 from sentei.core.shapes import check_shape
 from sentei.kernels.routing import Stack, choose_impl, route
-from sentei.kernels.routing.stack import ACTIVATIONS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -271,116 +268,6 @@ class Experts(Axis):
         if bias is not None and not bias.is_meta and not self.bias.is_meta:
             self.bias = bias.to(self.bias.device)
         return self
-
-
-class MixtureOfExperts(nn.Module):
-    """A trainable feed-forward layer around `Experts`: x [..., T, width] → [..., T, width].
-
-    It has the neurons of a dense layer, in (neurons ÷ unit - shared) experts to choose from and `shared` that all
-    tokens keep.
-
-    Args:
-        config: how experts are made and chosen.
-        width: D.
-        neurons: of all experts together; a multiple of `config.unit`.
-        gated: experts have a gate.
-        activation: of the experts, a name of `ACTIVATIONS`.
-        bias: added to the sum.
-        causal: refuse what looks at later tokens.
-    Raises:
-        ShapeError: neurons that do not make whole experts, or no expert to choose.
-    """
-
-    def __init__(self, config: Config, *, width: int, neurons: int, gated: bool = True, activation: str = "silu",
-                 bias: bool = False, causal: bool = True):
-        super().__init__()
-        num_experts = neurons // config.unit - config.shared
-        if neurons % config.unit or num_experts < 1 or activation not in ACTIVATIONS:
-            raise ShapeError("experts", expected=f"neurons a multiple of {config.unit} and more than the shared, an "
-                             f"activation of {', '.join(ACTIVATIONS)}", got=f"{neurons}, {activation!r}",
-                             do="choose another unit or size")
-        self.config = config
-        self.router = Router(config.gate, config.metric, width, num_experts)
-        self.experts = Experts(config, num_experts, activation=activation, causal=causal)
-        rows = config.unit * (2 if gated else 1)
-        self.up = nn.Parameter(torch.empty(num_experts, rows, width).uniform_(-1, 1) * width ** -0.5)
-        self.down = nn.Parameter(torch.empty(num_experts, width, config.unit).uniform_(-1, 1) * config.unit ** -0.5)
-        self.shared = None if config.shared == 0 else FeedForward(width, config.shared * config.unit, gated=gated,
-                                                                  activation=activation)
-        self.bias = nn.Parameter(torch.zeros(width)) if bias else None
-
-    def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None,
-                tasks: torch.Tensor | None = None) -> torch.Tensor:
-        """The layer's answer.
-
-        Args:
-            mask: bool [..., T], the tokens that are no padding; the experts give the others 0.
-            tasks: int64 [...], the task of each sequence, for a Task gate.
-        """
-        logits, noise = self.router(x, tasks)
-        output = self.experts(x, logits, self.up, self.down, mask, noise)
-        if self.shared is not None:
-            output = output + self.shared(x)
-        return output if self.bias is None else output + self.bias
-
-    def update_bias(self) -> None:
-        """See `Experts.update_bias`."""
-        self.experts.update_bias()
-
-    @torch.no_grad()
-    def extract(self, task: int) -> FeedForward:
-        """The dense layer that answers as this one does for `task`, with the neurons it keeps and no others.
-
-        Raises:
-            RuleError: a gate that is no Task gate.
-        Reference: Kudugunta et al. 2021, arXiv 2110.03742.
-        """
-        if not isinstance(self.config.gate, Task):
-            raise RuleError("extract", expected="a Task gate", got=repr(self.config.gate),
-                            do="choose experts by the task, not by the token")
-        tasks = torch.tensor(task, device=self.up.device)
-        logits, _ = self.router(self.up.new_zeros(1, self.up.shape[-1]), tasks)
-        selection = self.config.gate.weigh(self.experts.rule(logits), logits)
-        ids, weights = selection.ids[0], selection.weights[0].to(self.down.dtype)
-        stack = self.experts.stack(self.up[ids], self.down[ids] * weights[:, None, None])
-        return joined(stack, self.shared, self.bias)
-
-
-@torch.no_grad()
-def from_dense(layer: nn.Module, config: Config, *, causal: bool = True) -> MixtureOfExperts:
-    """The same layer with its neurons in experts of `config.unit`; with the rule All it computes the same function.
-
-    Neurons stay in order: the first `config.shared` groups are shared. An expert's router row is the mean of its
-    neurons' rows, so that a token goes where it looks alike (MoEfication, arXiv 2110.01786).
-
-    Args:
-        layer: gate_proj, up_proj and down_proj with an act_fn, as in Llama; the same without a gate; a `FeedForward`;
-            or nn.Sequential of a linear layer, an activation and a linear layer.
-        config: with the gate Unit; other weights are not those of the dense layer.
-    Raises:
-        ShapeError: another layer, an unknown activation, or a bias before the activation.
-        RuleError: another gate.
-    """
-    if not isinstance(config.gate, Unit):
-        raise RuleError("experts", expected="the gate Unit", got=repr(config.gate),
-                        do="keep the dense layer's weights of 1")
-    gate, up, down, activation = parts(layer)
-    mixture = MixtureOfExperts(config, width=up.in_features, neurons=up.out_features, gated=gate is not None,
-                               activation=activation, bias=down.bias is not None, causal=causal)
-    mixture.to(device=up.weight.device, dtype=up.weight.dtype)
-    first = config.shared * config.unit
-    rows = [linear.weight[first:].unflatten(0, (-1, config.unit)) for linear in (gate, up) if linear is not None]
-    mixture.up.copy_(torch.cat(rows, 1))
-    mixture.down.copy_(down.weight[:, first:].unflatten(1, (-1, config.unit)).transpose(0, 1))
-    mixture.router.weight.copy_(rows[0].mean(1))
-    if down.bias is not None:
-        mixture.bias.copy_(down.bias)
-    if mixture.shared is not None:
-        mixture.shared.up_proj.weight.copy_(up.weight[:first])
-        mixture.shared.down_proj.weight.copy_(down.weight[:, :first])
-        if gate is not None:
-            mixture.shared.gate_proj.weight.copy_(gate.weight[:first])
-    return mixture
 
 
 def sees_later(rule: Rule, gate: Gate) -> bool:

@@ -47,4 +47,4 @@ def words(config: Config) -> str:
 
 def build(layer: Layer, part: str, config: Config, seen: dict[str, State]) -> tuple[nn.Module, ...]:
     """The room."""
-    return (Connections(config),)
+    return (Connections(config, causal=layer.family.causal),)

@@ -2,8 +2,9 @@
 
     y = x + attention(norm(x))   becomes   y = x          and likewise for the network
 
-Attention that is left out writes no keys and values: nothing reads them, and caches number their layers as before. The
-first layer of each kind of attention cannot lose its attention, because transformers reads the length of a cache there.
+In an encoder, whose norms stand behind the sums, they go with the part: there, too, y = x. Attention that is left out
+writes no keys and values: nothing reads them, and caches number their layers as before. The first layer of each kind of
+attention cannot lose its attention, because transformers reads the length of a cache there.
 References: ShortGPT 2403.03853 (whole layers), Router-Tuning 2410.13184 (attention is what can go first).
 """
 
@@ -52,12 +53,24 @@ def build(layer: Layer, part: str, config: Config, seen: dict[str, State]) -> tu
     if part == "attention" and layer.leads:
         raise UnsupportedError("depth", expected="a layer whose keys are not needed for the length of the cache",
                                got=f"layer {layer.index}", do="leave out the attention of later layers")
-    return (NoAttention() if part == "attention" else NoNetwork(), *(nn.Identity() for _ in layer.norms[part]))
+    return (NoAttention() if part == "attention" else NoNetwork(),
+            *(Stream() for _ in (*layer.places[part][1:], *layer.norms[part])))
 
 
 def blank(layer: Layer, part: str, config: Config) -> tuple[nn.Module, ...]:
     """The same: there are no weights."""
     return build(layer, part, config, {})
+
+
+class Stream(nn.Module):
+    """Gives the stream it is given: alone where a norm stands, behind what would be added to it where an encoder adds.
+
+    A norm in front of what is left out need not be computed.
+    """
+
+    def forward(self, *states: torch.Tensor) -> torch.Tensor:
+        """The last of them."""
+        return states[-1]
 
 
 class NoNetwork(nn.Module):

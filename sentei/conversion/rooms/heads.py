@@ -60,9 +60,9 @@ def wants(config: Config) -> tuple[str, ...]:
 
 
 def options(layer: Layer, lever: str) -> list[Config]:
-    """All heads, then fewer and fewer, down to one of `attended.MOST_MERGED`."""
-    _, kv_heads, _ = layer.heads
-    most = max(m for m in range(1, MOST_MERGED + 1) if kv_heads % m == 0)
+    """All heads, then fewer and fewer, down to one of `attended.MOST_MERGED`; heads of odd size have no pairs."""
+    _, kv_heads, size = layer.heads
+    most = max(m for m in range(1, MOST_MERGED + 1) if kv_heads % m == 0) if size % 2 == 0 else 1
     groups = [m for m in range(2, most + 1) if most % m == 0]
     return [Config(merge="joint"), *(Config(num_kv_heads=kv_heads // m, merge="joint") for m in groups)]
 
@@ -81,44 +81,47 @@ def build(layer: Layer, part: str, config: Config, seen: dict[str, State]) -> tu
     Cost: see `merge_keys` and `merge_values`, for every head that is left.
     """
     own = layer.attention
-    _, kv_heads, size = layer.heads
+    heads, kv_heads, size = layer.heads
     kept = kv_heads if config.num_kv_heads is None else config.num_kv_heads
     if kept == kv_heads:
-        return (own,)
+        return layer.places[part]
     attended = seen.get("attention_heads") if config.merge == "joint" else None
     if kv_heads % kept or attended is not None and attended.group % (kv_heads // kept):
         most = "" if attended is None else f", at most {attended.group} into one"
         raise UnsupportedError("heads", expected=f"key/value heads that divide {kv_heads}{most}", got=str(kept),
                                do="choose another num_kv_heads")
-    made = copy.copy(own)
-    made._modules = dict(own._modules)
-    made.num_key_value_groups = own.num_key_value_groups * (kv_heads // kept)
     if attended is None:
-        made.k_proj, made.v_proj = (_linear(linear, _rows(linear, size).unflatten(0, (kept, -1)).mean(1))
-                                    for linear in (own.k_proj, own.v_proj))
+        new = {name: _linear(layer.member(name), _rows(layer.member(name), size).unflatten(0, (kept, -1)).mean(1))
+               for name in ("k_proj", "v_proj")}
+        told = {}
         if not hasattr(own, "k_norm"):
             group = kv_heads // kept
             ones = torch.ones(kept, size // 2, group, dtype=torch.complex128)
             each = torch.eye(size, dtype=torch.float64).repeat(kept, 1, group)
-            setattr(made, FOLD, Fold(ones / group, each / group))
+            told[FOLD] = Fold(ones / group, each / group)
     else:
-        setattr(made, LOST, _join(made, own, attended, kept))
-    return (made,)
+        new, told = _joined(layer, attended, kept)
+    made = layer.rebuilt("attention", new)
+    made[0].num_key_value_groups = heads // kept
+    for name, value in told.items():
+        setattr(made[0], name, value)
+    return made
 
 
 def blank(layer: Layer, part: str, config: Config) -> tuple[nn.Module, ...]:
     """An attention of the same shapes."""
-    made, = build(layer, part, replace(config, merge="mean"), {})
-    made.__dict__.pop(FOLD, None)  # it is not known how its weights were made
-    return (made,)
+    made = build(layer, part, replace(config, merge="mean"), {})
+    made[0].__dict__.pop(FOLD, None)  # it is not known how its weights were made
+    return made
 
 
 @torch.no_grad()
-def _join(made: nn.Module, own: nn.Module, attended: State, kept: int) -> tuple[float, float]:
-    """Gives `made` the merged projections of `own`; returns what scores and outputs lose, see LOST."""
-    size, group = own.head_dim, attended.kv_heads // kept
-    query, key, value = (_rows(linear, size) for linear in (own.q_proj, own.k_proj, own.v_proj))
-    output = own.o_proj.weight.double().unflatten(1, (-1, size)).transpose(0, 1).clone()
+def _joined(layer: Layer, attended: State, kept: int) -> tuple[dict[str, nn.Linear], dict[str, object]]:
+    """The merged projections by name, and what scores and outputs lose (LOST), and how they were merged (FOLD)."""
+    own, size, group = layer.attention, layer.heads[2], attended.kv_heads // kept
+    linears = [layer.member(name) for name in ("q_proj", "k_proj", "v_proj", "o_proj")]
+    query, key, value = (_rows(linear, size) for linear in linears[:3])
+    output = linears[3].weight.double().unflatten(1, (-1, size)).transpose(0, 1).clone()
     keys, values, lost, folds = [], [], [], ([], [])
     for index in range(kept):
         scores, moment, heads = attended.of(index, group)
@@ -141,13 +144,14 @@ def _join(made: nn.Module, own: nn.Module, attended: State, kept: int) -> tuple[
         folds[1].append(merged.shared)
         output[heads] = merged.outputs
         lost[-1].append(merged.error)
-    made.q_proj = _linear(own.q_proj, query)
-    made.k_proj, made.v_proj = _linear(own.k_proj, torch.stack(keys)), _linear(own.v_proj, torch.stack(values))
-    made.o_proj = copy.copy(own.o_proj)
-    made.o_proj._parameters = {**own.o_proj._parameters, "weight": nn.Parameter(
-        output.transpose(0, 1).flatten(1).to(own.o_proj.weight), requires_grad=False)}
-    setattr(made, FOLD, Fold(*map(torch.stack, folds)))
-    return tuple(sum(column) / kept for column in zip(*lost, strict=True))
+    rows = query, torch.stack(keys), torch.stack(values)
+    firsts = [_linear(linear, each) for linear, each in zip(linears[:3], rows, strict=True)]
+    last = copy.copy(linears[3])
+    last._parameters = {**last._parameters, "weight": nn.Parameter(
+        output.transpose(0, 1).flatten(1).to(last.weight), requires_grad=False)}
+    return (dict(zip(("q_proj", "k_proj", "v_proj", "o_proj"), (*firsts, last), strict=True)),
+            {FOLD: Fold(*map(torch.stack, folds)),
+             LOST: tuple(sum(column) / kept for column in zip(*lost, strict=True))})
 
 
 def _rows(linear: nn.Linear, size: int) -> torch.Tensor:

@@ -6,7 +6,6 @@ The neurons S that are kept, and the least squares, are those of `sentei.axes.we
 ordinary, narrower module of the model's own class, so that whatever is fast for the one is fast for the other.
 """
 
-import copy
 import math
 
 import torch
@@ -35,7 +34,7 @@ def wants(config: Config) -> tuple[str, ...]:
 
 def options(layer: Layer, lever: str) -> list[Config]:
     """All neurons, then fewer and fewer, in multiples of STEP."""
-    width = layer.network.down_proj.in_features
+    width = layer.member("down_proj").in_features
     widths = sorted({STEP * math.floor(share * width / STEP) for share in SHARES} - {0, width}, reverse=True)
     return [Config(saliency="obs"), *(Config(rule=TopK(kept), saliency="obs") for kept in widths)]
 
@@ -53,17 +52,13 @@ def build(layer: Layer, part: str, config: Config, seen: dict[str, State]) -> tu
         RuleError: see `sentei.axes.weights`.
     Cost: a factorisation of F³ and a solution of kept³ multiply-adds in fp64.
     """
-    original = layer.network
-    names = {name for name, _ in original.named_children()}
-    if config.among != "columns" or not {"gate_proj", "up_proj", "down_proj", "act_fn"} <= names:
-        raise UnsupportedError("weights", expected="whole neurons (among 'columns') of a gated network",
-                               got=f"{config.among!r} of {sorted(names)}", do="keep this network as it is")
+    if config.among != "columns":
+        raise UnsupportedError("weights", expected="whole neurons (among 'columns')", got=repr(config.among),
+                               do="keep this network as it is")
     if isinstance(config.rule, All):
-        return (original,)
-    network = Network(original.up_proj, original.down_proj, original.gate_proj, original.act_fn)
+        return layer.places[part]
     calibration = seen.get("network_hidden") if wants(config) else None
-    found = from_dense(network, config, calibration).fix(calibration).layer
-    return (narrowed(original, found),)
+    return narrowed(layer, from_dense(network_of(layer), config, calibration).fix(calibration).layer)
 
 
 @torch.no_grad()
@@ -73,20 +68,32 @@ def blank(layer: Layer, part: str, config: Config) -> tuple[nn.Module, ...]:
     Raises:
         UnsupportedError: a rule that does not say how many neurons are kept.
     """
-    own = layer.network
+    own = network_of(layer)
     if config.among != "columns" or not isinstance(config.rule, TopK) or config.rule.k < 1:
         raise UnsupportedError("weights", expected="whole neurons and the rule TopK", got=str(config)[:200],
                                do="name the number of neurons that are kept")
-    kept = torch.arange(min(config.rule.k, own.down_proj.in_features))
-    up, gate = (linear_like(part, part.weight[kept], part.bias, kept) for part in (own.up_proj, own.gate_proj))
-    down = linear_like(own.down_proj, own.down_proj.weight[:, kept], own.down_proj.bias)
-    return (narrowed(own, Network(up, down, gate, own.act_fn)),)
+    kept = torch.arange(min(config.rule.k, own.down.in_features))
+    up, gate = (linear and linear_like(linear, linear.weight[kept], linear.bias, kept) for linear in (own.up, own.gate))
+    return narrowed(layer, Network(up, linear_like(own.down, own.down.weight[:, kept], own.down.bias), gate,
+                                   own.activation))
 
 
-def narrowed(original: nn.Module, network: Network) -> nn.Module:
-    """A module like `original` that holds the layers of `network`; the rest is shared."""
-    made = copy.copy(original)
-    made._modules = dict(original._modules)
-    made.gate_proj, made.up_proj, made.down_proj = network.gate, network.up, network.down
-    made.intermediate_size = network.down.in_features
+def network_of(layer: Layer) -> Network:
+    """A layer's own feed-forward network, whatever its family calls the parts.
+
+    Raises:
+        UnsupportedError: one of other parts.
+    """
+    up, down, gate, act = (layer.member(name) for name in ("up_proj", "down_proj", "gate_proj", "act_fn"))
+    if not isinstance(up, nn.Linear) or not isinstance(down, nn.Linear) or act is None:
+        raise UnsupportedError("convert", expected="a feed-forward network of linear layers and an activation",
+                               got=str(layer.network)[:200], do="keep this network as it is")
+    return Network(up, down, gate, act)
+
+
+def narrowed(layer: Layer, network: Network) -> tuple[nn.Module, ...]:
+    """The modules of a layer's network with the linear layers of `network`; the rest is shared."""
+    gate = {} if network.gate is None else {"gate_proj": network.gate}
+    made = layer.rebuilt("network", {"up_proj": network.up, "down_proj": network.down, **gate})
+    made[0].intermediate_size = network.down.in_features
     return made

@@ -216,7 +216,7 @@ def _scored(query: torch.Tensor, key: torch.Tensor, kind: int) -> list[torch.Ten
         tensor.dtype is torch.bfloat16 for tensor in scored)
     even = query.shape[3] % 2 == 0 and scored[1].data_ptr() % 4 == 0 and not any(
         stride % 2 for stride in scored[1].stride()[:3])
-    return scored if pairs and even else [tensor.float() for tensor in scored]
+    return scored if pairs and even else [_rows(tensor.float()) for tensor in (query, key)]
 
 
 def _estimate_shape(query, key, lengths, sizes, rows, square, scale):

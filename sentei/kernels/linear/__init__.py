@@ -30,8 +30,8 @@ def linear(
         ImplError: an unknown implementation, or a named one that cannot take the tensors.
     Cost: reading the weights once where the rows are few; `auto` then takes `fused_cpp`, and `eager` for more rows,
     without asking which is faster here: `sentei.conversion.linear` measures. Many rows are multiplied by a copy of the
-    weights in fp32, 64 MiB at once, beside which each thread holds 96 rows; the process keeps that memory for its next
-    calls (256 MiB of all native calls, at most).
+    weights in fp32, or of pairs of bfloat16, 64 MiB at once, beside which each thread holds 96 rows; the process keeps
+    that memory for its next calls (256 MiB of all native calls, at most).
     """
     if weight.dim() != 2 or x.dim() == 0 or x.shape[-1] != weight.shape[1] or (
             bias is not None and bias.shape != weight.shape[:1]):

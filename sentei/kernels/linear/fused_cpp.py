@@ -1,5 +1,5 @@
 """A linear layer on the CPU, in C++: up to FEW_ROWS rows read every weight once, for all of them; more are multiplied
-block by block, in fp32, by weights that are laid out once a call.
+block by block, in fp32 or pairs of bfloat16, by weights that are laid out once a call.
 
 fp32 and bfloat16, summed in fp32; no gradients. A call is an op of torch (`sentei::linear`) where torch looks on (a
 compiled graph, a dispatch mode, a tensor that is more than its memory), and a plain call of the library elsewhere,

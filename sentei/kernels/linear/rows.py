@@ -4,7 +4,8 @@ For rows on the CPU, few or many, as `fused_cpp`. In the plain case (`fused_cpp.
 plain call of the library, because a token takes hundreds of them; where torch looks on (a compiled graph, a dispatch
 mode) an op of torch (`sentei::gated`, `sentei::norm`, `sentei::heads`). Every other case is answered None: for it the
 module's own forward is there. fp32 and bfloat16; what is between the first number read and the last one written is
-fp32, so that bfloat16 is rounded once where torch rounds at every step. No gradients.
+fp32, so that bfloat16 is rounded once where torch rounds at every step (twice between the layers of a gated MLP of many
+rows where pairs are multiplied). No gradients.
 """
 
 import ctypes
@@ -32,9 +33,9 @@ def gated(x: torch.Tensor, gate: Layer, up: Layer, down: Layer, activation: str)
         activation: one of ACTIVATIONS.
     Raises:
         ResourceError: memory ran out.
-    Cost: few rows read the weights once; many rows a copy of them in fp32, MOST_LAID_OUT numbers at most, whose memory
-    the process keeps for its next calls (256 MiB of all native calls, at most). A row depends on neither the other
-    rows (but on whether they are few) nor the number of threads.
+    Cost: few rows read the weights once; many rows a copy of them (fp32, or pairs), MOST_LAID_OUT numbers at
+    most, whose memory the process keeps for its next calls (256 MiB of all native calls, at most). A row
+    depends on neither the other rows (but on whether they are few) nor the number of threads.
     """
     given = x, *gate, *up, *down
     run = _runner("gated", (x, gate[0], up[0], down[0]), (gate[1], up[1], down[1]))

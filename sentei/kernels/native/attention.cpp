@@ -1,4 +1,4 @@
-// Attention over chosen tiles: fp32, one tiled online-softmax path.
+// Attention over chosen tiles: one tiled online-softmax path, sums in fp32.
 #include <chrono>
 
 #include "call.h"
@@ -177,7 +177,7 @@ int sentei_attend(const Problem* problem) {
     check_plan(p, s);
     const bool pairs = p.bfloat16 && p.width % 2 == 0 && p.key_block % 2 == 0 && takes_pairs(p.machine);
     const auto attend_one = pairs ? attend_item_pairs : attend_item_on[s.machine];
-    const int64_t packed = 4 * s.key_blocks * (int64_t(s.columns) * s.width + p.key_block * s.value_width);
+    const int64_t packed = (pairs ? 2 : 4) * s.key_blocks * (int64_t(s.columns) * s.width + p.key_block * s.value_width);
     by_rows(p, packed, [&](int64_t begin, int64_t end) {
       const Blocks keys(p, keys_of(p), begin, end, p.key_block, true, 1.0f, pairs);
       const Blocks values(p, values_of(p), begin, end, p.key_block, false, 1.0f, pairs);

@@ -504,7 +504,7 @@ void* sentei_route_take(int64_t* count) {
   return numbers;
 }
 void sentei_route_give(void* numbers, int64_t count) { shelf().give({Floats(static_cast<float*>(numbers)), count}); }
-int64_t sentei_route_kept() { return shelf().bytes(); }
+int64_t sentei_kept() { return shelf().bytes(); }
 
 int sentei_route_backward(const RouteBackward* q) {
   return status_of([&] { backward(*q); });

@@ -382,6 +382,8 @@ int sentei_estimate(const Estimate* estimate) {
     const Sizes s(p);
     const Cut cut(e, s);
     const Zeros joined = e.kind == kExact ? Zeros() : joined_keys(e, cut, s.machine);
+    const bool pairs = e.kind == kExact && takes_pairs(p.machine);
+    if (p.bfloat16 && !pairs) throw BadPlan();
     const auto estimate_one = p.bfloat16 ? estimate_item_pairs : estimate_item_on[s.machine];
     in_parallel(p.batch * p.heads / cut.heads * cut.runs, p.threads, [&] { return EstimateScratch(p, s, cut); },
                 [&](int64_t i, EstimateScratch& t) { estimate_one(e, s, cut, joined, i, t); });

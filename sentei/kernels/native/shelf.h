@@ -12,8 +12,6 @@
 #include <utility>
 #include <vector>
 
-namespace {
-
 struct Free {
   void operator()(float* numbers) const { std::free(numbers); }
 };
@@ -21,7 +19,7 @@ using Floats = std::unique_ptr<float[], Free>;
 
 // Room for floats that begins with a cache line, so that no vector lies across two; much of it in huge pages where the
 // system has them, because the first touch of a page costs as much as some of the products.
-Floats floats(int64_t count) {
+inline Floats floats(int64_t count) {
   constexpr size_t huge = 2 << 20;
   const size_t bytes = std::max<size_t>(size_t(count) * sizeof(float), 64);
   void* numbers = nullptr;
@@ -81,8 +79,8 @@ class Shelf {
   int64_t bytes_ = 0;
 };
 
-// It is never destroyed: what was lent may come back when all else has ended.
-Shelf& shelf() {
+// The library's one. It is never destroyed: what was lent may come back when all else has ended.
+inline Shelf& shelf() {
   static Shelf& one = *new Shelf;
   return one;
 }
@@ -104,5 +102,3 @@ class Lent {
  private:
   Shelf::Piece piece_{nullptr, 0};
 };
-
-}  // namespace

@@ -150,7 +150,8 @@ struct Simd {
     return x < -126.0f ? Vec{} : p * power;
   }
 
-  // sum + a b; of pairs of bfloat16 numbers, each in the place of a float, that is the sum of two products.
+  // sum + a b; of pairs of bfloat16 numbers, each in the place of a float, that is the sum of two products; numbers below
+  // 2^-126 count as 0 there.
   template <bool Pairs>
   static INLINE Vec multiply_add(Vec sum, const float* a, Vec b) {
     if constexpr (Pairs) {

@@ -8,12 +8,12 @@ import torch
 from sentei.core.errors import ImplError, ShapeError
 from sentei.core.precision import are_alike, in_full, product_dtype
 from sentei.core.shapes import check_shape
-from sentei.kernels.routing import auto, eager, exchange, fused_cpp, fused_triton, reference
+from sentei.kernels.routing import auto, eager, exchange, fused_cpp, fused_triton, masked, reference
 from sentei.kernels.routing.stack import Stack
 
 __all__ = ["IMPLS", "Stack", "choose_impl", "route"]
 
-IMPLS = {"reference": reference.route, "eager": eager.route, "fused_cpp": fused_cpp.route,
+IMPLS = {"reference": reference.route, "eager": eager.route, "masked": masked.route, "fused_cpp": fused_cpp.route,
          "fused_triton": fused_triton.route}
 
 
@@ -45,7 +45,8 @@ def route(
     Raises:
         ShapeError: shapes, dtypes, devices or expert numbers do not fit.
         ImplError: an unknown implementation.
-    Cost: one call of each kept expert, on its own tokens only; nothing for the others.
+    Cost: one call of each kept expert, on its own tokens only; nothing for the others. Of narrow experts of which each
+        token keeps many, "auto" may find all of them cheaper (`masked`).
     Reference: Shazeer et al. 2017, arXiv 1701.06538, eq. 1.
     """
     _check(hidden, ids, weights, experts)
