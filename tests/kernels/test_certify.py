@@ -8,7 +8,7 @@ from oracle import CASES, Case, drawn_cases, masked_attention, outcome
 
 from sentei.core.errors import RuleError
 from sentei.kernels import native
-from sentei.kernels.attention import Tiles, fused_cpp
+from sentei.kernels.attention import Grid, Tiles, fused_cpp
 from sentei.kernels.attention.certify import attend_certified
 
 PLAIN = [case for case in CASES if not case.softcap]
@@ -127,3 +127,19 @@ def test_it_is_a_proper_op_of_torch():
 def test_an_eps_out_of_range_is_refused(eps):
     with pytest.raises(RuleError, match="Certified: expected eps above 0 and below 1"):
         attend_certified(*SPREAD[0].tensors(), SPREAD[0].grid(), eps, scale=0.3)
+
+
+@every_way
+def test_the_bound_holds_for_large_scores_of_halves(natively, monkeypatch):
+    """Near 1,000 neighbouring bfloat16 numbers differ by 4: scores rounded to them would drop twice eps."""
+    if not natively:
+        monkeypatch.setattr(native, "missing", lambda: "no library, for this test")
+    eps, keys = 0.0079, 64
+    key, query = torch.zeros(1, keys, 1, 8), torch.tensor([1.0, 1.0] + [0.0] * 6).view(1, 1, 1, 8)
+    key[..., 0], key[..., 1] = 1000.0, -6.1  # 993.9, 8.1 below the first, within a cut of 9; rounded 12 below it
+    key[:, 0, :, 1] = 2.04
+    key, query = key.bfloat16(), query.bfloat16()
+    grid = Grid(num_queries=1, num_keys=keys, query_block=1, key_block=1)
+    _, kept = attend_certified(query, key, key, grid, eps, scale=1.0)
+    shares = (query.double() * key.double()).sum(-1)[0, :, 0].softmax(0)
+    assert shares[~kept[0, 0, 0]].sum() <= eps
