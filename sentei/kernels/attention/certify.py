@@ -51,7 +51,7 @@ def attend_certified(
 
 
 def _kept(query, key, grid, scale, cut):
-    """The tiles to keep by every row's final largest score, in fp32 at least, a query block at a time; a NaN is kept."""
+    """The tiles to keep by a row's final largest score, in fp32 at least, a query block at a time; a NaN is kept."""
     query, key = (tensor.to(torch.promote_types(tensor.dtype, torch.float32)) for tensor in (query, key))
     positions, rows = torch.arange(grid.num_keys, device=query.device), torch.arange(len(query), device=query.device)
     kept = []
