@@ -211,12 +211,12 @@ def _estimate(query: torch.Tensor, key: torch.Tensor, lengths: torch.Tensor | No
 
 def _scored(query: torch.Tensor, key: torch.Tensor, kind: int) -> list[torch.Tensor]:
     """What the library scores: float32, or exact rows of bfloat16 where it multiplies these as pairs."""
-    scored = [_rows(tensor) for tensor in (query, key)]
-    pairs = ESTIMATES[kind] == "exact" and native.takes_pairs() and all(
-        tensor.dtype is torch.bfloat16 for tensor in scored)
-    even = query.shape[3] % 2 == 0 and scored[1].data_ptr() % 4 == 0 and not any(
-        stride % 2 for stride in scored[1].stride()[:3])
-    return scored if pairs and even else [_rows(tensor.float()) for tensor in (query, key)]
+    halves = query.dtype is key.dtype is torch.bfloat16 and query.shape[3] % 2 == 0
+    if halves and ESTIMATES[kind] == "exact" and native.takes_pairs():
+        rows = [_rows(query), _rows(key)]
+        if rows[1].data_ptr() % 4 == 0 and not any(stride % 2 for stride in rows[1].stride()[:3]):
+            return rows
+    return [_rows(tensor.float()) for tensor in (query, key)]
 
 
 def _estimate_shape(query, key, lengths, sizes, rows, square, scale):
