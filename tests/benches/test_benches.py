@@ -27,6 +27,7 @@ def small(monkeypatch) -> None:
         "backward": [Case(4, 2, 8, 130, backward=True)]})
     monkeypatch.setattr(attention, "compiled", lambda: torch.nn.attention.flex_attention.flex_attention)
     monkeypatch.setattr(benches, "PARTS", {})
+    monkeypatch.setattr(attention, "LEAST", 0.0)
 
 
 def measure(*cases: str, absent=print) -> list[dict]:
@@ -175,6 +176,7 @@ def test_every_bench_has_rows_of_the_same_keys(bench, monkeypatch):
     monkeypatch.setattr(module, "CASES", {"small": cases})
     monkeypatch.setattr(cold, "size", lambda: 1 << 20)
     monkeypatch.setattr(linear, "TURN", 1 << 16)
+    monkeypatch.setattr(topk, "LEAST", 0.0)
     found = list(benches.rows(bench, [], 2, lambda reason: None))
     assert {row["case"] for row in found} == {str(case) for case in cases}
     for row in found:
