@@ -181,7 +181,8 @@ INLINE void read_turned(const Vectors& from, int64_t first, int count, float fac
 // The same of bfloat16 numbers as they are, neighbours of a vector as a pair in the place of a float: [width / 2][line].
 INLINE void pair_turned(const Vectors& from, int64_t first, int count, float* to, int64_t line, float* room) {
   const int64_t pairs = from.width / 2;
-  for (int j = 0; j < count; ++j) std::memcpy(room + j * pairs, from.halves(first + j), pairs * sizeof(float));
+  for (int j = 0; j < count; ++j)
+    std::copy_n(from.halves(first + j), from.width, reinterpret_cast<uint16_t*>(room) + j * from.width);
   transpose(room, pairs, count, int(pairs), to, line);
 }
 

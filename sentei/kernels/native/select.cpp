@@ -174,7 +174,7 @@ INLINE void load_rows(const Estimate& e, const Cut& cut, int64_t row, int64_t bl
       for (int64_t r = 0; r < cut.exact_rows; ++r, to += line) {
         const int64_t i = s * p.query_block + cut.first + r * cut.step;
         if (i >= p.queries) std::fill_n(to, width, 0.0f);
-        else if (Pairs) std::memcpy(to, query.halves(i), width * sizeof(uint16_t));
+        else if (Pairs) std::copy_n(query.halves(i), width, reinterpret_cast<uint16_t*>(to));
         else query.read(i, to, p.scale * kLog2E);
       }
     }
