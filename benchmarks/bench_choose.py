@@ -29,12 +29,12 @@ ESTIMATORS = (Sampled(8), Sampled(12), Sampled(16), Antidiagonal(8), Antidiagona
 RULES = (Threshold(tuple(0.1 + 0.02 * head for head in range(HEADS))), Mass(0.9), TopK(16))
 
 
-def tensors(tokens: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def tensors(tokens: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Query [1, T, H, D], key and value [1, T, G, D]."""
     generator = torch.Generator().manual_seed(0)
     query, key, value, shared = (torch.randn(1, length, heads, WIDTH, generator=generator) for length, heads in (
         (tokens, HEADS), (tokens, GROUPS), (tokens, GROUPS), (-(-tokens // 64), GROUPS)))
-    return 1.5 * query, key + shared.repeat_interleave(64, 1)[:, :tokens], value
+    return tuple(part.to(dtype) for part in (1.5 * query, key + shared.repeat_interleave(64, 1)[:, :tokens], value))
 
 
 def steps(query: torch.Tensor, key: torch.Tensor, grid: Grid) -> Iterator[tuple[str, str, Callable[[], object]]]:
@@ -62,9 +62,9 @@ def steps(query: torch.Tensor, key: torch.Tensor, grid: Grid) -> Iterator[tuple[
 
 
 @torch.no_grad()
-def rows(tokens: int, runs: int) -> Iterator[list[str]]:
+def rows(tokens: int, runs: int, dtype: torch.dtype = torch.float32) -> Iterator[list[str]]:
     """One line a step and a way."""
-    query, key, value = tensors(tokens)
+    query, key, value = tensors(tokens, dtype)
     grid = Connections(Config()).grid(query, key, None)
 
     def dense() -> torch.Tensor:
@@ -74,8 +74,8 @@ def rows(tokens: int, runs: int) -> Iterator[list[str]]:
         timed = interleave(dense, call, runs=runs)
         dense_s, step_s = timed.seconds()
         shares = [100 / ratio for ratio in timed.ratios()]
-        print(json.dumps({"step": step, "way": way, "ms": 1000 * step_s, "dense_ms": 1000 * dense_s,
-                          "percent": statistics.median(shares)}), flush=True)
+        print(json.dumps({"dtype": str(dtype), "step": step, "way": way, "ms": 1000 * step_s,
+                          "dense_ms": 1000 * dense_s, "percent": statistics.median(shares)}), flush=True)
         yield [step, way, f"{1000 * step_s:,.1f}", f"{1000 * dense_s:,.0f}",
                f"**{statistics.median(shares):.1f} %** ({min(shares):.1f} to {max(shares):.1f})"]
 
@@ -87,9 +87,11 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=5, help="timed pairs a row")
     arguments = parser.parse_args()
     head = ["step", "how", "ms", "exact attention, ms", "share of it"]
-    lines = list(rows(arguments.tokens, arguments.runs))
-    title = f"{HEADS}/{GROUPS} heads × {WIDTH}, {arguments.tokens:,} tokens, tiles of 64 × 64."
-    write_result("choose", __doc__, [title, table(head, lines)])
+    parts = [f"{HEADS}/{GROUPS} heads × {WIDTH}, {arguments.tokens:,} tokens, tiles of 64 × 64."]
+    for dtype in (torch.float32, torch.bfloat16):
+        name = str(dtype).removeprefix("torch.")
+        parts += [f"## {name}", table(head, list(rows(arguments.tokens, arguments.runs, dtype)))]
+    write_result("choose", __doc__, parts)
 
 
 if __name__ == "__main__":

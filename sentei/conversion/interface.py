@@ -54,8 +54,8 @@ def attention_forward(module, query, key, value, attention_mask, scaling=None, *
 
     if room is not None:
         room.tap.bypass(" and ".join(obstacles))
-        if torch.compiler.is_compiling():
-            _warn_compiled(" and ".join(obstacles))
+        if torch.compiler.is_compiling() and not understood:
+            _warn_of_mask()
     mask = _dense_mask(attention_mask, query.shape[2], key.shape[2], causal=causal)
     return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, **extra)
 
@@ -85,11 +85,11 @@ def mask_forward(batch_size, q_length, kv_length, q_offset=0, kv_offset=0, mask_
     return None if attention_mask is None or attention_mask.all() else attention_mask
 
 
-@torch.compiler.assume_constant_result
-def _warn_compiled(obstacles: str) -> None:
-    """Warns once, while a graph is made: no trace will tell what is dense in it."""
-    warnings.warn(f"convert: expected attention that a room can take, got {obstacles}: this layer is dense in the "
-                  "compiled model; do: pass attention_mask, or keep use_cache", stacklevel=2)
+def _warn_of_mask() -> None:
+    """Warns while a graph is made: of what is dense in it no trace will tell."""
+    warnings.warn("convert: expected no mask, or one of padding at the ends, got another: attention is dense in the "
+                  "compiled model; do: pass an attention_mask, or a cache, where you gave neither (transformers then "
+                  "asks for a mask of packed sequences)", stacklevel=2)
 
 
 def obstacles_of(extra: dict, *, causal: bool = True) -> list[str]:

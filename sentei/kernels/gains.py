@@ -12,6 +12,7 @@ import statistics
 import time
 from collections.abc import Callable, Hashable
 from functools import cache
+from itertools import count
 from pathlib import Path
 
 import torch
@@ -21,7 +22,7 @@ from sentei.core.machine import cache_folder, processor
 from sentei.core.storage import read_json, write_json
 from sentei.kernels import native
 
-RUNS = 4
+RUNS, LEAST = 4, 0.1  # pairs, and seconds they take together, at least: the first few of short calls mislead
 SCHEMA = "sentei.choices/1"
 MAX_BYTES, MAX_CASES, MAX_GAIN = 1 << 20, 4096, 1e4
 
@@ -36,7 +37,7 @@ def gain(case: tuple[Hashable, ...], ways: Callable[[], Ways]) -> tuple[float, s
         case: what the ways are for: everything that the ratio depends on besides this machine.
         ways: makes the two calls; asked for only where the case is new.
     Cost: a look-up in a process that knows the case; reading a file of some kilobytes where another process measured
-        it; else ten calls.
+        it; else ten calls, or more until they took LEAST.
     """
     found = _known.get(case)
     if found is None:
@@ -71,14 +72,20 @@ def _remembered(case: str, ways: Callable[[], Ways]) -> tuple[float, str]:
 
 
 def in_turn(first: Callable[[], object], second: Callable[[], object]) -> float:
-    """Seconds of the first ÷ seconds of the second, the median over RUNS neighbouring pairs after an untimed one."""
+    """Seconds of the first ÷ seconds of the second, the median over RUNS neighbouring pairs, or more until they took
+    LEAST, after an untimed one.
+    """
     seconds = ([], [])
-    for run in range(RUNS + 1):
+    spent = 0.0
+    for run in count():
+        if run > RUNS and spent >= LEAST:
+            break
         for which in (0, 1) if run % 2 else (1, 0):
             start = time.perf_counter()
             (first, second)[which]()
             if run:
                 seconds[which].append(time.perf_counter() - start)
+                spent += seconds[which][-1]
     return statistics.median(one / other for one, other in zip(*seconds, strict=True))
 
 

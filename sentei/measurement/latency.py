@@ -53,8 +53,9 @@ def interleave(
         step: called after every run, timed or not (2 · runs + 2 times, or more).
     """
     seconds: tuple[list[float], list[float]] = ([], [])
+    spent = 0.0
     for number in count():
-        if number > runs and sum(map(sum, seconds)) >= least:
+        if number > runs and spent >= least:
             break
         for which in (0, 1) if number % 2 else (1, 0):
             before[which]()
@@ -62,6 +63,7 @@ def interleave(
             (dense, pruned)[which]()
             if number:
                 seconds[which].append(time.perf_counter() - start)
+                spent += seconds[which][-1]
             step()
     return Comparison(dense=seconds[0], pruned=seconds[1], date=today())
 

@@ -229,6 +229,18 @@ def test_times_are_shown_with_three_digits(seconds, shown):
     assert benches.cells(row)[2:4] == [shown, shown]
 
 
+@pytest.mark.parametrize("bench", [attention, topk, decode])
+def test_short_calls_are_timed_for_long_enough(bench, small, monkeypatch):
+    asked = []
+    monkeypatch.setattr(bench, "LEAST", 0.25)
+    monkeypatch.setattr(bench, "interleave", lambda *_, least=0.0, **__: asked.append(least) or Comparison(
+        dense=[1.0], pruned=[1.0], date=""))
+    if bench is not attention:
+        monkeypatch.setattr(bench, "CASES", {"small": SMALL[bench.__name__.split(".")[-1]][1]})
+    list(bench.rows(list(bench.CASES)[:1], 1, print))
+    assert asked[0] == 0.25 and set(asked) == ({0.25, 0.0} if bench is decode else {0.25})
+
+
 def test_of_the_kinds_of_sdpa_the_fastest_is_the_peer(monkeypatch):
     """Clocks that make each later peer faster; then the update."""
     clocks = iter([9.0, 6.0, 3.0, 30.0])

@@ -138,3 +138,18 @@ def test_the_median_of_pairs_is_not_moved_by_one_slow_run(monkeypatch):
 
     monkeypatch.setattr(gains.time, "perf_counter", lambda: now[0])
     assert gains.in_turn(first, second) == 1.5 and len(calls) == gains.RUNS + 1
+
+
+def test_the_first_calls_of_short_ones_do_not_decide(monkeypatch):
+    """Five pairs in which the second seems slow, then those in which it is not."""
+    now, calls = [0.0], []
+
+    def first():
+        now[0] += 0.003
+
+    def second():
+        calls.append(1)
+        now[0] += 0.006 if len(calls) < 6 else 0.002
+
+    monkeypatch.setattr(gains.time, "perf_counter", lambda: now[0])
+    assert gains.in_turn(first, second) == pytest.approx(1.5) and len(calls) < 30
