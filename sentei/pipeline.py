@@ -29,7 +29,9 @@ from sentei.budget.solver import Candidate, Forecast, mean
 from sentei.budget.workload import Workload
 from sentei.conversion import card, export
 from sentei.conversion.checkpoints import load_model, load_tokenizer, locate
+from sentei.conversion.deeds import deeds
 from sentei.conversion.plan import Plan, convert, prunable_layers
+from sentei.conversion.rooms import WAYS
 from sentei.conversion.rungs import rung_of
 from sentei.conversion.tokenizers import require_known
 from sentei.core.errors import FileError, SenteiError, UnsupportedError
@@ -284,12 +286,14 @@ def _result(request: Request, subject: Subject, proof: Proof, layers: tuple[int,
     result = public(model=subject.name, workload=request.workload, dtype=request.dtype, tokens=work.timed_tokens,
                     measure=work.measure.name, quality=quality, seconds=proof.comparison.seconds(),
                     speedup=proof.comparison.speedup())
-    plan = [{"layer": entry.layer, "room": entry.room,
-             "rule": getattr(entry.config, work.lever if entry.room == "connections" else "rule").to_json(),
-             "density": mean(density[entry.layer]) if entry.room == "connections" else kept_of(subject.model, entry)}
+    kept = [(entry, mean(density[entry.layer]) if entry.room == "connections" else kept_of(subject.model, entry))
             for entry in proof.candidate.plan.entries]
+    plan = [{"layer": entry.layer, "room": entry.room, "option": WAYS[entry.room].words(entry.config),
+             "rule": getattr(entry.config, work.lever if entry.room == "connections" else "rule").to_json(),
+             "density": share} for entry, share in kept]
     strict = {} if proof.strict is None else {"quality_without_lookahead": proof.strict.quality.value}
     return {**result, **strict, "density": proof.judgement.mean_density(layers), "plan": plan,
+            "does": deeds(kept, subject.model.config.num_hidden_layers, work.lever),
             "rooms": rooms_of(proof, foreseen), "out": out and str(out)}
 
 

@@ -37,7 +37,7 @@ def outcome(met=True, **more):
     side = {"perplexity": 12.5, "seconds": 4.0, "tokens_per_second": 1024.0}
     result = {"schema": "sentei.prune/1", "model": "tiny", "workload": "prefill:64", "dtype": "float32", "threads": 2,
               "dense": side, "pruned": {**side, "seconds": 3.2}, "speedup": 1.25, "quality": 0.9912, "density": 0.4,
-              "plan": [], "out": "a folder", **more}
+              "plan": [], "does": ["attention computes 40 % of its connections"], "out": "a folder", **more}
     return types.SimpleNamespace(result=result, met=met, reason="no plan reaches 0.99", report="a folder/report.html",
                                  quality_interval=(0.9901, 0.9923))
 
@@ -173,7 +173,7 @@ def test_json_is_all_of_stdout_however_noisy_the_libraries(sentei):
 def test_summary_is_all_of_stdout_and_says_how_to_use_the_result(sentei):
     done = sentei("prune", body=NOISE + "return outcome(out='it\\'s \"here\"')")
     lines = dict(re.split("  +", line, maxsplit=1) for line in done.stdout.splitlines())
-    assert list(lines) == ["model", "workload", "speed-up", "quality", "density", "report", "use it"]
+    assert list(lines) == ["model", "workload", "speed-up", "quality", "plan", "report", "use it"]
     assert lines["workload"] == "prefill:64, float32, 2 threads"
     assert lines["speed-up"] == "1.25 times (4 s dense, 3.2 s pruned; 1.02e+03 and 1.02e+03 tokens a second)"
     assert lines["quality"] == "0.9912, between 0.9901 and 0.9923 (perplexity 12.5 dense, 12.5 pruned)"

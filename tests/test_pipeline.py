@@ -23,7 +23,7 @@ from sentei.measurement.quality import Quality
 
 DENSE = Candidate(name="dense", plan=Plan(), seconds=1.0, density=1.0)
 KEYS = {"schema", "model", "workload", "dtype", "threads", "dense", "pruned", "speedup", "quality", "density", "plan",
-        "rooms", "out"}
+        "does", "rooms", "out"}
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ def test_the_public_object_has_the_keys_of_its_schema(done):
     assert set(done.result) == KEYS
     assert done.result["schema"] == "sentei.prune/1"
     assert set(done.result["dense"]) == set(done.result["pruned"]) == {"perplexity", "seconds", "tokens_per_second"}
-    assert all(set(entry) == {"layer", "room", "rule", "density"} for entry in done.result["plan"])
+    assert all(set(entry) == {"layer", "room", "option", "rule", "density"} for entry in done.result["plan"])
     json.dumps(done.result, allow_nan=False)
 
 

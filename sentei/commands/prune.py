@@ -79,7 +79,7 @@ def summary(result: dict, interval: tuple[float, float], report: Path) -> str:
         "quality": f"{result['quality']:.4f}, between {interval[0]:.4f} and {interval[1]:.4f} ({told})",
         **({"without lookahead": f"quality {strict:.4f}"} if strict is not None else {}),
         **({"healed": healed_words(result["healed"])} if "healed" in result else {}),
-        "density": f"{result['density']:.3f} of the connections are computed",
+        "plan": "; ".join(result["does"]),
         "report": str(report),
         "use it": code,
     })

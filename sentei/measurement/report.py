@@ -236,6 +236,11 @@ def rule_words(rule: object) -> str:
     return ", ".join([first, *rest])
 
 
+def _option(entry: dict) -> str:
+    """What is kept of a room: a rule may hold a number a head, and other rooms say it in words."""
+    return rule_words(entry["rule"]) if entry["room"] == "connections" else entry["option"]
+
+
 def _plan(result: dict, details: dict) -> str:
     rows = []
     for entry in result["plan"]:
@@ -243,13 +248,14 @@ def _plan(result: dict, details: dict) -> str:
         heads = density[layer] if isinstance(layer, int) and 0 <= layer < len(density) else None
         spread = f"{min(heads):.2f}–{max(heads):.2f}" if heads else ""
         rows.append(f'<tr><th scope="row">{_words(layer)}</th><td class="word">{_words(entry["room"])}</td>'
-                    f'<td class="word">{_words(rule_words(entry["rule"]))}</td>'
+                    f'<td class="word">{_words(_option(entry))}</td>'
                     f"<td>{_number(share, '.2f')}{drawing.density_bar(share)}</td><td>{spread}</td></tr>")
     if not rows:
         return _section("The plan", "Empty: every layer stays dense.")
-    intro = (f"Mean density of the model: {_number(result['density'], '.3f')}. A number in brackets counts heads. "
-             "What is not listed stays dense.")
-    head = ("layer", "room", "rule", "density", "over heads")
+    does = "; ".join(result["does"])
+    intro = (f"{_words(does[:1].upper() + does[1:], None)}. Mean density of connections in the model: "
+             f"{_number(result['density'], '.3f')}. A number in brackets counts heads. What is not listed stays dense.")
+    head = ("layer", "room", "option", "density", "over heads")
     return _section("The plan", intro, _table(head, rows, kind="compact plan"))
 
 

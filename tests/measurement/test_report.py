@@ -34,8 +34,9 @@ def sample(layers: int = 4, heads: int = 3, unpruned: tuple[int, ...] = (1,), **
         "threads": 2, "dense": {"perplexity": 14.82, "seconds": 3.91, "tokens_per_second": 1047.0},
         "pruned": {"perplexity": 14.95, "seconds": 3.23, "tokens_per_second": 1268.0},
         "speedup": 1.21, "quality": 0.9912, "density": 0.41, "out": "out",
-        "plan": [{"layer": layer, "room": "connections", "rule": RULES[1], "density": sum(row) / heads}
-                 for layer, row in enumerate(rows) if row],
+        "plan": [{"layer": layer, "room": "connections", "option": "mass", "rule": RULES[1],
+                  "density": sum(row) / heads} for layer, row in enumerate(rows) if row],
+        "does": ["attention computes less"],
     }
     details = {
         "meaning": PERPLEXITY.meaning,
@@ -100,6 +101,13 @@ def test_sentence_when_met():
 ])
 def test_sentence_when_not_met(changes, end):
     assert report.summary(*sample(met=False, **changes)).endswith(end)
+
+
+def test_the_plan_is_told_in_words_and_each_room_s_option():
+    gone = {"layer": 3, "room": "depth", "option": "no network", "rule": {"name": "fixed", "ids": []}, "density": 0.0}
+    page = "".join(Outline(report.render(*sample(plan=[gone], does=["layers go", "<i>more</i>"]))).words)
+    assert "Layers go; <i>more</i>. Mean density" in page and "no network" in page and "fixed" not in page
+    assert "mass 0.9" in "".join(Outline(report.render(*sample())).words)
 
 
 def test_page_says_whether_the_bound_was_met_and_why_not():
