@@ -37,7 +37,8 @@ def outcome(met=True, **more):
     side = {"perplexity": 12.5, "seconds": 4.0, "tokens_per_second": 1024.0}
     result = {"schema": "sentei.prune/1", "model": "tiny", "workload": "prefill:64", "dtype": "float32", "threads": 2,
               "dense": side, "pruned": {**side, "seconds": 3.2}, "speedup": 1.25, "quality": 0.9912, "density": 0.4,
-              "plan": [], "does": ["attention computes 40 % of its connections"], "out": "a folder", **more}
+              "plan": [], "does": ["attention computes 40 % of its connections"], "frontier": [],
+              "out": "a folder", **more}
     return types.SimpleNamespace(result=result, met=met, reason="no plan reaches 0.99", report="a folder/report.html",
                                  quality_interval=(0.9901, 0.9923))
 
@@ -179,6 +180,17 @@ def test_summary_is_all_of_stdout_and_says_how_to_use_the_result(sentei):
     assert lines["quality"] == "0.9912, between 0.9901 and 0.9923 (perplexity 12.5 dense, 12.5 pruned)"
     assert lines["report"] == "a folder/report.html"
     assert eval(lines["use it"].removeprefix("import sentei; model = sentei.load(")[:-1]) == "it's \"here\""
+
+
+def test_summary_tells_what_was_proved_beside_the_plan_and_nothing_that_was_only_foreseen(sentei):
+    points = [{"rooms": rooms, "speedup": speedup, "quality": 0.5, "speed": speed, "chosen": chosen}
+              for rooms, speedup, speed, chosen in ((["depth"], 1.1, "measured", False), (["a"], 9.0, "measured", True),
+                                                    ([], 1.0, "measured", False), (["b"], 8.0, "foreseen", False),
+                                                    (["depth", "weights"], 1.2, "measured", False))]
+    done = sentei("prune", body=f"return outcome(frontier={points})")
+    lines = dict(re.split("  +", line, maxsplit=1) for line in done.stdout.splitlines())
+    assert lines["beside it"] == ("depth and weights 1.20 times at 0.5000, measured; depth 1.10 times at 0.5000, "
+                                  "measured; no room 1.00 times at 0.5000, measured")
 
 
 @pytest.mark.parametrize("flags", [[], ["--json"]], ids=["summary", "json"])

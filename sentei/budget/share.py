@@ -34,7 +34,7 @@ def rooms_of(proof: Proof, foreseen: Foreseen) -> dict[str, dict]:
     (dense, pruned), entries = proof.comparison.seconds(), proof.candidate.plan.entries
     if not entries:
         return {}
-    total, choosing = dense - pruned, {entry.layer for entry in entries if _drops_connections(entry)}
+    total, choosing = dense - pruned, {entry.layer for entry in entries if drops_connections(entry)}
     saved = {NATIVE: foreseen.dense - foreseen.whole, **proof.candidate.saved}
     if choosing:
         saved["connections"] = foreseen.dense - foreseen.plan - sum(saved.values())
@@ -46,7 +46,7 @@ def rooms_of(proof: Proof, foreseen: Foreseen) -> dict[str, dict]:
             for name, seconds in sorted(saved.items())}
 
 
-def _drops_connections(entry: Entry) -> bool:
+def drops_connections(entry: Entry) -> bool:
     """Whether the entry prunes connections, of prompts or in decoding, and does not only hold what could."""
     return entry.room == "connections" and any(
         rule not in (All(), Threshold(0.0)) for rule in (entry.config.rule, entry.config.decode))
