@@ -211,7 +211,7 @@ def _prune(subject: Subject, text: Text, windows: dict[str, torch.Tensor], reque
         offers = offers_of.from_json(stages.run("offers", asked, lambda: {"offers": offers_of.to_json(
             offers_of.measure(judge, windows["choose"], whole, step=step))})["offers"])
     forecast = Forecast.made(slack, workload, dense=dense_seconds, whole=whole_seconds)
-    chooser = Chooser(judge=judge, slack=slack, offers=offers, config=config, forecast=forecast)
+    chooser = Chooser(judge=judge, slack=slack, offers=offers, config=config, forecast=forecast, plain=request.plain)
     with clock("solve"), progress.stage("solve", JUDGEMENTS * len(windows["choose"])) as step:
         solution = chooser.solution(goal, step)
     readings = 1 if goal.lookahead else 2

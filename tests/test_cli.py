@@ -19,7 +19,7 @@ ROOT = Path(cli.__file__).parents[1]
 HEAVY = {"torch", "transformers", "numpy", "safetensors", "matplotlib", "tqdm", "accelerate", "gguf"}
 FLAGS = {
     "prune": {"MODEL", "--text", "--workload", "--quality", "--speed", "--no-lookahead", "--dtype", "--heal", "--out",
-              "--online", "--json"},
+              "--plain", "--online", "--json"},
     "slack": {"MODEL", "--text", "--workload", "--dtype", "--online", "--json"},
     "verify": {"DIR", "--json"},
     "bench": {"NAME", "CASE", "--runs", "--json"},
