@@ -81,8 +81,8 @@ def test_a_layer_is_left_however_much_leaving_all_out_is_worth():
 
 @pytest.mark.parametrize("plain", [False, True])
 def test_the_plans_of_a_market_are_written_as_ordinary_checkpoints_where_that_is_asked(plain):
-    market = Market(slack=SLACK, offers=offers(without=LEADS), config=Config(), workload=Prefill(64), rate=1.0, dense=3.0,
-                    plain=plain)
+    market = Market(slack=SLACK, offers=offers(without=LEADS), config=Config(), workload=Prefill(64), rate=1.0,
+                    dense=3.0, plain=plain)
     rungs, rooms = set(), set()
     for candidate in market.plans(0.5, {"connections", "depth", "weights", "heads"}, math.inf):
         model = convert(tiny_model("llama"), candidate.plan)

@@ -81,7 +81,7 @@ def test_a_plan_is_judged_once_for_each_use_and_model(judge, tmp_path):
 def calls(judge, monkeypatch) -> list:
     """The attention of every timed run, and what the model was called with; it does no work, each time faster."""
     seen = []
-    monkeypatch.setattr(judge.workload.__class__, "begin", lambda self, model, row, prefix: lambda: seen.append(
+    monkeypatch.setattr(judge.workload.__class__, "begin", lambda self, model, row, opening: lambda: seen.append(
         (model.config._attn_implementation, row)) or [1 / len(seen)])
     return seen
 
