@@ -139,13 +139,14 @@ def test_usage_errors_have_four_parts(sentei, arguments, where, got, do):
 
 @pytest.mark.parametrize(("arguments", "expected"), [
     ([], {"model": None, "text": None, "workload": "prefill:4096", "quality": "0.99", "speed": None,
-          "dtype": "float32", "out": None, "online": False, "lookahead": True}),
+          "dtype": "float32", "out": None, "online": False, "lookahead": True, "plain": False}),
     (["m.gguf", "--speed", "1.5", "--text", "a.txt"], {"model": "m.gguf", "quality": None, "speed": "1.5",
                                                        "text": "a.txt"}),
+    (["--plain"], {"plain": True, "quality": "0.99"}),
     (["--quality", "1", "--dtype", "bfloat16", "--out", "o", "--online", "--workload", "prefill:8000",
       "--no-lookahead"], {"quality": "1.0", "speed": None, "dtype": "bfloat16", "out": "o", "online": True,
                           "workload": "prefill:8000", "lookahead": False}),
-], ids=["defaults", "speed", "quality"])
+], ids=["defaults", "speed", "plain", "quality"])
 def test_arguments_reach_the_request(sentei, arguments, expected):
     body = "assert not isinstance(request.out, str) and not isinstance(request.text, str)\n" \
            "told = {k: v if v is None or v is True or v is False else str(v) for k, v in vars(request).items()}\n" \
@@ -153,7 +154,8 @@ def test_arguments_reach_the_request(sentei, arguments, expected):
     done = sentei("prune", *arguments, "--json", body=body)
     told = json.loads(done.stdout)["told"]
     assert {key: told[key] for key in expected} == expected
-    assert set(told) == {"model", "text", "workload", "quality", "speed", "dtype", "out", "online", "lookahead", "heal"}
+    assert set(told) == {"model", "text", "workload", "quality", "speed", "dtype", "out", "online", "lookahead", "heal",
+                         "plain"}
 
 
 NOISE = """
