@@ -177,7 +177,7 @@ def _tried(result: dict, details: dict) -> str:
                     for kind, width in (("wide", 1000), ("narrow", 350)))
     below = " Arrows on the lower edge: qualities below the picture." if 'class="below' in plots else ""
     caption = (f"{counted(len(points), 'point')}. Hollow: plans tried, as read on the text for choosing, their "
-               "speed-up foreseen and not measured. Filled: plans proved, both measured on "
+               "speed-up foreseen only. Filled: plans proved, both measured on "
                f"{_held_out(details, 'the plan')}; red the chosen one, with its intervals, and a ring where it was "
                f"foreseen. Dashed line: of the hollow points those that no other beats in both.{below}")
     rows = (_row(_words(point["name"]) + (" <strong>(chosen)</strong>" if point["chosen"] else ""),
