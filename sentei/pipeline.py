@@ -15,21 +15,23 @@ import torch
 from torch import nn
 
 from sentei.axes.connections import Config
-from sentei.budget import distilled, healing
+from sentei.budget import distilled, frontier, healing
 from sentei.budget import offers as offers_of
 from sentei.budget import slack as slack_of
 from sentei.budget.calibration import TOKENS, Library
 from sentei.budget.chooser import Chooser
 from sentei.budget.healing import Healed
-from sentei.budget.judge import Judge, Judgement
+from sentei.budget.judge import Judge
 from sentei.budget.proof import RUNS, Proof, best_proven
 from sentei.budget.request import Request
 from sentei.budget.share import Foreseen, kept_of, rooms_of
-from sentei.budget.solver import Candidate, Forecast, mean
+from sentei.budget.solver import Forecast, Solution, mean
 from sentei.budget.workload import Workload
 from sentei.conversion import card, export
 from sentei.conversion.checkpoints import load_model, load_tokenizer, locate
+from sentei.conversion.deeds import deeds
 from sentei.conversion.plan import Plan, convert, prunable_layers
+from sentei.conversion.rooms import WAYS
 from sentei.conversion.rungs import rung_of
 from sentei.conversion.tokenizers import require_known
 from sentei.core.errors import FileError, SenteiError, UnsupportedError
@@ -209,7 +211,7 @@ def _prune(subject: Subject, text: Text, windows: dict[str, torch.Tensor], reque
         offers = offers_of.from_json(stages.run("offers", asked, lambda: {"offers": offers_of.to_json(
             offers_of.measure(judge, windows["choose"], whole, step=step))})["offers"])
     forecast = Forecast.made(slack, workload, dense=dense_seconds, whole=whole_seconds)
-    chooser = Chooser(judge=judge, slack=slack, offers=offers, config=config, forecast=forecast)
+    chooser = Chooser(judge=judge, slack=slack, offers=offers, config=config, forecast=forecast, plain=request.plain)
     with clock("solve"), progress.stage("solve", JUDGEMENTS * len(windows["choose"])) as step:
         solution = chooser.solution(goal, step)
     readings = 1 if goal.lookahead else 2
@@ -222,22 +224,30 @@ def _prune(subject: Subject, text: Text, windows: dict[str, torch.Tensor], reque
     foreseen = Foreseen(dense=dense_seconds, whole=whole_seconds, plan=dense_seconds / forecast(proof.candidate))
     result = _result(request, subject, proof, layers, out, foreseen)
     result |= {"healed": healed.to_json()} if healed else {}
+    result["frontier"] = _frontier(solution, healed, proof, layers, forecast)
     subject = replace(subject, model=healed.model) if healed and healed.model else subject
     if out is not None:
         with clock("export"), progress.stage("export", 2) as step:
             receipt = _export(subject, proof, windows["verify"][0], out, result, step)
         with progress.stage("report", 1) as step:
             details = _details(subject, text, request, proof, layers)
-            details |= {"slack": slack_of.to_json(slack), "seconds": dict(clock), "points": [
-                *_points(solution.judged, None if healed and healed.model else proof, layers, forecast),
-                *_points(healed.judged if healed else [], proof if healed and healed.model else None, layers,
-                         forecast)]}
+            details |= {"slack": slack_of.to_json(slack), "seconds": dict(clock)}
             report = write_report(out, result, details)
             card.write(out, result, details, receipt)
             step()
     quality = proof.judgement.quality
     return Outcome(result=result, met=not proof.reason, reason=proof.reason, report=report, model=subject.model,
                    quality_interval=(quality.low, quality.high), plan=proof.candidate.plan)
+
+
+def _frontier(solution: Solution, healed: Healed | None, proof: Proof, layers: tuple[int, ...], forecast: Forecast
+              ) -> list[dict]:
+    """Every plan that was looked at, unhealed and healed."""
+    kept, plan = healed is not None and healed.model is not None, proof.candidate.plan
+    proofs = (proof, *proof.beside, *((healed.before, *healed.before.beside) if kept else ()))
+    return [*frontier.foreseen(solution.judged, None if kept else plan, layers, forecast),
+            *frontier.foreseen(healed.judged if healed else [], plan if kept else None, layers, forecast),
+            *frontier.measured(proofs, proof, layers)]
 
 
 def _healed(subject: Subject, text: Text, request: Request, chooser: Chooser, proof: Proof,
@@ -284,12 +294,14 @@ def _result(request: Request, subject: Subject, proof: Proof, layers: tuple[int,
     result = public(model=subject.name, workload=request.workload, dtype=request.dtype, tokens=work.timed_tokens,
                     measure=work.measure.name, quality=quality, seconds=proof.comparison.seconds(),
                     speedup=proof.comparison.speedup())
-    plan = [{"layer": entry.layer, "room": entry.room,
-             "rule": getattr(entry.config, work.lever if entry.room == "connections" else "rule").to_json(),
-             "density": mean(density[entry.layer]) if entry.room == "connections" else kept_of(subject.model, entry)}
+    kept = [(entry, mean(density[entry.layer]) if entry.room == "connections" else kept_of(subject.model, entry))
             for entry in proof.candidate.plan.entries]
+    plan = [{"layer": entry.layer, "room": entry.room, "option": WAYS[entry.room].words(entry.config),
+             "rule": getattr(entry.config, work.lever if entry.room == "connections" else "rule").to_json(),
+             "density": share} for entry, share in kept]
     strict = {} if proof.strict is None else {"quality_without_lookahead": proof.strict.quality.value}
     return {**result, **strict, "density": proof.judgement.mean_density(layers), "plan": plan,
+            "does": deeds(kept, subject.model.config.num_hidden_layers, work.lever),
             "rooms": rooms_of(proof, foreseen), "out": out and str(out)}
 
 
@@ -335,16 +347,3 @@ def _details(subject: Subject, text: Text, request: Request, proof: Proof, layer
             "strict": proof.strict and {"quality_interval": [proof.strict.quality.low, proof.strict.quality.high],
                                         "density": proof.strict.mean_density(layers)},
             "command": subject.command, "date": comparison.date}
-
-
-def _points(judged: list[tuple[Candidate, Judgement]], proof: Proof | None, layers: tuple[int, ...],
-            forecast: Forecast) -> list[dict]:
-    """Every plan judged while choosing, as it was read there, with its speed-up as foreseen.
-
-    Args:
-        proof: of the plan that was chosen; None where it is not among these.
-    """
-    chosen = proof and proof.candidate.plan
-    return [{"name": candidate.name, "quality": judgement.quality.value, "speedup": forecast(candidate),
-             "density": judgement.mean_density(layers), "chosen": candidate.plan == chosen}
-            for candidate, judgement in judged]

@@ -19,7 +19,7 @@ ROOT = Path(cli.__file__).parents[1]
 HEAVY = {"torch", "transformers", "numpy", "safetensors", "matplotlib", "tqdm", "accelerate", "gguf"}
 FLAGS = {
     "prune": {"MODEL", "--text", "--workload", "--quality", "--speed", "--no-lookahead", "--dtype", "--heal", "--out",
-              "--online", "--json"},
+              "--plain", "--online", "--json"},
     "slack": {"MODEL", "--text", "--workload", "--dtype", "--online", "--json"},
     "verify": {"DIR", "--json"},
     "bench": {"NAME", "CASE", "--runs", "--json"},
@@ -37,7 +37,8 @@ def outcome(met=True, **more):
     side = {"perplexity": 12.5, "seconds": 4.0, "tokens_per_second": 1024.0}
     result = {"schema": "sentei.prune/1", "model": "tiny", "workload": "prefill:64", "dtype": "float32", "threads": 2,
               "dense": side, "pruned": {**side, "seconds": 3.2}, "speedup": 1.25, "quality": 0.9912, "density": 0.4,
-              "plan": [], "out": "a folder", **more}
+              "plan": [], "does": ["attention computes 40 % of its connections"], "frontier": [],
+              "out": "a folder", **more}
     return types.SimpleNamespace(result=result, met=met, reason="no plan reaches 0.99", report="a folder/report.html",
                                  quality_interval=(0.9901, 0.9923))
 
@@ -138,13 +139,14 @@ def test_usage_errors_have_four_parts(sentei, arguments, where, got, do):
 
 @pytest.mark.parametrize(("arguments", "expected"), [
     ([], {"model": None, "text": None, "workload": "prefill:4096", "quality": "0.99", "speed": None,
-          "dtype": "float32", "out": None, "online": False, "lookahead": True}),
+          "dtype": "float32", "out": None, "online": False, "lookahead": True, "plain": False}),
     (["m.gguf", "--speed", "1.5", "--text", "a.txt"], {"model": "m.gguf", "quality": None, "speed": "1.5",
                                                        "text": "a.txt"}),
+    (["--plain"], {"plain": True, "quality": "0.99"}),
     (["--quality", "1", "--dtype", "bfloat16", "--out", "o", "--online", "--workload", "prefill:8000",
       "--no-lookahead"], {"quality": "1.0", "speed": None, "dtype": "bfloat16", "out": "o", "online": True,
                           "workload": "prefill:8000", "lookahead": False}),
-], ids=["defaults", "speed", "quality"])
+], ids=["defaults", "speed", "plain", "quality"])
 def test_arguments_reach_the_request(sentei, arguments, expected):
     body = "assert not isinstance(request.out, str) and not isinstance(request.text, str)\n" \
            "told = {k: v if v is None or v is True or v is False else str(v) for k, v in vars(request).items()}\n" \
@@ -152,7 +154,8 @@ def test_arguments_reach_the_request(sentei, arguments, expected):
     done = sentei("prune", *arguments, "--json", body=body)
     told = json.loads(done.stdout)["told"]
     assert {key: told[key] for key in expected} == expected
-    assert set(told) == {"model", "text", "workload", "quality", "speed", "dtype", "out", "online", "lookahead", "heal"}
+    assert set(told) == {"model", "text", "workload", "quality", "speed", "dtype", "out", "online", "lookahead", "heal",
+                         "plain"}
 
 
 NOISE = """
@@ -173,12 +176,23 @@ def test_json_is_all_of_stdout_however_noisy_the_libraries(sentei):
 def test_summary_is_all_of_stdout_and_says_how_to_use_the_result(sentei):
     done = sentei("prune", body=NOISE + "return outcome(out='it\\'s \"here\"')")
     lines = dict(re.split("  +", line, maxsplit=1) for line in done.stdout.splitlines())
-    assert list(lines) == ["model", "workload", "speed-up", "quality", "density", "report", "use it"]
+    assert list(lines) == ["model", "workload", "speed-up", "quality", "plan", "report", "use it"]
     assert lines["workload"] == "prefill:64, float32, 2 threads"
     assert lines["speed-up"] == "1.25 times (4 s dense, 3.2 s pruned; 1.02e+03 and 1.02e+03 tokens a second)"
     assert lines["quality"] == "0.9912, between 0.9901 and 0.9923 (perplexity 12.5 dense, 12.5 pruned)"
     assert lines["report"] == "a folder/report.html"
     assert eval(lines["use it"].removeprefix("import sentei; model = sentei.load(")[:-1]) == "it's \"here\""
+
+
+def test_summary_tells_what_was_proved_beside_the_plan_and_nothing_that_was_only_foreseen(sentei):
+    points = [{"rooms": rooms, "speedup": speedup, "quality": 0.5, "speed": speed, "chosen": chosen}
+              for rooms, speedup, speed, chosen in ((["depth"], 1.1, "measured", False), (["a"], 9.0, "measured", True),
+                                                    ([], 1.0, "measured", False), (["b"], 8.0, "foreseen", False),
+                                                    (["depth", "weights"], 1.2, "measured", False))]
+    done = sentei("prune", body=f"return outcome(frontier={points})")
+    lines = dict(re.split("  +", line, maxsplit=1) for line in done.stdout.splitlines())
+    assert lines["beside it"] == ("depth and weights 1.20 times at 0.5000, measured; depth 1.10 times at 0.5000, "
+                                  "measured; no room 1.00 times at 0.5000, measured")
 
 
 @pytest.mark.parametrize("flags", [[], ["--json"]], ids=["summary", "json"])

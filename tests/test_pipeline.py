@@ -23,7 +23,7 @@ from sentei.measurement.quality import Quality
 
 DENSE = Candidate(name="dense", plan=Plan(), seconds=1.0, density=1.0)
 KEYS = {"schema", "model", "workload", "dtype", "threads", "dense", "pruned", "speedup", "quality", "density", "plan",
-        "rooms", "out"}
+        "does", "rooms", "frontier", "out"}
 
 
 @pytest.fixture(scope="module")
@@ -37,8 +37,18 @@ def test_the_public_object_has_the_keys_of_its_schema(done):
     assert set(done.result) == KEYS
     assert done.result["schema"] == "sentei.prune/1"
     assert set(done.result["dense"]) == set(done.result["pruned"]) == {"perplexity", "seconds", "tokens_per_second"}
-    assert all(set(entry) == {"layer", "room", "rule", "density"} for entry in done.result["plan"])
+    assert all(set(entry) == {"layer", "room", "option", "rule", "density"} for entry in done.result["plan"])
     json.dumps(done.result, allow_nan=False)
+
+
+def test_the_frontier_says_of_every_point_what_was_measured(done):
+    points = done.result["frontier"]
+    proved = [point for point in points if point["speed"] == "measured"]
+    judged = [point for point in points if point["speed"] == "foreseen"]
+    assert {point["text"] for point in proved} == {"verify"} and {point["text"] for point in judged} == {"choose"}
+    chosen, = [point for point in proved if point["chosen"]]
+    assert (chosen["speedup"], chosen["quality"]) == (done.result["speedup"], done.result["quality"])
+    assert len(judged) >= 2 and len(points) == len(proved) + len(judged)
 
 
 def test_the_folder_loads_and_generates(done):

@@ -11,6 +11,7 @@ from sentei.budget.mixture import Market, rate_of, solve_all
 from sentei.budget.offers import Offer
 from sentei.budget.slack import LayerSlack
 from sentei.budget.solver import Candidate, Forecast, Solution, beside, solve
+from sentei.conversion.rungs import may_be_plain
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +24,7 @@ class Chooser:
         offers: the other rooms' options.
         config: of the connections, without the rule.
         forecast: the speed-up foreseen for a candidate.
+        plain: whether shapes must fit an ordinary checkpoint.
     """
 
     judge: Judge
@@ -30,13 +32,15 @@ class Chooser:
     offers: list[Offer]
     config: Config
     forecast: Forecast
+    plain: bool = False
 
     def solution(self, goal: Goal, step: Callable[[], object]) -> Solution:
         """The plans to try for a goal, with all that was judged on the way; a step a window that is read."""
         judged = partial(self.judgement, goal, step=step)
         alone = solve(goal, self.judge.workload, self.slack, self.config, judged, self.forecast)
-        market = Market(slack=self.slack, offers=self.offers, config=self.config, workload=self.judge.workload,
-                        rate=rate_of(alone.judged, self.slack), dense=self.forecast.dense)
+        offers = [offer for offer in self.offers if not self.plain or may_be_plain(self.judge.model, offer.entry.room)]
+        market = Market(slack=self.slack, offers=offers, config=self.config, workload=self.judge.workload,
+                        rate=rate_of(alone.judged, self.slack), dense=self.forecast.dense, plain=self.plain)
         return solve_all(goal, market, alone, judged, self.forecast)
 
     def judgement(self, goal: Goal, candidate: Candidate, *, step: Callable[[], object], judge: Judge | None = None

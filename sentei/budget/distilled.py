@@ -41,27 +41,24 @@ class HealedJudge(Judge):
     def __init__(self, judge: Judge, student: nn.Module, key: str):
         vars(self).update(vars(judge))
         self.plain = judge
-        self.student, self.inputs, self._read = student, {**judge.inputs, "healed": key}, ("", [])
+        self.student, self.inputs = student, {**judge.inputs, "healed": key}
+        self._read, self._opened = ("", []), ("", None)
 
     def standing(self, plan: Plan) -> nn.Module:
         """The dense model for the empty plan, else the healed one with what the plan still installs."""
         return complete(self.student, plan) if plan.entries else convert(self.model, plan)
 
-    def prefix(self, plan: Plan, use: str) -> object:
+    def opening(self, plan: Plan, use: str) -> object:
         """The dense model's for the empty plan: it does not go on from another model's cache."""
-        return (super() if plan.entries else self.plain).prefix(plan, use)
+        return (super() if plan.entries else self.plain).opening(plan, use)
 
     def _beginnings(self, plan: Plan, use: str) -> list:
         """Read once for all plans."""
         return self._prefixes(use)
 
-    def _prefixes(self, use: str) -> list:
-        """As read by the healed model itself: it is the one that will read prompts."""
-        if self._read[0] != use:
-            self._read = "", []
-            model = convert(self.student, Plan())
-            self._read = use, [self.workload.prefix(model, row) for row in self.windows[use]]
-        return self._read[1]
+    def _reader(self) -> nn.Module:
+        """The healed model itself: it is the one that will read prompts."""
+        return convert(self.student, Plan())
 
 
 def context_of(plan: Plan, tokens: int) -> int:

@@ -62,6 +62,7 @@ class Judge:
         self.inputs = {**inputs, "workload": str(workload), "measure": workload.measure.name}
         self.dense: dict[str, torch.Tensor] = {}
         self._read: tuple[str, list] = ("", [])  # the use that was read last, and its prefixes
+        self._opened: tuple[str, object] = ("", None)  # the use that was timed last, and what its runs begin with
         wrapper.use(model, "sdpa")
 
     def prepare(self, use: str, step: Step) -> None:
@@ -129,9 +130,16 @@ class Judge:
         """The model with the plan; `convert(self.model, Plan())` ends it."""
         return convert(self.model, plan, self.statistics(plan))
 
-    def prefix(self, plan: Plan, use: str) -> object:
+    def opening(self, plan: Plan, use: str) -> object:
         """What a run with the plan on the first window of a use begins with."""
-        return self._prefixes(use)[0]
+        if self._opened[0] != use:
+            self._opened = "", None  # first that of another use is let go: at 8,000 tokens it is some 400 MB
+            self._opened = use, self.workload.opening(self._reader(), self.windows[use][0])
+        return self._opened[1]
+
+    def _reader(self) -> nn.Module:
+        """The model that reads prompts for plans that do not do so themselves."""
+        return convert(self.model, Plan())
 
     def run(self, use: str) -> "Run":
         """The workload on the first window of a use, to be timed."""
@@ -140,9 +148,9 @@ class Judge:
     def _prefixes(self, use: str) -> list:
         """What every reading of a use's windows begins with; the model is dense afterwards if they had to be made."""
         if self._read[0] != use:
-            self._read = "", []  # first those of another use are let go: at 8,000 tokens each is some 400 MB
-            convert(self.model, Plan())
-            self._read = use, [self.workload.prefix(self.model, row) for row in self.windows[use]]
+            self._read = "", []  # first those of another use are let go
+            model = self._reader()
+            self._read = use, [self.workload.prefix(model, row) for row in self.windows[use]]
         return self._read[1]
 
     def _reads_itself(self, plan: Plan) -> bool:
@@ -178,8 +186,8 @@ class Run:
     def begin(self, plan: Plan) -> None:
         """Converts the model and does what comes before the work."""
         self.work = list  # what the last run holds is let go first
-        prefix = self.judge.prefix(plan, self.use)
-        self.work = self.workload.begin(self.judge.standing(plan), self.row, prefix)
+        opening = self.judge.opening(plan, self.use)
+        self.work = self.workload.begin(self.judge.standing(plan), self.row, opening)
 
     def __call__(self) -> None:
         self.work()

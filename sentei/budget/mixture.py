@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from sentei.axes.connections import Config
+from sentei.budget.even import PARTS, evenly
 from sentei.budget.goal import Goal
 from sentei.budget.judge import Judgement, takes_attention
 from sentei.budget.offers import Offer
@@ -45,6 +46,7 @@ class Market:
         workload: what is to become faster.
         rate: nats an error of connections.
         dense: seconds of the dense workload.
+        plain: whether a plan's shapes must fit an ordinary checkpoint, see `even`.
     """
 
     slack: list[LayerSlack]
@@ -53,6 +55,7 @@ class Market:
     workload: Workload
     rate: float
     dense: float
+    plain: bool = False
 
     def plans(self, nats: float, rooms: set[str], hopeless: float = HOPELESS) -> list[Candidate]:
         """The plans of these rooms for growing prices, dense first and leanest last, without repetitions.
@@ -74,12 +77,16 @@ class Market:
         """The plan at one price, and the nats it is foreseen to cost."""
         timed = {layer.slack.layer: layer for layer in fit(self.slack)}
         entries, saved, seconds, densities, nats = [], {}, 0.0, [], 0.0
-        for number in sorted({offer.entry.layer for offer in self.offers} | set(timed)):
-            choice = self._connections(timed.get(number), price, rooms)
-            attention, network = (self._best(number, part, price, rooms, choice, timed.get(number))
-                                  for part in ("attention", "network"))
-            taken = [offer for offer in (attention, network) if offer is not None]
-            gone = attention is not None and takes_attention(attention.entry)
+        layers = sorted({offer.entry.layer for offer in self.offers} | set(timed))
+        choices = {number: self._connections(timed.get(number), price, rooms) for number in layers}
+
+        def worth(offer: Offer) -> float:
+            return self._worth(offer, price, choices[offer.entry.layer], timed.get(offer.entry.layer))
+
+        chosen = self._chosen(rooms, layers, worth)
+        for number, choice in choices.items():
+            taken = chosen.get(number, [])
+            gone = any(takes_attention(offer.entry) for offer in taken)
             for offer in taken:
                 saved[offer.entry.room] = saved.get(offer.entry.room, 0.0) + offer.seconds
                 nats += offer.nats
@@ -102,20 +109,25 @@ class Market:
         return choice_at(layer, self.config, self.workload,
                          max(taking * self.workload.timed_runs / max(self.rate, 1e-12), 1e-12))
 
-    def _best(self, layer: int, part: str, price: float, rooms: set[str], choice: Choice | None,
-              timed: Timed | None) -> Offer | None:
-        """The offer for one part that is worth more than none, or None."""
-        def worth(offer: Offer) -> float:
-            spared = 0.0
-            if choice is not None and takes_attention(offer.entry):  # what connections would save is not there to save
-                runs = self.workload.timed_runs
-                spared = self.rate * choice.error - price * runs * (timed.whole_seconds - choice.seconds)
-            return price * offer.seconds - offer.nats + spared
+    def _worth(self, offer: Offer, price: float, choice: Choice | None, timed: Timed | None) -> float:
+        """Nats that an offer is worth at a price; what connections would save of attention it leaves out is lost."""
+        spared = 0.0
+        if choice is not None and takes_attention(offer.entry):
+            saved = timed.whole_seconds - choice.seconds
+            spared = self.rate * choice.error - price * self.workload.timed_runs * saved
+        return price * offer.seconds - offer.nats + spared
 
-        offers = [offer for offer in self.offers if offer.pays and offer.entry.room in rooms
-                  and (offer.entry.layer, offer.part) == (layer, part)]
-        best = max(offers, key=worth, default=None)
-        return best if best is not None and worth(best) > 0 else None
+    def _chosen(self, rooms: set[str], layers: list[int], worth: Callable[[Offer], float]) -> dict[int, list[Offer]]:
+        """The offers that are worth more than none: the best for each part by itself, or those of layers alike."""
+        offers = [offer for offer in self.offers if offer.pays and offer.entry.room in rooms]
+        if self.plain:
+            return evenly(offers, layers, worth)
+        best: dict[tuple[int, str], Offer] = {}
+        for offer in offers:
+            place = offer.entry.layer, offer.part
+            if worth(offer) > (worth(best[place]) if place in best else 0.0):
+                best[place] = offer
+        return {layer: [best[layer, part] for part in PARTS if (layer, part) in best] for layer in layers}
 
 
 def _merged(entries: list[Entry]) -> list[Entry]:

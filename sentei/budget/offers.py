@@ -88,7 +88,7 @@ def measure(judge: Judge, tokens: torch.Tensor, whole: Plan, rooms: tuple[str, .
     Returns:
         the offers, layer by layer.
     Cost: half a pass over TOKENS tokens an option that saves time, and for each distinct configuration and kind of
-        layer a run of the whole workload where it decodes, RUNS of one layer where it reads a prompt.
+        layer a run of the whole workload where it decodes, RUNS of one layer where it reads a prompt; a reading.
     """
     entries = candidates(judge.model, judge.workload.lever, rooms)
     seen = next(filter(None, (judge.statistics(Plan((entry,))) for entry, _ in entries)), None)
@@ -194,31 +194,31 @@ def _with(whole: Plan, entries: list[Entry]) -> Plan:
 
 @torch.no_grad()
 def _prompt_seconds(judge: Judge, alike: dict[tuple, list[Entry]], seen: Statistics | None, whole: Plan) -> Clocked:
-    """Saved in one layer: the middle one, or the nearest that has the option, run on what a prompt gives it."""
+    """Saved in one layer: the middle one, or the nearest that has the option, run on what a prompt gives it.
+
+    In each of RUNS rounds, all options in turn and, once for them all, none.
+    """
     layers = layers_of(judge.model)
     middle = len(layers) // 2
-    inputs: dict[int, tuple] = {}
-    found = {}
+    chosen = {key: min(entries, key=lambda entry: abs(entry.layer - middle)) for key, entries in alike.items()}
     convert(judge.model, whole)
-    for key, entries in alike.items():
-        entry = min(entries, key=lambda entry: abs(entry.layer - middle))
-        layer = layers[entry.layer]
-        if entry.layer not in inputs:
-            inputs[entry.layer] = _inputs_of(judge, layer)
-        positional, named = inputs[entry.layer]
+    inputs = _inputs_of(judge, [layers[number] for number in sorted({entry.layer for entry in chosen.values()})])
 
-        def work(block=layer.block, positional=positional, named=named):
-            block(*positional, **named)
+    def clock(number: int) -> float:
+        positional, named = inputs[number]
+        return _quickest(lambda block=layers[number].block: block(*positional, **named))
 
-        seconds = {plan: [] for plan in (_with(whole, [entry]), whole)}
-        for _ in range(RUNS):
-            for plan, taken in seconds.items():
-                convert(judge.model, plan, seen)
-                taken.append(_quickest(work))
-        pruned, kept = map(min, seconds.values())
-        found[key] = kept - pruned, max(map(_variation, seconds.values()))
+    kept, pruned = {number: [] for number in inputs}, {key: [] for key in chosen}
+    for _ in range(RUNS):
+        convert(judge.model, whole, seen)
+        for number, taken in kept.items():
+            taken.append(clock(number))
+        for key, entry in chosen.items():
+            convert(judge.model, _with(whole, [entry]), seen)
+            pruned[key].append(clock(entry.layer))
     convert(judge.model, Plan())
-    return found
+    return {key: (min(kept[entry.layer]) - min(pruned[key]),
+                  max(_variation(kept[entry.layer]), _variation(pruned[key]))) for key, entry in chosen.items()}
 
 
 def _quickest(work: Callable[[], object]) -> float:
@@ -231,13 +231,17 @@ def _quickest(work: Callable[[], object]) -> float:
     return min(found)
 
 
-def _inputs_of(judge: Judge, layer: Layer) -> tuple[tuple, dict]:
-    """What the layer is given when the model reads the first window "calibrate"."""
-    found = []
-    handle = layer.block.register_forward_pre_hook(
-        lambda _, inputs, named: found.append((inputs, named)), with_kwargs=True)
+def _inputs_of(judge: Judge, layers: list[Layer]) -> dict[int, tuple[tuple, dict]]:
+    """What layers are given, by number, when the model reads the first window "calibrate"."""
+    found = {}
+
+    def note(number: int) -> Callable:
+        return lambda _, inputs, named: found.update({number: (inputs, named)})
+
+    handles = [layer.block.register_forward_pre_hook(note(layer.index), with_kwargs=True) for layer in layers]
     try:
         judge.model.get_decoder()(input_ids=judge.windows["calibrate"][:1], use_cache=False)
     finally:
-        handle.remove()
-    return found[0]
+        for handle in handles:
+            handle.remove()
+    return found

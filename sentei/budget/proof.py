@@ -26,6 +26,7 @@ class Proof:
         comparison: its seconds and dense seconds.
         looked: the plans that were judged on the held-out text before one was taken, this one among them.
         reason: why the goal is not met; empty when it is.
+        beside: what was proved with it and is not taken.
     """
 
     candidate: Candidate
@@ -34,6 +35,7 @@ class Proof:
     comparison: Comparison
     looked: tuple[Plan, ...]
     reason: str
+    beside: tuple["Proof", ...] = ()
 
     @property
     def attempts(self) -> int:
@@ -53,8 +55,8 @@ def best_proven(goal: Goal, solution: Solution, judge: Judge, step: Callable[[],
     """
     proofs = [first_proven(goal, replace(solution, ladder=ladder), judge, step)
               for ladder in (solution.ladder, *solution.rivals)]
-    best = max(proofs, key=partial(rank, goal))
-    return replace(best, looked=tuple(dict.fromkeys(plan for proof in proofs for plan in proof.looked)))
+    looked = tuple(dict.fromkeys(plan for proof in proofs for plan in proof.looked))
+    return _best(goal, [each for proof in proofs for each in (replace(proof, beside=()), *proof.beside)], looked)
 
 
 def first_proven(goal: Goal, solution: Solution, judge: Judge, step: Callable[[], object]) -> Proof:
@@ -77,8 +79,14 @@ def first_proven(goal: Goal, solution: Solution, judge: Judge, step: Callable[[]
         proofs.append(Proof(candidate=candidate, judgement=judgement, strict=strict, comparison=comparison,
                             looked=looked[:attempts], reason=goal.shortfall(quality, comparison)))
         if not proofs[-1].reason:
-            return proofs[-1]
-    return replace(max(proofs, key=partial(rank, goal)), looked=looked)
+            return replace(proofs[-1], beside=tuple(proofs[:-1]))
+    return _best(goal, proofs, looked)
+
+
+def _best(goal: Goal, proofs: list[Proof], looked: tuple[Plan, ...]) -> Proof:
+    """The best of them, with the others beside it."""
+    best = max(proofs, key=partial(rank, goal))
+    return replace(best, looked=looked, beside=tuple(proof for proof in proofs if proof is not best))
 
 
 def rank(goal: Goal, proof: Proof) -> tuple[bool, bool, float]:

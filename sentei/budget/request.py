@@ -27,6 +27,7 @@ class Request:
         online: whether the hub may be asked.
         lookahead: see `Goal`.
         heal: minutes to heal the chosen plan for; 0 for none.
+        plain: whether the folder must load in transformers alone: layers are pruned all alike, or left out whole.
     """
 
     model: str | None = None
@@ -39,6 +40,7 @@ class Request:
     online: bool = False
     lookahead: bool = True
     heal: float = 0.0
+    plain: bool = False
 
     def __post_init__(self):
         if self.work().lever == "decode" and not self.lookahead:
@@ -81,7 +83,8 @@ class Request:
                  "--dtype": self.dtype, "--heal": self.heal or None, "--out": self.out}
         words = ["sentei", "prune", *([self.model] if self.model else [])]
         words += [str(word) for flag, value in flags.items() if value is not None for word in (flag, value)]
-        return shlex.join(words + ["--no-lookahead"] * (not self.lookahead) + ["--online"] * self.online)
+        return shlex.join(words + ["--no-lookahead"] * (not self.lookahead) + ["--plain"] * self.plain
+                          + ["--online"] * self.online)
 
     def call(self) -> str:
         """The Python that asks the same of a model in memory."""

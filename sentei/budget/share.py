@@ -1,14 +1,14 @@
-"""What each room has part in: the seconds that a plan saves, and the weights that are left."""
+"""What each room has part in: the seconds that a plan saves, and the weights that are left or used."""
 
 from dataclasses import dataclass
 
 from torch import nn
 
 from sentei.budget.proof import Proof
-from sentei.conversion.layers import original_at, places_of
+from sentei.conversion.layers import layer_of, original_at, places_of
 from sentei.conversion.plan import Entry
 from sentei.conversion.rooms import WAYS
-from sentei.core.rules import All, Threshold
+from sentei.core.rules import All, Threshold, TopK
 
 # Under these names stand what keeping all saves, the same numbers by native layers and exact attention; and what was
 # measured beyond what was foreseen, or short of it, which is no room's doing.
@@ -34,7 +34,7 @@ def rooms_of(proof: Proof, foreseen: Foreseen) -> dict[str, dict]:
     (dense, pruned), entries = proof.comparison.seconds(), proof.candidate.plan.entries
     if not entries:
         return {}
-    total, choosing = dense - pruned, {entry.layer for entry in entries if _drops_connections(entry)}
+    total, choosing = dense - pruned, {entry.layer for entry in entries if drops_connections(entry)}
     saved = {NATIVE: foreseen.dense - foreseen.whole, **proof.candidate.saved}
     if choosing:
         saved["connections"] = foreseen.dense - foreseen.plan - sum(saved.values())
@@ -46,14 +46,17 @@ def rooms_of(proof: Proof, foreseen: Foreseen) -> dict[str, dict]:
             for name, seconds in sorted(saved.items())}
 
 
-def _drops_connections(entry: Entry) -> bool:
+def drops_connections(entry: Entry) -> bool:
     """Whether the entry prunes connections, of prompts or in decoding, and does not only hold what could."""
     return entry.room == "connections" and any(
         rule not in (All(), Threshold(0.0)) for rule in (entry.config.rule, entry.config.decode))
 
 
 def kept_of(model: nn.Module, entry: Entry) -> float:
-    """The share of the weights of the parts an entry concerns that is left in a model converted with it."""
+    """The share of its neurons that a token computes, of experts; else of the weights of its parts what is left."""
+    if entry.room == "experts" and isinstance(entry.config.rule, TopK):
+        neurons = layer_of(model, entry.layer, ()).member("down_proj").in_features
+        return min(1.0, (entry.config.rule.k + entry.config.shared) * entry.config.unit / neurons)
     paths = [path for part in WAYS[entry.room].parts(entry.config) for path in places_of(model, entry.layer, part)]
     left, own = (sum(weight.numel() for module in modules for weight in module.parameters()) for modules in (
         [model.get_submodule(path) for path in paths], [original_at(model, path) for path in paths]))

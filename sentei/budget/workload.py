@@ -78,6 +78,10 @@ class Workload(ABC):
         """What a reading of a row begins with, as this model makes it."""
 
     @abstractmethod
+    def opening(self, model: nn.Module, row: torch.Tensor) -> object:
+        """What a timed run on a row begins with, as this model makes it."""
+
+    @abstractmethod
     def answer(self, model: nn.Module, row: torch.Tensor, prefix: object) -> torch.Tensor:
         """What the measure compares, float64 [N]: for perplexity the negative log-likelihoods, in nats, of the tokens
         this work is about; for cosine the embedding of the row.
@@ -88,7 +92,7 @@ class Workload(ABC):
         """One pass through the model in which every layer receives what is typical of this work."""
 
     @abstractmethod
-    def begin(self, model: nn.Module, row: torch.Tensor, prefix: object) -> Callable[[], list[float]]:
+    def begin(self, model: nn.Module, row: torch.Tensor, opening: object) -> Callable[[], list[float]]:
         """Does what comes before the work, and returns the work itself, to be timed.
 
         The work returns the seconds of each of its passes through the model, `timed_runs` of them.
@@ -124,6 +128,10 @@ class Prefill(Workload):
         """Nothing."""
         return None
 
+    def opening(self, model, row):
+        """Nothing."""
+        return None
+
     def by_encoder(self):
         """Every token sees all others, and a text becomes an embedding."""
         return Embed(self.tokens)
@@ -136,7 +144,7 @@ class Prefill(Workload):
         """The whole row."""
         model.get_decoder()(input_ids=row[None], use_cache=False)
 
-    def begin(self, model, row, prefix):
+    def begin(self, model, row, opening):
         """The whole reading is timed."""
         return torch.no_grad()(lambda: _clocked(
             [partial(model, input_ids=row[None], use_cache=True, logits_to_keep=1)]))
@@ -159,7 +167,7 @@ class Embed(Prefill):
         """The embedding."""
         return embedding_of(model, row[None])[0]
 
-    def begin(self, model, row, prefix):
+    def begin(self, model, row, opening):
         """The whole reading is timed."""
         return torch.no_grad()(lambda: _clocked([partial(model, input_ids=row[None])]))
 
@@ -189,13 +197,20 @@ class Decode(Workload):
     def _read(self) -> int:
         return min(self.READ, self.tokens // 2)
 
-    @torch.no_grad()
     def prefix(self, model, row):
         """The model's cache of the tokens before those that are read."""
+        return self._cache(model, row[:-self._read])
+
+    def opening(self, model, row):
+        """The model's cache of the tokens before the last steps and one step more."""
+        return self._cache(model, row[:-self.timed_tokens - 1])
+
+    @torch.no_grad()
+    def _cache(self, model, tokens):
         from transformers import DynamicCache
 
         cache = DynamicCache(config=model.config)
-        model.get_decoder()(input_ids=row[None, :-self._read], past_key_values=cache, use_cache=True)
+        model.get_decoder()(input_ids=tokens[None], past_key_values=cache, use_cache=True)
         return cache
 
     def by_encoder(self):
@@ -230,11 +245,10 @@ class Decode(Workload):
                             use_cache=True)
 
     @torch.no_grad()
-    def begin(self, model, row, prefix):
+    def begin(self, model, row, opening):
         """The cache is filled up to the last steps, and one step is made, in which a cache may take its final form."""
-        cache, first = self._own(model, row, prefix), len(row) - self._read
-        stop = len(row) - self.timed_tokens - 1
-        for start in range(first, stop, self.ROWS):
+        cache, stop = self._own(model, row, opening), len(row) - self.timed_tokens - 1
+        for start in range(cache.get_seq_length(), stop, self.ROWS):  # where it could not be folded
             part = row[None, start:min(start + self.ROWS, stop)]
             model.get_decoder()(input_ids=part, past_key_values=cache, use_cache=True)
         warm, *tokens = row[stop:].split(1)

@@ -29,6 +29,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-lookahead", dest="lookahead", action="store_false", help="also measure quality "
                         "with what a token keeps chosen from no later token, and hold that to --quality too; the plan "
                         "is the usual one, which chooses for a block of tokens with the whole block in sight")
+    parser.add_argument("--plain", action="store_true", help="prune every layer alike, or leave it out whole, so "
+                        "that the folder loads in transformers without sentei, as a smaller model (default: what is "
+                        "best for each layer, which may need sentei to load)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32",
                         help="number format of dense and pruned model alike (default: %(default)s)")
     parser.add_argument("--heal", metavar="MINUTES", help="choose a bolder plan, train the pruned model for so long "
@@ -57,6 +60,7 @@ def work(options: argparse.Namespace, say: Say) -> bool:
         online=options.online,
         lookahead=options.lookahead,
         heal=heal or 0.0,
+        plain=options.plain,
     )
     outcome = pipeline.run(request, Progress(sys.stderr, bars=draws(sys.stderr)))
     if not outcome.met:
@@ -79,10 +83,18 @@ def summary(result: dict, interval: tuple[float, float], report: Path) -> str:
         "quality": f"{result['quality']:.4f}, between {interval[0]:.4f} and {interval[1]:.4f} ({told})",
         **({"without lookahead": f"quality {strict:.4f}"} if strict is not None else {}),
         **({"healed": healed_words(result["healed"])} if "healed" in result else {}),
-        "density": f"{result['density']:.3f} of the connections are computed",
+        "plan": "; ".join(result["does"]),
+        **({"beside it": beside} if (beside := beside_words(result["frontier"])) else {}),
         "report": str(report),
         "use it": code,
     })
+
+
+def beside_words(frontier: list[dict]) -> str:
+    """The plans that were proved and not taken, fastest first, in a line; empty where there are none."""
+    proved = [point for point in frontier if point["speed"] == "measured" and not point["chosen"]]
+    return "; ".join(f"{' and '.join(point['rooms']) or 'no room'} {point['speedup']:.2f} times at "
+                     f"{point['quality']:.4f}, measured" for point in sorted(proved, key=lambda each: -each["speedup"]))
 
 
 def healed_words(healed: dict) -> str:
@@ -105,6 +117,7 @@ VERB = Verb(
         "sentei prune --workload prefill:8000 --speed 1.5",
         "sentei prune --workload decode:8000",
         "sentei prune --no-lookahead",
+        "sentei prune --workload decode:1024 --quality 0.95 --plain",
         "sentei prune --workload prefill:1024 --quality 0.95 --heal 10",
         "sentei prune --json > result.json",
     ),

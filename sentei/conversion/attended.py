@@ -14,6 +14,8 @@ MOST_MERGED = 4
 EVERYWHERE = 0.1
 # Queries of a piece of text and keys of a query whose scores are read, evenly placed.
 QUERIES, KEYS = 32, 64
+# Queries whose attention is computed at once, over the keys that any of them may see.
+AT_ONCE = 256
 IMPLEMENTATION = "sentei_watched"
 # The attribute of an attention that is watched.
 STATE = "attended_of_sentei"
@@ -44,19 +46,24 @@ class Attended:
             scaling: float) -> None:
         """Adds the tokens of a call: query [B, H, T, D], key and value [B, G, T, D], allowed bool [B or 1, 1, T, T].
 
-        Cost: H attentions with values m times as wide, and QUERIES · KEYS · H · (m D)² multiply-adds.
+        Cost: H attentions with values m times as wide, of causal ones little more than the half that is not masked, and
+            QUERIES · KEYS · H · (m D)² multiply-adds.
         """
         per_group = query.shape[1] * self.group // key.shape[1]
         for b in range(len(query)):
             permitted = allowed[min(b, len(allowed) - 1), 0]
+            pieces = [slice(start, start + AT_ONCE) for start in range(0, query.shape[2], AT_ONCE)]
+            pieces = [(rows, _seen_by(permitted[rows])) for rows in pieces]
             for head in range(query.shape[1]):
                 kept = slice(head // per_group * self.group, (head // per_group + 1) * self.group)
-                own = head * key.shape[1] // query.shape[1]
-                logits = (query[b, head] @ key[b, own].mT * scaling).float()
-                weights = logits.masked_fill(~permitted, -torch.inf).softmax(-1)
-                seen = (weights.to(value.dtype) @ value[b, kept].transpose(0, 1).flatten(1)).float()
-                self.values[head] += (seen.T @ seen).to(self.values)
-                self.scores[head] += _score_moment(query[b, head], key[b, kept], weights, permitted).to(self.scores)
+                own = key[b, head * key.shape[1] // query.shape[1]]
+                values = value[b, kept].transpose(0, 1).flatten(1)
+                for rows, keys in pieces:
+                    weights = _weights(query[b, head, rows], own[keys], permitted[rows, keys], scaling)
+                    seen = (weights.to(value.dtype) @ values[keys]).float()
+                    self.values[head] += (seen.T @ seen).to(self.values)
+                self.scores[head] += _score_moment(query[b, head], own, key[b, kept], permitted, scaling
+                                                   ).to(self.scores)
             self.rows += query.shape[2]
 
     def merge(self, other: "Attended") -> None:
@@ -80,9 +87,20 @@ class Attended:
                 values[:, part, :, part].flatten(3).flatten(1, 2), heads)
 
 
-def _score_moment(query: torch.Tensor, key: torch.Tensor, weights: torch.Tensor, permitted: torch.Tensor
+def _seen_by(permitted: torch.Tensor) -> slice:
+    """The keys from the first to the last that any of these queries may see; permitted bool [queries, keys]."""
+    places = permitted.any(0).nonzero()
+    return slice(int(places.min()), int(places.max()) + 1) if len(places) else slice(0, permitted.shape[1])
+
+
+def _weights(query: torch.Tensor, key: torch.Tensor, permitted: torch.Tensor, scaling: float) -> torch.Tensor:
+    """Attention weights in fp32 [queries, keys] of query [queries, D] and key [keys, D]."""
+    return (query @ key.mT * scaling).float().masked_fill(~permitted, -torch.inf).softmax(-1)
+
+
+def _score_moment(query: torch.Tensor, own: torch.Tensor, key: torch.Tensor, permitted: torch.Tensor, scaling: float
                   ) -> torch.Tensor:
-    """[2 F m, 2 F m]: of one query head, query [T, D], and the keys [m, T, D] of its group.
+    """[2 F m, 2 F m]: of one query head, query [T, D], its key `own` [T, D], and the keys [m, T, D] of its group.
 
     Keys are drawn at even steps of the weights' sum, so that the same text always gives the same sample.
     """
@@ -91,7 +109,7 @@ def _score_moment(query: torch.Tensor, key: torch.Tensor, weights: torch.Tensor,
     asked = asked[asked >= 0].unique()
     permitted = permitted[asked]
     share = permitted / permitted.sum(1, keepdim=True).clamp(min=1)
-    weights = (1 - EVERYWHERE) * weights[asked] + EVERYWHERE * share
+    weights = (1 - EVERYWHERE) * _weights(query[asked], own, permitted, scaling) + EVERYWHERE * share
     steps = (torch.arange(KEYS, device=query.device) + 0.5) / KEYS
     heard = torch.searchsorted(weights.cumsum(1), steps.expand(len(asked), -1).contiguous()).clamp(max=tokens - 1)
     half = query.shape[1] // 2

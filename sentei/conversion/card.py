@@ -22,13 +22,26 @@ LIMITS = (
 )
 # What the folder is without sentei, by its rung (see `rungs`).
 WITHOUT = {
-    "A": "Without sentei this is an ordinary, smaller model, without the choices that are made for each input.",
+    "A": "Without sentei this is an ordinary, smaller model: the same answers, but for what is chosen for each input.",
     "B": "Without sentei this folder does not load: its layers differ in shape, and transformers does not know its "
          "`model_type`. With a class of the base model that is named outright, parts of it would be random.",
     "C": "Without sentei these are the plain weights: the dense model, no faster and no smaller. Memory does not "
          "shrink.",
 }
+WITHOUT_EMPTY = "Nothing is pruned: with sentei and without, this is the dense model."
 WITHOUT_HEALED = "Without sentei these are the healed weights, without the choices that are made for each input."
+USE = """import sentei
+from transformers import AutoTokenizer
+
+folder = "path/of/this/folder"
+tokenizer, model = AutoTokenizer.from_pretrained(folder), sentei.load(folder)
+inputs = tokenizer("A text.", return_tensors="pt")
+"""
+# The last line of USE, by what the model does.
+CALLS = {"perplexity": "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=32)[0]))",
+         "cosine": "print(model(**inputs).last_hidden_state.mean(1))"}
+NATIVE, UNFORESEEN = "native", "unforeseen"  # of `rooms` in a result, what is no room
+SAVINGS = {NATIVE: "kernels of sentei's own, and exact attention", UNFORESEEN: "more than was foreseen, or less"}
 # What the weights are: as they were, made from them, or healed.
 SAME = "The weights are those of the base model, with its knowledge, its biases and its licence."
 MADE = ("The weights are what is left of the base model's, parts of them refitted on one text: memory is that of the "
@@ -69,17 +82,16 @@ def render(result: dict, details: dict, receipt: dict) -> str:
     """The card as Markdown; arguments as for `write`."""
     verdict = "The bound is met." if details["met"] else f"The bound is **not** met: {words(details['reason'])}."
     parts = [
-        _front(details["licence"]),
+        _front(details["licence"], details["rung"]),
         f"# {words(result['model'])}, pruned by sentei",
-        "A plan that decides, for each input, which connections are computed: "
-        f"{result['speedup']:.2f} times as fast as dense at quality {result['quality']:.4f}, "
-        f"{words(result['workload'])}, {words(result['dtype'])}. {verdict}",
+        f"{_sentence(result)} {verdict}",
         "## Measured", _table(result, details), _method(result, details),
+        *_savings(result),
         *_healing(result),
         "## Made with", fenced(details["command"]),
         f"A fresh process has loaded this folder and compared outputs: the largest difference is "
         f"{receipt['difference']:.2g}, of {receipt['tolerance']:.2g} allowed. `sentei verify` does it again.",
-        "## Use", fenced('import sentei\n\nmodel = sentei.load("path/of/this/folder")', lines=True),
+        "## Use", fenced(USE + CALLS[result.get("measure", "perplexity")], lines=True, language="python"),
         "## Base model",
         f"{words(details['source'])}. Licence: {words(details['licence'] or 'not known to sentei; see its source')}.",
         "## Limits", "\n".join(f"- {limit}" for limit in _limits(result, details["rung"])),
@@ -87,9 +99,16 @@ def render(result: dict, details: dict, receipt: dict) -> str:
     return "\n\n".join(filter(None, parts)) + "\n"
 
 
-def _front(licence: str | None) -> str:
-    """What the hub reads: plain words alone."""
-    lines = ["library_name: transformers", "tags:", "- sentei", "- pruning"]
+def _sentence(result: dict) -> str:
+    """What the plan does, and what that is worth, in one sentence."""
+    does = "; ".join(result["does"])
+    return (f"{does[:1].upper() + does[1:]}: {result['speedup']:.2f} times as fast as dense at quality "
+            f"{result['quality']:.4f}, {words(result['workload'])}, {words(result['dtype'])}.")
+
+
+def _front(licence: str | None, rung: str) -> str:
+    """What the hub reads: plain words alone. It is told of transformers where that loads the folder."""
+    lines = [f"library_name: {'sentei' if rung == 'B' else 'transformers'}", "tags:", "- sentei", "- pruning"]
     lines += [f"license: {licence}"] if licence and _PLAIN.fullmatch(licence) else []
     return "\n".join(["---", *lines, "---"])
 
@@ -101,7 +120,7 @@ def _table(result: dict, details: dict) -> str:
     rows = [("", "dense", "pruned"),
             ("---", "---", "---"),
             ("seconds", f"{dense['seconds']:.3g}", f"{pruned['seconds']:.3g}"),
-            ("tokens a second", f"{dense['tokens_per_second']:.3g}", f"{pruned['tokens_per_second']:.3g}"),
+            ("tokens a second", *(f"{float(format(side['tokens_per_second'], '.3g')):,g}" for side in (dense, pruned))),
             *([("perplexity", f"{dense['perplexity']:.4g}", f"{pruned['perplexity']:.4g}")]
               if dense["perplexity"] is not None else []),
             ("speed-up, range of pairs", "1", f"{result['speedup']:.2f}, {slow:.2f} to {fast:.2f}"),
@@ -109,6 +128,17 @@ def _table(result: dict, details: dict) -> str:
             *([("quality without lookahead", "1", f"{strict:.4f}")] if strict is not None else []),
             ("connections computed", "1", f"{result['density']:.3f}")]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _savings(result: dict) -> list[str]:
+    """Where the time went, by room, where any was saved."""
+    if not result["rooms"]:
+        return []
+    rows = [("saved by", "layers", "seconds", "share"), ("---",) * 4] + [
+        (SAVINGS.get(room, words(room)), f"{part['layers'] or ''}", f"{part['seconds']:.3g}", f"{part['share']:.2f}")
+        for room, part in sorted(result["rooms"].items(), key=lambda item: (item[0] == UNFORESEEN, -item[1]["share"]))]
+    return ["Where the seconds went, each as foreseen before the proof; their sum is what was measured.",
+            "\n".join(f"| {' | '.join(row)} |" for row in rows)]
 
 
 def _healing(result: dict) -> list[str]:
@@ -136,6 +166,8 @@ def _healing(result: dict) -> list[str]:
 def _limits(result: dict, rung: str) -> tuple[str, ...]:
     """What is not promised; the weights of rungs A and B, and healed ones, are no longer those of the base model."""
     healed = result.get("healed", {}).get("kept")
+    if not result["plan"] and not healed:
+        return (*LIMITS, WITHOUT_EMPTY, SAME)
     without = WITHOUT_HEALED if healed and rung == "C" else WITHOUT[rung]
     return (*LIMITS, without, HEALED if healed else SAME if rung == "C" else MADE)
 
@@ -158,9 +190,9 @@ def words(value: object) -> str:
     return _MARKUP.sub(r"\\\1", text)
 
 
-def fenced(text: str, *, lines: bool = False) -> str:
+def fenced(text: str, *, lines: bool = False, language: str = "") -> str:
     """Text as a block of code that nothing in it can end; control characters escaped, newlines too unless `lines`."""
     kept = "\n" if lines else ""
     safe = "".join(letter if letter.isprintable() or letter in kept else ascii(letter)[1:-1] for letter in text)
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", safe)), default=0))
-    return f"{fence}\n{safe}\n{fence}"
+    return f"{fence}{language}\n{safe}\n{fence}"

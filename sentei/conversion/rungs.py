@@ -36,6 +36,16 @@ def rung_of(model: nn.Module, plan: Plan) -> str:
     return "B" if _shape(model, plan) is None else "A"
 
 
+def may_be_plain(model: nn.Module, room: str) -> bool:
+    """Whether an ordinary checkpoint can hold what a room changes in shape, where it does so in every layer alike."""
+    return room in ("depth", "weights") or room == "heads" and _tells_heads(model)
+
+
+def _tells_heads(model: nn.Module) -> bool:
+    """Whether the model's config has a number of key/value heads."""
+    return hasattr(model.config, "num_key_value_heads")
+
+
 def _shape(model: nn.Module, plan: Plan) -> tuple[set[int], int | None, int | None] | None:
     """The layers that are gone, and of those left the networks' width and the key/value heads (None: as before).
 
@@ -47,7 +57,7 @@ def _shape(model: nn.Module, plan: Plan) -> tuple[set[int], int | None, int | No
             gone.add(entry.layer)
         elif entry.room == "weights" and isinstance(entry.config, Weights):
             widths[entry.layer] = standing(model, entry.layer, "down_proj").in_features
-        elif entry.room == "heads" and hasattr(model.config, "num_key_value_heads"):
+        elif entry.room == "heads" and _tells_heads(model):
             heads[entry.layer] = (standing(model, entry.layer, "k_proj").out_features
                                   // layer_of(model, entry.layer, ()).heads[2])
         else:

@@ -213,8 +213,10 @@ def frontier_range(points: Sequence[dict], result: dict, goal: dict) -> tuple[fl
 def frontier(points: Sequence[dict], result: dict, details: dict, width: int) -> str:
     """Quality against speed-up: every point tried, the bound as a line, the chosen plan as measured with its intervals.
 
+    What is filled was measured in both; of what is hollow the speed-up is foreseen.
+
     Args:
-        points: those of `details["points"]` whose numbers are finite.
+        points: those of `result["frontier"]` whose numbers are finite.
         width: in CSS pixels; the page carries a wide and a narrow drawing so that type keeps its size.
     """
     height, left, bottom = round(width * (0.45 if width > 500 else 0.9)), 56, 44
@@ -234,24 +236,35 @@ def frontier(points: Sequence[dict], result: dict, details: dict, width: int) ->
             y = place(x1, tick)[1]
             marks += [line(left, y, width - 8, y, "grid"),
                       text(left - 8, y + 4, f"{100 * tick:.4g}\u00a0%", "tick", "end")]
-    marks.append(text(width - 8, height - 6, "speed-up over dense  →", "axis", "end"))
+    marks.append(text(width - 8, height - 6, "speed-up: ● measured  ○ foreseen  →", "axis", "end"))
     marks.append(text(0, 11, "↑  quality, share of dense", "axis"))
     marks += _bound(details["goal"], place, (left, width - 8, base))
-    best = [place(point["speedup"], point["quality"]) for point in undominated(points)]
+    best = [place(point["speedup"], point["quality"]) for point in undominated(by_speed(points, "foreseen"))]
     marks.append(f'<polyline class="front" points="{" ".join("{:.1f},{:.1f}".format(*spot) for spot in best)}"/>')
-    for point in points:
-        x, y = place(point["speedup"], point["quality"])
-        title = (f'{visible(point["name"])}: {point["speedup"]:.2f}×, quality {percent(point["quality"])}, '
-                 f'density {point["density"]:.2f}')
-        if point["quality"] < y1:
-            marks.append(f'<path class="below" d="M{x - 4:.1f} {y - 7:.1f}h8l-4 6z"><title>{escape(title)}</title>'
-                         "</path>")
-        else:
-            marks.append(dot(x, y, 3.2, "tried", title))
+    marks += [_tried(point, place(point["speedup"], point["quality"]), point["quality"] < y1) for point in points
+              if not (point["chosen"] and point["speed"] == "measured")]
     marks += _chosen(points, result, details, place)
-    label = (f"Quality against speed-up: {counted(len(points), 'point')} tried. The chosen plan measured "
+    label = (f"Quality against speed-up: {counted(len(points), 'point')} tried, of {len(by_speed(points, 'measured'))} "
+             f"the speed-up was measured, of the others foreseen. The chosen plan measured "
              f"{result['speedup']:.2f} times the dense speed at {percent(result['quality'])} of the dense quality.")
     return svg(width, height, label, marks, "frontier")
+
+
+def _tried(point: dict, spot: tuple[float, float], below: bool) -> str:
+    """A plan that was tried, filled where its speed-up was measured; where its quality is below the picture, an arrow.
+    """
+    (x, y), measured = spot, point["speed"] == "measured"
+    title = (f'{visible(point["name"])}: {point["speedup"]:.2f}× as {point["speed"]}, quality '
+             f'{percent(point["quality"])}, density {point["density"]:.2f}')
+    if below:
+        return (f'<path class="below{"" if measured else " hollow"}" d="M{x - 4:.1f} {y - 7:.1f}h8l-4 6z">'
+                f"<title>{escape(title)}</title></path>")
+    return dot(x, y, 3.2, "tried" if measured else "tried hollow", title)
+
+
+def by_speed(points: Sequence[dict], speed: str) -> list[dict]:
+    """The points whose speed-up was "measured", or "foreseen"."""
+    return [point for point in points if point["speed"] == speed]
 
 
 def undominated(points: Sequence[dict]) -> list[dict]:
@@ -283,7 +296,7 @@ def _chosen(points: Sequence[dict], result: dict, details: dict, place) -> Itera
     x, y = place(result["speedup"], result["quality"])
     above = y
     for point in points:
-        if point["chosen"]:
+        if point["chosen"] and point["speed"] == "foreseen":
             start = place(point["speedup"], point["quality"])
             yield line(*start, x, y, "foreseen")
             above = min(above, start[1])

@@ -5,7 +5,7 @@ from functools import partial
 from pathlib import Path
 
 from sentei.core.storage import write_whole
-from sentei.measurement.drawing import drawable, finite, frontier_range, mean, undominated
+from sentei.measurement.drawing import by_speed, drawable, finite, frontier_range, mean, undominated
 
 INDIGO, VERMILION, GREY = "#1f4e79", "#b5371a", "#8a857b"
 
@@ -89,7 +89,7 @@ def _shades(count: int) -> list[tuple[float, float, float, float]]:
 def _frontier_figure(result: dict, details: dict):
     from matplotlib.figure import Figure
 
-    points = drawable(details["points"])
+    points = drawable(result["frontier"])
     if not points or not drawable([result]):
         return None
     goal = details["goal"]
@@ -97,14 +97,15 @@ def _frontier_figure(result: dict, details: dict):
     axes = figure.subplots()
     x1, x2, y1, y2 = frontier_range(points, result, goal)
     axes.set(xlim=(x1, x2), ylim=(100 * y1, 100 * y2), xlabel="speed-up over dense", ylabel="quality, % of dense")
-    front = undominated(points)
-    axes.plot([p["speedup"] for p in front], [100 * p["quality"] for p in front], color=GREY, linewidth=0.8)
-    inside, below = [p for p in points if p["quality"] >= y1], [p for p in points if p["quality"] < y1]
-    axes.scatter([p["speedup"] for p in inside], [100 * p["quality"] for p in inside], s=16, color=INDIGO,
-                 label="tried", zorder=3)
-    if below:
-        axes.scatter([p["speedup"] for p in below], [100 * y1] * len(below), s=22, marker="v", color=INDIGO,
-                     label="tried, below the picture", zorder=3, clip_on=False)
+    front = undominated(by_speed(points, "foreseen"))
+    axes.plot([p["speedup"] for p in front], [100 * p["quality"] for p in front], color=GREY, linewidth=0.8, ls="--")
+    for speed, fill in (("foreseen", "white"), ("measured", INDIGO)):
+        tried = [p for p in by_speed(points, speed) if not (p["chosen"] and speed == "measured")]
+        inside, below = [p for p in tried if p["quality"] >= y1], [p for p in tried if p["quality"] < y1]
+        axes.scatter([p["speedup"] for p in inside], [100 * p["quality"] for p in inside], s=16, color=fill,
+                     edgecolor=INDIGO, label=f"tried, speed-up {speed}" if inside else None, zorder=3)
+        axes.scatter([p["speedup"] for p in below], [100 * y1] * len(below), s=22, marker="v", color=fill, zorder=3,
+                     edgecolor=INDIGO, label=f"below the picture, {speed}" if below else None, clip_on=False)
     if finite(goal.get("quality")):
         axes.axhline(100 * goal["quality"], color=VERMILION, linewidth=0.9, label=f"bound {100 * goal['quality']:g} %")
     if finite(goal.get("speed")):

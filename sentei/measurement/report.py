@@ -28,7 +28,7 @@ def write_report(out: Path, result: dict, details: dict) -> Path:
     Args:
         out: the run's folder; made if missing.
         result: the public object of the run, schema "sentei.prune/1".
-        details: what stands behind it: goal, met, reason, intervals, text, slack, density, points, timings,
+        details: what stands behind it: goal, met, reason, intervals, text, slack, density, timings,
             environment, command, date, seconds and the meaning of quality, as the pipeline gathers them.
 
     Returns:
@@ -170,22 +170,35 @@ def _relaxed(relaxed: dict | None) -> str:
 
 
 def _tried(result: dict, details: dict) -> str:
-    points = drawable(details["points"])
+    points = drawable(result["frontier"])
     if not points or not drawable([result]):
         return ""
     plots = "".join(f'<div class="{kind}">{drawing.frontier(points, result, details, width)}</div>'
                     for kind, width in (("wide", 1000), ("narrow", 350)))
-    below = " Arrows on the lower edge: qualities below the picture." if 'class="below"' in plots else ""
-    caption = (f"{counted(len(points), 'point')} tried. Filled red: the chosen plan as measured on "
-               f"{_held_out(details, 'it')}, with its intervals; ring: that plan as foreseen when it was chosen. Thin "
-               f"line: the points that no other beats in both.{below}")
+    below = " Arrows on the lower edge: qualities below the picture." if 'class="below' in plots else ""
+    caption = (f"{counted(len(points), 'point')}. Hollow: plans tried, as read on the text for choosing, their "
+               "speed-up foreseen only. Filled: plans proved, both measured on "
+               f"{_held_out(details, 'the plan')}; red the chosen one, with its intervals, and a ring where it was "
+               f"foreseen. Dashed line: of the hollow points those that no other beats in both.{below}")
     rows = (_row(_words(point["name"]) + (" <strong>(chosen)</strong>" if point["chosen"] else ""),
-                 f"{point['speedup']:.3f}×", percent(point["quality"]), f"{point['density']:.3f}")
-            for point in sorted(points, key=lambda point: point["speedup"]))
-    table = _table(("plan", "foreseen speed-up", "quality", "density"), rows, kind="compact points")
-    return _section("Quality against speed", f"Quality is {_words(details['meaning'], None)}, on the same tokens.",
+                 f"{point['speedup']:.3f}×", _words(point["speed"]), percent(point["quality"]), _words(point["text"]),
+                 f"{point['density']:.3f}")
+            for point in sorted(points, key=lambda point: (point["speed"], point["speedup"])))
+    head = ("plan", "speed-up", "which is", "quality", "on the text to", "density")
+    table = _table(head, rows, kind="compact points")
+    meaning = _words(details["meaning"], None)
+    intro = f"Quality is {meaning}, on the same tokens; it is always measured. {_beside(points)}"
+    return _section("Quality against speed", intro,
                     f"<figure>{plots}<figcaption>{caption}</figcaption></figure>",
                     f"<details><summary>The same as a table</summary>{table}</details>")
+
+
+def _beside(points: list[dict]) -> str:
+    """What was proved beside the chosen plan."""
+    beside = [point for point in points if point["speed"] == "measured" and not point["chosen"]]
+    told = [f"{_words(' and '.join(point['rooms']) or 'no room')} {point['speedup']:.2f}× at "
+            f"{percent(point['quality'])}" for point in sorted(beside, key=lambda point: -point["speedup"])]
+    return f"Proved beside the chosen plan, measured: {'; '.join(told)}." if told else ""
 
 
 def _slack(details: dict) -> str:
@@ -236,6 +249,11 @@ def rule_words(rule: object) -> str:
     return ", ".join([first, *rest])
 
 
+def _option(entry: dict) -> str:
+    """What is kept of a room: a rule may hold a number a head, and other rooms say it in words."""
+    return rule_words(entry["rule"]) if entry["room"] == "connections" else entry["option"]
+
+
 def _plan(result: dict, details: dict) -> str:
     rows = []
     for entry in result["plan"]:
@@ -243,13 +261,14 @@ def _plan(result: dict, details: dict) -> str:
         heads = density[layer] if isinstance(layer, int) and 0 <= layer < len(density) else None
         spread = f"{min(heads):.2f}–{max(heads):.2f}" if heads else ""
         rows.append(f'<tr><th scope="row">{_words(layer)}</th><td class="word">{_words(entry["room"])}</td>'
-                    f'<td class="word">{_words(rule_words(entry["rule"]))}</td>'
+                    f'<td class="word">{_words(_option(entry))}</td>'
                     f"<td>{_number(share, '.2f')}{drawing.density_bar(share)}</td><td>{spread}</td></tr>")
     if not rows:
         return _section("The plan", "Empty: every layer stays dense.")
-    intro = (f"Mean density of the model: {_number(result['density'], '.3f')}. A number in brackets counts heads. "
-             "What is not listed stays dense.")
-    head = ("layer", "room", "rule", "density", "over heads")
+    does = "; ".join(result["does"])
+    intro = (f"{_words(does[:1].upper() + does[1:], None)}. Mean density of connections in the model: "
+             f"{_number(result['density'], '.3f')}. A number in brackets counts heads. What is not listed stays dense.")
+    head = ("layer", "room", "option", "density", "over heads")
     return _section("The plan", intro, _table(head, rows, kind="compact plan"))
 
 

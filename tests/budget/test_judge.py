@@ -81,7 +81,7 @@ def test_a_plan_is_judged_once_for_each_use_and_model(judge, tmp_path):
 def calls(judge, monkeypatch) -> list:
     """The attention of every timed run, and what the model was called with; it does no work, each time faster."""
     seen = []
-    monkeypatch.setattr(judge.workload.__class__, "begin", lambda self, model, row, prefix: lambda: seen.append(
+    monkeypatch.setattr(judge.workload.__class__, "begin", lambda self, model, row, opening: lambda: seen.append(
         (model.config._attn_implementation, row)) or [1 / len(seen)])
     return seen
 
@@ -90,6 +90,16 @@ def test_dense_and_pruned_are_timed_each_with_its_own_attention(judge, calls):
     found = judge.time(SPARSE, "verify", 1, lambda: None)
     assert [name for name, _ in calls] == [wrapper.IMPLEMENTATION, "sdpa", "sdpa", wrapper.IMPLEMENTATION]
     assert len(found.dense) == 1 and all(torch.equal(row, WINDOWS["verify"][0]) for _, row in calls)
+
+
+def test_what_timed_runs_begin_with_is_made_once_by_the_dense_model(judge, calls, monkeypatch):
+    made = []
+    monkeypatch.setattr(judge.workload.__class__, "opening", lambda self, model, row: made.append(
+        (model.config._attn_implementation, row)))
+    for plan in (SPARSE, Plan(), SPARSE):
+        judge.run("verify").begin(plan)
+    (implementation, row), = made
+    assert implementation == "sdpa" and torch.equal(row, WINDOWS["verify"][0])
 
 
 def test_the_empty_plan_is_timed_as_dense_alone(judge, calls):

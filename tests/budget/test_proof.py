@@ -137,3 +137,13 @@ def test_where_none_is_faster_a_plan_that_keeps_the_bound_goes_before_a_fast_one
 
 def test_with_lookahead_nothing_is_read_strictly():
     assert Told((0.99, 2.0)).prove(Goal(quality=0.98)).strict is None
+
+
+def test_what_was_proved_and_is_not_taken_stays_beside():
+    judge = Told((0.99, 1.5), (0.99, 0.9), (0.99, 1.1), (0.99, 2.0))
+    first, second, third, fourth = judge.ladder
+    found = best_proven(Goal(quality=0.9), Solution(ladder=[first], judged=[], rivals=[[second, third], [fourth]]),
+                        judge, lambda: None)
+    assert found.candidate is fourth
+    assert [(each.candidate.name, each.comparison.speedup(), each.beside) for each in found.beside] == [
+        ("0", 1.5, ()), ("2", 1.1, ()), ("1", 0.9, ())]

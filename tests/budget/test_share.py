@@ -5,6 +5,7 @@ from tiny import tiny_model
 
 from sentei.axes.connections import Config as Connections
 from sentei.axes.depth import Config as Depth
+from sentei.axes.experts import Config as Experts
 from sentei.axes.weights import Config as Weights
 from sentei.budget.proof import Proof
 from sentei.budget.share import Foreseen, kept_of, rooms_of
@@ -47,6 +48,12 @@ def test_where_connections_drop_nothing_they_have_no_part(kept):
         "depth": (1, 2.0), "native": (3, 1.0), "weights": (1, 1.0), "unforeseen": (0, 0.0)}
     assert told((every,), {}, 5.0, 5.0) == {"native": (1, 5.0), "unforeseen": (0, -1.0)}
     assert told((), {}, 9.0, 10.0) == {}
+
+
+@pytest.mark.parametrize("config, share", [(Experts(rule=TopK(24), unit=1), 24 / 96),
+                                           (Experts(rule=TopK(2), unit=16, shared=1), 48 / 96)])
+def test_of_experts_it_is_told_what_a_token_computes(config, share):
+    assert kept_of(tiny_model("llama"), Entry(layer=0, room="experts", config=config)) == pytest.approx(share)
 
 
 def test_what_is_left_of_a_part_is_told_by_its_weights():

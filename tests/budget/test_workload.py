@@ -106,10 +106,13 @@ def test_quality_is_read_as_one_token_at_a_time_would(family, overrides, ratio):
 
 @pytest.mark.parametrize("tokens, steps", [(8, 3), (64, 31), (65, 31), (66, 32), (300, 32)])
 @pytest.mark.parametrize("ratio", [None, 0.5], ids=["dense", "pruned"])
+@pytest.mark.parametrize("whole", [True, False], ids=["opening", "less"])
 def test_what_is_timed_is_one_token_at_a_time_with_a_fresh_cache_that_ends_at_the_length(monkeypatch, tokens, steps,
-                                                                                       ratio):
+                                                                                       ratio, whole):
     model, row, work = tiny_model("llama"), row_of(tokens), Decode(tokens)
-    prefix, caches = work.prefix(model, row), []
+    opening, caches = (work.opening if whole else work.prefix)(model, row), []
+    own, read = opening.get_seq_length(), []
+    assert own == (tokens - steps - 1 if whole else tokens - tokens // 2)
     if ratio is not None:
         convert(model, paged(model, ratio))
     forward, calls = model.forward, []
@@ -119,8 +122,12 @@ def test_what_is_timed_is_one_token_at_a_time_with_a_fresh_cache_that_ends_at_th
         return forward(**inputs)
 
     monkeypatch.setattr(model, "forward", noted)
+    model.model.register_forward_pre_hook(lambda _, inputs, named: read.append(named["input_ids"].shape[1]),
+                                          with_kwargs=True)
     for _ in range(2):
-        run = work.begin(model, row, prefix)
+        read.clear()
+        run = work.begin(model, row, opening)
+        assert sum(read) == tokens - steps - own and (len(read) == 1 or not whole), "nothing is read again"
         assert len(calls) == 1, "one step comes before those that are timed"
         assert len(run()) == steps, "the seconds of each"
         before, *timed = calls
@@ -131,7 +138,7 @@ def test_what_is_timed_is_one_token_at_a_time_with_a_fresh_cache_that_ends_at_th
         assert kinds == ({"DynamicLayer"} if ratio is None else {cache.layer_class().__name__})
         caches.append(before[2])
         calls.clear()
-    assert caches[0] is not caches[1] and prefix.get_seq_length() == tokens - tokens // 2
+    assert caches[0] is not caches[1] and opening.get_seq_length() == own
 
 
 def test_a_prompt_is_read_in_one_pass_with_a_cache_and_the_last_token_s_logits(monkeypatch):

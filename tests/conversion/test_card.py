@@ -8,13 +8,18 @@ from pathlib import Path
 
 import pytest
 from markdown_it import MarkdownIt
+from tiny import save_tiny_encoder
 
-from sentei.conversion.card import CARD, fenced, licence_in, render, words
+from sentei.conversion.card import CALLS, CARD, fenced, licence_in, render, words
 
-SIDE = {"seconds": 10.88, "tokens_per_second": 376.4, "perplexity": 12.345}
+SIDE = {"seconds": 10.88, "tokens_per_second": 72634.4, "perplexity": 12.345}
 RESULT = {"model": "tiny", "workload": "prefill:4096", "dtype": "float32", "dense": SIDE,
           "pruned": {**SIDE, "seconds": 8.7, "tokens_per_second": 470.8, "perplexity": 12.36},
-          "speedup": 1.25, "quality": 0.9988, "density": 0.381}
+          "speedup": 1.25, "quality": 0.9988, "density": 0.381, "plan": [{"layer": 0}],
+          "does": ["attention computes 38 % of its connections", "networks keep half"],
+          "rooms": {"connections": {"layers": 28, "seconds": 0.65, "share": 0.3},
+                    "unforeseen": {"layers": 0, "seconds": 1.74, "share": 0.8},
+                    "native": {"layers": 30, "seconds": -0.22, "share": -0.1}}}
 DETAILS = {"meaning": "dense perplexity ÷ pruned perplexity", "met": True, "reason": "",
            "quality_interval": [0.995, 1.002], "speedup_interval": [1.21, 1.3],
            "source": "tiny (a local folder)", "licence": "apache-2.0", "command": "sentei prune tiny --out faster",
@@ -33,6 +38,12 @@ HOSTILE = [
     "a\r\n\tb", "{{ x }}", "</td>"]
 
 
+@pytest.fixture
+def encoder(tmp_path) -> dict:
+    folder = save_tiny_encoder(tmp_path / "bert", max_position_embeddings=128)
+    return {"model": folder, "workload": "prefill:96"}
+
+
 class Shown(HTMLParser):
     """The tags and the text of a page."""
 
@@ -43,7 +54,7 @@ class Shown(HTMLParser):
 
     def handle_starttag(self, tag, attributes):
         self.tags.append(tag)
-        assert not attributes
+        assert not attributes or (tag, attributes) == ("code", [("class", "language-python")])
 
     def handle_comment(self, data):
         raise AssertionError("a comment")
@@ -60,12 +71,34 @@ def page_of(card: str) -> Shown:
 
 def test_the_numbers_are_those_of_the_run():
     page = page_of(render(RESULT, DETAILS, RECEIPT))
-    for told in ("1.25 times as fast", "quality 0.9988", "0.9950 to 1.0020", "1.21 to 1.30", "10.9", "8.7", "12.35",
-                 "0.381", "sentei prune tiny --out faster", "1.5e-06, of 0.001 allowed", "Licence: apache-2.0",
-                 "a processor",
+    first = page.text.strip().split("\n")[1]
+    assert first == ("Attention computes 38 % of its connections; networks keep half: 1.25 times as fast as dense at "
+                     "quality 0.9988, prefill:4096, float32. The bound is met.")
+    for told in ("quality 0.9988", "0.9950 to 1.0020", "1.21 to 1.30", "10.9", "8.7", "12.35",
+                 "72,600", "0.381", "sentei prune tiny --out faster", "1.5e-06, of 0.001 allowed",
+                 "Licence: apache-2.0", "a processor",
                  "none shared: choose 8,192, verify 8,192", "The bound is met", "2026-11-27", "Without sentei"):
         assert told in page.text, told
-    assert page.tags.count("table") == 1 and page.tags.count("tr") == 7 and "td" in page.tags
+    assert page.tags.count("table") == 2 and page.tags.count("tr") == 7 + 4 and "td" in page.tags
+
+
+def test_where_the_time_went_is_told_by_room_and_what_was_not_foreseen_last():
+    card = render(RESULT, DETAILS, RECEIPT)
+    assert re.findall(r"^\| ([^|]*) \| (\d*) \| (-?[\d.]+) \| (-?[\d.]+) \|$", card, re.M) == [
+        ("connections", "28", "0.65", "0.30"), ("kernels of sentei's own, and exact attention", "30", "-0.22", "-0.10"),
+        ("more than was foreseen, or less", "", "1.74", "0.80")]
+
+
+def test_of_a_plan_that_changes_nothing_nothing_is_promised():
+    dense = RESULT | {"plan": [], "rooms": {}, "does": ["nothing is changed"]}
+    page = page_of(render(dense, DETAILS, RECEIPT))
+    assert "Nothing is changed: " in page.text and "Nothing is pruned" in page.text
+    assert "Without sentei" not in page.text and page.tags.count("table") == 1
+
+
+@pytest.mark.parametrize("rung, library", [("A", "transformers"), ("B", "sentei"), ("C", "transformers")])
+def test_the_hub_is_told_which_library_loads_it(rung, library):
+    assert f"\nlibrary_name: {library}\n" in render(RESULT, DETAILS | {"rung": rung}, RECEIPT)
 
 
 @pytest.mark.parametrize("healed", [False, True])
@@ -134,6 +167,15 @@ def test_prune_writes_it_and_takes_the_base_model_s_licence(prune, subject, tmp_
     card = (tmp_path / "out" / CARD).read_text()
     assert "license: cc-by-4.0\n" in card and "Licence: cc\\-by\\-4\\.0" in card and "2.00 times as fast" in card
     assert str(tmp_path / "out") in card
+
+
+@pytest.mark.parametrize("job, call", [("subject", "perplexity"), ("encoder", "cosine")])
+def test_what_the_card_says_to_do_works(prune, tmp_path, request, job, call, capfd):
+    assert prune(**request.getfixturevalue(job)).returncode in (0, 1)
+    code, = re.findall("```python\n(.*?)\n```", (tmp_path / "out" / CARD).read_text(), flags=re.S)
+    assert code.endswith(CALLS[call])
+    exec(code.replace("path/of/this/folder", str(tmp_path / "out")), {})  # noqa: S102
+    assert capfd.readouterr().out.strip()
 
 
 def test_a_card_of_other_weights_is_not_left(prune, tmp_path, monkeypatch):

@@ -9,79 +9,13 @@ import subprocess
 import sys
 import unicodedata
 import xml.etree.ElementTree as ElementTree
-from html.parser import HTMLParser
 
 import pytest
+from report_examples import Outline, sample
 
 from sentei.core.errors import ResourceError
 from sentei.core.rules import Threshold
 from sentei.measurement import drawing, plots, report
-from sentei.measurement.quality import PERPLEXITY
-
-RULES = [{"name": "mass", "mass": mass} for mass in (0.99, 0.9, 0.7)]
-
-
-def sample(layers: int = 4, heads: int = 3, unpruned: tuple[int, ...] = (1,), **changes) -> tuple[dict, dict]:
-    """A small result and its details; `changes` replaces keys of either."""
-    rows = [None if layer in unpruned else [round((layer + head + 1) / (layers + heads), 3) for head in range(heads)]
-            for layer in range(layers)]
-    slack = [{"layer": layer, "options": [
-        {"rule": rule, "density": [0.9 - 0.3 * step] * heads,
-         "error": [0.001 * 10 ** step * (1 + head) for head in range(heads)]} for step, rule in enumerate(RULES)]}
-             for layer in range(layers) if layer not in unpruned]
-    result = {
-        "schema": "sentei.prune/1", "model": "SmolLM2-135M-Instruct", "workload": "prefill:4096", "dtype": "float32",
-        "threads": 2, "dense": {"perplexity": 14.82, "seconds": 3.91, "tokens_per_second": 1047.0},
-        "pruned": {"perplexity": 14.95, "seconds": 3.23, "tokens_per_second": 1268.0},
-        "speedup": 1.21, "quality": 0.9912, "density": 0.41, "out": "out",
-        "plan": [{"layer": layer, "room": "connections", "rule": RULES[1], "density": sum(row) / heads}
-                 for layer, row in enumerate(rows) if row],
-    }
-    details = {
-        "meaning": PERPLEXITY.meaning,
-        "goal": {"quality": 0.99}, "met": True, "reason": "", "quality_interval": [0.9897, 0.9925],
-        "speedup_interval": [1.19, 1.23], "text": {"name": "topics", "sha256": "ab" * 32,
-                                                   "tokens": {"calibrate": 4096, "choose": 8192, "verify": 8192}},
-        "source": "a folder", "slack": slack, "density": rows,
-        "points": [{"name": f"plan {n}", "quality": 1 - 0.004 * n, "speedup": 1 + 0.1 * n, "density": 1 - 0.2 * n,
-                    "chosen": n == 2} for n in range(4)] + [
-                  {"name": "awful", "quality": 0.3, "speedup": 1.6, "density": 0.1, "chosen": False}],
-        "timings": {"dense": [3.9, 3.92, 3.91], "pruned": [3.22, 3.24, 3.23]}, "environment": {"torch": "2.13.0"},
-        "command": "sentei prune --workload prefill:4096", "date": "2026-03-02",
-        "seconds": {"load": 4.0, "slack": 80.0},
-    }
-    assert set(changes) <= set(result) | set(details)
-    for key, value in changes.items():
-        (details if key in details else result)[key] = value
-    return result, details
-
-
-class Outline(HTMLParser):
-    """Every tag with the names of its attributes, in order, and the text between them."""
-
-    VOID = {"meta", "br"}
-
-    def __init__(self, page: str):
-        super().__init__()
-        self.tags, self.attributes, self.open, self.words = [], [], [], []
-        self.feed(page)
-        self.close()
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append((tag, tuple(name for name, _ in attrs)))
-        self.attributes += [(tag, name, value) for name, value in attrs]
-        if tag not in self.VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        self.tags.append((tag, tuple(name for name, _ in attrs)))
-        self.attributes += [(tag, name, value) for name, value in attrs]
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.words.append(data)
 
 
 def test_sentence_when_met():
@@ -100,6 +34,13 @@ def test_sentence_when_met():
 ])
 def test_sentence_when_not_met(changes, end):
     assert report.summary(*sample(met=False, **changes)).endswith(end)
+
+
+def test_the_plan_is_told_in_words_and_each_room_s_option():
+    gone = {"layer": 3, "room": "depth", "option": "no network", "rule": {"name": "fixed", "ids": []}, "density": 0.0}
+    page = "".join(Outline(report.render(*sample(plan=[gone], does=["layers go", "<i>more</i>"]))).words)
+    assert "Layers go; <i>more</i>. Mean density" in page and "no network" in page and "fixed" not in page
+    assert "mass 0.9" in "".join(Outline(report.render(*sample())).words)
 
 
 def test_page_says_whether_the_bound_was_met_and_why_not():
@@ -171,8 +112,8 @@ def planted(text: str) -> tuple[dict, dict]:
     result, details = sample(model=text, workload=text, dtype=text, schema=text, reason=text, source=text, command=text,
                              date=text, environment={text: text, "torch": text}, seconds={text: 1.0, "slack": 2.0})
     details["text"] |= {"name": text, "sha256": text, "tokens": {text: 1, "choose": 2, "verify": 3}}
-    for point in details["points"]:
-        point["name"] = text
+    for each in result["frontier"]:
+        each |= {"name": text, "rooms": [text]}
     for entry in result["plan"]:
         entry |= {"room": text, "rule": {"name": text, text: text}}
     result["plan"][0]["rule"] = [text, text, "other"]
@@ -227,47 +168,6 @@ def test_error_at_reads_between_the_points_of_a_curve():
         [0.0, 0.1, 0.2, 0.4, 0.6])
 
 
-def frontier_of(**changes) -> ElementTree.Element:
-    result, details = sample(**changes)
-    return ElementTree.fromstring(drawing.frontier(drawing.drawable(details["points"]), result, details, 860))
-
-
-def test_frontier_marks_the_points_the_choice_and_the_bound():
-    picture = frontier_of()
-    assert len(picture.findall("circle[@class='tried']")) == 4
-    assert len(picture.findall("path[@class='below']")) == 1
-    measured, ring, bound = (picture.find(f"*[@class='{kind}']") for kind in ("chosen", "ring", "bound"))
-    assert float(measured.get("cx")) > float(ring.get("cx")) > float(picture.find("circle[@class='dense']").get("cx"))
-    assert bound.get("y1") == bound.get("y2") and float(measured.get("cy")) < float(bound.get("y1"))
-    assert len(picture.findall("line[@class='interval']")) == 2
-
-
-def test_frontier_keeps_wide_intervals_inside_the_picture():
-    picture = frontier_of(quality_interval=[0.2, 3.0], speedup_interval=[0.1, 9.0])
-    _, _, width, height = map(float, picture.get("viewBox").split())
-    for line in picture.findall("line[@class='interval']"):
-        assert all(0 <= float(line.get(end)) <= width for end in ("x1", "x2"))
-        assert all(0 <= float(line.get(end)) <= height for end in ("y1", "y2"))
-
-
-def test_frontier_draws_a_speed_bound_upright():
-    bound = frontier_of(goal={"speed": 1.5}).find("line[@class='bound']")
-    assert bound.get("x1") == bound.get("x2")
-
-
-@pytest.mark.parametrize(("quality", "above"), [(0.9901, True), (0.9899, False)])
-def test_frontier_measured_point_lies_on_its_side_of_the_bound(quality, above):
-    picture = frontier_of(quality=quality)
-    measured, bound = picture.find("circle[@class='chosen']"), picture.find("line[@class='bound']")
-    assert (float(measured.get("cy")) < float(bound.get("y1"))) is above
-
-
-def test_undominated_keeps_what_nothing_beats():
-    spots = [(1.0, 1.0), (1.2, 0.98), (1.1, 0.97), (1.3, 0.99), (1.3, 0.90)]
-    points = [{"speedup": speed, "quality": quality} for speed, quality in spots]
-    assert [(point["speedup"], point["quality"]) for point in drawing.undominated(points)] == [(1.0, 1.0), (1.3, 0.99)]
-
-
 def test_ticks_are_round_and_inside():
     assert drawing.ticks(0.97, 1.52, 5) == [1.0, 1.2, 1.4]
     assert drawing.ticks(0.9883, 1.0012, 5) == [0.99, 0.995, 1.0]
@@ -301,9 +201,9 @@ def test_a_plan_that_was_not_the_first_one_tried_says_so(attempts, words):
 
 
 @pytest.mark.parametrize("changes", [
-    {"slack": []}, {"density": []}, {"density": [None] * 4}, {"points": []}, {"plan": []}, {"seconds": {}},
+    {"slack": []}, {"density": []}, {"density": [None] * 4}, {"frontier": []}, {"plan": []}, {"seconds": {}},
     {"environment": {}}, {"timings": {"dense": [], "pruned": []}},
-    {"slack": [], "density": [], "points": [], "plan": []},
+    {"slack": [], "density": [], "frontier": [], "plan": []},
     {"quality_interval": [None, None], "speedup_interval": [None, None]}, {"quality": float("nan")},
 ], ids=["slack", "density", "no layer prunable", "points", "plan", "seconds", "environment", "timings", "everything",
         "intervals", "not a number"])
@@ -313,7 +213,7 @@ def test_missing_data_leaves_a_whole_page(changes):
 
 
 @pytest.mark.parametrize(("changes", "names"), [
-    ({"points": [], "density": [None] * 4}, []), ({"density": []}, ["frontier"]),
+    ({"frontier": [], "density": [None] * 4}, []), ({"density": []}, ["frontier"]),
     ({"quality": float("nan")}, ["slack"]),
     ({"slack": [], "quality_interval": [None, None], "speedup_interval": [None, None]}, ["frontier", "slack"]),
 ], ids=["no points, no layer prunable", "no density", "not a number", "no slack, no intervals"])
@@ -342,7 +242,7 @@ def test_files_are_written_and_the_same_every_time(tmp_path):
         assert {"frontier": "bound 99 %", "slack": "density of the chosen plan"}[name] in words
 
 
-@pytest.mark.parametrize("changes", [{}, {"points": [], "density": []}], ids=["in the plots", "in the page"])
+@pytest.mark.parametrize("changes", [{}, {"frontier": [], "density": []}], ids=["in the plots", "in the page"])
 def test_full_disk_leaves_nothing_half_written(changes, tmp_path, monkeypatch):
     def refuse(source, target):
         raise OSError(errno.ENOSPC, "No space left on device")

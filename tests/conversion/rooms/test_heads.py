@@ -116,23 +116,27 @@ def test_heads_that_do_not_divide_are_refused(kept):
     assert [c.num_kv_heads for c in heads.options(layer_of(eight, 0), "rule")] == [None, 4, 2]
 
 
-def test_the_statistic_is_what_loops_find(monkeypatch):
+@pytest.mark.parametrize("pieces", [1, 4, 256])
+@pytest.mark.parametrize("sight", [6, 3], ids=["causal", "sliding"])
+def test_the_statistic_is_what_loops_find(monkeypatch, sight, pieces):
     """φ of the keys drawn for each query around their mean, and what each head attends to, a token at a time."""
     monkeypatch.setattr(attended, "KEYS", 5)
+    monkeypatch.setattr(attended, "AT_ONCE", pieces)
     state, tokens = Attended(4, 2, 4), 6
     numbers = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(1, heads, tokens, 4, generator=numbers) for heads in (4, 2, 2))
-    state.see(query, key, value, torch.ones(1, 1, tokens, tokens, dtype=torch.bool).tril(), 0.5)
+    state.see(query, key, value, torch.ones(1, 1, tokens, tokens, dtype=torch.bool).tril().triu(1 - sight), 0.5)
     scores, values = torch.zeros(4, 8, 8, dtype=torch.float64), torch.zeros(4, 8, 8, dtype=torch.float64)
     for head in range(4):
         for t in range(tokens):
-            weights = (query[0, head, t] @ key[0, head // 2, :t + 1].T * 0.5).softmax(0)
-            attends = torch.cat([weights @ value[0, g, :t + 1] for g in (0, 1)]).double()
+            first = max(0, t + 1 - sight)
+            weights = (query[0, head, t] @ key[0, head // 2, first:t + 1].T * 0.5).softmax(0)
+            attends = torch.cat([weights @ value[0, g, first:t + 1] for g in (0, 1)]).double()
             values[head] += torch.outer(attends, attends)
-            drawn = (0.9 * weights + 0.1 / (t + 1)).cumsum(0)
+            drawn = (0.9 * weights + 0.1 / (t + 1 - first)).cumsum(0)
             found = []
             for step in range(5):
-                s = min(int((drawn < (step + 0.5) / 5).sum()), t)
+                s = min(first + int((drawn < (step + 0.5) / 5).sum()), t)
                 q, k = query[0, head, t].double(), key[0, :, s].double()
                 found.append(torch.stack([torch.stack([q[f] * k[g, f] + q[f + 2] * k[g, f + 2],
                                                        q[f + 2] * k[g, f] - q[f] * k[g, f + 2]])
