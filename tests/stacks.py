@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import torch
 
-from sentei.kernels.routing import Stack, route
+from sentei.kernels.routing import Stack, fused_cpp, route
 
 SIZES = {"tokens": 20, "slots": 2, "experts": 4, "inner": 9, "width": 8, "outputs": 7}
 
@@ -67,3 +67,12 @@ def check(impl: str, leaves, ids, stack) -> None:
         error, allowed = ((tensor.double() - best).norm().item() for tensor in (one, plain))
         rounding = (torch.finfo(torch.float32).eps * bound.norm() + torch.finfo(plain.dtype).eps * best.norm()).item()
         assert error <= 2 * max(allowed, rounding), f"result {number}: error {error}, own {allowed}, {rounding}"
+
+
+def spoil():
+    """Every room that waits is full of what no answer has."""
+    held = []
+    for size in range(16, 21):
+        for _ in range(2):
+            held.append(fused_cpp._room(1 << size).fill_(float("nan")))
+            held.append(fused_cpp._room((3 << size) // 2).fill_(float("nan")))

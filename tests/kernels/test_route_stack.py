@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from stacks import check, drawn, results
+from stacks import check, drawn, results, spoil
 
 from sentei.core.errors import ImplError, ResourceError, ShapeError
 from sentei.kernels import gains, native
@@ -158,20 +158,30 @@ def test_auto_takes_stacks_to_the_native_kernel_and_the_rest_to_torch(monkeypatc
             (chosen(turned), "rows are not contiguous"),
             (chosen(drawn(dtype=HALF)[2]()), "experts of torch.bfloat16")):
         assert name == "eager" and told in reason
+    monkeypatch.setattr(native, "takes_pairs", lambda: True)
     with torch.autocast("cpu"):
-        assert chosen() == (
-            "fused_cpp", "made for experts in a stack; experts of torch.float32 under autocast")
+        for tokens, dtype in ((20, torch.float32), (255, torch.float32), (256, HALF)):
+            assert chosen(tokens=tokens, inner=16)[1].endswith(f"experts of {dtype} under autocast")
+        assert chosen() == ("fused_cpp", "made for experts in a stack; experts of torch.float32 under autocast")
+    with torch.autocast("cpu", torch.float16):
+        assert chosen(tokens=400)[1].endswith("experts of torch.float32 under autocast")
     monkeypatch.setattr(gains, "gain", lambda *_: (1.5, "measured here"))
     assert chosen(dtype=HALF, tokens=400)[0] == "eager" and chosen(dtype=HALF, tokens=4)[0] == "fused_cpp"
     monkeypatch.setattr(gains, "gain", lambda *_: (0.2, "measured here"))
     assert chosen(dtype=HALF, tokens=400) == (
-        "fused_cpp", "measured here: torch's bfloat16 products are 0.20 times as fast as its float32 ones")
+        "fused_cpp", "measured here: torch's products of such experts in bfloat16 are 0.20 times as fast as ours")
     monkeypatch.setattr(native, "missing", lambda: "a package without its native library")
     assert chosen() == ("eager", "fused_cpp cannot take a package without its native library")
 
 
 def test_what_is_measured_is_a_ratio_and_never_under_a_mode(monkeypatch):
-    assert 0 < gains.in_turn(*auto._products()) < 1000
+    asked = []
+    monkeypatch.setattr(gains, "gain", lambda case, ways: asked.append((case, gains.in_turn(*ways()))) or (1.0, ""))
+    for inner, width in ((50, 400), (51, 401)):
+        leaves, ids, stack = drawn(400, inner=inner, width=width, outputs=33, dtype=HALF)
+        auto.fastest(leaves[0], ids, stack())
+    assert [case[1:5] for case, _ in asked] == [(50, 384, 33, True), (51, 383, 33, True)]
+    assert all(0 < gain < 1000 for _, gain in asked)
     monkeypatch.setattr(gains, "gain", None)
     leaves, ids, stack = drawn(dtype=HALF, tokens=400)
     with torch._subclasses.FakeTensorMode():
@@ -197,11 +207,13 @@ def test_an_expert_that_does_not_exist_is_refused(impl, wrong, inner):
 
 
 @needs_library
-@pytest.mark.parametrize("gain", [0.5, 1.5], ids=["narrow products are slow", "narrow products are fast"])
+@pytest.mark.parametrize("pairs", [False, True], ids=["", "pairs"])
+@pytest.mark.parametrize("gain", [0.5, 1.5], ids=["torch's products are slow", "torch's products are fast"])
 @pytest.mark.parametrize("impl", ["auto", *(impl for impl in IMPLS if impl not in ("masked", "fused_triton"))])
-def test_autocast_gives_narrow_answers_and_wide_gradients_as_near_as_narrow_products(impl, gain, monkeypatch):
+def test_autocast_gives_narrow_answers_and_wide_gradients_as_near_as_narrow_products(impl, gain, pairs, monkeypatch):
     """Error against fp64 at most twice that of the same experts in bfloat16; who computed is told."""
     monkeypatch.setattr(gains, "gain", lambda *_: (gain, "measured here"))
+    monkeypatch.setattr(native, "takes_pairs", lambda: pairs)
     found = []
     for dtype, narrow in ((torch.float64, False), (HALF, False), (torch.float32, True)):
         leaves, ids, stack = drawn(tokens=400, inner=auto.NARROW, dtype=dtype)
@@ -219,9 +231,10 @@ def test_autocast_gives_narrow_answers_and_wide_gradients_as_near_as_narrow_prod
             assert (one - wide).norm() <= 2 * (narrow - wide).norm()
     asked = f"asked for by name; experts of {HALF} under autocast"
     assert told == ((impl, asked) if impl != "auto" else (
-        "fused_cpp", "made for experts in a stack; experts of torch.float32 under autocast") if gain < 1 else (
-        "eager", "measured here: torch's bfloat16 products are 1.50 times as fast as its float32 ones; "
-                 f"experts of {HALF} under autocast"))
+        "fused_cpp", "made for experts in a stack; experts of torch.float32 under autocast") if gain < 1 and not pairs
+        else ("eager" if gain > 1 else "fused_cpp",
+              f"measured here: torch's products of such experts in bfloat16 are {gain:.2f} times as fast as ours; "
+              f"experts of {HALF} under autocast"))
 
 
 @every_impl
@@ -309,6 +322,17 @@ def test_room_goes_to_the_next_call_and_what_it_holds_does_not_count():
 
 
 @needs_library
+def test_the_backward_makes_no_zeros():
+    """Autograd makes them for outputs that nobody asks gradients of: as many as the forward saved."""
+    leaves, ids, stack = drawn(400)
+    y = route(leaves[0], ids, leaves[1], stack(), impl="fused_cpp")
+    with torch.profiler.profile() as profile:
+        y.backward(torch.ones_like(y))
+    made = {event.name for event in profile.events()}
+    assert any("backward" in name.lower() for name in made) and not any("zero" in name for name in made)
+
+
+@needs_library
 @pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=str)
 def test_gradients_of_weights_that_are_held_are_nobody_elses_room(dtype):
     leaves, ids, stack = drawn(40, inner=130, width=600, outputs=600, dtype=dtype)
@@ -323,15 +347,6 @@ def test_gradients_of_weights_that_are_held_are_nobody_elses_room(dtype):
     for other in (gradients(2.0), gradients(3.0)):
         assert not {gradient.data_ptr() for gradient in other} & {gradient.data_ptr() for gradient in held}
     assert all(torch.equal(*pair) for pair in zip(held, before, strict=True))
-
-
-def spoil():
-    """Every room that waits is full of what no answer has."""
-    held = []
-    for size in range(16, 21):
-        for _ in range(2):
-            held.append(fused_cpp._room(1 << size).fill_(float("nan")))
-            held.append(fused_cpp._room((3 << size) // 2).fill_(float("nan")))
 
 
 @needs_library

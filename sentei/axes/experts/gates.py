@@ -93,6 +93,11 @@ class Unit(Gate):
 class Softmax(Gate):
     """Weighs by the softmax over all experts: Switch with TopK(1), expert choice with the rule Capacity.
 
+    Nothing makes up for what is not kept, whether the rule or `capacity` left it out: the weights of a token add up to
+    less than 1, of k experts to about k / E while the router is unsure, and to 0 where all were dropped, so that what
+    stands beside the layer (a residual) carries the token. That is what teaches the router of one expert: weights that
+    are made to add up, as Renormalised has them, would not depend on it.
+
     Args:
         capacity: None drops nothing. Else, in training, no expert takes more than `capacity` times the mean load of its
             sequence, rounded up: tokens come in order, and one that comes too late keeps nothing there. An earlier

@@ -64,8 +64,10 @@ class MixtureOfExperts(nn.Module):
             up: standard deviation of the dense layer's first projections, its gate too; that of nn.Linear if None,
                 (3 · inputs)^-½.
             down: that of its last one.
-        Reference: Moonlight, arXiv 2502.16982, scales the gate by the same number instead, as DeepSeek-V3 does, 2.5
-            for 8 kept experts; He et al. 2024, arXiv 2410.07524, scale weights by what a gate takes.
+        Reference: Moonlight, arXiv 2502.16982, appendix C, multiplies the gate by the same number instead: 1 over the
+            root of the sum of the squared weights of a token, 2.446 for 6 of 64 experts under a sigmoid gate.
+            DeepSeek-V3, arXiv 2412.19437, multiplies by 2.5 for 8 of 256 and does not say why: this number is 2.8
+            there. He et al. 2024, arXiv 2410.07524, scale the weights of experts made from a dense layer.
         """
         kept, weight = self.kept_at_first()
         if up is None:

@@ -189,13 +189,8 @@ INLINE void pair_turned(const Vectors& from, int64_t first, int count, float* to
 // Of bfloat16 numbers too, but the pairs are of neighbouring tokens, the last of an odd number with a zero:
 // [count / 2][line].
 INLINE void pair_rows(const Vectors& from, int64_t first, int count, float* to, int64_t line) {
-  for (int j = 0; j < count; j += 2, to += line) {
-    const uint16_t *even = from.halves(first + j), *odd = j + 1 < count ? from.halves(first + j + 1) : nullptr;
-    for (int64_t d = 0; d < from.width; ++d) {
-      const uint32_t pair = even[d] | (odd ? uint32_t(odd[d]) << 16 : 0);
-      std::memcpy(to + d, &pair, sizeof pair);
-    }
-  }
+  for (int j = 0; j < count; j += 2, to += line)
+    pair_row(from.halves(first + j), j + 1 < count ? from.halves(first + j + 1) : nullptr, from.width, to);
 }
 
 // Some rows of a tensor (a row is b · heads + head), cut into blocks as the micro-kernel reads them, times a factor: each

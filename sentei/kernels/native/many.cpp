@@ -1,9 +1,6 @@
 // Layers of many rows, as a prompt has them: products of pairs of bfloat16 numbers where these are the faster, and else in
 // float32 whatever the dtype. Weights are laid out once a call; rows go through a layer block by block, so that what is
 // between two of its products stays in the cache.
-//
-// A pair, of neighbours along the depth, is in the place of a float: rows and weights are then floats of half the depth,
-// which are copied and turned as such.
 #include "heads.h"
 #include "products.h"
 
@@ -15,23 +12,6 @@ constexpr int64_t kLaidOut = 16 << 20;  // numbers of a matrix laid out at once
 struct Panels {
   Lent numbers;
   Zeros bias;
-};
-
-AVX512_BF16 void multiply_pairs(const Lines& a, const float* b, int64_t apart, float* c, int lines, int columns,
-                                int depths, bool add, const Soon& soon) {
-  multiply<kPairLanes, kPairs>(a, b, apart, c, lines, columns, depths, add, soon);
-}
-
-// How numbers are multiplied: bfloat16 ones as pairs, if all widths and strides are even and all begin where floats may.
-struct Way {
-  Way(bool half, int64_t wanted, std::initializer_list<int64_t> even, std::initializer_list<const void*> begin)
-      : half(half), machine(set_of(wanted)),
-        pairs(half && takes_pairs(wanted) &&
-              std::all_of(even.begin(), even.end(), [](int64_t number) { return number % 2 == 0; }) &&
-              std::all_of(begin.begin(), begin.end(), [](const void* at) { return uintptr_t(at) % 4 == 0; })) {}
-  const bool half;
-  const int machine;
-  const bool pairs;
 };
 
 // What the layers of a call share: its rows, cut into blocks, and room for each thread.

@@ -2,6 +2,9 @@
 //
 // A panel is as many tokens (or columns) as the micro-kernel takes at once: numbers [depth][panel], beside each other. A
 // strip is kStripLines lines: numbers [depth][kStripLines].
+//
+// Where bfloat16 numbers are multiplied as pairs, a pair, of neighbours along the depth, is in the place of a float:
+// factors are then floats of half the depth. Those that are contiguous along it are copied and turned as such.
 #pragma once
 
 #include "call.h"
@@ -29,6 +32,18 @@ int64_t even_part(int64_t all, int64_t most, int64_t unit) {
   return std::max<int64_t>((each + unit - 1) / unit * unit, unit);
 }
 int round_lines(int lines) { return (lines + kStripLines - 1) / kStripLines * kStripLines; }
+
+// How numbers are multiplied: bfloat16 ones as pairs, if all widths and strides are even and all begin where floats may.
+struct Way {
+  Way(bool half, int64_t wanted, std::initializer_list<int64_t> even, std::initializer_list<const void*> begin)
+      : half(half), machine(set_of(wanted)),
+        pairs(half && takes_pairs(wanted) &&
+              std::all_of(even.begin(), even.end(), [](int64_t number) { return number % 2 == 0; }) &&
+              std::all_of(begin.begin(), begin.end(), [](const void* at) { return uintptr_t(at) % 4 == 0; })) {}
+  const bool half;
+  const int machine;
+  const bool pairs;
+};
 
 // Rows of a tensor in the order of a list.
 struct Rows {
@@ -75,42 +90,61 @@ INLINE void turn_panel(const Rows& rows, int64_t first, int64_t count, int64_t d
 ON_EVERY_MACHINE(turn_panel, (const Rows& rows, int64_t first, int64_t count, int64_t depth, float* to, float* room),
                  (rows, first, count, depth, to, room))
 
-// A panel of columns first … of `columns` (zeros beyond) of `count` rows: [row][panel].
-template <int L>
+// A panel of columns first … of `columns` (zeros beyond) of `count` rows: [row][panel], or [row / 2][panel] of pairs.
+template <int L, bool Pairs = false>
 INLINE void copy_panel(const Rows& rows, int64_t first, int64_t columns, int64_t count, float* to) {
   constexpr int panel = Micro<L>::panel;
   const int some = int(std::min<int64_t>(panel, columns - first));
-  for (int64_t i = 0; i < count; ++i, to += panel) {
-    widen_row(at(rows.data, rows.half, rows.order[i] * rows.stride + first), rows.half, some, to);
+  const auto row = [&](int64_t i) INLINE_LAMBDA {
+    return at(rows.data, rows.half, rows.order[i] * rows.stride + first);
+  };
+  const auto half = [&](int64_t i) INLINE_LAMBDA {
+    return i < count ? static_cast<const uint16_t*>(row(i)) : nullptr;
+  };
+  for (int64_t i = 0; i < count; i += Pairs ? 2 : 1, to += panel) {
+    if (Pairs)
+      pair_row(half(i), half(i + 1), some, to);
+    else
+      widen_row(row(i), rows.half, some, to);
     std::fill(to + some, to + panel, 0.0f);
   }
 }
 ON_EVERY_MACHINE(copy_panel, (const Rows& rows, int64_t first, int64_t columns, int64_t count, float* to),
                  (rows, first, columns, count, to))
+AVX512_BF16 void copy_panel_pairs(const Rows& rows, int64_t first, int64_t columns, int64_t count, float* to) {
+  copy_panel<kPairLanes, kPairs>(rows, first, columns, count, to);
+}
 
 // The left factor of a product: lines of a matrix in memory, of which blocks are copied, widened.
 struct Left {
   const void* data;
   int64_t stride;    // from a line to the next; where they lie across, from a depth to the next
-  bool half;
+  bool half;         // floats, which may be pairs, if not
   enum { kAlong, kAcross, kPanels } how;  // depth contiguous; lines contiguous; panels [panel][stride][panel]
+  bool pairs;        // a depth of kAcross is two of memory's, of halves; a panel of kPanels is half as wide
 };
 
-// `count` numbers of a depth, which are of so many lines, to strips.
-INLINE void copy_across(const void* from, bool half, int count, float* to) {
-  int i = 0;
-  for (; i + kStripLines <= count; i += kStripLines, to += kDepth * kStripLines)
-    widen_row(at(from, half, i), half, kStripLines, to);
-  widen_row(at(from, half, i), half, count - i, to);
+// `count` numbers of a depth, which are of so many lines, to strips; paired with those that follow if they are given.
+INLINE void copy_across(const void* from, bool half, const void* odd, int count, float* to) {
+  for (int i = 0; i < count; i += kStripLines, to += kDepth * kStripLines) {
+    const int some = std::min(kStripLines, count - i);
+    if (odd)
+      pair_row(static_cast<const uint16_t*>(from) + i, static_cast<const uint16_t*>(odd) + i, some, to);
+    else
+      widen_row(at(from, half, i), half, some, to);
+  }
 }
 
 // Lines line … of `lines`, depths depth … of `depths`, to [lines][kLine], or across to strips, kDepth apart.
 template <int L>
 INLINE void copy_left(const Left& left, int64_t line, int lines, int64_t depth, int depths, float* to) {
-  constexpr int panel = Micro<L>::panel;
+  const int panel = Micro<L>::panel / (left.pairs ? 2 : 1);
   if (left.how == Left::kAcross) {
-    for (int d = 0; d < depths; ++d)
-      copy_across(at(left.data, left.half, (depth + d) * left.stride + line), left.half, lines, to + d * kStripLines);
+    const int64_t each = left.pairs ? 2 : 1;
+    for (int d = 0; d < depths; ++d) {
+      const void* from = at(left.data, left.half, (depth + d) * each * left.stride + line);
+      copy_across(from, left.half, left.pairs ? at(from, true, left.stride) : nullptr, lines, to + d * kStripLines);
+    }
     return;
   }
   for (int i = 0; i < lines; ++i) {
@@ -154,7 +188,7 @@ class Fetch {
 };
 
 // C[lines x panel] = (add ? C : 0) + A B; number (r, d) of A stands at r · line + d · step, where a template's 0 stands
-// for `apart`; of panels, `apart` is from one to the next. At `ahead` is what is read soon: a cache line every four
+// for `apart`; of panels, `line` deep, `apart` is from one to the next. At `ahead` is what is read soon: a cache line every four
 // depths. Numbers may be pairs of bfloat16 numbers.
 template <int L, bool Pairs, int line, int step, bool panels = false>
 INLINE void tile(const float* a, int64_t apart, const float* b, float* c, int depths, bool add, const float* ahead,
@@ -188,13 +222,13 @@ INLINE void tile(const float* a, int64_t apart, const float* b, float* c, int de
   };
   int d = 0;
   for (; d + 4 <= depths; d += 4, ahead += kAhead) {
-    if (panels && d && d % Micro<L>::panel == 0) a += apart - Micro<L>::panel;
+    if (panels && d && d % line == 0) a += apart - line;
     __builtin_prefetch(ahead, 0, 2);
     fetch.step();
 #pragma GCC unroll 4
     for (int next = 0; next < 4; ++next) one_depth();
   }
-  if (panels && d && d < depths && d % Micro<L>::panel == 0) a += apart - Micro<L>::panel;
+  if (panels && d && d < depths && d % line == 0) a += apart - line;
   for (; d < depths; ++d) one_depth();
 #pragma GCC unroll 12
   for (int r = 0; r < R; ++r)
@@ -215,7 +249,7 @@ struct Lines {
 template <int L, bool Pairs = false>
 INLINE void multiply(const Lines& a, const float* b, int64_t apart, float* c, int lines, int columns, int depths,
                      bool add, const Soon& soon) {
-  constexpr int panel = Micro<L>::panel;
+  constexpr int panel = Micro<L>::panel, left_panel = panel / (Pairs ? 2 : 1);
   const float* follows = b + depths * panel;
   const int64_t tiles = int64_t((columns + panel - 1) / panel) * ((lines + Micro<L>::lines - 1) / Micro<L>::lines);
   Fetch fetch(soon, tiles * (depths / 4));
@@ -234,12 +268,16 @@ INLINE void multiply(const Lines& a, const float* b, int64_t apart, float* c, in
       else if (a.how == Lines::kFarAcross)
         tile<L, Pairs, 1, 0>(a.data + i, a.apart, b, to, depths, add, ahead, fetch);
       else
-        tile<L, Pairs, panel, 1, true>(a.data + i * panel, a.apart, b, to, depths, add, ahead, fetch);
+        tile<L, Pairs, left_panel, 1, true>(a.data + i * left_panel, a.apart, b, to, depths, add, ahead, fetch);
     }
 }
 ON_EVERY_MACHINE(multiply, (const Lines& a, const float* b, int64_t apart, float* c, int lines, int columns,
                             int depths, bool add, const Soon& soon),
                  (a, b, apart, c, lines, columns, depths, add, soon))
+AVX512_BF16 void multiply_pairs(const Lines& a, const float* b, int64_t apart, float* c, int lines, int columns,
+                                int depths, bool add, const Soon& soon) {
+  multiply<kPairLanes, kPairs>(a, b, apart, c, lines, columns, depths, add, soon);
+}
 
 // act(z) and its derivative; silu and gelu by tanh are z / (1 + 2^t), because (1 + tanh u) / 2 = 1 / (1 + e^(-2u)).
 template <int L>
@@ -316,21 +354,27 @@ ON_EVERY_MACHINE(activate_row, (float* products, const float* up, int64_t count,
                  (products, up, count, kind))
 
 // What follows a block of up's products C[lines x columns], and of gate's, which stand `lines` rounded up below: the
-// activations, to panels of `inner` lines, and the products themselves, to panels of gate's lines and then up's.
-template <int L>
+// activations, to panels of `inner` lines (neighbours as pairs where products are of pairs), and the products themselves,
+// to panels of gate's lines and then up's.
+template <int L, bool Pairs = false>
 INLINE void finish_up(const float* c, int lines, int columns, bool gated, int64_t kind, int64_t inner, float* acts,
                       float* saved) {
-  constexpr int panel = Micro<L>::panel;
+  constexpr int panel = Micro<L>::panel, unit = Pairs ? 2 : 1;
   const Activate<L> act{kind};
   const float* gates = c + round_lines(lines) * kToken;
-  for (int j = 0; j < columns; j += panel, acts += inner * panel) {
-    for (int i = 0; i < lines; ++i)
+  for (int j = 0; j < columns; j += panel, acts += inner / unit * panel) {
+    const auto finish = [&](int i, int v) INLINE_LAMBDA {
+      const auto up = Simd<L>::load(c + i * kToken + j + v);
+      const auto gate = gated ? Simd<L>::load(gates + i * kToken + j + v) : up;
+      if (saved) Simd<L>::store(saved + i * panel + v, gate);
+      if (saved && gated) Simd<L>::store(saved + (inner + i) * panel + v, up);
+      return gated ? act.value(gate) * up : act.value(up);
+    };
+    for (int i = 0; i < lines; i += unit)
       for (int v = 0; v < panel; v += L) {
-        const auto up = Simd<L>::load(c + i * kToken + j + v);
-        const auto gate = gated ? Simd<L>::load(gates + i * kToken + j + v) : up;
-        Simd<L>::store(acts + i * panel + v, gated ? act.value(gate) * up : act.value(up));
-        if (saved) Simd<L>::store(saved + i * panel + v, gate);
-        if (saved && gated) Simd<L>::store(saved + (inner + i) * panel + v, up);
+        auto value = finish(i, v);
+        if constexpr (Pairs) value = Simd<L>::pair(value, finish(i + 1, v));
+        Simd<L>::store(acts + i / unit * panel + v, value);
       }
     if (saved) saved += (gated ? 2 : 1) * inner * panel;
   }
@@ -338,41 +382,68 @@ INLINE void finish_up(const float* c, int lines, int columns, bool gated, int64_
 ON_EVERY_MACHINE(finish_up, (const float* c, int lines, int columns, bool gated, int64_t kind, int64_t inner,
                              float* acts, float* saved),
                  (c, lines, columns, gated, kind, inner, acts, saved))
+AVX512_BF16 void finish_up_pairs(const float* c, int lines, int columns, bool gated, int64_t kind, int64_t inner,
+                                 float* acts, float* saved) {
+  finish_up<kPairLanes, kPairs>(c, lines, columns, gated, kind, inner, acts, saved);
+}
 
-// What follows a block C[lines x columns] of the gradients of unweighed activations: those of gate's and up's products
-// and the weighed activations, to panels as `saved`'s and of `inner` lines, and the sums that are the weights' gradients.
-template <int L>
+// Where the gradients of gate's and up's products go, and the weighed activations: to panels as `saved`'s and of `inner`
+// lines. Of pairs, slopes are written twice, as their depth is the lines in one product and the tokens in another: there,
+// and in that of the activations, neighbouring tokens are the pairs.
+struct Slopes {
+  float *lines, *tokens, *acts, *sums;  // tokens: null unless of pairs; sums: the weights' gradients
+};
+
+// What follows a block C[lines x columns] of the gradients of unweighed activations.
+template <int L, bool Pairs = false>
 INLINE void finish_slopes(const float* c, int lines, int columns, bool gated, int64_t kind, int64_t inner,
-                          const float* saved, const float* weights, float* slopes, float* acts, float* sums) {
+                          const float* saved, const float* weights, const Slopes& to) {
   using Vec = typename Simd<L>::Vec;
-  constexpr int panel = Micro<L>::panel;
+  constexpr int panel = Micro<L>::panel, unit = Pairs ? 2 : 1;
   const Activate<L> act{kind};
-  const int64_t apart = (gated ? 2 : 1) * inner * panel;
-  for (int j = 0; j < columns; j += panel, saved += apart, slopes += apart, acts += inner * panel)
+  const int64_t products = (gated ? 2 : 1) * inner;
+  for (int j = 0; j < columns; j += panel) {
+    const int64_t before = j * products, acts_before = j * inner;
     for (int v = 0; v < panel; v += L) {
       const Vec weight = Simd<L>::load(weights + j + v);
-      Vec sum{};
+      Vec sum{}, even[2];
+      const auto write = [&](int i, int which, Vec slope) INLINE_LAMBDA {
+        const int64_t line = which * inner + i;
+        if constexpr (Pairs) {
+          Simd<L>::template store<true>(to.tokens + (before + line * panel + v) / 2, slope);
+          if (i % 2)
+            Simd<L>::store(to.lines + (before + (line - 1) * panel) / 2 + v, Simd<L>::pair(even[which], slope));
+          even[which] = slope;
+        } else {
+          Simd<L>::store(to.lines + before + line * panel + v, slope);
+        }
+      };
       for (int i = 0; i < lines; ++i) {
-        const Vec gradient = Simd<L>::load(c + i * kToken + j + v), z = Simd<L>::load(saved + i * panel + v);
+        const Vec gradient = Simd<L>::load(c + i * kToken + j + v), z = Simd<L>::load(saved + before + i * panel + v);
         Vec value, slope;
         act.both(z, value, slope);
         const Vec weighed = gradient * weight;
         if (gated) {
-          const Vec up = Simd<L>::load(saved + (inner + i) * panel + v);
-          Simd<L>::store(slopes + (inner + i) * panel + v, weighed * value);
+          const Vec up = Simd<L>::load(saved + before + (inner + i) * panel + v);
+          write(i, 1, weighed * value);
           slope *= up;
           value *= up;
         }
-        Simd<L>::store(slopes + i * panel + v, weighed * slope);
-        Simd<L>::store(acts + i * panel + v, value * weight);
+        write(i, 0, weighed * slope);
+        Simd<L>::template store<Pairs>(to.acts + (acts_before + i * panel + v) / unit, value * weight);
         sum += gradient * value;
       }
-      Simd<L>::store(sums + j + v, sum);
+      Simd<L>::store(to.sums + j + v, sum);
     }
+  }
 }
 ON_EVERY_MACHINE(finish_slopes, (const float* c, int lines, int columns, bool gated, int64_t kind, int64_t inner,
-                                 const float* saved, const float* weights, float* slopes, float* acts, float* sums),
-                 (c, lines, columns, gated, kind, inner, saved, weights, slopes, acts, sums))
+                                 const float* saved, const float* weights, const Slopes& to),
+                 (c, lines, columns, gated, kind, inner, saved, weights, to))
+AVX512_BF16 void finish_slopes_pairs(const float* c, int lines, int columns, bool gated, int64_t kind, int64_t inner,
+                                     const float* saved, const float* weights, const Slopes& to) {
+  finish_slopes<kPairLanes, kPairs>(c, lines, columns, gated, kind, inner, saved, weights, to);
+}
 
 // A block C[lines x columns] turned: to[column][line].
 template <int L>

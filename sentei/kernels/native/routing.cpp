@@ -1,5 +1,6 @@
 // Mixtures of feed-forward networks: the products of each expert with its own tokens, forward and backward. Tokens stand
-// in vectors and weights are read as they lie: each is used by few tokens, and is not laid out anew.
+// in vectors and weights are read as they lie: each is used by few tokens, and is not laid out anew. Of many rows,
+// bfloat16 numbers are multiplied as pairs where these are the faster, and else in float32, as are those of few.
 #include "neurons.h"
 
 namespace {
@@ -50,12 +51,17 @@ constexpr int64_t kNear = 4;  // panels for which a left factor is not worth a c
 
 // Everything about a call that its phases share.
 struct Call {
-  explicit Call(const Route& p)
-      : p(p), order(p), machine(set_of(p.machine)), panel(panel_of(machine)),
+  explicit Call(const Route& p, const void* gradient = nullptr)
+      : p(p), order(p),
+        way(p.bfloat16, p.machine, {p.width, p.inner, p.outputs, p.hidden_stride, p.up_stride[0], p.up_stride[1],
+                                    p.gate_stride[0], p.gate_stride[1], p.down_stride[0], p.down_stride[1]},
+            {p.hidden, p.up, p.gate, p.down, gradient}),
+        machine(way.machine), panel(panel_of(machine)), unit(way.pairs ? 2 : 1),
+        multiply(way.pairs ? multiply_pairs : multiply_on[machine]),
         rooms(std::max<int64_t>(p.threads, 1), std::max(p.width, p.outputs)) {}
 
   // The product of a block of a left factor with panels: C[lines x columns] of the room, `below` so many of its lines.
-  // `soon` is what is read after it.
+  // `soon` is what is read after it; depths are in floats, which may be pairs.
   void product(Rooms::Room& room, const Left& left, int64_t line, int lines, const float* b, int64_t apart,
                int64_t columns, int64_t depth, int below = 0, bool add = false, const Soon& soon = {}) const {
     const int64_t each = even_part(depth, kDepth, 32);  // which every panel divides
@@ -67,12 +73,12 @@ struct Call {
       const int64_t rest = depth - d - each;
       const Soon next = rest > 0 ? soon_of(left, line, lines, d + each, std::min(each, rest)) : soon;
       if (far)
-        multiply_on[machine](lines_of(left, line, d), b + d * panel, apart, c, far, int(columns), depths, add, next);
+        multiply(lines_of(left, line, d), b + d * panel, apart, c, far, int(columns), depths, add, next);
       if (far == lines) continue;
       copy_left_on[machine](left, line + far, lines - far, d, depths, room.a.get());
       const Lines copied{room.a.get(), left.how == Left::kAcross ? Lines::kCopiedAcross : Lines::kCopied, 0};
-      multiply_on[machine](copied, b + d * panel, apart, c + far * kToken, lines - far, int(columns), depths, add,
-                           far ? Soon{} : next);
+      multiply(copied, b + d * panel, apart, c + far * kToken, lines - far, int(columns), depths, add,
+               far ? Soon{} : next);
     }
   }
   // What the block after number i, of the same thread, begins with, of the left factors left_of(expert).
@@ -88,17 +94,17 @@ struct Call {
     const auto* data = static_cast<const float*>(left.data);
     if (left.how == Left::kAcross) return {data + depth * left.stride + line, Lines::kFarAcross, left.stride};
     if (left.how == Left::kPanels)
-      return {data + depth * left.stride + line * panel, Lines::kPanels, left.stride * panel};
+      return {data + depth * left.stride + line * panel / unit, Lines::kPanels, left.stride * panel / unit};
     return {data + line * left.stride + depth, Lines::kFar, left.stride};
   }
   // A part of a left factor that is copied next.
   Soon soon_of(const Left& left, int64_t line, int64_t lines, int64_t depth, int64_t depths) const {
-    const int64_t size = left.half ? 2 : 4;
+    const int64_t size = left.half ? 2 : 4, wide = panel / unit, each = left.pairs ? 2 : 1;
     if (left.how == Left::kPanels)
-      return {at(left.data, false, depth * left.stride + line * panel), left.stride * panel * size,
-              (depths + panel - 1) / panel, lines * panel * size};
-    if (left.how == Left::kAcross) return {at(left.data, left.half, depth * left.stride + line), left.stride * size,
-                                           depths, lines * size};
+      return {at(left.data, false, depth * left.stride + line * wide), left.stride * wide * size,
+              (depths + wide - 1) / wide, lines * wide * size};
+    if (left.how == Left::kAcross) return {at(left.data, left.half, depth * each * left.stride + line),
+                                           left.stride * size, depths * each, lines * size};
     return {at(left.data, left.half, line * left.stride + depth), left.stride * size, lines, depths * size};
   }
 
@@ -115,8 +121,10 @@ struct Call {
     return found;
   }
 
-  // Rows of the wave's experts, turned into panels.
-  void turn(const std::vector<Share>& wave, const Rows& rows, int64_t depth, float* to) {
+  // Rows [T, depth] of the wave's experts, turned into panels.
+  void turn(const std::vector<Share>& wave, const void* data, int64_t stride, int64_t depth, float* to) {
+    const Rows rows{data, stride / unit, half() && !way.pairs, order.token.data()};
+    depth = floats(depth);
     std::vector<std::pair<const Share*, int64_t>> tasks;
     for (const Share& share : wave)
       for (int64_t first = 0; first < share.rows; first += panel) tasks.push_back({&share, first});
@@ -137,15 +145,21 @@ struct Call {
     });
   }
 
-  bool half() const { return p.bfloat16 != 0; }
+  bool half() const { return way.half; }
+  // What so many numbers along a depth take, and are counted in.
+  int64_t floats(int64_t numbers) const { return (numbers + unit - 1) / unit; }
   Left left(const void* weight, const int64_t* stride, int64_t e, bool across) const {
-    return {at(weight, half(), e * stride[0]), stride[1], half(), across ? Left::kAcross : Left::kAlong};
+    const void* data = at(weight, half(), e * stride[0]);
+    if (across) return {data, stride[1], half(), Left::kAcross, way.pairs};
+    return {data, stride[1] / unit, half() && !way.pairs, Left::kAlong, way.pairs};
   }
 
   const Route& p;
   const Order order;
+  const Way way;
   const int machine;
-  const int64_t panel;
+  const int64_t panel, unit;  // tokens; numbers in the place of a float
+  const decltype(&multiply_pairs) multiply;
   Rooms rooms;
 };
 
@@ -259,32 +273,34 @@ class FewRows {
 void many_rows(Call& call, const std::vector<Share>& wave, float* inputs, float* acts, float* answers) {
   const Route& p = call.p;
   const int64_t panel = call.panel, inner = p.inner;
-  call.turn(wave, {p.hidden, p.hidden_stride, call.half(), call.order.token.data()}, p.width, inputs);
+  const int64_t width = call.floats(p.width), depth = call.floats(inner);
+  const auto finish_up = call.way.pairs ? finish_up_pairs : finish_up_on[call.machine];
+  call.turn(wave, p.hidden, p.hidden_stride, p.width, inputs);
   const int step = p.gate ? kLines / 2 : kLines;
   const auto up_blocks = call.blocks(wave, inner, step, -1);
   call.rooms.each(int64_t(up_blocks.size()), [&](int64_t i, Rooms::Room& room) {
     const auto [share, line, first, columns, lines] = up_blocks[i];
     const int64_t at_panel = share->panel + first / panel;
-    const float* b = inputs + at_panel * panel * p.width;
+    const float* b = inputs + at_panel * panel * width;
     auto up = [&](int64_t e) { return call.left(p.up, p.up_stride, e, false); };
     auto gate = [&](int64_t e) { return call.left(p.gate, p.gate_stride, e, false); };
-    const Soon after = call.after(up_blocks, i, p.width, up);
-    const int64_t part = std::min(p.width, even_part(p.width, kDepth, 32));
-    call.product(room, up(share->expert), line, lines, b, p.width * panel, columns, p.width, 0, false,
+    const Soon after = call.after(up_blocks, i, width, up);
+    const int64_t part = std::min(width, even_part(width, kDepth, 32));
+    call.product(room, up(share->expert), line, lines, b, width * panel, columns, width, 0, false,
                  p.gate ? call.soon_of(gate(share->expert), line, lines, 0, part) : after);
     if (p.gate)
-      call.product(room, gate(share->expert), line, lines, b, p.width * panel, columns, p.width, round_lines(lines),
+      call.product(room, gate(share->expert), line, lines, b, width * panel, columns, width, round_lines(lines),
                    false, after);
     float* saved = p.saved ? p.saved + ((share->all_panel + first / panel) * inner * (p.gate ? 2 : 1) + line) * panel
                            : nullptr;
-    finish_up_on[call.machine](room.c.get(), lines, int(columns), p.gate != nullptr, p.activation, inner,
-                               acts + (at_panel * inner + line) * panel, saved);
+    finish_up(room.c.get(), lines, int(columns), p.gate != nullptr, p.activation, inner,
+              acts + (at_panel * inner + line) * panel / call.unit, saved);
   });
   const auto down_blocks = call.blocks(wave, p.outputs, kLines, -1);
   call.rooms.each(int64_t(down_blocks.size()), [&](int64_t i, Rooms::Room& room) {
     const auto [share, line, first, columns, lines] = down_blocks[i];
     call.product(room, call.left(p.down, p.down_stride, share->expert, false), line, lines,
-                 acts + (share->panel + first / panel) * panel * inner, inner * panel, columns, inner, 0, false,
+                 acts + (share->panel + first / panel) * panel * depth, depth * panel, columns, depth, 0, false,
                  {answers + (share->first + first) * p.outputs + line, p.outputs * 4, columns, lines * 4});
     turn_block_on[call.machine](room.c.get(), lines, int(columns), answers + (share->first + first) * p.outputs + line,
                                 p.outputs);
@@ -302,11 +318,12 @@ void forward(const Route& p) {
   if (!few.empty() && !call.half()) FewRows<Float32>(call, few, answers.get()).run();
   Lent inputs, acts;
   int64_t room_for = 0;
-  in_waves(call, p.saved ? 0 : kFew, (p.width + p.inner) * 4, [&](const std::vector<Share>& wave, int64_t panels) {
+  const int64_t width = call.floats(p.width), inner = call.floats(p.inner);
+  in_waves(call, p.saved ? 0 : kFew, (width + inner) * 4, [&](const std::vector<Share>& wave, int64_t panels) {
     if (panels > room_for) {
       room_for = panels;
-      inputs = Lent(panels * call.panel * p.width);
-      acts = Lent(panels * call.panel * p.inner);
+      inputs = Lent(panels * call.panel * width);
+      acts = Lent(panels * call.panel * inner);
     }
     many_rows(call, wave, inputs.get(), acts.get(), answers.get());
   });
@@ -322,35 +339,45 @@ void forward(const Route& p) {
 
 // What the backward of a wave needs room for.
 struct BackwardRoom {
-  void fit(const Route& p, int64_t panel, int64_t panels) {
+  void fit(const Call& call, int64_t panels) {
     if (panels <= panels_) return;
     panels_ = panels;
-    const int64_t tokens = panels * panel, inner = p.inner, products = p.gate ? 2 * inner : inner;
-    turned = Lent(tokens * p.outputs);
-    slopes = Lent(tokens * products);
-    acts = Lent(tokens * inner);
-    gradients = Lent(tokens * ((p.outputs + panel - 1) / panel * panel));
-    inputs = Lent(tokens * ((p.width + panel - 1) / panel * panel));
+    const Route& p = call.p;
+    const int64_t panel = call.panel, tokens = panels * panel, inner = p.inner, products = p.gate ? 2 * inner : inner;
+    turned = Lent(tokens * call.floats(p.outputs));
+    line_slopes = Lent(tokens * products / call.unit);
+    token_slopes = Lent(call.way.pairs ? tokens * products / 2 : 0);
+    acts = Lent(tokens * inner / call.unit);
+    gradients = Lent(tokens / call.unit * ((p.outputs + panel - 1) / panel * panel));
+    inputs = Lent(tokens / call.unit * ((p.width + panel - 1) / panel * panel));
     weights = Lent(tokens);
     sums = Lent((inner + kLines - 1) / kLines * tokens);
     tokens_ = tokens;
   }
-  Lent turned;             // the output's gradients in panels of tokens: [panel][O][panel]
-  Lent slopes, acts;       // gradients of gate's and up's products; weighed activations: [panel][2 F][panel]
-  Lent gradients, inputs;  // the output's gradients, and the tokens, in panels of columns: an expert's [O / panel][N]
-  Lent weights, sums;      // of a row; its weight's gradient, in parts: [F / kLines][tokens]
+  Lent turned;                     // the output's gradients in panels of tokens: [panel][O][panel]
+  Lent line_slopes, token_slopes;  // gradients of gate's and up's products: [panel][2 F][panel]; see Slopes
+  Lent acts;                       // weighed activations: [panel][F][panel]
+  Lent gradients, inputs;          // the output's gradients, and the tokens, in panels of columns: an expert's [O / panel][N]
+  Lent weights, sums;              // of a row; its weight's gradient, in parts: [F / kLines][tokens]
   int64_t panels_ = 0, tokens_ = 0;
 };
 
-// Rows of each expert of a wave, in panels of columns: those of an expert begin at `tokens before` · `columns`.
-void column_panels(Call& call, const std::vector<Share>& wave, const Rows& rows, int64_t columns, float* to) {
+// Where a panel of columns of an expert's own rows begins.
+int64_t column_panel(const Call& call, const Share& share, int64_t columns, int64_t number) {
+  const int64_t panels = (columns + call.panel - 1) / call.panel;
+  return (share.panel * panels * call.panel / call.unit + number * call.floats(share.rows)) * call.panel;
+}
+
+// Rows [T, columns] of each expert of a wave, in panels of columns: those of an expert begin at `tokens before` ·
+// `columns`.
+void column_panels(Call& call, const std::vector<Share>& wave, const void* rows, int64_t stride, int64_t columns,
+                   float* to) {
   const int64_t panel = call.panel, panels = (columns + panel - 1) / panel;
+  const auto copy_panel = call.way.pairs ? copy_panel_pairs : copy_panel_on[call.machine];
   call.rooms.each(int64_t(wave.size()) * panels, [&](int64_t i, Rooms::Room&) {
     const Share& share = wave[i / panels];
-    Rows own = rows;
-    own.order += share.first;
-    copy_panel_on[call.machine](own, i % panels * panel, columns, share.rows,
-                                to + (share.panel * panels * panel + i % panels * share.rows) * panel);
+    copy_panel({rows, stride, call.half(), call.order.token.data() + share.first}, i % panels * panel, columns,
+               share.rows, to + column_panel(call, share, columns, i % panels));
   });
 }
 
@@ -358,7 +385,9 @@ void column_panels(Call& call, const std::vector<Share>& wave, const Rows& rows,
 void slopes_of(Call& call, const RouteBackward& q, const std::vector<Share>& wave, BackwardRoom& own) {
   const Route& p = call.p;
   const int64_t panel = call.panel, inner = p.inner, products = p.gate ? 2 * inner : inner;
-  call.turn(wave, {q.gradient, p.outputs, call.half(), call.order.token.data()}, p.outputs, own.turned.get());
+  const int64_t depth = call.floats(p.outputs);
+  const auto finish_slopes = call.way.pairs ? finish_slopes_pairs : finish_slopes_on[call.machine];
+  call.turn(wave, q.gradient, p.outputs, p.outputs, own.turned.get());
   for (const Share& share : wave) {
     float* to = own.weights.get() + share.panel * panel;
     std::fill_n(to, (share.rows + panel - 1) / panel * panel, 0.0f);
@@ -369,14 +398,15 @@ void slopes_of(Call& call, const RouteBackward& q, const std::vector<Share>& wav
     const auto [share, line, first, columns, lines] = blocks[i];
     const int64_t at_panel = share->panel + first / panel;
     auto down = [&](int64_t e) { return call.left(p.down, p.down_stride, e, true); };
-    call.product(room, down(share->expert), line, lines, own.turned.get() + at_panel * panel * p.outputs,
-                 p.outputs * panel, columns, p.outputs, 0, false, call.after(blocks, i, p.outputs, down));
-    finish_slopes_on[call.machine](
-        room.c.get(), lines, int(columns), p.gate != nullptr, p.activation, inner,
-        p.saved + ((share->all_panel + first / panel) * products + line) * panel,
-        own.weights.get() + at_panel * panel, own.slopes.get() + (at_panel * products + line) * panel,
-        own.acts.get() + (at_panel * inner + line) * panel,
-        own.sums.get() + line / kLines * own.tokens_ + at_panel * panel);
+    call.product(room, down(share->expert), line, lines, own.turned.get() + at_panel * panel * depth, depth * panel,
+                 columns, depth, 0, false, call.after(blocks, i, depth, down));
+    const int64_t slope = (at_panel * products + line) * panel / call.unit;
+    finish_slopes(room.c.get(), lines, int(columns), p.gate != nullptr, p.activation, inner,
+                  p.saved + ((share->all_panel + first / panel) * products + line) * panel,
+                  own.weights.get() + at_panel * panel,
+                  {own.line_slopes.get() + slope, own.token_slopes.get() + slope,
+                   own.acts.get() + (at_panel * inner + line) * panel / call.unit,
+                   own.sums.get() + line / kLines * own.tokens_ + at_panel * panel});
   });
   for (const Share& share : wave)
     for (int64_t i = 0; q.weights && i < share.rows; ++i) {
@@ -390,15 +420,16 @@ void slopes_of(Call& call, const RouteBackward& q, const std::vector<Share>& wav
 // An expert's gradient of a weight: left factor's lines times its rows' columns, written line by line or turned.
 void weight_gradient(Call& call, const std::vector<Share>& wave, const float* lefts, int64_t lines, const float* rights,
                      int64_t columns, bool turned, void* to) {
-  const int64_t panel = call.panel, padded = (columns + panel - 1) / panel * panel;
+  const int64_t panel = call.panel;
   const auto blocks = call.blocks(wave, lines, kLines, columns);
   call.rooms.each(int64_t(blocks.size()), [&](int64_t i, Rooms::Room& room) {
     const auto [share, line, first, across, some] = blocks[i];
     const int64_t start = share->expert * lines * columns, size = call.half() ? 2 : 4;
-    const Left left{lefts + share->panel * panel * lines, lines, false, Left::kPanels};
+    const int64_t depth = call.floats(share->rows);
+    const Left left{lefts + share->panel * panel * lines / call.unit, lines, false, Left::kPanels, call.way.pairs};
     const void* written = at(to, call.half(), start + (turned ? first * lines + line : line * columns + first));
-    call.product(room, left, line, some, rights + (share->panel * padded + first / panel * share->rows) * panel,
-                 share->rows * panel, across, share->rows, 0, false,
+    call.product(room, left, line, some, rights + column_panel(call, *share, columns, first / panel), depth * panel,
+                 across, depth, 0, false,
                  turned ? Soon{written, lines * size, across, some * size}
                         : Soon{written, columns * size, some, across * size});
     const float* from = room.c.get();
@@ -417,16 +448,16 @@ void weight_gradient(Call& call, const std::vector<Share>& wave, const float* le
 // The gradients of an expert's own rows of tokens.
 void row_gradients(Call& call, const std::vector<Share>& wave, const float* slopes, float* rows) {
   const Route& p = call.p;
-  const int64_t panel = call.panel, inner = p.inner, products = p.gate ? 2 * inner : inner;
+  const int64_t panel = call.panel, depth = call.floats(p.inner), products = p.gate ? 2 * depth : depth;
   const auto blocks = call.blocks(wave, p.width, kLines, -1);
   call.rooms.each(int64_t(blocks.size()), [&](int64_t i, Rooms::Room& room) {
     const auto [share, line, first, columns, lines] = blocks[i];
     const float* b = slopes + (share->panel + first / panel) * panel * products;
     if (p.gate)
       call.product(room, call.left(p.gate, p.gate_stride, share->expert, true), line, lines, b, products * panel,
-                   columns, inner);
+                   columns, depth);
     call.product(room, call.left(p.up, p.up_stride, share->expert, true), line, lines,
-                 b + (p.gate ? inner * panel : 0), products * panel, columns, inner, 0, p.gate != nullptr,
+                 b + (p.gate ? depth * panel : 0), products * panel, columns, depth, 0, p.gate != nullptr,
                  {rows + (share->first + first) * p.width + line, p.width * 4, columns, lines * 4});
     turn_block_on[call.machine](room.c.get(), lines, int(columns), rows + (share->first + first) * p.width + line,
                                 p.width);
@@ -435,7 +466,7 @@ void row_gradients(Call& call, const std::vector<Share>& wave, const float* slop
 
 void backward(const RouteBackward& q) {
   const Route& p = q.call;
-  Call call(p);
+  Call call(p, q.gradient);
   const int64_t inner = p.inner, products = p.gate ? 2 * inner : inner, size = call.half() ? 2 : 4;
   const Lent rows(q.hidden ? int64_t(call.order.token.size()) * p.width : 0);
   for (int64_t e = 0; e < p.experts; ++e) {
@@ -445,21 +476,20 @@ void backward(const RouteBackward& q) {
   }
   if (q.weights) std::fill_n(q.weights, p.tokens * p.slots, 0.0f);
   BackwardRoom own;
-  const int64_t bytes = (2 * p.outputs + p.width + products + inner) * 4;
+  const int64_t bytes = (2 * p.outputs + p.width + products * call.unit + inner) * 4 / call.unit;
   in_waves(call, 0, bytes, [&](const std::vector<Share>& wave, int64_t panels) {
-    own.fit(p, call.panel, panels);
+    own.fit(call, panels);
     slopes_of(call, q, wave, own);
     if (q.down) {
-      column_panels(call, wave, {q.gradient, p.outputs, call.half(), call.order.token.data()}, p.outputs,
-                    own.gradients.get());
+      column_panels(call, wave, q.gradient, p.outputs, p.outputs, own.gradients.get());
       weight_gradient(call, wave, own.acts.get(), inner, own.gradients.get(), p.outputs, true, q.down);
     }
     if (q.first) {
-      column_panels(call, wave, {p.hidden, p.hidden_stride, call.half(), call.order.token.data()}, p.width,
-                    own.inputs.get());
-      weight_gradient(call, wave, own.slopes.get(), products, own.inputs.get(), p.width, false, q.first);
+      column_panels(call, wave, p.hidden, p.hidden_stride, p.width, own.inputs.get());
+      const Lent& slopes = call.way.pairs ? own.token_slopes : own.line_slopes;
+      weight_gradient(call, wave, slopes.get(), products, own.inputs.get(), p.width, false, q.first);
     }
-    if (q.hidden) row_gradients(call, wave, own.slopes.get(), rows.get());
+    if (q.hidden) row_gradients(call, wave, own.line_slopes.get(), rows.get());
   });
   if (q.hidden) call.sum(rows.get(), p.width, nullptr, q.hidden);
 }

@@ -72,6 +72,14 @@ INLINE void narrow_row(const float* from, bool half, int64_t count, void* to) {
   }
 }
 
+// Two rows of bfloat16 numbers as one of pairs, each in the place of a float; zeros are the second where there is none.
+INLINE void pair_row(const uint16_t* even, const uint16_t* odd, int64_t count, float* to) {
+  for (int64_t i = 0; i < count; ++i) {
+    const uint32_t pair = even[i] | (odd ? uint32_t(odd[i]) << 16 : 0);
+    std::memcpy(to + i, &pair, sizeof pair);
+  }
+}
+
 INLINE const void* at(const void* data, bool half, int64_t element) {
   return static_cast<const char*>(data) + element * (half ? 2 : 4);
 }
@@ -129,6 +137,19 @@ struct Simd {
     } else {
       store(to, value);
     }
+  }
+
+  // Two vectors as pairs of bfloat16 numbers, each in the place of a float.
+  static INLINE Vec pair(Vec even, Vec odd) {
+    int32_t order[L];  // of halves, two in the place of an integer
+    for (int i = 0; i < L; ++i) order[i] = i | (i + L) << 16;
+    Ints places, both;
+    std::memcpy(&places, order, sizeof places);
+    asm("vcvtne2ps2bf16 %1, %2, %0" : "=v"(both) : "v"(even), "v"(odd));
+    asm("vpermw %1, %2, %0" : "=v"(both) : "v"(both), "v"(places));
+    Vec pairs;
+    std::memcpy(&pairs, &both, sizeof pairs);
+    return pairs;
   }
 
   // 2^x: split at the nearest integer, to which adding a large number rounds, and a polynomial of degree 5 on

@@ -15,6 +15,7 @@ __all__ = ["IMPLS", "Stack", "choose_impl", "route"]
 
 IMPLS = {"reference": reference.route, "eager": eager.route, "masked": masked.route, "fused_cpp": fused_cpp.route,
          "fused_triton": fused_triton.route}
+CHOSEN = {"masked": masked.run, "fused_cpp": fused_cpp.run}  # without what choosing has asked already
 
 
 def route(
@@ -59,10 +60,10 @@ def route(
             answers = route(*given, impl=impl)
         return answers.to(product_dtype(experts.up))
     name, _ = choose_impl(impl, hidden, ids, weights, experts)
-    if name == "fused_cpp":  # which looks at the ids itself, in passing
-        return (fused_cpp.run if impl == "auto" else fused_cpp.route)(hidden, ids, weights, experts)
-    _check_ids(ids, len(experts))
-    return IMPLS[name](hidden, ids, weights, experts)
+    if name != "fused_cpp":  # which looks at the ids itself, in passing
+        _check_ids(ids, len(experts))
+    kernel = CHOSEN.get(name, IMPLS[name]) if impl == "auto" else IMPLS[name]
+    return kernel(hidden, ids, weights, experts)
 
 
 def choose_impl(
@@ -104,13 +105,13 @@ def _under_autocast(impl: str, hidden: torch.Tensor, ids: torch.Tensor, weights:
                     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Stack]:
     """The arguments as they are computed with where autocast is on: as narrow as torch's products would be.
 
-    But "auto" leaves the experts as they are for `fused_cpp`, where that is the fastest: it computes in float32
-    whatever it reads, and a narrow copy of all experts would cost more than it saves.
+    But "auto" leaves the experts as they are for `fused_cpp` where a narrow copy of all of them would cost more than it
+    saves.
     """
     narrow, alike = hidden.to(product_dtype(hidden)), hidden.to(experts.up.dtype)
     with in_full(hidden):
         stays = (impl == "auto" and not fused_cpp.refusal(alike, ids, weights, experts)
-                 and auto.fastest(narrow, ids, experts)[0] == "fused_cpp")
+                 and not auto.pays_to_narrow(narrow, ids, experts))
     if stays:
         return alike, ids, weights, experts
     up, down, gate = (None if weight is None else weight.to(product_dtype(weight))

@@ -1,8 +1,10 @@
 """Routing through a `Stack` on the CPU, in C++: each kept expert's weights are read as they lie, forward and backward.
 
-fp32 and bfloat16, computed in fp32. Experts of few rows are read once for all of them, those of many are products of
-blocks, and an expert that is one neuron is three rows of numbers. A call is an op of torch (`sentei::route`, with
-`sentei::route_backward`) where torch looks on, and a plain call of the library elsewhere, as a token takes many.
+fp32 and bfloat16. Experts of few rows are read once for all of them, those of many are products of blocks, and an
+expert that is one neuron is three rows of numbers. Products are made in fp32, but for those of blocks of bfloat16 where
+the processor is faster at pairs: then activations and their gradients are rounded to bfloat16 between two products, and
+sums are in fp32. A call is an op of torch (`sentei::route`, with `sentei::route_backward`) where torch looks on, and a
+plain call of the library elsewhere, as a token takes many.
 """
 
 import ctypes
@@ -295,6 +297,7 @@ def _check(hidden, ids, weights, up, down, gate, kind) -> None:
 def _save(ctx, inputs, output):
     hidden, ids, weights, up, down, gate, ctx.kind, ctx.save = inputs
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # zeros, as many as were saved
     ctx.save_for_backward(hidden, ids, weights, up, down, gate, output[1])
 
 

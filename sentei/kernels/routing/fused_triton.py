@@ -169,6 +169,7 @@ def _check(hidden, ids, weights, up, down, gate) -> None:
 def _save(ctx, inputs, output):
     *given, gate, ctx.kind = inputs
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # zeros, as many as were saved
     ctx.save_for_backward(*given, gate, output[1])
 
 

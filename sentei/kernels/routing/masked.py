@@ -30,6 +30,11 @@ def route(
     reason = refusal(hidden, experts)
     if reason:
         raise ImplError("masked", expected="a call it can take", got=reason, do="use impl='auto'")
+    return run(hidden, ids, weights, experts)
+
+
+def run(hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, experts: Stack) -> torch.Tensor:
+    """`route` for who has just asked `refusal`."""
     kept, dense = laid_out(ids, weights, len(experts))
     firsts = [experts.up] if experts.gate is None else [experts.gate, experts.up]
     products = torch.cat([F.linear(hidden, part.flatten(0, 1)) for part in firsts], -1)
