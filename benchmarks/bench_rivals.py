@@ -32,8 +32,9 @@ from benchmarks.rivals.bench import Bench, key_of, timed_as
 from benchmarks.rivals.page import write_page
 from benchmarks.rivals.table import OURS, RIVALS, WHOLE
 from sentei.budget.workload import Decode, workload_of
+from sentei.conversion.plan import Plan
 from sentei.core.machine import processor
-from sentei.measurement.quality import compare
+from sentei.measurement.quality import compare, token_losses
 from sentei.training.healing import Config
 
 WORKLOADS = "prefill:1024", "decode:1024"
@@ -61,7 +62,7 @@ def make(bench: Bench, asked: argparse.Namespace) -> None:
 
 
 def judge(bench: Bench, asked: argparse.Namespace) -> None:
-    """Reads the windows to verify on with the models that have not read them yet."""
+    """Reads the windows that are judged with the models that have not read them yet."""
     points, own = bench.points("quality"), None
     for row in bench.recipes():
         same = {"workload": str(bench.workload), "key": key_of(row["recipe"]), "healed": 0}
@@ -76,10 +77,16 @@ def judge(bench: Bench, asked: argparse.Namespace) -> None:
 
 
 def losses(bench: Bench, recipe: dict) -> torch.Tensor:
-    """Of the windows to verify on."""
+    """Of the windows that are judged. What does not choose pages reads alike for all workloads, and is read once."""
     if "losses" in recipe:
         return torch.tensor(recipe["losses"], dtype=torch.float64)
-    return contest.losses(bench.workload, bench.windows["verify"], bench.made(recipe))
+    if Plan.from_json(recipe.get("plan", [])).standing("under").entries:
+        return contest.losses(bench.workload, bench.judged, bench.made(recipe))
+    path = bench.scratch / f"losses-{key_of(recipe)}.pt"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(token_losses(bench.made(recipe), bench.judged), path)
+    return contest.of_workload(bench.workload, torch.load(path, weights_only=True))
 
 
 def figures(quality) -> dict:
@@ -121,7 +128,7 @@ def heal(bench: Bench, asked: argparse.Namespace) -> None:
         model = healing.healed(bench, row["recipe"], healing.texts_of(bench, row["recipe"]),
                                Config(minutes=asked.minutes))
         own = losses(bench, bench.whole())
-        quality = compare(own, contest.losses(bench.workload, bench.windows["verify"], model))
+        quality = compare(own, contest.losses(bench.workload, bench.judged, model))
         points.add({**same, "rival": row["rival"], "setting": row["setting"], **figures(quality)})
         print(bench.workload, row["rival"], row["setting"], f"healed {1 / quality.value:.3f}", flush=True)
 

@@ -19,9 +19,10 @@ from sentei.axes.depth import Config as Depth
 from sentei.axes.heads import Config as Heads
 from sentei.budget.workload import Decode, Prefill
 from sentei.conversion import native
+from sentei.conversion.linear import MEASURED
 from sentei.conversion.plan import Plan, convert
 from sentei.core.rules import Fixed
-from sentei.measurement.quality import token_losses
+from sentei.measurement.quality import losses_after
 from sentei.training.healing import Config, Texts
 from tests.tiny import tiny_model
 
@@ -108,6 +109,7 @@ def test_native_layers_change_nothing_that_is_left(model, tmp_path, recipe, work
                                                   for layer in made.model.layers)
     got, expected = (contest.losses(workload, TOKENS, each) for each in (made, plain))
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+    assert vars(made)[MEASURED] is vars(model)[MEASURED] and vars(made)[MEASURED]
     assert (expected - contest.losses(workload, TOKENS, model)).abs().max() > 1e-3
 
 
@@ -118,8 +120,8 @@ def test_a_model_goes_on_with_its_layers_of_a_dense_cache(model):
     assert part.layers == [prefix.layers[0], prefix.layers[2]] and cache_of(model, prefix) is prefix
     workload.begin(made, TOKENS[0], part)()
     assert prefix.get_seq_length() == 12  # the dense cache is as it was
-    torch.testing.assert_close(contest.losses(workload, TOKENS, made), token_losses(made, TOKENS)[:, -11:],
-                               rtol=1e-5, atol=1e-5)
+    one_by_one = torch.stack([losses_after(made, row, workload.prefix(made, row), rows=1) for row in TOKENS])
+    torch.testing.assert_close(contest.losses(workload, TOKENS, made), one_by_one, rtol=1e-5, atol=1e-5)
 
 
 def test_short_gpt_leaves_out_the_layer_that_turns_nothing(model):
@@ -194,8 +196,9 @@ def asked(**more):
     return argparse.Namespace(**{"only": [*RIVALS, OURS], "torch": False, "until": float("inf"), **more})
 
 
-def test_each_step_does_what_is_left_and_nothing_twice(model, tmp_path, monkeypatch, capsys):
-    bench = bench_of(model, tmp_path, Prefill(24))
+def test_each_step_does_what_is_left_and_nothing_twice(model, tmp_path, capsys):
+    bench = bench_of(model, tmp_path, Prefill(130))
+    vars(bench)["windows"] = {"verify": torch.arange(4 * 130).view(4, 130) * 7 % 300}
     widths = [{"layers": [0, 1, 2], "neurons": [masked(kept, 96)] * 3} for kept in ([0, 1], [2, 3])]
     for name, recipe in zip(("Wanda width", "optipfair width"), widths, strict=True):
         bench.points("recipes").add({"rival": name, "setting": 50, "workload": None, "recipe": recipe})
@@ -208,9 +211,9 @@ def test_each_step_does_what_is_left_and_nothing_twice(model, tmp_path, monkeypa
         bench_rivals.judge(bench, asked())
     assert [set(row) >= {"transformers", "dense", "pruned"} for row in bench.points("times").rows] == [True]
     assert [row["rival"] for row in bench.points("quality").rows] == ["Wanda width", "optipfair width"]
-    assert [(row.name, row.setting, len(row.speeds)) for row in page.rows_of(tmp_path, "prefill:24")] == [
+    assert [(row.name, row.setting, len(row.speeds)) for row in page.rows_of(tmp_path, "prefill:130")] == [
         ("Wanda width", 50, 3), ("optipfair width", 50, 3)]
-    assert page.rows_of(tmp_path, "decode:24") == []
+    assert page.rows_of(tmp_path, "decode:130") == []
 
 
 def test_healing_makes_a_pruned_model_say_what_the_dense_one_says(model, tmp_path):

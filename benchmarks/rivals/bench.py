@@ -68,8 +68,14 @@ class Bench:
         """The windows of a use, for scripts that know nothing of sentei."""
         path = self.scratch / f"{use}-{self.workload.tokens}.safetensors"
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({"tokens": self.windows[use].contiguous()}, str(path))
+        rows = self.judged if use == "judged" else self.windows[use]
+        save_file({"tokens": rows.contiguous()}, str(path))
         return path
+
+    @property
+    def judged(self) -> torch.Tensor:
+        """The windows that are judged: every other one of those to verify on."""
+        return self.windows["verify"][::2]
 
     def recipes(self) -> list[dict]:
         """The newest recipe of every rival's settings, and of sentei's for this workload."""

@@ -42,7 +42,12 @@ def times(workload: Workload, row: torch.Tensor, models: dict[str, nn.Module], r
 @torch.no_grad()
 def losses(workload: Workload, windows: torch.Tensor, model: nn.Module) -> torch.Tensor:
     """Token losses, float64 [N, T'], of the tokens a workload is about; the model has read the prompt before them."""
-    if not isinstance(workload, Decode):
-        return token_losses(model, windows)
-    rows = workload.AT_ONCE if pruned_layers(model) else workload.tokens
+    if not isinstance(workload, Decode) or not pruned_layers(model):
+        return of_workload(workload, token_losses(model, windows))
+    rows = workload.AT_ONCE
     return torch.stack([losses_after(model, row, workload.prefix(model, row), rows=rows) for row in windows])
+
+
+def of_workload(workload: Workload, losses: torch.Tensor) -> torch.Tensor:
+    """Of the losses of all tokens [N, T - 1] those a workload is about."""
+    return losses[:, 1 - min(workload.READ, workload.tokens // 2):] if isinstance(workload, Decode) else losses

@@ -18,6 +18,7 @@ import copy
 import torch
 from torch import nn
 
+from sentei.conversion.linear import MEASURED
 from sentei.kernels.routing import Stack, route
 
 KEPT, SHARED, FIRST = "kept_layers", ".", ord("a")
@@ -66,8 +67,12 @@ def build(dense: nn.Module, recipe: dict) -> nn.Module:
 
 
 def shared_copy(model: nn.Module) -> nn.Module:
-    """A model of its own modules that shares the weights."""
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
+    """A model of its own modules that shares the weights, and what was measured of layers to run them natively.
+
+    So layers of one shape run in one way in all models.
+    """
+    shared = *model.parameters(), *model.buffers(), vars(model).setdefault(MEASURED, {})
+    return copy.deepcopy(model, {id(each): each for each in shared})
 
 
 def cache_of(model: nn.Module, prefix: object) -> object:

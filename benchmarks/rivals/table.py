@@ -25,8 +25,8 @@ class Rival:
         setting: what the number of a setting is.
         ladder: the settings.
         make: the recipe of a setting, see `recipe`, with "package" where one made it, or {"plan": a plan as JSON}, or
-            where a package reads text itself {"losses": of the windows to verify on, "ran": layers, the mean}; called
-            with a bench and the setting.
+            where a package reads text itself {"losses": of the windows that are judged, "ran": layers, the mean};
+            called with a bench and the setting.
     """
 
     name: str
@@ -92,5 +92,5 @@ RIVALS = {rival.name: rival for rival in (
     Rival(name="CMoE", setting="experts of 16 for all, and as many chosen", ladder=(2, 4, 6),
           make=_elsewhere("cmoe", "run_cmoe.py")),
     Rival(name=CALM, setting="confidence at which a token leaves", ladder=(0.9, 0.7, 0.5),
-          make=_elsewhere("economize", "run_calm.py", reads="verify")),
+          make=_elsewhere("economize", "run_calm.py", reads="judged")),
 )}
