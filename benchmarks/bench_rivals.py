@@ -22,6 +22,7 @@ cost nothing. Everything is float32. What runs in the environment of a package i
 """
 
 import argparse
+import shutil
 import time as clock
 from pathlib import Path
 
@@ -57,6 +58,8 @@ def make(bench: Bench, asked: argparse.Namespace) -> None:
     own = str(bench.workload)
     if OURS in asked.only and (asked.again or not points.where(rival=OURS, workload=own)):
         stages = bench.scratch / f"stages-{own.replace(':', '-')}"
+        if asked.again:
+            shutil.rmtree(stages, ignore_errors=True)
         for speed, plan in ours.plans(bench.model, bench.workload, bench.windows, SPEEDS, stages):
             found(OURS, speed, own, {"plan": plan.to_json()})
 
@@ -142,7 +145,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results/rivals"))
     parser.add_argument("--scratch", type=Path, default=Path("sentei-out/rivals"), help="for what can be made again")
     parser.add_argument("--only", nargs="*", default=[*RIVALS, OURS], help="rivals by name")
-    parser.add_argument("--again", action="store_true", help="make sentei's plans again")
+    parser.add_argument("--again", action="store_true", help="measure anew what sentei's plans are made of")
     parser.add_argument("--torch", action="store_true", help="time all without native layers")
     parser.add_argument("--settings", type=float, nargs="*", default=[], help="to heal, instead of the nearest")
     parser.add_argument("--minutes", type=float, default=10.0, help="time: of all; heal: of a model, processor time")

@@ -14,7 +14,7 @@ from benchmarks.rivals.bench import Bench, key_of, timed_as
 from benchmarks.rivals.curve import Point, at, front
 from benchmarks.rivals.points import Points
 from benchmarks.rivals.recipe import Split, build, cache_of, kept_by, lettered, masked
-from benchmarks.rivals.table import CALM, DEPTH, OURS, RIVALS, packed
+from benchmarks.rivals.table import CALM, DEPTH, OURS, RIVALS, Rival, packed
 from sentei.axes.depth import Config as Depth
 from sentei.axes.heads import Config as Heads
 from sentei.budget.workload import Decode, Prefill
@@ -214,6 +214,22 @@ def test_each_step_does_what_is_left_and_nothing_twice(model, tmp_path, capsys):
     assert [(row.name, row.setting, len(row.speeds)) for row in page.rows_of(tmp_path, "prefill:130")] == [
         ("Wanda width", 50, 3), ("optipfair width", 50, 3)]
     assert page.rows_of(tmp_path, "decode:130") == []
+
+
+def test_recipes_are_made_once_and_plans_again_where_that_is_asked(model, tmp_path, monkeypatch):
+    bench, made, plan = bench_of(model, tmp_path, Prefill(24)), [], Plan.everywhere([1], "depth", Depth(rule=Fixed(())))
+    rival = Rival(name="a", setting="", ladder=(1, 2),
+                  make=lambda bench, setting: made.append(setting) or {"layers": []})
+    monkeypatch.setattr(bench_rivals, "RIVALS", {"a": rival})
+    monkeypatch.setattr(bench_rivals.ours, "plans", lambda *given: made.append(given[-1].exists()) or [(1.5, plan)])
+    stages = tmp_path / "stages-prefill-24"
+    stages.mkdir()
+    for again in (False, False, True):
+        bench_rivals.make(bench, asked(only=["a", OURS], again=again))
+    assert made == [1, 2, True, False]
+    assert [(row["rival"], row["workload"]) for row in bench.points("recipes").rows] == [
+        ("a", None), ("a", None), (OURS, "prefill:24"), (OURS, "prefill:24")]
+    assert [(row["rival"], row["setting"]) for row in bench_of(model, tmp_path, Decode(24)).recipes()] == []
 
 
 def test_healing_makes_a_pruned_model_say_what_the_dense_one_says(model, tmp_path):

@@ -9,10 +9,11 @@ class Points:
 
     def __init__(self, path: Path):
         self.path = path
-        whole = path.read_text(encoding="utf-8").rpartition("\n")[0] if path.exists() else ""
+        text = path.read_text(encoding="utf-8") if path.exists() else ""
+        whole = text[:text.rfind("\n") + 1]
+        if whole != text:
+            path.write_text(whole, encoding="utf-8")
         self.rows: list[dict] = [json.loads(line) for line in whole.splitlines()]
-        if path.exists():
-            path.write_text(whole + "\n" if whole else "", encoding="utf-8")
 
     def add(self, row: dict) -> None:
         """Writes one more."""
