@@ -19,7 +19,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from sentei.benches import layers
 from sentei.kernels.attention import Grid, Tiles, attend
 from sentei.kernels.attention.flex import block_mask, compiled
-from sentei.measurement.latency import interleave, measured
+from sentei.measurement.latency import LEAST, interleave, measured
 
 BLOCK = 64
 # Outputs of both are sums of some thousand products of unit normals: this is 20 times what fp32 kernels differ by here.
@@ -147,7 +147,7 @@ def rows(names: list[str], runs: int, absent: Callable[[str], None]) -> Iterator
 
     Args:
         names: of CASES.
-        runs: timed pairs a row.
+        runs: timed pairs a row, or more until they took `LEAST` seconds.
         absent: told why a peer that cannot run here has no row.
     Raises:
         AssertionError: outputs or gradients differ by more than TOLERANCE; there is no ratio then.
@@ -166,5 +166,5 @@ def rows(names: list[str], runs: int, absent: Callable[[str], None]) -> Iterator
                 continue
             if same:
                 agree(ours(), result, case.dtype)
-            yield measured("attention", str(case), peer, interleave(theirs, ours, runs=runs),
+            yield measured("attention", str(case), peer, interleave(theirs, ours, runs=runs, least=LEAST),
                            operations=case.operations)

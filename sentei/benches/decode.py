@@ -21,7 +21,7 @@ from sentei.conversion.cache import layer_class
 from sentei.core.rules import TopK
 from sentei.core.tracing import trace
 from sentei.kernels.paging import PAGE
-from sentei.measurement.latency import Comparison, interleave, measured
+from sentei.measurement.latency import LEAST, Comparison, interleave, measured
 
 LAYERS, HEADS, GROUPS, WIDTH, KEPT = 30, 9, 3, 64, 0.15
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 4e-2}
@@ -136,14 +136,14 @@ def rows(names: list[str], runs: int, absent: Callable[[str], None]) -> Iterator
 
     Args:
         names: of CASES, numbers of keys.
-        runs: timed pairs a row; of the update as many tokens.
+        runs: timed pairs a row, of attention more until they took `LEAST` seconds; of the update as many tokens.
         absent: not used: torch and transformers are always there.
     Raises:
         AssertionError: with every page kept ours is not what sdpa gives; there is no ratio then.
     """
     for case in (case for name in names for case in CASES[name]):
         check(case)
-        found = [measured("decode", str(case), peer, each_layer(interleave(theirs, ours, runs=runs)))
+        found = [measured("decode", str(case), peer, each_layer(interleave(theirs, ours, runs=runs, least=LEAST)))
                  for peer, ours, theirs in attention(case)]
         fastest = min(found, key=lambda row: row["peer_s"])
         yield {**fastest, "gb_s": case.bytes_read() / fastest["ours_s"] / 1e9}

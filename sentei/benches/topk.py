@@ -17,7 +17,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from sentei.kernels.topk import attend_topk
-from sentei.measurement.latency import interleave, measured
+from sentei.measurement.latency import LEAST, interleave, measured
 
 K = 32
 # Scores the scatter version may hold at once: it keeps about three matrices of them, 3 GB in fp32.
@@ -112,7 +112,7 @@ def rows(names: list[str], runs: int, absent: Callable[[str], None]) -> Iterator
 
     Args:
         names: of CASES, numbers of tokens.
-        runs: timed pairs a row.
+        runs: timed pairs a row, or more until they took `LEAST` seconds.
         absent: told why a peer that cannot run here has no row.
     Raises:
         AssertionError: more than the share MAY_DIFFER of the outputs differ by more than TOLERANCE.
@@ -123,4 +123,4 @@ def rows(names: list[str], runs: int, absent: Callable[[str], None]) -> Iterator
                 differ = (case.ours() - call()).abs().gt(TOLERANCE).float().mean().item()
                 if differ > MAY_DIFFER:
                     raise AssertionError(f"{case}, {peer}: {100 * differ:.3g} % of the outputs differ")
-            yield measured("topk", str(case), peer, interleave(call, case.ours, runs=runs))
+            yield measured("topk", str(case), peer, interleave(call, case.ours, runs=runs, least=LEAST))

@@ -4,6 +4,8 @@ Both are registered under one name: with the first alone transformers drops the 
 room run transformers' sdpa path, unchanged.
 """
 
+import warnings
+
 import torch
 
 from sentei.conversion.families import named
@@ -52,6 +54,8 @@ def attention_forward(module, query, key, value, attention_mask, scaling=None, *
 
     if room is not None:
         room.tap.bypass(" and ".join(obstacles))
+        if torch.compiler.is_compiling():
+            _warn_compiled(" and ".join(obstacles))
     mask = _dense_mask(attention_mask, query.shape[2], key.shape[2], causal=causal)
     return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, **extra)
 
@@ -79,6 +83,13 @@ def mask_forward(batch_size, q_length, kv_length, q_offset=0, kv_offset=0, mask_
         return sdpa_mask(batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset,
                          kv_offset=kv_offset, mask_function=mask_function, attention_mask=attention_mask, **extra)
     return None if attention_mask is None or attention_mask.all() else attention_mask
+
+
+@torch.compiler.assume_constant_result
+def _warn_compiled(obstacles: str) -> None:
+    """Warns once, while a graph is made: no trace will tell what is dense in it."""
+    warnings.warn(f"convert: expected attention that a room can take, got {obstacles}: this layer is dense in the "
+                  "compiled model; do: pass attention_mask, or keep use_cache", stacklevel=2)
 
 
 def obstacles_of(extra: dict, *, causal: bool = True) -> list[str]:

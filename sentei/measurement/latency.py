@@ -4,11 +4,13 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import count
 
 from sentei.core.machine import processor
 from sentei.measurement.outcome import today
 
 Action = Callable[[], object]
+LEAST = 1.0  # seconds that a bench times a pair of calls for, however short they are
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,19 +40,22 @@ class Comparison:
 
 
 def interleave(
-    dense: Action, pruned: Action, *, runs: int, before: tuple[Action, Action] = (lambda: None, lambda: None),
-    step: Action = lambda: None
+    dense: Action, pruned: Action, *, runs: int, least: float = 0.0,
+    before: tuple[Action, Action] = (lambda: None, lambda: None), step: Action = lambda: None
 ) -> Comparison:
-    """Times both in turn, `runs` times each, after one untimed run of each.
+    """Times both in turn, `runs` times each or more, after one untimed run of each.
 
     Args:
         dense, pruned: do the work once.
         runs: timed runs of each, at least 1; the order alternates, so that neither always goes first.
+        least: seconds to have been timed in all: more runs are made of what is short, whose first few are not typical.
         before: called, untimed, before every run of the one and of the other.
-        step: called after every run, timed or not (2 · runs + 2 times).
+        step: called after every run, timed or not (2 · runs + 2 times, or more).
     """
     seconds: tuple[list[float], list[float]] = ([], [])
-    for number in range(runs + 1):
+    for number in count():
+        if number > runs and sum(map(sum, seconds)) >= least:
+            break
         for which in (0, 1) if number % 2 else (1, 0):
             before[which]()
             start = time.perf_counter()

@@ -27,6 +27,7 @@ def small(monkeypatch) -> None:
         "backward": [Case(4, 2, 8, 130, backward=True)]})
     monkeypatch.setattr(attention, "compiled", lambda: torch.nn.attention.flex_attention.flex_attention)
     monkeypatch.setattr(benches, "PARTS", {})
+    monkeypatch.setattr(attention, "LEAST", 0.0)
 
 
 def measure(*cases: str, absent=print) -> list[dict]:
@@ -175,6 +176,8 @@ def test_every_bench_has_rows_of_the_same_keys(bench, monkeypatch):
     monkeypatch.setattr(module, "CASES", {"small": cases})
     monkeypatch.setattr(cold, "size", lambda: 1 << 20)
     monkeypatch.setattr(linear, "TURN", 1 << 16)
+    for timed in (topk, decode):
+        monkeypatch.setattr(timed, "LEAST", 0.0)
     found = list(benches.rows(bench, [], 2, lambda reason: None))
     assert {row["case"] for row in found} == {str(case) for case in cases}
     for row in found:
@@ -230,7 +233,7 @@ def test_of_the_kinds_of_sdpa_the_fastest_is_the_peer(monkeypatch):
     """Clocks that make each later peer faster; then the update."""
     clocks = iter([9.0, 6.0, 3.0, 30.0])
     monkeypatch.setattr(decode, "CASES", {"small": [decode.Case(90, torch.bfloat16)]})
-    monkeypatch.setattr(decode, "interleave", lambda theirs, ours, runs: Comparison(
+    monkeypatch.setattr(decode, "interleave", lambda *_, **__: Comparison(
         dense=[next(clocks)], pruned=[1.5], date=""))
     attended, updated = benches.rows("decode", [], 1, print)
     assert (attended["peer"], updated["peer"]) == ("torch sdpa, cast to float32", "DynamicLayer.update")

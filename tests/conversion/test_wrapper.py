@@ -343,3 +343,16 @@ def test_switching_to_sdpa_and_back_keeps_the_rooms():
     torch.testing.assert_close(logits(model, **data), dense)  # up to what runs natively
     wrapper.use(model, wrapper.IMPLEMENTATION)
     assert torch.equal(logits(model, **data), pruned) and not torch.allclose(pruned, dense)
+
+
+@pytest.mark.parametrize(("given", "pruned"), [
+    ({}, False), ({"attention_mask": torch.ones(1, 40, dtype=torch.int64)}, True)], ids=["no mask", "mask"])
+@torch.no_grad()
+def test_a_compiled_model_is_pruned_or_says_that_it_is_not(given, pruned, recwarn):
+    """Without a cache and a mask transformers asks a graph for the mask of packed sequences."""
+    model = converted("llama", PRUNED, num_hidden_layers=1)
+    expected = model(tokens(1, 40), use_cache=False, **given).logits
+    torch.compiler.reset()
+    found = torch.compile(model, backend="eager")(tokens(1, 40), use_cache=False, **given).logits
+    told = [str(warning.message) for warning in recwarn if "dense in the compiled model" in str(warning.message)]
+    assert ((found - expected).abs().max() < 1e-4) == pruned == (not told)

@@ -195,6 +195,16 @@ def test_a_row_of_the_batch_is_alone(name):
 
 
 @needs_library
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_keys_of_no_width_all_weigh_the_same(dtype):
+    """The sanitizers see what is read of them."""
+    key, value = torch.zeros(1, 5, 2, 0, dtype=dtype), torch.arange(80, dtype=dtype).view(1, 5, 2, 8)
+    tiles = Tiles(grid=Grid(num_queries=5, num_keys=5, query_block=16, key_block=16, causal=False))
+    found = fused_cpp.attend(key, key, value, tiles, scale=0.3)
+    assert torch.equal(found, value.mean(1, keepdim=True).expand_as(value))
+
+
+@needs_library
 @pytest.mark.parametrize("ids", [[[4]], [[-1]], [[2**30]]], ids=["beyond the last", "empty but counted", "far beyond"])
 def test_a_plan_that_names_other_tiles_is_refused(ids):
     query, key, value = CASES[0].tensors(torch.float32)

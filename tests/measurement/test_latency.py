@@ -14,6 +14,17 @@ def test_the_order_alternates_and_the_first_run_of_each_is_not_timed():
     assert len(found.dense) == len(found.pruned) == 3
 
 
+def test_short_calls_are_timed_until_they_took_long_enough(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(latency.time, "perf_counter", lambda: now[0])
+
+    def takes_one():
+        now[0] += 1
+
+    pairs = [len(interleave(takes_one, takes_one, runs=2, least=least).dense) for least in (0.0, 4.0, 9.0)]
+    assert pairs == [2, 2, 5]
+
+
 def test_before_is_called_before_every_run_of_its_own_and_step_after():
     calls = []
     interleave(lambda: calls.append("d"), lambda: calls.append("p"), runs=1, step=lambda: calls.append("."),

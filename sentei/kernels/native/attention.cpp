@@ -54,9 +54,11 @@ INLINE void raise(const Sizes& s, int rows, Scratch& t) {
   for (int r = 0; r < rows; ++r) {
     const float largest = Simd<L>::largest(t.scores.data() + r * s.columns, s.columns);
     if (!(largest > t.bound[r])) continue;
-    const float shrink = t.bound[r] == kNone ? 0.0f : std::exp2(t.base[r] - largest);
+    const bool first = t.bound[r] == kNone;
+    const float shrink = std::exp2(t.base[r] - largest);
     t.base[r] = largest;
     t.bound[r] = largest + kSlack;
+    if (first) continue;  // nothing is summed yet
     float *sum = t.sum.data() + r * kColumns, *output = t.output.data() + r * s.value_width;
     Simd<L>::store(sum, Simd<L>::load(sum) * shrink);
     for (int d = 0; d < s.value_width; d += L) Simd<L>::store(output + d, Simd<L>::load(output + d) * shrink);
@@ -86,12 +88,14 @@ INLINE void attend_item(const Problem& p, const Sizes& s, int64_t number, const 
                         Scratch& t) {
   const Item item(p, s, number);
   const int rows = int(std::min(p.query_block, p.queries - item.first));
-  if constexpr (Pairs)
+  if constexpr (Pairs) {
+    const Vectors query = queries_of(p).row(item.row);
     for (int r = 0; r < rows; ++r)
-      std::copy_n(queries_of(p).halves(item.row, item.first + r), s.width,
+      std::copy_n(query.halves(item.first + r), s.width,
                   reinterpret_cast<uint16_t*>(t.query.data()) + int64_t(r) * s.width);
-  else
+  } else {
     load_queries(p, item.row, item.first, rows, 1, t.query.data());
+  }
   for (Zeros* numbers : {&t.output, &t.sum, &t.base}) std::fill(numbers->begin(), numbers->end(), 0.0f);
   for (Zeros* numbers : {&t.bound, &t.top}) std::fill(numbers->begin(), numbers->end(), kNone);
   const Kept kept(p, s, item.b, item.h, item.block);
@@ -130,10 +134,10 @@ AVX512_BF16 void attend_item_pairs(const Problem& p, const Sizes& s, int64_t num
 }
 
 // Equally many products of floats and of pairs.
-AVX512 void multiply_floats(float* room) {
+AVX512 void try_floats(float* room) {
   Simd<kPairLanes>::product(room, 64, room + 4096, 64, room + 8192, 64, 60, 64, 64, false);
 }
-AVX512_BF16 void multiply_pairs(float* room) {
+AVX512_BF16 void try_pairs(float* room) {
   Simd<kPairLanes>::product<kPairs ? kPaired : kRowMajor>(room, 32, room + 4096, 64, room + 8192, 64, 60, 64, 32,
                                                           false);
 }
@@ -141,16 +145,16 @@ AVX512_BF16 void multiply_pairs(float* room) {
 // Whether pairs are the faster here: there are processors that take twice as long for them.
 bool pairs_pay() {
   Zeros room(3 * 4096);
-  const auto fastest = [&](void (*multiply)(float*)) {
+  const auto fastest = [&](void (*run)(float*)) {
     auto least = std::chrono::steady_clock::duration::max();
-    for (int run = 0; run < 50; ++run) {
+    for (int i = 0; i < 50; ++i) {
       const auto start = std::chrono::steady_clock::now();
-      multiply(room.data());
+      run(room.data());
       least = std::min(least, std::chrono::steady_clock::now() - start);
     }
     return least;
   };
-  return fastest(multiply_pairs) * 5 < fastest(multiply_floats) * 4;
+  return fastest(try_pairs) * 5 < fastest(try_floats) * 4;
 }
 
 }  // namespace

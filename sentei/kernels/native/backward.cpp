@@ -77,9 +77,10 @@ struct Scratch {
 INLINE void load_keys(const Problem& p, const Sizes& s, int64_t group, int64_t first, int keys, Scratch& t) {
   if (keys < s.columns)
     for (Zeros* numbers : {&t.keys, &t.key_rows, &t.values}) std::fill(numbers->begin(), numbers->end(), 0.0f);
-  read_turned(keys_of(p), group, first, keys, 1.0f, t.keys.data(), s.columns, t.room.data());
-  read_turned(values_of(p), group, first, keys, 1.0f, t.values.data(), s.columns, t.room.data());
-  for (int j = 0; j < keys; ++j) keys_of(p).read(group, first + j, t.key_rows.data() + j * s.even_width, p.scale);
+  const Vectors key = keys_of(p).row(group);
+  read_turned(key, first, keys, 1.0f, t.keys.data(), s.columns, t.room.data());
+  read_turned(values_of(p).row(group), first, keys, 1.0f, t.values.data(), s.columns, t.room.data());
+  for (int j = 0; j < keys; ++j) key.read(first + j, t.key_rows.data() + j * s.even_width, p.scale);
 }
 
 // Scores of a tile become weights, and the gradients of the weights those of the scores.
@@ -126,13 +127,14 @@ INLINE void key_item(const Backward& w, const Sizes& s, int64_t number, const Tu
   const int64_t strides[] = {p.queries * p.heads * p.value_width, p.heads * p.value_width, p.value_width};
   const Tensor outputs{w.gradient, strides, p.queries, p.heads, p.value_width, false};
   for (int64_t row = group * s.per_group; row < (group + 1) * s.per_group; ++row) {
+    const Vectors query = queries_of(p).row(row), output = outputs.row(row);
     const auto [begin, end] = turned.of(row / p.heads, row % p.heads, block);
     for (const Meeting* meeting = begin; meeting != end; ++meeting) {
       const Item item(p, s, row * s.query_blocks + meeting->block);
       const int rows = int(std::min(p.query_block, p.queries - item.first));
       for (int r = 0; r < rows; ++r) {
-        queries_of(p).read(row, item.first + r, t.queries.data() + r * width, p.scale * kLog2E);
-        outputs.read(row, item.first + r, t.outputs.data() + r * s.value_width);
+        query.read(item.first + r, t.queries.data() + r * width, p.scale * kLog2E);
+        output.read(item.first + r, t.outputs.data() + r * s.value_width);
       }
       Simd<L>::product(t.queries.data(), width, t.keys.data(), s.columns, t.scores.data(), s.columns, rows, s.columns,
                        int(p.width), false);

@@ -135,56 +135,62 @@ struct Sizes {
   int64_t per_group;                               // query heads
 };
 
-// A tensor [B, T, heads, width].
+// The vectors of one row of a tensor: of the tokens of a head in a batch entry.
+struct Vectors {
+  const void* data;
+  int64_t stride, width;
+  bool bfloat16;
+
+  // One token's vector where it is float32.
+  INLINE const float* at(int64_t token) const { return static_cast<const float*>(data) + token * stride; }
+
+  // One token's vector where it is bfloat16.
+  INLINE const uint16_t* halves(int64_t token) const { return static_cast<const uint16_t*>(data) + token * stride; }
+
+  // One token's vector, times a factor.
+  INLINE void read(int64_t token, float* to, float factor = 1.0f) const {
+    if (bfloat16) {
+      const uint16_t* from = halves(token);
+      for (int64_t d = 0; d < width; ++d) to[d] = widen(from[d]) * factor;
+    } else {
+      const float* from = at(token);
+      for (int64_t d = 0; d < width; ++d) to[d] = from[d] * factor;
+    }
+  }
+};
+
+// A tensor [B, T, heads, width]. Its rows are numbered (batch, head).
 struct Tensor {
   const void* data;
   const int64_t* stride;
   int64_t tokens, heads, width;
   bool bfloat16;
 
-  // One token's vector where it is float32.
-  INLINE const float* at(int64_t row, int64_t token) const {
-    return static_cast<const float*>(data) + row / heads * stride[0] + token * stride[1] + row % heads * stride[2];
-  }
-
-  // One token's vector where it is bfloat16.
-  INLINE const uint16_t* halves(int64_t row, int64_t token) const {
-    return static_cast<const uint16_t*>(data) + row / heads * stride[0] + token * stride[1] + row % heads * stride[2];
-  }
-
-  // One token's vector, times a factor, to every `step`-th place.
-  INLINE void read(int64_t row, int64_t token, float* to, float factor = 1.0f, int64_t step = 1) const {
-    const int64_t at = row / heads * stride[0] + token * stride[1] + row % heads * stride[2];
-    if (bfloat16) {
-      const uint16_t* from = static_cast<const uint16_t*>(data) + at;
-      for (int64_t d = 0; d < width; ++d) to[d * step] = widen(from[d]) * factor;
-    } else {
-      const float* from = static_cast<const float*>(data) + at;
-      for (int64_t d = 0; d < width; ++d) to[d * step] = from[d] * factor;
-    }
+  INLINE Vectors row(int64_t number) const {
+    return {::at(data, bfloat16, number / heads * stride[0] + number % heads * stride[2]), stride[1], width, bfloat16};
   }
 };
 
 // The vectors of `count` tokens from `first`, times a factor, turned: [width][line]. `room` holds them once more.
-INLINE void read_turned(const Tensor& from, int64_t row, int64_t first, int count, float factor, float* to,
-                        int64_t line, float* room) {
-  for (int j = 0; j < count; ++j) from.read(row, first + j, room + j * from.width, factor);
+INLINE void read_turned(const Vectors& from, int64_t first, int count, float factor, float* to, int64_t line,
+                        float* room) {
+  for (int j = 0; j < count; ++j) from.read(first + j, room + j * from.width, factor);
   transpose(room, from.width, count, int(from.width), to, line);
 }
 
 // The same of bfloat16 numbers as they are, neighbours of a vector as a pair in the place of a float: [width / 2][line].
-INLINE void pair_turned(const Tensor& from, int64_t row, int64_t first, int count, float* to, int64_t line,
-                        float* room) {
+INLINE void pair_turned(const Vectors& from, int64_t first, int count, float* to, int64_t line, float* room) {
   const int64_t pairs = from.width / 2;
-  for (int j = 0; j < count; ++j) std::memcpy(room + j * pairs, from.halves(row, first + j), pairs * sizeof(float));
+  for (int j = 0; j < count; ++j)
+    std::copy_n(from.halves(first + j), from.width, reinterpret_cast<uint16_t*>(room) + j * from.width);
   transpose(room, pairs, count, int(pairs), to, line);
 }
 
 // Of bfloat16 numbers too, but the pairs are of neighbouring tokens, the last of an odd number with a zero:
 // [count / 2][line].
-INLINE void pair_rows(const Tensor& from, int64_t row, int64_t first, int count, float* to, int64_t line) {
+INLINE void pair_rows(const Vectors& from, int64_t first, int count, float* to, int64_t line) {
   for (int j = 0; j < count; j += 2, to += line) {
-    const uint16_t *even = from.halves(row, first + j), *odd = j + 1 < count ? from.halves(row, first + j + 1) : nullptr;
+    const uint16_t *even = from.halves(first + j), *odd = j + 1 < count ? from.halves(first + j + 1) : nullptr;
     for (int64_t d = 0; d < from.width; ++d) {
       const uint32_t pair = even[d] | (odd ? uint32_t(odd[d]) << 16 : 0);
       std::memcpy(to + d, &pair, sizeof pair);
@@ -206,18 +212,19 @@ class Blocks {
         data_((end - begin) * blocks_ * size_) {
     const auto room = [&] { return Zeros(across ? block * from.width : 0); };
     in_parallel((end - begin) * blocks_, p.threads, room, [&](int64_t i, Zeros& turned) {
-      const int64_t row = begin + i / blocks_, first = i % blocks_ * block;
+      const Vectors vectors = from.row(begin + i / blocks_);
+      const int64_t first = i % blocks_ * block;
       const int count = int(std::min(block, from.tokens - first));
       float* to = data_.get() + i * size_;
       if (count < block || line != (across ? block : from.width)) std::fill(to, to + size_, 0.0f);
       if (across && pairs)
-        pair_turned(from, row, first, count, to, line, turned.data());
+        pair_turned(vectors, first, count, to, line, turned.data());
       else if (across)
-        read_turned(from, row, first, count, factor, to, line, turned.data());
+        read_turned(vectors, first, count, factor, to, line, turned.data());
       else if (pairs)
-        pair_rows(from, row, first, count, to, line);
+        pair_rows(vectors, first, count, to, line);
       else
-        for (int j = 0; j < count; ++j) from.read(row, first + j, to + j * line, factor);
+        for (int j = 0; j < count; ++j) vectors.read(first + j, to + j * line, factor);
     });
   }
   const float* at(int64_t row, int64_t block) const {
@@ -346,11 +353,11 @@ inline void check_plan(const Problem& p, const Sizes& s) {
 
 // Query rows first, first + step, … of one head, times what makes scores powers of two; zeros beyond the end.
 INLINE void load_queries(const Problem& p, int64_t row, int64_t first, int rows, int step, float* to) {
-  const Tensor query = queries_of(p);
+  const Vectors query = queries_of(p).row(row);
   for (int r = 0; r < rows; ++r, to += p.width) {
     const int64_t i = first + int64_t(r) * step;
     if (i < p.queries)
-      query.read(row, i, to, p.scale * kLog2E);
+      query.read(i, to, p.scale * kLog2E);
     else
       std::fill(to, to + p.width, 0.0f);
   }

@@ -39,8 +39,8 @@ class RowBlocks {
  public:
   // `rows` of `width` numbers, `stride` apart.
   RowBlocks(const void* input, int64_t rows, int64_t width, int64_t stride, const Way& way, int64_t threads)
-      : half(way.half), machine(way.machine), unit(way.pairs ? 2 : 1), panel(panel_of(machine)),
-        most(tokens_of(machine)), multiply(way.pairs ? multiply_pairs : multiply_on[machine]), wide_(half && unit == 1),
+      : way(way), unit(way.pairs ? 2 : 1), panel(panel_of(way.machine)), most(tokens_of(way.machine)),
+        multiply(way.pairs ? multiply_pairs : multiply_on[way.machine]), wide_(way.half && !way.pairs),
         input_{input, stride / unit, wide_, Left::kAlong}, rows_(rows), width_(width / unit),
         depth_(even_part(width_, kDepth, 32)), rooms_(threads, (width_ + depth_ - 1) / depth_ * kLeft) {
     int64_t least = std::numeric_limits<int64_t>::max();
@@ -58,10 +58,10 @@ class RowBlocks {
     std::vector<int64_t> order(outputs);
     for (int64_t o = 0; o < outputs; ++o) order[o] = o;
     rooms_.each(panels, [&](int64_t i, Rooms::Room& room) {
-      turn_panel_on[machine]({weight, stride / unit, wide_, order.data()}, i * panel, outputs, depths,
+      turn_panel_on[way.machine]({weight, stride / unit, wide_, order.data()}, i * panel, outputs, depths,
                              made.numbers.get() + i * panel * depths, room.a.get());
     });
-    if (bias) widen_row(bias, half, outputs, made.bias.data());
+    if (bias) widen_row(bias, way.half, outputs, made.bias.data());
     return made;
   }
 
@@ -80,7 +80,7 @@ class RowBlocks {
       const int lines = int(std::min<int64_t>(lines_, rows_ - first));
       float* to = room.row.get();
       for (int64_t d = 0; d < width_; d += depth_, to += kLeft) {
-        copy_left_on[machine](input_, first, lines, d, int(std::min(depth_, width_ - d)), to);
+        copy_left_on[way.machine](input_, first, lines, d, int(std::min(depth_, width_ - d)), to);
         std::fill(to + lines * kLine, to + round_lines(lines) * kLine, 0.0f);  // computed with, and left
       }
       work(first, lines, output, std::min(part, outputs - output), room);
@@ -96,8 +96,7 @@ class RowBlocks {
                int(std::min(depth_, width_ - d)), d > 0, {});
   }
 
-  const bool half;
-  const int machine;
+  const Way way;
   const int64_t unit;         // numbers in the place of a float
   const int64_t panel, most;  // outputs of a panel; columns of a product
   const decltype(&multiply_pairs) multiply;

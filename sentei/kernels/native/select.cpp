@@ -79,18 +79,19 @@ ON_EVERY_MACHINE(join, (int64_t kind, const float* token, int64_t stride, int co
 // the keys themselves ÷ fold, those of a fold apart, so that a part's are neighbours.
 Zeros joined_keys(const Estimate& e, const Cut& cut, int machine) {
   const Problem& p = e.problem;
-  const Tensor key = keys_of(p);
+  const Tensor keys = keys_of(p);
   const int64_t units = p.keys / p.key_block * cut.units, size = units * p.width, span = p.key_block / cut.units;
   Zeros joined(p.batch * p.groups * cut.parts * size);
   in_parallel(p.batch * p.groups * units, p.threads, [] { return 0; }, [&](int64_t i, int) {
     const int64_t row = i / units, first = i % units * span;
+    const Vectors key = keys.row(row);
     float* high = joined.data() + row * cut.parts * size + i % units * p.width;
     float* low = high + (cut.parts - 1) * size;  // of kBounds
     if (e.kind == kFolded) {
-      for (int j = 0; j < cut.fold; ++j) key.read(row, first + j, high + j * size, 1.0f / float(cut.fold));
+      for (int j = 0; j < cut.fold; ++j) key.read(first + j, high + j * size, 1.0f / float(cut.fold));
       return;
     }
-    join_on[machine](e.kind, key.at(row, first), p.key_stride[1], int(span), int(p.width), high, low);
+    join_on[machine](e.kind, key.at(first), p.key_stride[1], int(span), int(p.width), high, low);
   });
   return joined;
 }
@@ -98,8 +99,8 @@ Zeros joined_keys(const Estimate& e, const Cut& cut, int machine) {
 // The keys of one KV head from a token on, in floats, or pairs in the place of floats, as they lie in memory.
 template <bool Pairs>
 INLINE const float* keys_from(const Problem& p, int64_t row, int64_t token) {
-  if constexpr (Pairs) return reinterpret_cast<const float*>(keys_of(p).halves(row, token));
-  return keys_of(p).at(row, token);
+  if constexpr (Pairs) return reinterpret_cast<const float*>(keys_of(p).row(row).halves(token));
+  return keys_of(p).row(row).at(token);
 }
 
 // How many floats a pair, or a float, has of a vector's numbers, and what the products of pairs are still to be times.
@@ -164,18 +165,19 @@ INLINE void reduce(const float* scores, int line, int units, int lanes, float we
 template <int L, bool Pairs>
 INLINE void load_rows(const Estimate& e, const Cut& cut, int64_t row, int64_t block, EstimateScratch& t) {
   const Problem& p = e.problem;
-  const Tensor query = queries_of(p);
   const int width = int(p.width), lanes = cut.run * cut.heads * cut.rows;
   const int64_t line = line_of(p);
   float* to = t.rows.data();
   for (int64_t s = block; s < block + cut.run; ++s)
-    for (int64_t h = 0; h < cut.heads; ++h)
+    for (int64_t h = 0; h < cut.heads; ++h) {
+      const Vectors query = queries_of(p).row(row + h);
       for (int64_t r = 0; r < cut.exact_rows; ++r, to += line) {
         const int64_t i = s * p.query_block + cut.first + r * cut.step;
         if (i >= p.queries) std::fill_n(to, width, 0.0f);
-        else if (Pairs) std::memcpy(to, query.halves(row + h, i), width * sizeof(uint16_t));
-        else query.read(row + h, i, to, p.scale * kLog2E);
+        else if (Pairs) std::copy_n(query.halves(i), width, reinterpret_cast<uint16_t*>(to));
+        else query.read(i, to, p.scale * kLog2E);
       }
+    }
   turn<L>(t.rows.data(), line, lanes * cut.fold, width / kUnit<Pairs>, t.query.data(), cut.exact_lanes);
   for (int j = 0; e.kind == kFolded && cut.parts > 1 && j < cut.fold; ++j)
     turn<L>(t.rows.data() + (cut.fold - 1 - j) * line, cut.fold * line, lanes, width,

@@ -192,19 +192,19 @@ struct Simd {
   }
 
   template <int R>
-  using Lines = std::integral_constant<int, R>;
+  using Count = std::integral_constant<int, R>;
   template <Factors F, int V>
   static INLINE void product_columns(const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc,
                                      int rows, int depth, bool add, float factor) {
     const int64_t next = F == kTurned ? 1 : lda;
-    const auto tile = [&](auto lines, int r) INLINE_LAMBDA {
-      product_tile<F, lines.value, V>(a + r * next, lda, b, ldb, c + r * ldc, ldc, depth, add, factor);
+    const auto tile = [&](auto count, int r) INLINE_LAMBDA {
+      product_tile<F, count.value, V>(a + r * next, lda, b, ldb, c + r * ldc, ldc, depth, add, factor);
     };
     int r = 0;
-    for (; r + kRows <= rows; r += kRows) tile(Lines<kRows>{}, r);
-    for (; r + 4 <= rows; r += 4) tile(Lines<4>{}, r);
-    for (; r + 2 <= rows; r += 2) tile(Lines<2>{}, r);
-    for (; r < rows; ++r) tile(Lines<1>{}, r);
+    for (; r + kRows <= rows; r += kRows) tile(Count<kRows>{}, r);
+    for (; r + 4 <= rows; r += 4) tile(Count<4>{}, r);
+    for (; r + 2 <= rows; r += 2) tile(Count<2>{}, r);
+    for (; r < rows; ++r) tile(Count<1>{}, r);
   }
 
   // The same for any number of columns that kColumns divides.

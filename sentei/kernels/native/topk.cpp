@@ -262,14 +262,13 @@ struct Pick {
     for (int v = 0; v < V; ++v) S::store(to + v * L, sum[v]);
   }
 
-  static INLINE void gather_all(const Tensor& tensor, int64_t row, const int32_t* ids, const float* weights, int count,
-                                float* to) {
-    const float* from = tensor.at(row, 0);
-    const int64_t stride = tensor.stride[1];
+  static INLINE void gather_all(const Vectors& vectors, const int32_t* ids, const float* weights, int count, float* to) {
+    const float* from = vectors.at(0);
+    const int64_t stride = vectors.stride;
     int64_t d = 0;
-    for (; d + 8 * L <= tensor.width; d += 8 * L) gather<8>(from + d, stride, ids, weights, count, to + d);
-    for (; d + L <= tensor.width; d += L) gather<1>(from + d, stride, ids, weights, count, to + d);
-    for (; d < tensor.width; ++d) {
+    for (; d + 8 * L <= vectors.width; d += 8 * L) gather<8>(from + d, stride, ids, weights, count, to + d);
+    for (; d + L <= vectors.width; d += L) gather<1>(from + d, stride, ids, weights, count, to + d);
+    for (; d < vectors.width; ++d) {
       float sum = 0;
       for (int c = 0; c < count; ++c) sum += from[ids[c] * stride + d] * weights[c];
       to[d] = sum;
@@ -303,7 +302,7 @@ int room_of(const TopK& t) {
 
 // The weights, the keys in order, the output and the lse of a row whose tiles have all been seen.
 template <int L>
-INLINE void end_row(const TopK& t, const Tensor& values, Row& row, int64_t group, int64_t where, Scratch& s) {
+INLINE void end_row(const TopK& t, const Vectors& values, Row& row, int64_t where, Scratch& s) {
   const Range& range = row.range;
   int32_t* ids = t.ids + where * t.slots;
   float *weights = s.weights.data(), *output = t.output + where * t.value_width;
@@ -322,7 +321,7 @@ INLINE void end_row(const TopK& t, const Tensor& values, Row& row, int64_t group
   std::fill(ids + count, ids + t.slots, -1);
   if (count) {
     t.lse[where] = Pick<L>::soften(weights, count);
-    Pick<L>::gather_all(values, group, ids, weights, count, output);
+    Pick<L>::gather_all(values, ids, weights, count, output);
   } else {
     t.lse[where] = row.broken ? kNan : kNone;
     std::fill_n(output, t.value_width, row.broken ? kNan : 0.0f);
@@ -338,12 +337,13 @@ INLINE void topk_item(const TopK& t, const Problem& p, int64_t number, const Blo
   constexpr int panel = Simd<L>::kVectors * L;
   std::vector<Row>& state = s.rows;
   state.clear();
+  const Vectors query = queries_of(p).row(row);
   int64_t first = t.keys, end = 0;
   for (int r = 0; r < rows; ++r) {
     const Range range(t, b, start + r);
     state.push_back({range, s.scores.data() + r * room, s.near.data() + r * (t.window + 1), s.ids.data() + r * room, 0,
                      kNone, 0, false});
-    std::copy_n(queries_of(p).at(row, start + r), t.width, s.query.data() + r * t.width);
+    std::copy_n(query.at(start + r), t.width, s.query.data() + r * t.width);
     first = std::min(first, range.first);
     end = std::max(end, range.end);
   }
@@ -364,8 +364,9 @@ INLINE void topk_item(const TopK& t, const Problem& p, int64_t number, const Blo
       else state[r].broken |= Pick<L>::is_broken(scores, from, to, t.scale);
     }
   }
+  const Vectors value = values_of(p).row(group);
   for (int r = 0; r < rows; ++r)
-    end_row<L>(t, values_of(p), state[r], group, (b * t.queries + start + r) * t.heads + h, s);
+    end_row<L>(t, value, state[r], (b * t.queries + start + r) * t.heads + h, s);
 }
 ON_EVERY_MACHINE(topk_item, (const TopK& t, const Problem& p, int64_t number, const Blocks& keys, Scratch& s),
                  (t, p, number, keys, s))
@@ -395,16 +396,17 @@ INLINE void topk_query(const TopKBackward& w, const Problem& p, int64_t where, f
   const int32_t* ids = t.ids + where * t.slots;
   const int count = kept_of(t, where);
   if (!count) return;
-  const float *query = queries_of(p).at(b * t.heads + h, i), *gradient = w.gradient + where * t.value_width;
-  for (int c = 0; c < count; ++c) weights[c] = t.scale * Pick<L>::dot(query, keys_of(p).at(group, ids[c]), t.width);
+  const Vectors key = keys_of(p).row(group), value = values_of(p).row(group);
+  const float *query = queries_of(p).row(b * t.heads + h).at(i), *gradient = w.gradient + where * t.value_width;
+  for (int c = 0; c < count; ++c) weights[c] = t.scale * Pick<L>::dot(query, key.at(ids[c]), t.width);
   Pick<L>::soften(weights, count);
   float delta = -w.lse_gradient[where];
   for (int c = 0; c < count; ++c) {
-    scores[c] = Pick<L>::dot(gradient, values_of(p).at(group, ids[c]), t.value_width);
+    scores[c] = Pick<L>::dot(gradient, value.at(ids[c]), t.value_width);
     delta += weights[c] * scores[c];
   }
   for (int c = 0; c < count; ++c) scores[c] = t.scale * weights[c] * (scores[c] - delta);
-  Pick<L>::gather_all(keys_of(p), group, ids, scores, count, w.query + where * t.width);
+  Pick<L>::gather_all(key, ids, scores, count, w.query + where * t.width);
 }
 ON_EVERY_MACHINE(topk_query, (const TopKBackward& w, const Problem& p, int64_t where, float* weights, float* scores),
                  (w, p, where, weights, scores))
@@ -422,7 +424,7 @@ INLINE void topk_keys(const TopKBackward& w, const Problem& p, int64_t number, c
       const auto* ids = reinterpret_cast<const uint32_t*>(t.ids + where * t.slots);  // -1 is then the largest
       for (int64_t c = std::lower_bound(ids, ids + t.slots, uint32_t(first)) - ids; c < t.slots && ids[c] < end; ++c) {
         const int64_t to = (b * t.keys + ids[c]) * t.groups + group % t.groups;
-        Pick<L>::add(w.key + to * t.width, queries_of(p).at(b * t.heads + h, i), scores[where * t.slots + c], t.width);
+        Pick<L>::add(w.key + to * t.width, queries_of(p).row(b * t.heads + h).at(i), scores[where * t.slots + c], t.width);
         Pick<L>::add(w.value + to * t.value_width, w.gradient + where * t.value_width, weights[where * t.slots + c],
                      t.value_width);
       }
