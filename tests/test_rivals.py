@@ -237,10 +237,9 @@ def test_healing_makes_a_pruned_model_say_what_the_dense_one_says(model, tmp_pat
     texts = Texts(rows=TOKENS, checks=TOKENS, seed=0)
     made = healing.healed(bench, recipe, texts, Config(minutes=0.02))
     before, after, dense = (torch.log_softmax(logits(each), -1) for each in (build(model, recipe), made, model))
-    assert [(dense.exp() * (dense - each)).sum(-1).mean().item() for each in (after, before)] == sorted(
-        (dense.exp() * (dense - each)).sum(-1).mean().item() for each in (after, before))
+    far = [(dense.exp() * (dense - each)).sum(-1).mean().item() for each in (before, after)]
+    assert far[1] < 0.9 * far[0]
     assert native.is_installed(made) or all(hasattr(layer.self_attn, "connections") for layer in made.model.layers)
-    assert logits(build(model, recipe)).equal(logits(build(model, recipe)))
 
 
 def point(speed, ratio):
