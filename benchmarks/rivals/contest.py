@@ -1,29 +1,15 @@
-"""Times and judges contenders on a workload, each as sentei's judge does it."""
+"""Times and judges models on a workload, each as sentei's judge does it."""
 
-import copy
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from benchmarks.rivals.rebuilt import cache_of
+from benchmarks.rivals.recipe import cache_of
 from sentei.budget.workload import Decode, Workload
+from sentei.conversion.cache import pruned_layers
 from sentei.measurement.quality import losses_after, token_losses
-
-
-@dataclass(frozen=True, kw_only=True)
-class Contender:
-    """A model to be timed and judged.
-
-    Args:
-        ready: makes it ready and gives it.
-        few: whether it chooses for itself in few rows, so that decoded tokens must be read few at a time.
-    """
-
-    ready: Callable[[], nn.Module]
-    few: bool = False
 
 
 class Steps(Decode):
@@ -32,22 +18,20 @@ class Steps(Decode):
     READ = Decode.STEPS + 8
 
 
-def times(workload: Workload, row: torch.Tensor, contenders: dict[str, Contender], runs: int,
+def times(workload: Workload, row: torch.Tensor, models: dict[str, nn.Module], runs: int,
           clock: Callable[[], float] = time.perf_counter) -> dict[str, list[float]]:
-    """Seconds of the workload on a row, by name, all in turn; by the clock, after one untimed run of each.
+    """Seconds of the workload on a row, by name, all in turn, after one untimed run of each.
 
     Args:
-        contenders: the first one is dense.
+        models: the first one is dense: its cache is what decoding begins with.
         runs: timed runs of each; every other turn goes backwards.
-        clock: time.process_time, on one thread, where others are at work on the machine.
     """
     workload = Steps(workload.tokens) if isinstance(workload, Decode) else workload
-    prefix = workload.prefix(next(iter(contenders.values())).ready(), row)
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    prefix = workload.prefix(next(iter(models.values())), row)
+    seconds: dict[str, list[float]] = {name: [] for name in models}
     for number in range(runs + 1):
-        for name in contenders if number % 2 else reversed(contenders):
-            model = contenders[name].ready()
-            work = workload.begin(model, row, cache_of(model, prefix))
+        for name in models if number % 2 else reversed(models):
+            work = workload.begin(models[name], row, cache_of(models[name], prefix))
             start = clock()
             work()
             seconds[name] += [clock() - start] if number else []
@@ -56,29 +40,14 @@ def times(workload: Workload, row: torch.Tensor, contenders: dict[str, Contender
 
 
 @torch.no_grad()
-def losses(workload: Workload, windows: torch.Tensor, prefixes: list, contender: Contender) -> dict[str, torch.Tensor]:
-    """Token losses, float64 [N, T'], of the tokens a workload is about, by who has read the prompt before them.
-
-    "itself": the contender. "dense": the dense model, as for sentei's judge; only where something is decoded, and not
-    where the contender cannot go on with that cache.
-    """
-    model = contender.ready()
-    if not isinstance(workload, Decode):
-        return {"itself": token_losses(model, windows)}
-    rows = workload.AT_ONCE if contender.few else workload.tokens
-    found = {"itself": torch.stack([losses_after(model, row, workload.prefix(model, row), rows=rows)
-                                    for row in windows])}
-    if contender.few:
-        found["dense"] = torch.stack([workload.answer(model, row, prefix)
-                                      for row, prefix in zip(windows, prefixes, strict=True)])
-    elif prefixes and goes_on(model, prefixes[0]):
-        found["dense"] = torch.stack([losses_after(model, row, copy.deepcopy(cache_of(model, prefix)), rows=rows)
-                                      for row, prefix in zip(windows, prefixes, strict=True)])
-    return found
+def losses(workload: Workload, windows: torch.Tensor, model: nn.Module) -> torch.Tensor:
+    """Token losses, float64 [N, T'], of the tokens a workload is about; the model has read the prompt before them."""
+    if not isinstance(workload, Decode) or not pruned_layers(model):
+        return of_workload(workload, token_losses(model, windows))
+    rows = workload.AT_ONCE
+    return torch.stack([losses_after(model, row, workload.prefix(model, row), rows=rows) for row in windows])
 
 
-def goes_on(model: nn.Module, prefix: object) -> bool:
-    """Whether a rebuilt model's key/value heads are those of a dense cache."""
-    layers = zip(model.get_decoder().layers, cache_of(model, prefix).layers, strict=True)
-    return all(layer.self_attn.k_proj.out_features == held.keys.shape[1] * held.keys.shape[3]
-               for layer, held in layers)
+def of_workload(workload: Workload, losses: torch.Tensor) -> torch.Tensor:
+    """Of the losses of all tokens [N, T - 1] those a workload is about."""
+    return losses[:, 1 - min(workload.READ, workload.tokens // 2):] if isinstance(workload, Decode) else losses

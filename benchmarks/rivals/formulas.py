@@ -1,27 +1,24 @@
-"""Rivals that are a formula, on the weights and the calibration text that all are given. Each writes a file, see
-`rebuilt`.
+"""Rivals that are a formula, on the weights and the calibration text that all are given; each makes a recipe.
 
 | rival | what goes | source |
 |---|---|---|
 | ShortGPT | the n layers that turn the stream least: block influence, the mean of 1 − cos(x_in, x_out) | 2403.03853 |
-| magnitude | half of each linear layer's weights, the smallest | – |
-| Wanda | half of each output's weights, by size · norm of the input they read | 2306.11695 |
+| Wanda width | a share of every network's neurons, the least Σ over outputs of size · norm of what is read: Wanda \
+(2306.11695) by columns of the last projection, as FLAP compares itself with | 2312.11983 |
 """
-
-from pathlib import Path
 
 import torch
 from torch import nn
 
-from benchmarks.rivals.rebuilt import save
+from benchmarks.rivals.recipe import masked
 from benchmarks.subject import read
 from sentei.conversion.statistics import Influence
 
 
-def short_gpt(model: nn.Module, calibration: torch.Tensor, number: int, path: Path) -> None:
+def short_gpt(model: nn.Module, calibration: torch.Tensor, number: int) -> dict:
     """Leaves `number` layers out."""
     order = block_influence(model, calibration).argsort(stable=True).tolist()
-    save(path, {}, sorted(order[number:]))
+    return {"layers": sorted(order[number:])}
 
 
 @torch.no_grad()
@@ -39,41 +36,27 @@ def block_influence(model: nn.Module, calibration: torch.Tensor) -> torch.Tensor
     return torch.tensor([state.influence for state in states], dtype=torch.float64)
 
 
-def magnitude(model: nn.Module, calibration: torch.Tensor, sparsity: float, path: Path) -> None:
-    """A share of the weights of every linear layer but the head is zero."""
-    save(path, {f"{name}.weight": _zeroed(linear.weight, linear.weight.abs().flatten()[None], sparsity)
-                for name, linear in linears(model).items()}, list(range(len(model.model.layers))))
-
-
-def wanda(model: nn.Module, calibration: torch.Tensor, sparsity: float, path: Path) -> None:
-    """A share of the weights of every output of every linear layer but the head is zero."""
-    norms = input_norms(model, calibration)
-    save(path, {f"{name}.weight": _zeroed(linear.weight, linear.weight.abs() * norms[name], sparsity)
-                for name, linear in linears(model).items()}, list(range(len(model.model.layers))))
-
-
-def linears(model: nn.Module) -> dict[str, nn.Linear]:
-    """The linear layers of the decoder, by name."""
-    return {f"model.{name}": module for name, module in model.model.named_modules() if isinstance(module, nn.Linear)}
+def wanda_width(model: nn.Module, calibration: torch.Tensor, percent: float) -> dict:
+    """So many per cent of the neurons of every network go."""
+    masks = []
+    for layer, norms in zip(model.model.layers, neuron_norms(model, calibration), strict=True):
+        scores = layer.mlp.down_proj.weight.detach().abs().double().sum(0) * norms
+        gone = round(percent / 100 * len(scores))
+        masks.append(masked(scores.argsort(stable=True)[gone:].tolist(), len(scores)))
+    return {"layers": list(range(len(masks))), "neurons": masks}
 
 
 @torch.no_grad()
-def input_norms(model: nn.Module, calibration: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The norm over all tokens of each number that a linear layer reads, float32 [I] by name."""
-    squares = {name: torch.zeros(linear.in_features, dtype=torch.float64) for name, linear in linears(model).items()}
+def neuron_norms(model: nn.Module, calibration: torch.Tensor) -> list[torch.Tensor]:
+    """The norm over all tokens of what each neuron gives to the last projection, float64 [F] a layer."""
+    squares = [torch.zeros(layer.mlp.down_proj.in_features, dtype=torch.float64) for layer in model.model.layers]
 
-    def listen(name: str):
+    def listen(total: torch.Tensor):
         def hook(_, given: tuple) -> None:
-            squares[name] += given[0].flatten(0, -2).double().square().sum(0)
+            total.add_(given[0].flatten(0, -2).double().square().sum(0))
 
         return hook
 
-    read(model, calibration, [linear.register_forward_pre_hook(listen(name))
-                               for name, linear in linears(model).items()])
-    return {name: total.sqrt().float() for name, total in squares.items()}
-
-
-def _zeroed(weight: torch.Tensor, scores: torch.Tensor, share: float) -> torch.Tensor:
-    """The weights without the share of each row of scores that is smallest; scores have as many numbers."""
-    drop = scores.detach().argsort(dim=1, stable=True)[:, :round(share * scores.shape[1])]
-    return weight.detach().clone().view_as(scores).scatter_(1, drop, 0.0).view_as(weight)
+    read(model, calibration, [layer.mlp.down_proj.register_forward_pre_hook(listen(total))
+                              for layer, total in zip(model.model.layers, squares, strict=True)])
+    return [total.sqrt() for total in squares]

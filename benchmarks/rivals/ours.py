@@ -1,4 +1,7 @@
-"""sentei's own plans for a workload, from dense to the leanest: the solver's front over all rooms, at every price."""
+"""sentei's own plans for a workload, at several speeds: those that `sentei prune --speed` chooses before it proves."""
+
+from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -7,39 +10,48 @@ from sentei.axes.connections import Config
 from sentei.budget import offers as offers_of
 from sentei.budget import slack as slack_of
 from sentei.budget.calibration import Library
+from sentei.budget.chooser import Chooser
+from sentei.budget.goal import Goal
 from sentei.budget.judge import Judge
-from sentei.budget.mixture import Market, rate_of
-from sentei.budget.solver import Candidate, Forecast, uniform
+from sentei.budget.solver import Forecast
 from sentei.budget.workload import Workload
 from sentei.conversion.plan import Plan, prunable_layers
 from sentei.core.storage import Stages
 
-# What the leanest plans may be foreseen to lose, about, in nats; a bound on quality would ask for less.
-NATS = 0.1, 2.0
+
+def whole_plan(model: nn.Module, workload: Workload) -> Plan:
+    """The plan that prunes nothing: all that can be native is."""
+    return slack_of.whole_plan(workload, prunable_layers(model), Config())
 
 
-def front(model: nn.Module, workload: Workload, windows: dict[str, torch.Tensor]) -> list[tuple[float, Candidate]]:
-    """Plans with the speed-up foreseen for each, slowest first.
+def plans(model: nn.Module, workload: Workload, windows: dict[str, torch.Tensor], speeds: tuple[float, ...],
+          work: Path) -> Iterator[tuple[float, Plan]]:
+    """The best plan that is foreseen to be so many times as fast as the one that prunes nothing, for each of `speeds`.
 
     Args:
         model: dense; it is dense afterwards.
-        windows: those that `sentei prune` uses, "calibrate" and "choose".
-    Cost: that of `sentei slack`, some minutes on one core.
+        windows: "calibrate", of which the first is timed, and "choose".
+        work: a folder in which finished stages are kept.
+    Cost: that of the slack and solve stages of `sentei prune`, some minutes.
     """
-    layers, config = prunable_layers(model), Config()
-    library = Library(model, windows["calibrate"], workload.lever)
-    used = {"calibrate": windows["calibrate"][:1], "choose": windows["choose"]}
-    judge = Judge(model, workload, used, Stages(None), {}, library)
-    whole = slack_of.whole_plan(workload, layers, config)
+    chooser, kept = _chooser(model, workload, windows, work)
+    for speed in speeds:
+        goal = Goal(speed=max(1.0, speed * chooser.forecast.dense / kept))
+        yield speed, chooser.solution(goal, lambda: None).ladder[0].plan
+
+
+def _chooser(model: nn.Module, workload: Workload, windows: dict[str, torch.Tensor], work: Path
+             ) -> tuple[Chooser, float]:
+    """A chooser, and the seconds of the plan that prunes nothing."""
+    layers, config, stages = prunable_layers(model), Config(), Stages(work)
+    library, used = Library(model, windows["calibrate"], workload.lever), windows["calibrate"][:1]
+    judge = Judge(model, workload, {"calibrate": used, "choose": windows["choose"]}, stages, {}, library)
+    whole = whole_plan(model, workload)
     dense, kept = (judge.seconds(plan, "calibrate", lambda: None) for plan in (Plan(), whole))
     judge.prepare("choose", lambda: None)
-    slack = slack_of.measure(model, workload, used["calibrate"], layers, config, rules=slack_of.options(workload))
-    offers = offers_of.measure(judge, used["calibrate"], whole)
-    tried = uniform(slack, config, workload)
-    middle = tried[len(tried) // 2]
-    market = Market(slack=slack, offers=offers, config=config, workload=workload, dense=dense,
-                    rate=rate_of([(middle, judge.judge(middle.plan, "choose", lambda: None))], slack))
-    rooms = {"connections", *(offer.entry.room for offer in offers if offer.pays)}
+    slack = slack_of.from_json(stages.run("slack", judge.inputs, lambda: {"layers": slack_of.to_json(slack_of.measure(
+        model, workload, used, layers, config, rules=slack_of.options(workload)))})["layers"])
+    offers = offers_of.from_json(stages.run("offers", judge.inputs, lambda: {"offers": offers_of.to_json(
+        offers_of.measure(judge, windows["choose"], whole))})["offers"])
     forecast = Forecast.made(slack, workload, dense=dense, whole=kept)
-    plans = {candidate.plan: candidate for nats in NATS for candidate in market.plans(nats, rooms)}
-    return sorted(((forecast(candidate), candidate) for candidate in plans.values()), key=lambda pair: pair[0])
+    return Chooser(judge=judge, slack=slack, offers=offers, config=config, forecast=forecast), kept

@@ -1,15 +1,16 @@
-"""The results page: what each rival costs at each speed, and by how much it is behind or ahead of sentei."""
+"""The results page: what each rival costs at equal speeds, and by how much it is behind or ahead of sentei."""
 
-import json
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.publish import table, write_result
-from benchmarks.rivals.table import OURS, RIVALS
+from benchmarks.rivals.bench import key_of, timed_as
+from benchmarks.rivals.curve import Point, at
+from benchmarks.rivals.points import Points
+from benchmarks.rivals.table import CALM, DEPTH, OURS, RIVALS
 
-READS = {"itself": "prompt read by itself", "dense": "prompt read by the dense model"}
-HEAD = ["at", "what", "setting", "speed-up (of pairs)", "ratio (95 %)", "sentei at least as fast", "÷ sentei's ratio"]
+TARGETS = (1.2, 1.5, 2.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,85 +19,146 @@ class Row:
 
     Args:
         name, setting: of the rival.
-        speeds: dense ÷ pruned seconds, pair by pair.
-        quality: perplexity ratio, its interval, and the dense perplexity, by who has read the prompt.
+        speeds: dense ÷ pruned seconds, both with native layers, turn by turn.
+        over: the same with transformers' own dense model.
+        quality: the line of its quality, by the minutes of healing.
     """
 
     name: str
-    setting: str
+    setting: float
     speeds: tuple[float, ...]
-    quality: dict[str, list[float]]
+    over: tuple[float, ...]
+    quality: dict[float, dict]
 
     @property
     def speed(self) -> float:
         """The median of the pairs."""
         return statistics.median(self.speeds)
 
-
-def rows_of(found: dict) -> list[Row]:
-    """Everything that was both timed and judged."""
-    return [Row(name=name, setting=setting, quality=kinds["quality"][setting], speeds=tuple(
-        dense / pruned for dense, pruned in zip(seconds["dense"], seconds["pruned"], strict=True)))
-        for name, kinds in found.items() if isinstance(kinds, dict)
-        for setting, seconds in kinds.get("times", {}).items() if setting in kinds.get("quality", {})]
+    def point(self, minutes: float) -> Point:
+        """Its place on a curve."""
+        return Point(speed=self.speed, **{name: self.quality[minutes][name] for name in ("ratio", "low", "high")})
 
 
-def beside(row: Row, ours: list[Row]) -> Row | None:
-    """The best of sentei's plans that are at least as fast as a row; None where there is none."""
-    return min((our for our in ours if our.speed >= row.speed), key=lambda our: our.quality["itself"][0], default=None)
+def rows_of(results: Path, workload: str) -> list[Row]:
+    """Every newest recipe for a workload that was timed with native layers, by rival and setting."""
+    recipes, quality, times = (Points(results / f"{kind}.jsonl") for kind in ("recipes", "quality", "times"))
+    newest = {(row["rival"], row["setting"]): row["recipe"] for row in recipes.rows
+              if row["workload"] in (None, workload)}
+    rows: list[Row] = []
+    for (name, setting), recipe in sorted(newest.items(), key=lambda item: item[0][0] == CALM):
+        timed = times.where(workload=workload, way="native", key=timed_as(recipe))
+        judged = {line["healed"]: line for line in quality.where(workload=workload, key=key_of(recipe))}
+        speeds = over = ()
+        if timed:
+            speeds, over = (tuple(dense / pruned for dense, pruned in zip(timed[-1][who], timed[-1]["pruned"],
+                                                                          strict=True))
+                            for who in ("dense", "transformers"))
+        elif "ran" in recipe and judged:
+            speeds = over = (_as_fast(recipe, {len(newest[DEPTH, row.setting]["layers"]): row.speed for row in rows
+                                               if row.name == DEPTH}),)
+        if speeds:
+            rows.append(Row(name=name, setting=setting, speeds=speeds, over=over, quality=judged))
+    return rows
 
 
-def lines(found: dict, targets: tuple[float, ...], who: str) -> list[list[str]]:
-    """The table's rows, by target, for one way of reading the prompt."""
-    rows = [row for row in rows_of(found) if who in row.quality]
-    ours = [row for row in rows if row.name == OURS]
-    ordered = sorted(rows, key=lambda row: (_target(row, targets), row.name != OURS, row.quality[who][0]))
-    return [_line(row, beside(row, ours), _target(row, targets), who) for row in ordered]
+def _as_fast(recipe: dict, speeds: dict[int, float]) -> float:
+    """The speed of a model with as many layers as ran on the mean.
+
+    Args:
+        speeds: of models by the number of their layers; between two the time is linear, and beyond them as between
+            the two nearest.
+    """
+    known = sorted({len(recipe["layers"]): 1.0, **speeds}.items())
+    ran = recipe["ran"]
+    place = next((at for at, (layers, _) in enumerate(known[1:-1], 1) if layers >= ran), len(known) - 1)
+    (few, fast), (many, slow) = known[place - 1:place + 1]
+    return 1 / (1 / fast + (ran - few) / (many - few) * (1 / slow - 1 / fast))
 
 
-def _target(row: Row, targets: tuple[float, ...]) -> float:
-    """The nearest; 1 for what is no faster than half the way to the first."""
-    return min((1.0, *targets), key=lambda target: abs(1 / target - 1 / row.speed))
+def curves(rows: list[Row], minutes: float) -> dict[str, list[Point]]:
+    """The points of every rival, and of sentei, that were healed so long."""
+    found: dict[str, list[Point]] = {}
+    for row in rows:
+        if minutes in row.quality:
+            found.setdefault(row.name, []).append(row.point(minutes))
+    return found
 
 
-def _line(row: Row, our: Row | None, target: float, who: str) -> list[str]:
-    ratio, low, high = row.quality[who][:3]
-    setting = "a plan of all rooms" if row.name == OURS else row.setting
-    setting += f" {RIVALS[row.name].setting}" if row.name in RIVALS else ""
-    against = ["–", "none as fast"] if our is None else [
-        f"{our.speed:.2f}x, {_short(our.quality[who][0])}", f"**{_short(ratio / our.quality[who][0])}**"]
-    return [f"{target:g}x", row.name, setting, f"{row.speed:.2f} ({min(row.speeds):.2f} to {max(row.speeds):.2f})",
-            f"{_short(ratio)} ({_short(low)} to {_short(high)})", *(["", ""] if row.name == OURS else against)]
+def compared(points: dict[str, list[Point]]) -> list[list[str]]:
+    """A line a rival: the ratio at each target, and how many times sentei's it is."""
+    lines = []
+    for name in sorted(points, key=lambda name: name != OURS):
+        line = [f"**{name}**" if name == OURS else name]
+        for target in TARGETS:
+            here, our = at(points[name], target), at(points.get(OURS, []), target)
+            line.append(_words(here, points[name]))
+            line.append("" if name == OURS or None in (here, our) else f"**{_short(here.ratio / our.ratio)}**")
+        lines.append(line)
+    return lines
+
+
+def _words(point: Point | None, points: list[Point]) -> str:
+    if point is None:
+        return f"not reached ({max(each.speed for each in points):.2f})"
+    return f"{_short(point.ratio)} ({_short(point.low)} to {_short(point.high)})"
 
 
 def _short(value: float) -> str:
     return f"{value:.3f}" if value < 10 else f"{value:,.1f}" if value < 1000 else f"{value:.1e}"
 
 
-def verdict(found: dict, who: str) -> str:
-    """In how many rows sentei is ahead, and in which it is not."""
-    rows = [row for row in rows_of(found) if who in row.quality]
-    ours = [row for row in rows if row.name == OURS]
-    pairs = [(row, beside(row, ours)) for row in rows if row.name != OURS]
-    behind = [f"{row.name} at {row.speed:.2f}x ({_short(row.quality[who][0])} against {_short(our.quality[who][0])})"
-              for row, our in pairs if our is not None and row.quality[who][0] <= our.quality[who][0]]
-    alone = [f"{row.name} at {row.speed:.2f}x" for row, our in pairs if our is None]
-    text = f"sentei is ahead in {len(pairs) - len(behind) - len(alone)} of {len(pairs)} rows at equal or higher speed."
-    text += f" **sentei loses to**: {'; '.join(behind)}." if behind else ""
-    return text + (f" No plan of sentei's that was timed is as fast as: {'; '.join(alone)}." if alone else "")
+def verdict(points: dict[str, list[Point]]) -> str:
+    """At how many speeds of rivals sentei is ahead, and at which it is not."""
+    ahead, behind, alone = 0, [], []
+    for name, own in points.items():
+        for target in TARGETS if name != OURS else ():
+            here, our = at(own, target), at(points.get(OURS, []), target)
+            if here is not None and our is None:
+                alone.append(f"{name} at {target:g}")
+            elif here is not None and here.ratio <= our.ratio:
+                behind.append(f"{name} at {target:g} ({_short(here.ratio)} against {_short(our.ratio)})")
+            elif here is not None:
+                ahead += 1
+    text = f"sentei is ahead in {ahead} of {ahead + len(behind) + len(alone)} comparisons."
+    text += f" **It loses to**: {'; '.join(behind)}." if behind else ""
+    return text + (f" No plan of its own is as fast as: {'; '.join(alone)}." if alone else "")
 
 
-def write_page(about: str, work: Path, targets: tuple[float, ...]) -> Path:
-    """Writes the page of everything in a folder."""
-    notes = work / "notes.md"
+def measured(rows: list[Row]) -> list[list[str]]:
+    """A line for everything that was measured."""
+    lines = []
+    for row in sorted(rows, key=lambda row: (row.name, row.setting)):
+        words = "asked for this speed" if row.name == OURS else RIVALS[row.name].setting
+        lines.append([row.name, f"{row.setting:g} {words}", f"{row.speed:.2f} ({min(row.speeds):.2f} to "
+                      f"{max(row.speeds):.2f})", f"{statistics.median(row.over):.2f}", *(
+            "; ".join(f"{_short(line['ratio'])} ({_short(line['low'])} to {_short(line['high'])})" + (
+                f", {minutes:g} min" if minutes else "") for minutes, line in sorted(row.quality.items())
+                if bool(minutes) == after) for after in (False, True))])
+    return lines
+
+
+def parts_of(results: Path, workload: str) -> list[str]:
+    """A workload's part of the page."""
+    rows = rows_of(results, workload)
+    lengths = sorted({minutes for row in rows for minutes in row.quality})
+    dense = next(line["dense"] for row in rows for line in row.quality.values())
+    native = statistics.median(over / speed for row in rows for over, speed in zip(row.over, row.speeds, strict=True))
+    parts = [f"## {workload}", f"Dense perplexity {dense:.2f}. Nothing pruned, with native layers, is {native:.2f} "
+             "times as fast as transformers; speeds below are on top of that, but for the column that says otherwise."]
+    head = ["what", *(words for target in TARGETS for words in (f"ratio at {target:g}", "÷ sentei's"))]
+    for minutes in lengths:
+        points = curves(rows, minutes)
+        parts += [f"### {f'Healed for {minutes:g} minutes of processor time' if minutes else 'Unhealed'}",
+                  verdict(points), table(head, compared(points))]
+    return [*parts, "### What was measured", table(["what", "setting", "speed (of pairs)", "over transformers",
+                                                    "ratio (95 %)", "healed"], measured(rows))]
+
+
+def write_page(about: str, results: Path) -> Path:
+    """Writes the page of everything in a folder, with its notes first."""
+    notes = results / "notes.md"
     parts = [notes.read_text(encoding="utf-8").strip()] if notes.exists() else []
-    for path in sorted(work.glob("*-*.json")):
-        found = json.loads(path.read_text())
-        for who, words in READS.items():
-            rows = lines(found, targets, who)
-            if rows:
-                decoded = path.stem.startswith("decode")
-                dense = next(row.quality[who][3] for row in rows_of(found) if who in row.quality)
-                parts += [f"## {path.stem.replace('-', ':')}{f', {words}' if decoded else ''}",
-                          f"Dense perplexity {dense:.2f}. {verdict(found, who)}", table(HEAD, rows)]
+    for workload in dict.fromkeys(row["workload"] for row in Points(results / "times.jsonl").rows):
+        parts += parts_of(results, workload)
     return write_result("rivals", about, parts)

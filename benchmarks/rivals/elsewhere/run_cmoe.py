@@ -1,7 +1,7 @@
-"""A dense network put into experts as CMoE (arXiv 2502.04416): python run_cmoe.py MODEL CALIBRATION SHARED ACTIVE OUT.
+"""A dense network put into experts as CMoE (arXiv 2502.04416): python run_cmoe.py MODEL CALIBRATION NUMBER OUT.
 
 Written from the paper's formulas; it needs scipy for the exact assignment, and knows nothing of sentei. Of EXPERTS
-experts of equal size SHARED are for all tokens and each token chooses ACTIVE. Nothing is trained.
+experts of equal size NUMBER are for all tokens and each token chooses as many. Nothing is trained.
 
     h = silu(x̂ Ĝᵀ) · (x̂ Ûᵀ)     inputs and rows of the weights of norm 1
     A[t, f] = 1 where |h[t, f]| is among the MARKED largest of its token
@@ -13,7 +13,7 @@ import json
 import sys
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from scipy.optimize import linear_sum_assignment
 from transformers import AutoModelForCausalLM
 
@@ -42,7 +42,7 @@ def split(marks, shared):
 @torch.no_grad()
 def main():
     """Marks, splits and writes."""
-    folder, calibration, shared, active, out = sys.argv[1:]
+    folder, calibration, number, out = sys.argv[1:]
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     marks = {index: [] for index in range(len(model.model.layers))}
 
@@ -61,12 +61,11 @@ def main():
         layer.mlp.register_forward_pre_hook(listen(index, layer.mlp))
     for row in load_file(calibration)["tokens"]:
         model.model(input_ids=row[None], use_cache=False)
-    state = {}
-    for index, found in marks.items():
-        names = (f"model.layers.{index}.mlp.{name}_neurons" for name in ("shared", "expert", "router"))
-        state |= dict(zip(names, split(torch.cat(found), int(shared)), strict=True))
-    facts = {"kept": list(marks), "active": int(active)}
-    save_file(state, out, {name: json.dumps(value) for name, value in facts.items()})
+    parts = [split(torch.cat(found), int(number)) for found in marks.values()]
+    names = "shared", "experts", "routers"
+    layers = [{name: ids.tolist() for name, ids in zip(names, part, strict=True)} for part in parts]
+    with open(out, "w", encoding="utf-8") as file:
+        json.dump({"package": "CMoE from the paper's formulas", "experts": layers, "active": int(number)}, file)
 
 
 if __name__ == "__main__":

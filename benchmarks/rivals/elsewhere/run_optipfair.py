@@ -1,8 +1,8 @@
-"""optipfair prunes a model: python run_optipfair.py MODEL CALIBRATION WIDTH_OR_DEPTH AMOUNT OUT.
+"""optipfair prunes a model: python run_optipfair.py MODEL CALIBRATION PER_CENT OUT.
 
-It knows nothing of sentei. WIDTH: AMOUNT per cent of the neurons of every gated network, by the package's own default
-(peak-to-peak size of the weights) together with activations on the calibration text, which it calls hybrid. DEPTH:
-AMOUNT layers, the least important by `analyze_layer_importance` on that text, as its README goes about it.
+It knows nothing of sentei. So many per cent of the neurons of every gated network go, by the package's own default
+(peak-to-peak size of the weights) together with activations on the calibration text, which it calls hybrid. What is
+left is told by comparing weights.
 """
 
 import json
@@ -10,25 +10,22 @@ import sys
 
 import optipfair
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-folder, calibration, kind, amount, out = sys.argv[1:]
+folder, calibration, amount, out = sys.argv[1:]
 model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-dense = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+dense = [layer.mlp.up_proj.weight.detach().clone() for layer in model.model.layers]
 rows = load_file(calibration)["tokens"]
 batches = torch.utils.data.DataLoader([{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in rows])
-layers = list(range(model.config.num_hidden_layers))
-if kind == "depth":
-    scores = optipfair.analyze_layer_importance(model, batches, show_progress=False)
-    gone = sorted(scores, key=scores.get)[:int(amount)]
-    kept = [layer for layer in layers if layer not in gone]
-    pruned = optipfair.prune_model(model, pruning_type="DEPTH", layer_indices=gone, show_progress=False)
-    assert len(pruned.model.layers) == len(kept)
-    state = {}
-else:
-    kept = layers
-    pruned = optipfair.prune_model(model, pruning_percentage=float(amount), dataloader=batches, show_progress=False)
-    state = {name: tensor.contiguous() for name, tensor in pruned.state_dict().items()
-             if tensor.shape != dense[name].shape or not torch.equal(tensor, dense[name])}
-save_file(state, out, {"kept": json.dumps(kept), "package": json.dumps(f"optipfair {optipfair.__version__}")})
+pruned = optipfair.prune_model(model, pruning_percentage=float(amount), dataloader=batches, show_progress=False)
+neurons = []
+for before, layer in zip(dense, pruned.model.layers, strict=True):
+    after, kept = layer.mlp.up_proj.weight, []
+    for number, row in enumerate(before):
+        if len(kept) < len(after) and torch.equal(row, after[len(kept)]):
+            kept.append(number)
+    assert len(kept) == len(after), "rows of other weights"
+    neurons.append(kept)
+with open(out, "w", encoding="utf-8") as file:
+    json.dump({"package": f"optipfair {optipfair.__version__}", "neurons": neurons}, file)

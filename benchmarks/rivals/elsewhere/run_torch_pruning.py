@@ -1,9 +1,9 @@
-"""torch-pruning prunes a model: python run_torch_pruning.py MODEL CALIBRATION WHAT RATIO OUT.
+"""torch-pruning prunes a model: python run_torch_pruning.py MODEL CALIBRATION WHAT PER_CENT OUT.
 
 It knows nothing of sentei. WHAT is "example", as in the package's own example for language models: the width of the
 stream, the neurons and the heads by one ratio, from group magnitudes; "widths": the same without the heads; or
 "network": the neurons alone, which that example does not do but which spares what hurts most. Magnitudes need no
-calibration text.
+calibration text. What is left is told by comparing weights.
 """
 
 import json
@@ -12,13 +12,24 @@ from importlib.metadata import version
 
 import torch
 import torch_pruning as tp
-from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
-folder, calibration, what, ratio, out = sys.argv[1:]
+
+def kept(before, after):
+    """The rows of one matrix that another is made of, in order."""
+    found = []
+    for number, row in enumerate(before):
+        if len(found) < len(after) and torch.equal(row, after[len(found)]):
+            found.append(number)
+    assert len(found) == len(after), "rows of other weights"
+    return found
+
+
+folder, _, what, percent, out = sys.argv[1:]
 model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 model.config.use_cache = False
-ratio, ends = float(ratio), [model.lm_head]
+ratio, ends = float(percent) / 100, [model.lm_head]
+dense = {name: tensor.clone() for name, tensor in model.state_dict().items()}
 heads = {}
 for layer in model.model.layers:
     attention = layer.self_attn
@@ -38,6 +49,9 @@ pruner = tp.pruner.BasePruner(
     round_to=4, output_transform=lambda output: output.logits)
 for group in pruner.step(interactive=True):
     group.prune()
-state = {name: tensor.contiguous().clone() for name, tensor in model.state_dict().items()}
-save_file(state, out, {"kept": json.dumps(list(range(len(model.model.layers)))),
-                       "package": json.dumps(f"torch-pruning {version('torch-pruning')}")})
+stream = kept(dense["model.embed_tokens.weight"].T, model.model.embed_tokens.weight.detach().T)
+neurons = [kept(dense[f"model.layers.{number}.mlp.up_proj.weight"][:, stream], layer.mlp.up_proj.weight)
+           for number, layer in enumerate(model.model.layers)]
+left = {"neurons": neurons} | ({"stream": stream} if what != "network" else {})
+with open(out, "w", encoding="utf-8") as file:
+    json.dump({"package": f"torch-pruning {version('torch-pruning')}", **left}, file)
