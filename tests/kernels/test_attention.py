@@ -232,6 +232,19 @@ def test_a_scale_that_is_not_finite_is_refused(scale):
         attend(Q, K, V, DENSE, scale=scale)
 
 
+@any_tile
+@pytest.mark.parametrize("scale", [0.0, -0.4])
+@pytest.mark.parametrize("causal", [True, False])
+def test_scores_may_count_for_nothing_or_against(impl, scale, causal):
+    """Torch's own causal kernel gives NaN there."""
+    query, key, value = (torch.randn(1, 40, 2, 8, generator=torch.Generator().manual_seed(i)) for i in range(3))
+    scores = torch.einsum("bqhd,bkhd->bhqk", query, key) * scale
+    scores = scores.masked_fill(torch.ones(40, 40).triu(1).bool(), -torch.inf) if causal else scores
+    tiles = Tiles(grid=Grid(num_queries=40, num_keys=40, query_block=16, key_block=16, causal=causal))
+    torch.testing.assert_close(attend(query, key, value, tiles, scale=scale, impl=impl),
+                               torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), value))
+
+
 def test_auto_says_what_it_chose_and_why():
     name, reason = choose_impl("auto", Q, K, V, DENSE)
     assert name in IMPLS and reason

@@ -90,5 +90,42 @@ def test_where_torchs_kernel_would_need_a_mask_ours_is_taken_unmeasured(change, 
     assert choose_impl("auto", query.double(), key.double(), value.double(), tiles)[0] == "eager"
 
 
+def test_what_is_trained_is_measured_with_its_gradients(monkeypatch):
+    """A kernel whose backward is slow."""
+    now = [0.0]
+    monkeypatch.setattr(gains.time, "perf_counter", lambda: now[0])
+
+    class Slow(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, query, seconds):
+            ctx.seconds = seconds
+            now[0] += 1.0
+            return query * 1.0
+
+        @staticmethod
+        def backward(ctx, gradient):
+            now[0] += ctx.seconds
+            return gradient, None
+
+    def attend(seconds):
+        return lambda query, key, value, *_, **__: Slow.apply(query, seconds) + 0 * (key.sum() + value.sum())
+
+    monkeypatch.setattr(auto.eager, "attend", attend(5.0))
+    monkeypatch.setattr(auto.fused_cpp, "attend", attend(2.0))
+    query, key, value = tensors()
+    for wanted, name, gain in ((False, "eager", "1.00"), (True, "fused_cpp", "2.00")):
+        found = choose_impl("auto", query.requires_grad_(wanted), key, value, DENSE)
+        assert found == (name, f"measured here: fused_cpp is {gain} times as fast as torch's own kernel")
+
+
+@pytest.mark.parametrize("blocks", [{"query_block": 128}, {"key_block": 32}], ids=str)
+def test_blocks_of_any_size_are_measured_for_themselves(blocks, monkeypatch):
+    clock(monkeypatch, 3.0, 2.0)
+    with torch.no_grad():
+        assert choose_impl("auto", *tensors(), Tiles(grid=replace(DENSE.grid, **blocks)))[0] == "fused_cpp"
+        clock(monkeypatch, 2.0, 3.0)
+        assert choose_impl("auto", *tensors(), DENSE)[0] == "eager"
+
+
 def test_the_log_sum_exp_of_everything_is_ours_to_make():
     assert choose_impl("auto", *tensors(), DENSE, return_lse=True)[0] == "fused_cpp"

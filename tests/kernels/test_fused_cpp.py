@@ -24,6 +24,8 @@ LARGER = [
     Case(name="padded", queries=90, keys=90, tile=(32, 16), lengths=((17, 90), (0, 41))),
     *(Case(name=f"far below a cap of {cap:g}", queries=70, keys=70, tile=(64, 64), softcap=cap, logits=3.0)
       for cap in (9.0, 1e3, 1e6, 1e9)),
+    *(Case(name=f"far above a cap of {cap:g}", queries=70, keys=70, tile=(64, 64), softcap=cap, logits=3.0)
+      for cap in (0.1, 1e-3)),
 ]
 
 
@@ -196,8 +198,8 @@ def test_a_row_of_the_batch_is_alone(name):
 
 @needs_library
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_keys_of_no_width_all_weigh_the_same(dtype):
-    """The sanitizers see what is read of them."""
+def test_keys_of_no_width_all_weigh_the_same(dtype, machine_or_pairs):
+    """What is read of them the sanitizers see (`make test-sanitized`)."""
     key, value = torch.zeros(1, 5, 2, 0, dtype=dtype), torch.arange(80, dtype=dtype).view(1, 5, 2, 8)
     tiles = Tiles(grid=Grid(num_queries=5, num_keys=5, query_block=16, key_block=16, causal=False))
     found = fused_cpp.attend(key, key, value, tiles, scale=0.3)

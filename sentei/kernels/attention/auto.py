@@ -2,8 +2,8 @@
 
 A plan that names tiles goes to the kernel that skips; this is about the plan that is everything, where torch's own
 kernel is the one to beat, unless it would need a mask, n by n: padding, a window, fewer queries than keys. Kinds are
-told apart by dtype, heads, widths, causality, threads and a power of two of the length, and are measured on random
-tensors of LONGEST tokens at most.
+told apart by dtype, heads, widths, causality, threads, blocks, whether gradients are wanted and a power of two of the
+length, and are measured on random tensors of LONGEST tokens at most. Below SHORTEST tokens torch's is taken unmeasured.
 """
 
 from functools import partial
@@ -17,7 +17,7 @@ from sentei.kernels.attention.tiles import Grid, Tiles
 
 SHORTEST, LONGEST = 512, 2048
 MARGIN = 1.02  # below this a gain is noise, and torch's own kernel keeps the call
-BLOCK = 64
+BLOCK = 64  # of plans that say nothing else
 
 
 def fused(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, tiles: Tiles,
@@ -50,25 +50,33 @@ def dense(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, tiles: Ti
     uneven = grid.num_queries != grid.num_keys
     if grid.lengths is not None or grid.window is not None or (grid.causal and uneven and grid.num_queries > 1):
         return fused(query, key, value, tiles, "torch's own kernel needs a mask of every pair for this plan")
-    if uneven or grid.query_block != BLOCK or grid.key_block != BLOCK:
-        return "eager", known
-    wants_gradients = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value))
-    if wants_gradients or not is_plain_call() or fused_cpp.refusal(query, key, value):
+    if uneven or not is_plain_call() or fused_cpp.refusal(query, key, value):
         return "eager", known  # what a mode or autocast makes of a call must not be measured and remembered
+    trained = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value))
     sizes, threads = (query.shape[2], key.shape[2], query.shape[3], value.shape[3]), torch.get_num_threads()
     tokens = min(LONGEST, 1 << (grid.num_queries.bit_length() - 1))
-    gain, origin = gains.gain(("attention", query.dtype, sizes, grid.causal, tokens, threads),
-                              lambda: _ways(query.dtype, sizes, grid.causal, tokens))
+    alike = Grid(num_queries=tokens, num_keys=tokens, query_block=grid.query_block, key_block=grid.key_block,
+                 causal=grid.causal)
+    case = ("attention", query.dtype, sizes, grid.causal, tokens, threads)
+    case += ("blocks", grid.query_block, grid.key_block) if (grid.query_block, grid.key_block) != (BLOCK, BLOCK) else ()
+    case += ("with gradients",) if trained else ()
+    gain, origin = gains.gain(case, lambda: _ways(query.dtype, sizes, alike, trained))
     name = "fused_cpp" if gain >= MARGIN else "eager"
     return name, f"{origin}: fused_cpp is {gain:.2f} times as fast as torch's own kernel"
 
 
-def _ways(dtype: torch.dtype, sizes: tuple[int, int, int, int], causal: bool, tokens: int) -> gains.Ways:
-    """Torch's kernel and ours on random tensors."""
+def _ways(dtype: torch.dtype, sizes: tuple[int, int, int, int], grid: Grid, trained: bool) -> gains.Ways:
+    """Torch's kernel and ours on random tensors; with the gradients of what a loss is of its output, if `trained`."""
     heads, groups, width, value_width = sizes
     generator = torch.Generator("cpu").manual_seed(0)
-    tensors = [torch.randn(1, tokens, *shape, generator=generator, device="cpu").to(dtype) for shape in (
-        (heads, width), (groups, width), (groups, value_width))]
-    tiles = Tiles(grid=Grid(num_queries=tokens, num_keys=tokens, query_block=BLOCK, key_block=BLOCK, causal=causal))
-    return tuple(torch.no_grad()(partial(impl.attend, *tensors, tiles, scale=width ** -0.5))
-                 for impl in (eager, fused_cpp))
+    tensors = [torch.randn(1, grid.num_keys, *shape, generator=generator, device="cpu").to(dtype)
+               for shape in ((heads, width), (groups, width), (groups, value_width))]
+    tensors = [tensor.requires_grad_(trained) for tensor in tensors]
+
+    def way(impl) -> None:
+        with torch.set_grad_enabled(trained):
+            output = impl.attend(*tensors, Tiles(grid=grid), scale=width ** -0.5)
+            if trained:
+                torch.autograd.grad(output, tensors, torch.ones_like(output))
+
+    return partial(way, eager), partial(way, fused_cpp)

@@ -37,6 +37,8 @@ def _dense(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, grid: Gr
     values once a head, which at a token decoded takes MHA's time whatever the cache saves.
     """
     query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
+    if scale <= 0:  # torch's causal kernel multiplies minus infinity by it
+        query, scale = query * scale, 1.0
     heads = query.shape[1]
     if grid.num_queries == 1:
         query = query.reshape(query.shape[0], key.shape[1], heads // key.shape[1], query.shape[-1])

@@ -54,11 +54,9 @@ INLINE void raise(const Sizes& s, int rows, Scratch& t) {
   for (int r = 0; r < rows; ++r) {
     const float largest = Simd<L>::largest(t.scores.data() + r * s.columns, s.columns);
     if (!(largest > t.bound[r])) continue;
-    const bool first = t.bound[r] == kNone;
-    const float shrink = std::exp2(t.base[r] - largest);
-    t.base[r] = largest;
-    t.bound[r] = largest + kSlack;
-    if (first) continue;  // nothing is summed yet
+    const float before = std::exchange(t.base[r], largest), bound = std::exchange(t.bound[r], largest + kSlack);
+    if (bound == kNone) continue;  // nothing is summed yet
+    const float shrink = std::exp2(before - largest);
     float *sum = t.sum.data() + r * kColumns, *output = t.output.data() + r * s.value_width;
     Simd<L>::store(sum, Simd<L>::load(sum) * shrink);
     for (int d = 0; d < s.value_width; d += L) Simd<L>::store(output + d, Simd<L>::load(output + d) * shrink);
@@ -91,8 +89,7 @@ INLINE void attend_item(const Problem& p, const Sizes& s, int64_t number, const 
   if constexpr (Pairs) {
     const Vectors query = queries_of(p).row(item.row);
     for (int r = 0; r < rows; ++r)
-      std::copy_n(query.halves(item.first + r), s.width,
-                  reinterpret_cast<uint16_t*>(t.query.data()) + int64_t(r) * s.width);
+      query.copy(item.first + r, t.query.data() + r * (s.width / 2));
   } else {
     load_queries(p, item.row, item.first, rows, 1, t.query.data());
   }

@@ -147,6 +147,11 @@ struct Vectors {
   // One token's vector where it is bfloat16.
   INLINE const uint16_t* halves(int64_t token) const { return static_cast<const uint16_t*>(data) + token * stride; }
 
+  // One token's vector as it is, where it is bfloat16; pairs are in the place of floats.
+  INLINE void copy(int64_t token, float* to) const {
+    if (width) std::memcpy(to, halves(token), width * sizeof(uint16_t));  // there may be no memory where it is 0
+  }
+
   // One token's vector, times a factor.
   INLINE void read(int64_t token, float* to, float factor = 1.0f) const {
     if (bfloat16) {
@@ -181,8 +186,7 @@ INLINE void read_turned(const Vectors& from, int64_t first, int count, float fac
 // The same of bfloat16 numbers as they are, neighbours of a vector as a pair in the place of a float: [width / 2][line].
 INLINE void pair_turned(const Vectors& from, int64_t first, int count, float* to, int64_t line, float* room) {
   const int64_t pairs = from.width / 2;
-  for (int j = 0; j < count; ++j)
-    std::copy_n(from.halves(first + j), from.width, reinterpret_cast<uint16_t*>(room) + j * from.width);
+  for (int j = 0; j < count; ++j) from.copy(first + j, room + j * pairs);
   transpose(room, pairs, count, int(pairs), to, line);
 }
 

@@ -223,7 +223,7 @@ INLINE void score_item(const Work& w, int64_t choice, float* scores) {
     }
     Vec sum{};
     for (int64_t c = 0; c < w.line; c += L) sum += Simd<L>::exp2(Simd<L>::load(row + c) - top);
-    const float all = top + std::log2(Simd<L>::fold(sum, [](auto a, auto b) INLINE_LAMBDA { return a + b; }));
+    const float all = top + std::log2(Simd<L>::total(sum));
     is_nan |= all != all;
     for (int64_t c = 0; c < w.line; c += L) Simd<L>::store(row + c, Simd<L>::load(row + c) - all);
   }

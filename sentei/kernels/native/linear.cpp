@@ -64,7 +64,7 @@ INLINE void outputs(const Linear& p, const float* inputs, int64_t first) {
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
     for (int k = 0; k < K; ++k) {
-      const float total = Simd<L>::fold(sum[r][k], [](auto a, auto b) INLINE_LAMBDA { return a + b; });
+      const float total = Simd<L>::total(sum[r][k]);
       const auto* bias = static_cast<const Number*>(p.bias);
       const float value = bias ? total + Kind::widen(bias[first + k]) : total;
       const int64_t at = r * p.outputs + first + k;
@@ -194,7 +194,7 @@ INLINE void norm(const Norm& p) {
     Number rest[2 * L]{};
     std::copy(from + i, from + p.width, rest);
     add(rest);
-    const float total = Simd<L>::fold(sum[0] + sum[1], [](auto a, auto b) INLINE_LAMBDA { return a + b; });
+    const float total = Simd<L>::total(sum[0] + sum[1]);
     const float factor = 1.0f / std::sqrt(total / float(p.width) + p.epsilon);
     for (int64_t j = 0; j < p.width; ++j)
       to[j] = Kind::narrow(Kind::widen(from[j]) * factor * (p.shift + Kind::widen(weight[j])));
@@ -221,7 +221,7 @@ INLINE void read(const float* from, int64_t count, float* total) {
 #pragma GCC unroll 8
     for (int v = 0; v < 8; ++v) sum[v] += Simd<L>::load(from + i + v * L);
   for (int v = 1; v < 8; ++v) sum[0] += sum[v];
-  *total = Simd<L>::fold(sum[0], [](auto a, auto b) INLINE_LAMBDA { return a + b; });
+  *total = Simd<L>::total(sum[0]);
 }
 ON_EVERY_MACHINE(read, (const float* from, int64_t count, float* total), (from, count, total))
 

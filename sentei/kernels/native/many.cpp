@@ -138,7 +138,7 @@ void linear_of_many(const Linear& p, bool half, int64_t threads, int64_t machine
         const int64_t columns = std::min(each, first + outputs - column);
         blocks.product(room, lines, weights, column, columns, room.c.get());
         write_block_on[way.machine](room.c.get(), lines, columns, weights.bias.data() + column, half,
-                                at(p.output, half, row * p.outputs + begin + column), p.outputs);
+                                   at(p.output, half, row * p.outputs + begin + column), p.outputs);
       }
     });
   }
@@ -171,8 +171,8 @@ void gated_of_many(const Gated& p, bool half, int64_t threads, int64_t machine) 
     }
     for (int64_t part = 0; part < parts; ++part)
       write_block_on[way.machine](sums.get() + part * kLines * kToken, lines, std::min(each, p.outputs - part * each),
-                              down.bias.data() + part * each, half, at(p.output, half, first * p.outputs + part * each),
-                              p.outputs);
+                                 down.bias.data() + part * each, half,
+                                 at(p.output, half, first * p.outputs + part * each), p.outputs);
   });
 }
 
@@ -195,7 +195,7 @@ void heads_of_many(const Heads& p, bool half, int64_t threads, int64_t machine) 
         const int64_t columns = std::min(each, p.outputs[i] - column);
         blocks.product(room, lines, weights[i], column, columns, room.c.get());
         write_block_on[way.machine](room.c.get(), lines, columns, weights[i].bias.data() + column, false,
-                                made[i] + column, total);
+                                   made[i] + column, total);
       }
     }
     for (int64_t r = 0; r < lines; ++r) {

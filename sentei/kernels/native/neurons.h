@@ -43,7 +43,7 @@ INLINE void neurons(const Route& p, const float* x, const int64_t* ids, const fl
       sums[0] += one * Simd<L>::load(x + i);
       sums[1] += two * Simd<L>::load(x + i + L);
     }
-    return Simd<L>::fold(sums[0] + sums[1], [](auto a, auto b) INLINE_LAMBDA { return a + b; });
+    return Simd<L>::total(sums[0] + sums[1]);
   };
   for (int64_t k = 0; k < slots; ++k) {
     if (ids[k] < 0) continue;

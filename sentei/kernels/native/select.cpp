@@ -174,7 +174,7 @@ INLINE void load_rows(const Estimate& e, const Cut& cut, int64_t row, int64_t bl
       for (int64_t r = 0; r < cut.exact_rows; ++r, to += line) {
         const int64_t i = s * p.query_block + cut.first + r * cut.step;
         if (i >= p.queries) std::fill_n(to, width, 0.0f);
-        else if (Pairs) std::copy_n(query.halves(i), width, reinterpret_cast<uint16_t*>(to));
+        else if (Pairs) query.copy(i, to);
         else query.read(i, to, p.scale * kLog2E);
       }
     }
@@ -294,7 +294,7 @@ INLINE float pooled(const float* shares, int rows, bool square) {
     const auto share = Simd<L>::load(shares + r);
     lanes += square ? share * share : share;
   }
-  float sum = Simd<L>::fold(lanes, [](auto a, auto b) INLINE_LAMBDA { return a + b; });
+  float sum = Simd<L>::total(lanes);
   for (; r < rows; ++r) sum += square ? shares[r] * shares[r] : shares[r];
   const float mean = sum / rows, share = square ? std::sqrt(mean) : mean;
   return std::log(share < std::numeric_limits<float>::min() ? std::numeric_limits<float>::min() : share);
@@ -376,7 +376,7 @@ int sentei_choice_size() { return int(sizeof(Choice)); }
 // Whether `sentei_estimate` takes bfloat16 numbers, for kExact.
 int sentei_takes_pairs(int64_t machine) { return takes_pairs(machine); }
 
-// Both return 0, or 1 when memory ran out; what they were to fill is then unfinished.
+// Returns a Status; unless it is kDone the shares are unfinished.
 int sentei_estimate(const Estimate* estimate) {
   return status_of([&] {
     const Estimate& e = *estimate;

@@ -324,7 +324,7 @@ struct Simd {
       const Vec square = ratio * ratio;
       const Vec series = (((square * (62.0f / 2835) - 17.0f / 315) * square + 2.0f / 15) * square - 1.0f / 3) * square;
       store(row + j, square < 0.09f ? score + score * series : cap - 2 * cap / (grown + 1.0f));
-      const Vec slope = 4.0f * grown * part * part;
+      const Vec slope = grown * part * (4.0f * part);  // 4 · grown may be too large for a float
       if (slopes) store(slopes + j, slope == slope ? slope : Vec{});
     }
   }

@@ -262,7 +262,8 @@ struct Pick {
     for (int v = 0; v < V; ++v) S::store(to + v * L, sum[v]);
   }
 
-  static INLINE void gather_all(const Vectors& vectors, const int32_t* ids, const float* weights, int count, float* to) {
+  static INLINE void gather_all(const Vectors& vectors, const int32_t* ids, const float* weights, int count,
+                                float* to) {
     const float* from = vectors.at(0);
     const int64_t stride = vectors.stride;
     int64_t d = 0;
@@ -422,9 +423,10 @@ INLINE void topk_keys(const TopKBackward& w, const Problem& p, int64_t number, c
     for (int64_t h = group % t.groups * heads; h < (group % t.groups + 1) * heads; ++h) {
       const int64_t where = (b * t.queries + i) * t.heads + h;
       const auto* ids = reinterpret_cast<const uint32_t*>(t.ids + where * t.slots);  // -1 is then the largest
+      const float* query = queries_of(p).row(b * t.heads + h).at(i);
       for (int64_t c = std::lower_bound(ids, ids + t.slots, uint32_t(first)) - ids; c < t.slots && ids[c] < end; ++c) {
         const int64_t to = (b * t.keys + ids[c]) * t.groups + group % t.groups;
-        Pick<L>::add(w.key + to * t.width, queries_of(p).row(b * t.heads + h).at(i), scores[where * t.slots + c], t.width);
+        Pick<L>::add(w.key + to * t.width, query, scores[where * t.slots + c], t.width);
         Pick<L>::add(w.value + to * t.value_width, w.gradient + where * t.value_width, weights[where * t.slots + c],
                      t.value_width);
       }
