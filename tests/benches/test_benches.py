@@ -145,8 +145,10 @@ import torch
 from sentei.benches import memory
 
 def greedy(case):
+    if case.tokens == 256:  # the call before, whose peak must not count
+        return torch.ones(128 << 20).sum()
     held = [torch.ones(8 << 20) for _ in range(3)]
-    return held[0][:5] + held[2][:5]
+    return held[0] + held[2]
 
 memory.CASES["exact"] = memory.Case(2, 1, 8, 300)
 memory.KERNELS["ours"] = greedy
@@ -155,7 +157,7 @@ memory.report("exact", "ours")
 
 
 def test_memory_is_what_a_call_takes_beside_inputs_and_output():
-    """A kernel that makes three tensors of 32 MiB, in a process that frees nothing meanwhile, as the bench is."""
+    """A kernel that makes three tensors of 32 MiB and an output as large, after a call that took 512 MiB."""
     done = subprocess.run([sys.executable, "-c", GREEDY], stdout=subprocess.PIPE, text=True, check=True,
                           cwd=Path(__file__).parents[2])
     assert 0.85 * 96 <= json.loads(done.stdout)["bytes"] / memory.MIB <= 1.15 * 96
