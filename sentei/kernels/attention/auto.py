@@ -6,6 +6,7 @@ told apart by dtype, heads, widths, causality, threads, blocks, whether gradient
 length, and are measured on random tensors of LONGEST tokens at most. Below SHORTEST tokens torch's is taken unmeasured.
 """
 
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -55,12 +56,11 @@ def dense(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, tiles: Ti
     trained = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value))
     sizes, threads = (query.shape[2], key.shape[2], query.shape[3], value.shape[3]), torch.get_num_threads()
     tokens = min(LONGEST, 1 << (grid.num_queries.bit_length() - 1))
-    alike = Grid(num_queries=tokens, num_keys=tokens, query_block=grid.query_block, key_block=grid.key_block,
-                 causal=grid.causal)
     case = ("attention", query.dtype, sizes, grid.causal, tokens, threads)
     case += ("blocks", grid.query_block, grid.key_block) if (grid.query_block, grid.key_block) != (BLOCK, BLOCK) else ()
     case += ("with gradients",) if trained else ()
-    gain, origin = gains.gain(case, lambda: _ways(query.dtype, sizes, alike, trained))
+    gain, origin = gains.gain(case, lambda: _ways(
+        query.dtype, sizes, replace(grid, num_queries=tokens, num_keys=tokens), trained))
     name = "fused_cpp" if gain >= MARGIN else "eager"
     return name, f"{origin}: fused_cpp is {gain:.2f} times as fast as torch's own kernel"
 
