@@ -9,24 +9,24 @@ import hashlib
 import json
 import math
 import statistics
-import time
 from collections.abc import Callable, Hashable
 from functools import cache
-from itertools import count
 from pathlib import Path
 
 import torch
 
+from sentei.core import turns
 from sentei.core.errors import FileError, ResourceError
 from sentei.core.machine import cache_folder, processor
 from sentei.core.storage import read_json, write_json
+from sentei.core.turns import Action
 from sentei.kernels import native
 
 RUNS, LEAST = 4, 0.1  # pairs, and seconds they take together, at least: the first few of short calls mislead
 SCHEMA = "sentei.choices/1"
 MAX_BYTES, MAX_CASES, MAX_GAIN = 1 << 20, 4096, 1e4
 
-Ways = tuple[Callable[[], object], Callable[[], object]]
+Ways = tuple[Action, Action]
 _known: dict[Hashable, tuple[float, str]] = {}
 
 
@@ -71,22 +71,10 @@ def _remembered(case: str, ways: Callable[[], Ways]) -> tuple[float, str]:
     return found, f"measured here{told}"
 
 
-def in_turn(first: Callable[[], object], second: Callable[[], object]) -> float:
-    """Seconds of the first ÷ seconds of the second, the median over RUNS neighbouring pairs, or more until they took
-    LEAST, after an untimed one.
-    """
-    seconds = ([], [])
-    spent = 0.0
-    for run in count():
-        if run > RUNS and spent >= LEAST:
-            break
-        for which in (0, 1) if run % 2 else (1, 0):
-            start = time.perf_counter()
-            (first, second)[which]()
-            if run:
-                seconds[which].append(time.perf_counter() - start)
-                spent += seconds[which][-1]
-    return statistics.median(one / other for one, other in zip(*seconds, strict=True))
+def in_turn(first: Action, second: Action) -> float:
+    """Seconds of the first ÷ seconds of the second: the median over neighbouring pairs."""
+    pairs = turns.in_turn(first, second, runs=RUNS, least=LEAST)
+    return statistics.median(one / other for one, other in zip(*pairs, strict=True))
 
 
 @cache

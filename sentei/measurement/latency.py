@@ -2,14 +2,12 @@
 
 import statistics
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import count
 
 from sentei.core.machine import processor
+from sentei.core.turns import Action, in_turn
 from sentei.measurement.outcome import today
 
-Action = Callable[[], object]
 LEAST = 1.0  # seconds that a bench times a pair of calls for, however short they are
 
 
@@ -39,33 +37,10 @@ class Comparison:
         return [dense / pruned for dense, pruned in zip(self.dense, self.pruned, strict=True)]
 
 
-def interleave(
-    dense: Action, pruned: Action, *, runs: int, least: float = 0.0,
-    before: tuple[Action, Action] = (lambda: None, lambda: None), step: Action = lambda: None
-) -> Comparison:
-    """Times both in turn, `runs` times each or more, after one untimed run of each.
-
-    Args:
-        dense, pruned: do the work once.
-        runs: timed runs of each, at least 1; the order alternates, so that neither always goes first.
-        least: seconds to have been timed in all: more runs are made of what is short, whose first few are not typical.
-        before: called, untimed, before every run of the one and of the other.
-        step: called after every run, timed or not (2 · runs + 2 times, or more).
-    """
-    seconds: tuple[list[float], list[float]] = ([], [])
-    spent = 0.0
-    for number in count():
-        if number > runs and spent >= least:
-            break
-        for which in (0, 1) if number % 2 else (1, 0):
-            before[which]()
-            start = time.perf_counter()
-            (dense, pruned)[which]()
-            if number:
-                seconds[which].append(time.perf_counter() - start)
-                spent += seconds[which][-1]
-            step()
-    return Comparison(dense=seconds[0], pruned=seconds[1], date=today())
+def interleave(dense: Action, pruned: Action, **asked) -> Comparison:
+    """Times both in turn, asked as `sentei.core.turns.in_turn` is: runs, and least, before and step."""
+    dense_s, pruned_s = in_turn(dense, pruned, **asked)
+    return Comparison(dense=dense_s, pruned=pruned_s, date=today())
 
 
 def measured(bench: str, case: str, peer: str, comparison: Comparison, *, operations: float | None = None) -> dict:

@@ -36,7 +36,7 @@ def clock(monkeypatch):
         asked.append(1)
         return taking(3.0), taking(2.0)
 
-    monkeypatch.setattr(gains.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
     ways.asked = asked
     return ways
 
@@ -126,30 +126,27 @@ def test_the_folder_is_the_one_other_caches_use_and_another_process_reads_it(clo
     assert done.stdout == "(1.5, 'measured here before')\n"
 
 
-def test_the_median_of_pairs_is_not_moved_by_one_slow_run(monkeypatch):
+def in_turn(monkeypatch, first: float, second) -> tuple[float, int]:
+    """The ratio, and how often each was called: the first takes its seconds, call n of the second takes second(n)."""
     now, calls = [0.0], []
 
-    def first():
-        now[0] += 3.0
+    def take_first():
+        now[0] += first
 
-    def second():
+    def take_second():
         calls.append(1)
-        now[0] += 100.0 if len(calls) == 3 else 2.0
+        now[0] += second(len(calls))
 
-    monkeypatch.setattr(gains.time, "perf_counter", lambda: now[0])
-    assert gains.in_turn(first, second) == 1.5 and len(calls) == gains.RUNS + 1
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    return gains.in_turn(take_first, take_second), len(calls)
+
+
+def test_the_median_of_pairs_is_not_moved_by_one_slow_run(monkeypatch):
+    ratio, calls = in_turn(monkeypatch, 3.0, lambda call: 100.0 if call == 3 else 2.0)
+    assert ratio == 1.5 and calls == gains.RUNS + 1
 
 
 def test_the_first_calls_of_short_ones_do_not_decide(monkeypatch):
     """Five pairs in which the second seems slow, then those in which it is not."""
-    now, calls = [0.0], []
-
-    def first():
-        now[0] += 0.003
-
-    def second():
-        calls.append(1)
-        now[0] += 0.006 if len(calls) < 6 else 0.002
-
-    monkeypatch.setattr(gains.time, "perf_counter", lambda: now[0])
-    assert gains.in_turn(first, second) == pytest.approx(1.5) and len(calls) < 30
+    ratio, calls = in_turn(monkeypatch, 0.003, lambda call: 0.006 if call < 6 else 0.002)
+    assert ratio == pytest.approx(1.5) and calls < 30

@@ -18,7 +18,6 @@ from sentei.kernels.attention.tiles import Grid, Tiles
 
 SHORTEST, LONGEST = 512, 2048
 MARGIN = 1.02  # below this a gain is noise, and torch's own kernel keeps the call
-BLOCK = 64  # of plans that say nothing else
 
 
 def fused(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, tiles: Tiles,
@@ -56,9 +55,8 @@ def dense(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, tiles: Ti
     trained = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value))
     sizes, threads = (query.shape[2], key.shape[2], query.shape[3], value.shape[3]), torch.get_num_threads()
     tokens = min(LONGEST, 1 << (grid.num_queries.bit_length() - 1))
-    case = ("attention", query.dtype, sizes, grid.causal, tokens, threads)
-    case += ("blocks", grid.query_block, grid.key_block) if (grid.query_block, grid.key_block) != (BLOCK, BLOCK) else ()
-    case += ("with gradients",) if trained else ()
+    blocks = grid.query_block, grid.key_block
+    case = ("attention", query.dtype, sizes, blocks, grid.causal, tokens, threads, "trained" if trained else "read")
     gain, origin = gains.gain(case, lambda: _ways(
         query.dtype, sizes, replace(grid, num_queries=tokens, num_keys=tokens), trained))
     name = "fused_cpp" if gain >= MARGIN else "eager"
