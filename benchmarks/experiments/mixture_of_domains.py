@@ -54,7 +54,7 @@ def routed() -> Transformer:
 
 
 EXPERIMENT = Experiment(
-    name="mixture-of-domains", text=DOMAINS, flops=100e12, seeds=1, held_out=192,
+    name="mixture-of-domains", text=DOMAINS, flops=50e12, seeds=1, held_out=192,
     variants={"dense": Variant(make=dense, about=f"{NEURONS} neurons"),
               "experts": Variant(make=routed, about="42 x 128, top 2, and 1 x 128 shared, in three of four layers",
                                  balance=Weights(switch=0.003))},
