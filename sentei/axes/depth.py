@@ -108,19 +108,20 @@ class Cache:
                ) -> tuple[torch.Tensor, torch.Tensor]:
         """Appends key and value [B, N, G, D] of the rows at `positions` [B, N], -1 for padding; returns all of them.
 
-        Cost: that of `Growing`; a copy of what is held where slots hold unequally many rows.
+        Cost: that of `Growing`; a copy of what is held where there is padding among the new rows.
         """
-        key, value = self.keys.append(key), self.values.append(value)
+        is_padded = bool((positions < 0).any())  # what is held has its own in front already
+        self.keys, self.values = self.keys.append(key), self.values.append(value)
         if self.positions is not None:
             positions = torch.cat([self.positions, positions], 1)
-        if bool((positions < 0).any()):
+        if is_padded:
             real = positions >= 0
             order = torch.sort(real, dim=1, stable=True).indices[:, real.shape[1] - int(real.sum(1).max()):]
-            key, value = (x.take_along_dim(order[..., None, None], 1) for x in (key, value))
+            self.keys, self.values = (Growing(x.rows.take_along_dim(order[..., None, None], 1))
+                                      for x in (self.keys, self.values))
             positions = positions.gather(1, order)
-            self.keys, self.values = Growing(key), Growing(value)
         self.positions = positions
-        return key, value
+        return self.keys.rows, self.values.rows
 
 
 @dataclass(frozen=True, kw_only=True)

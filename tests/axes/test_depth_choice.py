@@ -188,6 +188,17 @@ def test_the_cache_knows_which_positions_it_holds():
     assert cache.keys.rows.shape == (B, kept.sum(1).max(), 2, D // 2) == cache.values.rows.shape
 
 
+def test_a_ragged_prompt_does_not_make_each_token_a_copy_of_all():
+    cache, positions, places = Cache(), torch.arange(9).expand(2, 9).clone(), set()
+    positions[1, 6:] = -1
+    with torch.no_grad():
+        cache.extend(*torch.randn(2, 2, 9, 3, 4).unbind(), positions)
+        for step in range(9, 13):
+            cache.extend(*torch.randn(2, 2, 1, 3, 4).unbind(), torch.tensor([[step], [step - 3]]))
+            places.add(cache.keys.rows.data_ptr())
+    assert cache.positions[1].tolist() == [-1, -1, -1, *range(10)] and len(places) == 1
+
+
 def test_slots_of_the_batch_may_advance_by_different_numbers_of_tokens():
     depth, x, cache, done = room(), hidden(), Cache(), torch.zeros(B, dtype=torch.int64)
     whole, outputs = depth(x), torch.zeros_like(x)
