@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from depth_rooms import PADDED, by_hand, hidden, real, room, selection_of
+from depth_rooms import PADDED, Selecting, by_hand, hidden, real, room, selection_of
 from torch import nn
 
 from sentei.axes.axis import Axis
@@ -45,17 +45,17 @@ def check_depth(kind: type[Depth]) -> None:
     assert torch.equal(first, second) and 0 < first.sum() < first.numel()
 
 
-class LooksAheadInGeneration(Depth):
+class LooksAheadInGeneration(Selecting):
     def select(self, scores, x, lengths=None, cache=None, tasks=None):
         return Axis.select(self, scores, x, lengths, cache)
 
 
-class UnweighedUpdate(Depth):
+class UnweighedUpdate(Selecting):
     def weigh(self, selection, scores, *inputs):
         return selection.weigh(torch.ones_like(scores))
 
 
-class GateWithoutGradient(Depth):
+class GateWithoutGradient(Selecting):
     def weigh(self, selection, scores, *inputs):
         return selection.weigh(scores.detach())
 
@@ -68,7 +68,7 @@ class WithoutPositions(Depth):
         return torch.zeros_like(places).where(places >= 0, -1)
 
 
-class WithoutResidual(Depth):
+class WithoutResidual(Selecting):
     def apply(self, selection, x, *inputs, **named):
         return super().apply(selection, x, *inputs, **named).masked_fill(~selection.mask(), 0)
 
