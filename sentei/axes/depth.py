@@ -249,7 +249,7 @@ class Depth(Axis):
         """x with the update of the rows kept, bool [B, T], weighed by `weights` [B, T, 1]; if None, by the gate."""
         counts, positions = kept.sum(1), self.positions(x, lengths, cache)
         least, rows = (int(number) for number in counts.aminmax()) if len(counts) else (0, 0)
-        places = places_of(kept, rows, last=cache is not None and cache.key is not None)
+        places = places_of(kept, rows, last=cache is not None and not cache.is_empty)
         hidden, rest = take(x, places) if least < x.shape[1] else (x, x)
         real = kept.gather(1, places)
         if least < rows:  # others are computed and count 0 (see Rows)
