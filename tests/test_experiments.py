@@ -107,7 +107,8 @@ def test_a_difference_is_paired_and_has_both_margins():
     assert replace(found, seeds=0.1).verdict == "lower" and replace(found, mean=0.2, seeds=0.1).verdict == "higher"
     one = difference([[1.0, 2.0, 3.0, 4.0]], [[0.0, 1.5, 2.0, 3.5]])
     assert one.seeds == math.inf and one.text == pytest.approx(1.96 * 0.288675 / 2, rel=1e-4)
-    assert "one seed" in str(one) and one.verdict == "higher"
+    assert "one seed" in str(one) and one.verdict == "higher, of one seed"
+    assert replace(one, text=2.0).verdict == "open"
 
 
 def test_what_a_variant_needs_is_trained_too(place):

@@ -179,10 +179,11 @@ class Difference:
 
     @property
     def verdict(self) -> str:
-        """Lower or higher where both intervals leave out 0, else open."""
-        if abs(self.mean) <= max(self.text, self.seeds if math.isfinite(self.seeds) else 0):
+        """Lower or higher where both intervals leave out 0, or the text's does of one seed, which is said; else open."""
+        one = math.isinf(self.seeds)
+        if abs(self.mean) <= max(self.text, 0 if one else self.seeds):
             return "open"
-        return "lower" if self.mean < 0 else "higher"
+        return ("lower" if self.mean < 0 else "higher") + ", of one seed" * one
 
 
 def difference(theirs: Sequence[Sequence[float]], baseline: Sequence[Sequence[float]]) -> Difference:

@@ -1,6 +1,6 @@
 """A mixture of experts of 10 million parameters on code, prose and French, and its dense twin at equal training FLOPs.
 
-The first of four layers is dense in both, because loads become even last there (2401.06066, 4.1). In the others a byte
+The first of four layers is dense in both, because loads become even last there (2401.06066, 5.1). In the others a byte
 keeps two of 42 experts of 128 neurons and one that all bytes share, against a dense layer of 384. Sigmoid gates with a
 bias for the choice alone (2408.15664) and a weak balance loss; the texts are the large ones of `corpora.py`. Load, dead
 experts and specialisation are those of the held-out windows, by `sentei/measurement/specialisation.py`: "information"

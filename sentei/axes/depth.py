@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from sentei.axes.axis import Axis
 from sentei.core.cost import Cost
 from sentei.core.errors import FileError, RuleError, ShapeError
-from sentei.core.growing import Growing
+from sentei.core.growing import Cache
 from sentei.core.precision import in_full, widened
 from sentei.core.rotation import rotate
 from sentei.core.rows import add, dots, places_of, take
@@ -83,46 +83,6 @@ class Config:
         except RuleError as error:
             raise FileError("depth.Config", expected=error.expected, got=repr(value)[:200],
                             do="write plans with sentei") from error
-
-
-class Cache:
-    """What one block remembers between calls of a generation: the rows it kept, and how many tokens it was shown.
-
-    `seen` int64 [B]; `positions` int64 [B, P], -1 where a slot of the batch holds fewer than P rows; `keys` and
-    `values` of [B, P, G, D]. The real rows of a slot are its last.
-    """
-
-    def __init__(self):
-        self.seen = self.positions = None
-        self.keys, self.values = Growing(), Growing()
-
-    @property
-    def is_empty(self) -> bool:
-        """Whether it holds no keys."""
-        return self.keys.rows is None
-
-    def show(self, tokens: torch.Tensor) -> None:
-        """Counts the tokens [B] of a call, kept or not."""
-        self.seen = tokens if self.seen is None else self.seen + tokens
-
-    def extend(self, key: torch.Tensor, value: torch.Tensor, positions: torch.Tensor
-               ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Appends key and value [B, N, G, D] of the rows at `positions` [B, N], -1 for padding; returns all of them.
-
-        Cost: that of `Growing`; a copy of what is held where there is padding among the new rows.
-        """
-        is_padded = bool((positions < 0).any())  # what is held has its own in front already
-        self.keys, self.values = self.keys.append(key), self.values.append(value)
-        if self.positions is not None:
-            positions = torch.cat([self.positions, positions], 1)
-        if is_padded:
-            real = positions >= 0
-            order = torch.sort(real, dim=1, stable=True).indices[:, real.shape[1] - int(real.sum(1).max()):]
-            self.keys, self.values = (Growing(x.rows.take_along_dim(order[..., None, None], 1))
-                                      for x in (self.keys, self.values))
-            positions = positions.gather(1, order)
-        self.positions = positions
-        return self.keys.rows, self.values.rows
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,14 +1,14 @@
 """Do the rooms keep their word: experts and Soft MoE against their peers, depth and heads against their share, LoRA?
 
 One file a room measures; here their cases stand side by side. What a row is, and who its peer is, tell the files:
-`experts`, `soft`, `depth`, `heads` and `lora`.
+`experts`, `mixture`, `soft`, `depth`, `heads` and `lora`.
 """
 
 from collections.abc import Callable, Iterator
 
-from sentei.benches import depth, experts, heads, lora, soft
+from sentei.benches import depth, experts, heads, lora, mixture, soft
 
-PARTS = (experts, soft, depth, heads, lora)
+PARTS = (experts, mixture, soft, depth, heads, lora)
 CASES = {name: cases for part in PARTS for name, cases in part.CASES.items()}
 
 

@@ -9,9 +9,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from sentei.axes import depth, experts
-from sentei.axes.depth import Cache, Rows
+from sentei.axes.depth import Rows
 from sentei.axes.experts.gates import Task
 from sentei.core.errors import FileError, SenteiError, require
+from sentei.core.growing import Cache
 
 INITIAL_SPREAD = 0.02
 LARGEST = 1 << 24  # of sizes in a configuration, which may come from a file

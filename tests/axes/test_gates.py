@@ -135,6 +135,15 @@ def test_a_group_of_one_expert_is_worth_that_expert():
     assert Sigmoid(groups=4, kept_groups=2).shortlist(scores).tolist() == [[3.0, -torch.inf, 2.0, -torch.inf]]
 
 
+def test_a_group_with_one_permitted_expert_is_worth_that_one_and_one_without_is_never_kept():
+    none = -torch.inf
+    scores = torch.tensor([[0.9, none, 0.3, 0.4, none, none, -0.5, none]])
+    kept = Sigmoid(groups=4, kept_groups=3).shortlist(scores)
+    assert torch.equal(kept, scores)
+    kept = Sigmoid(groups=4, kept_groups=1).shortlist(scores)
+    assert kept[0].isfinite().nonzero().flatten().tolist() == [0]  # 0.9 alone is more than 0.3 + 0.4
+
+
 def test_soft_weights_are_softmax_and_never_too_small_to_be_fast():
     """What softmax makes smaller than 1e-20 is 0: no sum can tell, and denormal numbers are slow."""
     logits = 40 * torch.randn(1, 50, 30, generator=torch.Generator().manual_seed(0))

@@ -168,7 +168,8 @@ class Sigmoid(Gate):
 
     Args:
         scale: what the weights of a token add up to.
-        groups: equal runs of experts; a group is worth the sum of its two best (its best, if it has one expert).
+        groups: equal runs of experts; a group is worth the sum of its two best, or of those there are to choose from.
+            DeepSeek-V3's report sums as many as a token keeps in a group; its published code sums two, as this does.
         kept_groups: groups a token may choose from.
         speed: what an expert's bias moves at each update, up if it had less than the mean load, down if more.
     """
@@ -200,7 +201,9 @@ class Sigmoid(Gate):
             raise RuleError("Sigmoid", expected=f"experts in {self.groups} equal groups", got=str(scores.shape[-1]),
                             do="choose groups that divide the experts")
         grouped = scores.unflatten(-1, (self.groups, -1))
-        worth = grouped.topk(min(2, grouped.shape[-1]), dim=-1).values.sum(-1)
+        largest = grouped.topk(min(2, grouped.shape[-1]), dim=-1).values
+        forbidden = largest.isneginf()
+        worth = largest.masked_fill(forbidden, 0).sum(-1).masked_fill(forbidden.all(-1), -torch.inf)
         best = TopK(self.kept_groups)(worth).mask()
         return grouped.masked_fill(~best.unsqueeze(-1), -torch.inf).flatten(-2)
 

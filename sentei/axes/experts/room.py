@@ -28,7 +28,7 @@ from sentei.core.cost import Cost
 from sentei.core.errors import FileError, RuleError, ShapeError
 from sentei.core.modes import is_plain_call
 from sentei.core.precision import in_full, widened
-from sentei.core.rules import MAX_K, All, Capacity, Rule, rule_from_json
+from sentei.core.rules import MAX_K, All, Capacity, Rule, TopK, rule_from_json
 from sentei.core.selection import Selection
 from sentei.core.shapes import check_shape
 from sentei.kernels.routing import Stack, choose_impl, route
@@ -194,18 +194,34 @@ class Experts(Axis):
         return hidden.flatten(0, -2), selection.ids.flatten(0, -2), selection.weights.flatten(0, -2)
 
     def shortcut(self, hidden, logits, up, down, mask=None, noise=None):
-        """The same for the gate Soft without masks of what all tokens keep, which take as long as the products.
+        """The same without masks of what tokens keep, which take as long as the products: the gate Soft, and TopK.
 
-        The reference is left to `apply`: it has gradients of gradients.
+        The reference of Soft is left to `apply`: it has gradients of gradients. TopK is left there in training, where
+        loads are counted and a capacity holds.
         """
-        can = isinstance(self.gate, Soft) and mask is None and self.impl != "reference" and is_plain_call()
-        if not can or self.gauge.is_heard:
+        is_soft = isinstance(self.gate, Soft)
+        can = self.impl != "reference" if is_soft else isinstance(self.rule, TopK) and not self.training
+        if not can or mask is not None or self.gauge.is_heard or not is_plain_call():
             return None
         self.check(hidden, logits, up, down, mask)
         if not logits.numel() or not logits.detach().sum().isfinite():
             return None
         self.refuse_lookahead()
-        return soft.mix(hidden, widened(logits), self.stack(up, down), self.impl)
+        if is_soft:
+            return soft.mix(hidden, widened(logits), self.stack(up, down), self.impl)
+        selection = self.best(widened(logits))
+        return None if selection is None else self.apply(selection, hidden, logits, up, down)
+
+    def best(self, logits: torch.Tensor) -> Selection | None:
+        """What `select` and `weigh` make of finite logits by TopK; None for a number a head, or groups of experts."""
+        with torch.no_grad():
+            scores = self.gate.scores(logits, self.bias)
+            if isinstance(self.rule.k, tuple) or self.gate.shortlist(scores) is not scores:
+                return None
+            ids = torch.sort(scores, dim=-1, descending=True, stable=True).indices[..., :self.rule.k].sort(-1).values
+        selection = Selection(ids=ids, weights=torch.ones_like(ids, dtype=logits.dtype), unit=self.unit,
+                              permitted=ids.new_full(ids.shape[:-1], self.num_experts), num_candidates=self.num_experts)
+        return self.gate.weigh(selection, logits)
 
     def account(self, selection, hidden, logits, up, down, mask=None, noise=None):
         kept, permitted = int(selection.count().sum()), int(selection.permitted.sum())
