@@ -18,7 +18,7 @@ import torch
 
 from sentei.conversion import embedded
 from sentei.conversion.card import CARD, licence_in
-from sentei.conversion.families import Family
+from sentei.conversion.family import Family
 from sentei.conversion.gguf_cache import dequantise
 from sentei.conversion.memory import require_memory
 from sentei.conversion.model_folder import check_side_files, member, read_config, refuse_pickle, weight_files
