@@ -64,7 +64,7 @@ def export(model: nn.Module, tokenizer, plan: Plan, folder: Path, *, tokens: tor
     try:
         temporary.mkdir(parents=True)
         written, left = plain(model, plan) if rung == "A" else (model, plan)
-        written.save_pretrained(temporary)
+        written.save_pretrained(temporary, save_original_format=rung != "B")  # else the experts as they are stacked
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
         name = LOGITS if family_of(model).causal else STATES

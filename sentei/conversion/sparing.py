@@ -17,12 +17,18 @@ from torch import nn
 from sentei.axes.experts import Config, Experts
 from sentei.axes.experts.gates import Gate, Renormalised, Softmax
 from sentei.conversion.experts import activation_of, is_plain
-from sentei.conversion.layers import Layer, copied
+from sentei.conversion.layers import Layer, copied, family_of
 from sentei.core.errors import UnsupportedError
 from sentei.core.precision import widened
 from sentei.core.rules import All
 
 STACKED = ("gate_up_proj", "down_proj")
+
+
+def choice_path(model: nn.Module, layer: int) -> str:
+    """Where the room stands in a layer whose tokens skip experts."""
+    family = family_of(model)
+    return f"{family.layers}.{layer}.{family.members.get('experts', 'mlp')}.choice"
 
 
 def is_mixture(layer: Layer) -> bool:
@@ -71,7 +77,8 @@ class Sparing(Experts):
         kept = selection.weigh(weights)
         if not self.gate.adds_up:
             return kept
-        total, left = weights.sum(-1, keepdim=True), kept.weights.sum(-1, keepdim=True)
+        # Both sums over all experts, in one order: where nothing is skipped they are equal to the bit.
+        total, left = weights.sum(-1, keepdim=True), kept.dense_weights().sum(-1, keepdim=True)
         return replace(kept, weights=kept.weights * (total / left.clamp(min=torch.finfo(torch.float32).tiny)))
 
 

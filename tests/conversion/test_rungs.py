@@ -16,9 +16,11 @@ from sentei.budget.calibration import calibrate
 from sentei.conversion import export, native
 from sentei.conversion.checkpoints import load_model, locate
 from sentei.conversion.export import POLICY, RECEIPT, check, check_afresh, load
-from sentei.conversion.families import FAMILIES
+from sentei.conversion.families import FAMILIES, MIXTURES
 from sentei.conversion.inspection import inspect
+from sentei.conversion.layers import layer_of
 from sentei.conversion.plan import Entry, Plan, convert, wanted
+from sentei.conversion.rooms import WAYS
 from sentei.conversion.rungs import rung_of
 from sentei.core.errors import FileError, SenteiError
 from sentei.core.rules import Fixed, Threshold, TopK
@@ -48,6 +50,16 @@ PLANS = {
     "B, two widths": ("B", (thin(0, 32), thin(2, 64), CHOOSING)),
     "B, parts": ("B", (drop(2, "attention"), drop(1, "network"), CHOOSING)), "C": ("C", (CHOOSING,)),
 }
+
+
+DROPPED = tuple(Entry(layer=layer, room="weights", config=Weights(rule=TopK(4), saliency="reap", among="experts"))
+                for layer in range(3))
+
+
+def skipped(family: str, layer: int) -> Entry:
+    """A token of a tiny mixture skips experts."""
+    config, = WAYS["experts"].options(layer_of(tiny_model(family), layer), "rule")[2:3]
+    return Entry(layer=layer, room="experts", config=config)
 
 
 def written(folder, family: str, plan: Plan, dtype: torch.dtype = torch.float32):
@@ -95,6 +107,42 @@ def test_rung_a_is_an_ordinary_checkpoint_that_gives_the_logits_of_the_receipt(f
     torch.testing.assert_close(logits, receipt["logits"], rtol=0, atol=1e-4)
     assert plain.config.num_hidden_layers == 2 and plain.config.intermediate_size == 32
     assert plain.config.num_key_value_heads == 1
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+def test_rung_a_of_a_mixture_is_an_ordinary_one_of_fewer_experts(family, tmp_path):
+    """As many in each of the layers that are left; read by plain transformers, and by sentei."""
+    from transformers import AutoModelForCausalLM
+
+    plan = Plan((*DROPPED[:2], drop(2, "block"), CHOOSING))
+    model = written(tmp_path, family, plan)
+    assert rung_of(model, plan) == "A"
+    plain, receipt = AutoModelForCausalLM.from_pretrained(tmp_path).eval(), load_file(tmp_path / RECEIPT)
+    assert plain.config.num_hidden_layers == 2 and plain.config.num_experts == 4
+    assert [len(layer.mlp.experts.down_proj) for layer in plain.model.layers] == [4, 4]
+    assert check(tmp_path)["met"] and len(load(tmp_path).model.layers[1].mlp.gate.weight) == 4
+    written(tmp_path, family, Plan(plan.entries[:-1]))
+    plain, receipt = AutoModelForCausalLM.from_pretrained(tmp_path).eval(), load_file(tmp_path / RECEIPT)
+    with torch.no_grad():
+        logits = plain(input_ids=receipt["tokens"][None], logits_to_keep=8).logits[0]
+    torch.testing.assert_close(logits, receipt["logits"], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+def test_rung_b_of_a_mixture_is_written_and_read(family, tmp_path):
+    """Experts dropped in one layer and skipped in others."""
+    plan = Plan((DROPPED[1], skipped(family, 0), skipped(family, 2), CHOOSING))
+    model = written(tmp_path, family, plan)
+    assert rung_of(model, plan) == "B" and inspect(tmp_path)[1] is None
+    again = load(tmp_path)
+    torch.testing.assert_close(again(TOKENS[None]).logits, model(TOKENS[None]).logits, rtol=0, atol=1e-5)
+    assert sum(w.numel() for w in again.parameters()) == sum(w.numel() for w in model.parameters())
+    assert check(tmp_path)["met"]
+    policy = json.loads((tmp_path / POLICY).read_text())
+    policy["plan"][0]["config"]["rule"]["k"] = 5
+    (tmp_path / POLICY).write_text(json.dumps(policy))
+    with pytest.raises(FileError, match=r"of shape \(5, .*got \(4, "):
+        load(tmp_path)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
