@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from alone import loaded_without_sentei
 from safetensors.torch import load_file, save_file
 from tiny import tiny_model, tiny_tokenizer
 
@@ -126,6 +127,18 @@ def test_rung_a_of_a_mixture_is_an_ordinary_one_of_fewer_experts(family, tmp_pat
     with torch.no_grad():
         logits = plain(input_ids=receipt["tokens"][None], logits_to_keep=8).logits[0]
     torch.testing.assert_close(logits, receipt["logits"], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("family, plan", [
+    ("llama", (drop(1, "block"), thin(0, 32), thin(2, 32), MERGED[0], MERGED[2])), ("mixtral", DROPPED),
+    ("qwen3_moe", (*DROPPED[:2], drop(2, "block"), *MERGED[:2]))], ids=["llama", "mixtral", "qwen3_moe"])
+def test_rung_a_gives_the_logits_of_the_receipt_in_a_process_without_sentei(family, plan, tmp_path):
+    model = written(tmp_path, family, Plan(plan))
+    told = loaded_without_sentei(tmp_path)
+    assert told["difference"] <= 1e-4 and not told["problems"]
+    gone = {entry.layer for entry in plan if entry.room == "depth"}
+    assert told["parameters"] == sum(weight.numel() for name, weight in model.named_parameters()
+                                     if not any(f".layers.{layer}." in name for layer in gone))
 
 
 @pytest.mark.parametrize("family", MIXTURES)
