@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 def rung_of(model: nn.Module, plan: Plan) -> str:
     """The rung by which a model converted with this plan is written: "A", "B" or "C"."""
-    if not plan.standing("in").entries:
+    if not plan.choosing(family_of(model), those=False).entries:
         return "C"
     return "B" if _shape(model, plan) is None else "A"
 
@@ -52,7 +52,7 @@ def _shape(model: nn.Module, plan: Plan) -> tuple[set[int], int | None, int | No
     A network's size is its width, or how many experts it has. None where they are uneven.
     """
     gone, widths, heads = set(), {}, {}
-    for entry in plan.standing("in").entries:
+    for entry in plan.choosing(family_of(model), those=False).entries:
         if entry.room == "depth" and entry.config.rule == Fixed(()) and entry.config.part == "block":
             gone.add(entry.layer)
         elif entry.room == "weights" and isinstance(entry.config, Weights):
@@ -110,8 +110,8 @@ def plain(model: PreTrainedModel, plan: Plan) -> tuple[PreTrainedModel, Plan]:
     made.tie_weights()
     if model.can_generate():
         made.generation_config = model.generation_config
-    under = [replace(entry, layer=numbers[entry.layer]) for entry in plan.standing("under").entries]
-    return made.eval(), Plan(tuple(under))
+    chosen = [replace(entry, layer=numbers[entry.layer]) for entry in plan.choosing(family).entries]
+    return made.eval(), Plan(tuple(chosen))
 
 
 def reshape(model: nn.Module, plan: Plan) -> None:
@@ -120,7 +120,7 @@ def reshape(model: nn.Module, plan: Plan) -> None:
     Raises:
         UnsupportedError: a room that is not written to files.
     """
-    for entry in plan.standing("in").entries:
+    for entry in plan.choosing(family_of(model), those=False).entries:
         way = WAYS[entry.room]
         if way.blank is None:
             raise UnsupportedError("sentei.json", expected="rooms that are written to files", got=entry.room,

@@ -23,6 +23,7 @@ from sentei.conversion.layers import layer_of
 from sentei.conversion.plan import Entry, Plan, convert, wanted
 from sentei.conversion.rooms import WAYS
 from sentei.conversion.rungs import rung_of
+from sentei.conversion.sparing import SparingExperts
 from sentei.core.errors import FileError, SenteiError
 from sentei.core.rules import Fixed, Threshold, TopK
 from sentei.kernels.native import missing
@@ -139,6 +140,26 @@ def test_rung_a_gives_the_logits_of_the_receipt_in_a_process_without_sentei(fami
     gone = {entry.layer for entry in plan if entry.room == "depth"}
     assert told["parameters"] == sum(weight.numel() for name, weight in model.named_parameters()
                                      if not any(f".layers.{layer}." in name for layer in gone))
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe"])
+@pytest.mark.parametrize("rung", ["A", "C"])
+def test_experts_that_tokens_skip_are_all_in_an_ordinary_checkpoint(family, rung, tmp_path):
+    """Of the dense model, or of one of fewer layers: without sentei none are skipped, with it they are."""
+    plan = Plan((skipped(family, 0), skipped(family, 2), CHOOSING, *((drop(1, "block"),) if rung == "A" else ())))
+    plan = Plan(tuple(entry for entry in plan.entries if entry is not CHOOSING)) if rung == "A" else plan
+    model = written(tmp_path, family, plan)
+    policy = json.loads((tmp_path / POLICY).read_text())
+    assert rung_of(model, plan) == policy["rung"] == rung
+    assert [entry["layer"] for entry in policy["plan"] if entry["room"] == "experts"] == [0, 1 if rung == "A" else 2]
+    again = load(tmp_path)
+    assert sum(isinstance(module, SparingExperts) for module in again.modules()) == 2
+    torch.testing.assert_close(again(TOKENS[None]).logits, model(TOKENS[None]).logits, rtol=0, atol=1e-5)
+    assert check(tmp_path)["met"]
+    plain, whole = loaded_without_sentei(tmp_path), tiny_model(family)
+    assert not plain["problems"] and plain["difference"] > 1e-3
+    left = sum(weight.numel() for name, weight in whole.named_parameters() if rung == "C" or ".layers.1." not in name)
+    assert plain["parameters"] == left
 
 
 @pytest.mark.parametrize("family", MIXTURES)
