@@ -150,8 +150,11 @@ class Family:
         return name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
 
     def check_tensors(self, config: PreTrainedConfig, found: dict[str, tuple[int, ...]], where: str,
-                      reshape: Callable | None = None) -> None:
-        """Raises FileError unless `found`, shapes by name, are the tensors of such a model; see `shapes`."""
+                      reshape: Callable | None = None) -> dict[str, tuple[int, ...]]:
+        """Raises FileError unless `found`, shapes by name, are the tensors of such a model; gives them as it has them.
+
+        See `shapes`; and `Mixture.stacked` for experts.
+        """
         expected, do = self.shapes(config, where, reshape), "download the model again"
         found = {name: shape for name, shape in ((self.own_name(name), shape) for name, shape in found.items()) if name}
         found = found if self.mixture is None else self.mixture.stacked(found, where)
@@ -167,6 +170,7 @@ class Family:
         if wrong:
             raise FileError(where, expected=f"{wrong[0]} of shape {expected[wrong[0]]}, as its settings say",
                             got=f"{found[wrong[0]]}", do=do)
+        return found
 
     @contextmanager
     def _building(self, where: str) -> Iterator[None]:

@@ -47,6 +47,14 @@ def test_experts_that_are_stacked_in_the_file_load_too(tmp_path, model_type):
     assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
 
 
+def test_memory_is_asked_for_experts_as_they_are_stacked(tmp_path, monkeypatch):
+    """All weights, and once more the largest stack: gates and ups of six experts."""
+    asked, folder = [], save_tiny(tmp_path, "mixtral")
+    monkeypatch.setattr(checkpoints, "require_memory", lambda where, needed: asked.append(needed))
+    model = load_model(locate(str(folder)))
+    assert asked == [4 * sum(weight.numel() for weight in model.parameters()) + 4 * 6 * 192 * 64]
+
+
 EXPERT = "model.layers.1.mlp.experts.5."
 
 
