@@ -27,6 +27,7 @@ from torch.nn import functional as F
 from sentei.axes.axis import Axis
 from sentei.core.cost import Cost
 from sentei.core.errors import FileError, RuleError, ShapeError
+from sentei.core.growing import Growing
 from sentei.core.precision import in_full, widened
 from sentei.core.rules import All, Capacity, Rule, bad_scores, rule_from_json
 from sentei.core.selection import Selection
@@ -86,12 +87,18 @@ class Config:
 class Cache:
     """What one block remembers between calls of a generation: the rows it kept, and how many tokens it was shown.
 
-    `seen` int64 [B]; `positions` int64 [B, P], -1 where a slot of the batch holds fewer than P rows; `key` and
-    `value` [B, P, G, D]. The real rows of a slot are its last.
+    `seen` int64 [B]; `positions` int64 [B, P], -1 where a slot of the batch holds fewer than P rows; `keys` and
+    `values` of [B, P, G, D]. The real rows of a slot are its last.
     """
 
     def __init__(self):
-        self.seen = self.positions = self.key = self.value = None
+        self.seen = self.positions = None
+        self.keys, self.values = Growing(), Growing()
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether it holds no keys."""
+        return self.keys.rows is None
 
     def show(self, tokens: torch.Tensor) -> None:
         """Counts the tokens [B] of a call, kept or not."""
@@ -101,17 +108,18 @@ class Cache:
                ) -> tuple[torch.Tensor, torch.Tensor]:
         """Appends key and value [B, N, G, D] of the rows at `positions` [B, N], -1 for padding; returns all of them.
 
-        Cost: a copy of what is held, as a concatenation is.
+        Cost: that of `Growing`; a copy of what is held where slots hold unequally many rows.
         """
-        if self.key is not None:
-            key, value = torch.cat([self.key, key], 1), torch.cat([self.value, value], 1)
+        key, value = self.keys.append(key), self.values.append(value)
+        if self.positions is not None:
             positions = torch.cat([self.positions, positions], 1)
         if bool((positions < 0).any()):
             real = positions >= 0
             order = torch.sort(real, dim=1, stable=True).indices[:, real.shape[1] - int(real.sum(1).max()):]
             key, value = (x.take_along_dim(order[..., None, None], 1) for x in (key, value))
             positions = positions.gather(1, order)
-        self.key, self.value, self.positions = key, value, positions
+            self.keys, self.values = Growing(key), Growing(value)
+        self.positions = positions
         return key, value
 
 
@@ -136,7 +144,7 @@ class Rows:
         """Causal attention among these rows and those in the cache; [B, N, H, D] and [B, N, G, D] → [B, N, H, D]."""
         lengths = None
         if self.cache is not None:
-            is_first = self.cache.key is None
+            is_first = self.cache.is_empty
             keys, values = self.cache.extend(key, value, self.positions)
             if not is_first:
                 key, value, real = keys, values, (self.cache.positions >= 0).sum(1)
@@ -220,7 +228,7 @@ class Depth(Axis):
         if int(counts.min()) == x.shape[1]:
             return x + (weights * self.block(x, Rows(positions=positions, cache=cache, tasks=tasks))).to(x.dtype)
         # The rows kept, in order, and rows that count 0 where a slot keeps fewer than another (see Rows).
-        if cache is None or cache.key is None:
+        if cache is None or cache.is_empty:
             places = torch.sort(~kept, dim=1, stable=True).indices[:, :rows]
         else:
             places = torch.sort(kept, dim=1, stable=True).indices[:, x.shape[1] - rows:]

@@ -185,7 +185,7 @@ def test_the_cache_knows_which_positions_it_holds():
         held = cache.positions[slot].tolist()
         assert [place for place in held if place >= 0] == places and held == sorted(held)
     assert cache.seen.tolist() == [16, 11, 7]
-    assert cache.key.shape == (B, kept.sum(1).max(), 2, D // 2) == cache.value.shape
+    assert cache.keys.rows.shape == (B, kept.sum(1).max(), 2, D // 2) == cache.values.rows.shape
 
 
 def test_slots_of_the_batch_may_advance_by_different_numbers_of_tokens():

@@ -27,6 +27,19 @@ LARGER = [
     *(Case(name=f"far above a cap of {cap:g}", queries=70, keys=70, tile=(64, 64), softcap=cap, logits=3.0)
       for cap in (0.1, 1e-3)),
 ]
+# Rows that read every key where it lies, four at most, and the first number that packs them.
+FEW = [
+    Case(name="one row, a page and a key", queries=1, keys=17, tile=(64, 64), kept=None, heads=3, groups=1,
+         widths=(24, 5)),
+    Case(name="one row, padded", queries=1, keys=90, tile=(32, 16), kept=None, lengths=((17, 90), (0, 41), (3, 3))),
+    Case(name="two rows, several runs of pages", queries=2, keys=600, tile=(64, 64), kept=None, heads=6, groups=2),
+    Case(name="three rows, both ways", queries=3, keys=40, tile=(2, 16), kept=None, causal=False, heads=5, groups=5),
+    Case(name="four rows, padded, values wider", queries=4, keys=33, tile=(4, 8), kept=None, lengths=((2, 33), (0, 31)),
+         widths=(12, 20)),
+    Case(name="four rows of four", queries=4, keys=4, tile=(64, 64), kept=None),
+    Case(name="five rows", queries=5, keys=90, tile=(64, 64), kept=None),
+    Case(name="four rows, huge scores", queries=4, keys=130, tile=(64, 64), kept=None, logits=3e4),
+]
 
 
 # It sums in another order than torch, and the gradients make the weights again from the scores.
@@ -39,9 +52,19 @@ def test_the_native_library_was_built_wherever_there_is_a_compiler():
 
 @needs_library
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("case", CASES + LARGER, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", CASES + LARGER + FEW, ids=lambda case: case.name)
 def test_output_and_gradients_are_as_near_to_fp64_as_masked_attention_in_the_same_dtype(case, dtype, machine_or_pairs):
     check(fused_cpp.attend, case, dtype)
+
+
+@needs_library
+@pytest.mark.parametrize("case", FEW, ids=lambda case: case.name)
+def test_rows_that_are_trained_give_the_gradients_of_those_with_lse(case):
+    leaves = [tensor.requires_grad_() for tensor in case.tensors(torch.float32)]
+    found, expected = (torch.autograd.grad(output.square().sum(), leaves) for output in (
+        fused_cpp.attend(*leaves, case.tiles(), scale=0.3),
+        fused_cpp.attend(*leaves, case.tiles(), scale=0.3, return_lse=True)[0]))
+    assert all(map(torch.equal, found, expected))
 
 
 @needs_library
