@@ -22,6 +22,7 @@ from sentei.conversion.statistics import Contributions, Statistics
 from sentei.core.errors import RuleError, ShapeError, UnsupportedError
 from sentei.core.rules import All, Capacity, Rule, Threshold, TopK
 from sentei.core.tracing import trace
+from sentei.measurement.specialisation import loads
 
 TEXT = torch.randint(3, 320, (3, 60), generator=torch.Generator().manual_seed(5))
 UNITS = {"mixtral": 96, "olmoe": 96, "qwen2_moe": 40, "qwen3_moe": 40}
@@ -122,6 +123,8 @@ def test_a_trace_says_what_was_kept_of_the_routers_choice(family):
     for record in records:
         assert (record.selection.permitted == top_k).all() and (record.selection.count() >= 1).all()
         assert 0.3 < record.selection.density() < 1
+    told = loads(records)
+    assert [sum(load.counts) for load in told.values()] == [int(each.selection.count().sum()) for each in records]
 
 
 @every_family
