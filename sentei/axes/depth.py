@@ -29,13 +29,14 @@ from sentei.core.cost import Cost
 from sentei.core.errors import FileError, RuleError, ShapeError
 from sentei.core.growing import Growing
 from sentei.core.precision import in_full, widened
+from sentei.core.rotation import rotate
+from sentei.core.rows import add, dots, places_of, take
 from sentei.core.rules import All, Capacity, Rule, bad_scores, rule_from_json
 from sentei.core.selection import Selection
 from sentei.core.shapes import check_shape
 from sentei.kernels.attention import Grid, Tiles, attend
 
 TILE = 64  # the block size for which `attend` measures its dense plan
-ROWS_AT_ONCE = 256  # of the predictor: their products stay in the cache
 TINY = 1e-6  # added to the mean square of what the predictor reads
 PARTS = ("attention", "network", "block")
 
@@ -108,19 +109,20 @@ class Cache:
                ) -> tuple[torch.Tensor, torch.Tensor]:
         """Appends key and value [B, N, G, D] of the rows at `positions` [B, N], -1 for padding; returns all of them.
 
-        Cost: that of `Growing`; a copy of what is held where slots hold unequally many rows.
+        Cost: that of `Growing`; a copy of what is held where there is padding among the new rows.
         """
-        key, value = self.keys.append(key), self.values.append(value)
+        is_padded = bool((positions < 0).any())  # what is held has its own in front already
+        self.keys, self.values = self.keys.append(key), self.values.append(value)
         if self.positions is not None:
             positions = torch.cat([self.positions, positions], 1)
-        if bool((positions < 0).any()):
+        if is_padded:
             real = positions >= 0
             order = torch.sort(real, dim=1, stable=True).indices[:, real.shape[1] - int(real.sum(1).max()):]
-            key, value = (x.take_along_dim(order[..., None, None], 1) for x in (key, value))
+            self.keys, self.values = (Growing(x.rows.take_along_dim(order[..., None, None], 1))
+                                      for x in (self.keys, self.values))
             positions = positions.gather(1, order)
-            self.keys, self.values = Growing(key), Growing(value)
         self.positions = positions
-        return key, value
+        return self.keys.rows, self.values.rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,17 +190,22 @@ class Depth(Axis):
         self.work = self.linear_work if work is None else work
 
     def score(self, x, lengths=None, cache=None, tasks=None):
-        sizes = check_shape("depth", "x", x, "B T D", D=self.gate.in_features)
+        self.check(x, lengths)
         if lengths is None:
             return self.gated(x)
-        check_shape("depth", "lengths", lengths, "B P", B=sizes["B"], P=2)
         padding = ~real_tokens(lengths, x)[..., None]
         return self.gated(x.masked_fill(padding, 0)).masked_fill(padding, -torch.inf)
+
+    def check(self, x: torch.Tensor, lengths: torch.Tensor | None) -> None:
+        """Raises a ShapeError unless the inputs fit together and this room."""
+        sizes = check_shape("depth", "x", x, "B T D", D=self.gate.in_features)
+        if lengths is not None:
+            check_shape("depth", "lengths", lengths, "B P", B=sizes["B"], P=2)
 
     def gated(self, x: torch.Tensor) -> torch.Tensor:
         """The gate's scores [B, T, 1] of x, in fp32 or wider, under autocast too."""
         with in_full(x):
-            return F.linear(widened(x), widened(self.gate.weight), widened(self.gate.bias))
+            return dots(widened(x), widened(self.gate.weight[0])).unsqueeze(-1) + widened(self.gate.bias)
 
     def select(self, scores, x, lengths=None, cache=None, tasks=None):
         if not self.looks_along:
@@ -208,38 +215,55 @@ class Depth(Axis):
                             do="call eval() before generating")
         if self.training:
             return super().select(scores, x, lengths, cache)
-        logits, permitted = self.predict(x), ~scores.isneginf()
-        if not bool((scores.isfinite() & logits.isfinite() | ~permitted).all()):
+        kept, permitted = self.chosen(x, lengths), ~scores.isneginf()
+        if kept is None or not bool((scores.isfinite() | ~permitted).all()):
             raise bad_scores("depth")
-        cut = torch.logit(torch.tensor(self.config.threshold, dtype=torch.float64)).item()
-        return Selection.from_mask(logits >= cut, permitted)
+        return Selection.from_mask(kept[..., None], permitted)
 
     def weigh(self, selection, scores, *inputs):
         return selection.weigh(scores)
 
     def apply(self, selection, x, lengths=None, cache=None, tasks=None):
-        kept, weights = selection.mask()[..., 0], selection.dense_weights()
+        return self.passed(selection.mask()[..., 0], selection.dense_weights(), x, lengths, cache, tasks)
+
+    def shortcut(self, x, lengths=None, cache=None, tasks=None):
+        """The same where tokens are compared, but that the gate is asked again of the rows kept, whose gradient then
+        needs no others; and where a predictor chooses it is asked of them alone."""
+        kept = None if self.training and cache is not None or not self.looks_along else self.chosen(x, lengths)
+        return None if kept is None else self.passed(kept, None, x, lengths, cache, tasks)
+
+    @torch.no_grad()
+    def chosen(self, x: torch.Tensor, lengths: torch.Tensor | None) -> torch.Tensor | None:
+        """Bool [B, T] of what `select` keeps; None where it refuses."""
+        if self.training:
+            scores = self.score(x, lengths)
+            permitted = scores > -torch.inf
+            kept = self.rule.keep(scores, permitted, torch.zeros_like(permitted)) & permitted
+            return kept[..., 0] if bool((scores < torch.inf).all()) else None
+        self.check(x, lengths)
+        logits, permitted = self.predict(x)[..., 0], self.positions(x, lengths, None) >= 0
+        cut = torch.logit(torch.tensor(self.config.threshold, dtype=torch.float64)).item()
+        return (logits >= cut) & permitted if bool((logits.isfinite() | ~permitted).all()) else None
+
+    def passed(self, kept: torch.Tensor, weights: torch.Tensor | None, x, lengths, cache, tasks) -> torch.Tensor:
+        """x with the update of the rows kept, bool [B, T], weighed by `weights` [B, T, 1]; if None, by the gate."""
         counts, positions = kept.sum(1), self.positions(x, lengths, cache)
-        rows = int(counts.max()) if counts.numel() else 0
+        least, rows = (int(number) for number in counts.aminmax()) if len(counts) else (0, 0)
+        places = places_of(kept, rows, last=cache is not None and not cache.is_empty)
+        hidden, rest = take(x, places) if least < x.shape[1] else (x, x)
+        real = kept.gather(1, places)
+        if least < rows:  # others are computed and count 0 (see Rows)
+            hidden = hidden.masked_fill(~real[..., None], 0)
+        weights = self.gated(hidden) if weights is None else weights.gather(1, places[..., None])
+        if not bool((weights.isfinite() | ~real[..., None]).all()):
+            raise bad_scores("depth")
         if cache is not None:
             cache.show((positions >= 0).sum(1))
         if rows == 0:
             return x.clone()
-        if int(counts.min()) == x.shape[1]:
-            return x + (weights * self.block(x, Rows(positions=positions, cache=cache, tasks=tasks))).to(x.dtype)
-        # The rows kept, in order, and rows that count 0 where a slot keeps fewer than another (see Rows).
-        if cache is None or cache.is_empty:
-            places = torch.sort(~kept, dim=1, stable=True).indices[:, :rows]
-        else:
-            places = torch.sort(kept, dim=1, stable=True).indices[:, x.shape[1] - rows:]
-        flat = (places + torch.arange(len(x), device=x.device)[:, None] * x.shape[1]).flatten()
-        hidden, weights = (y.flatten(0, 1).index_select(0, flat).unflatten(0, places.shape) for y in (x, weights))
-        real = kept.gather(1, places)
-        if int(counts.min()) < rows:
-            hidden = hidden.masked_fill(~real[..., None], 0)
-        positions = positions.gather(1, places).where(real, -1)
-        update = weights * self.block(hidden, Rows(positions=positions, cache=cache, tasks=tasks))
-        return x.flatten(0, 1).index_add(0, flat, update.flatten(0, 1).to(x.dtype)).view_as(x)
+        own = Rows(positions=positions.gather(1, places).where(real, -1), cache=cache, tasks=tasks)
+        update = weights.where(real[..., None], 0) * self.block(hidden, own)
+        return x + update.to(x.dtype) if hidden is x else add(rest, places, update)
 
     def account(self, selection, x, lengths=None, cache=None, tasks=None):
         counts, tokens = selection.count().sum(1), selection.permitted.sum(1)
@@ -269,10 +293,9 @@ class Depth(Axis):
         whatever stands beside it. What comes before may round x otherwise in a prompt than in generation, and then a
         token whose logit is within that of the threshold may be kept in the one and not in the other.
         """
-        parts = x.detach().flatten(0, -2).split(ROWS_AT_ONCE)
-        sums = torch.cat([(part * self.predictor.weight[0]).sum(-1) * (part.square().mean(-1) + TINY).rsqrt()
-                          for part in parts])
-        return sums.view(*x.shape[:-1], 1) + self.predictor.bias
+        x = x.detach()
+        size = (torch.linalg.vector_norm(x, dim=-1) * x.shape[-1] ** -0.5).square()
+        return (dots(x, self.predictor.weight[0]) * (size + TINY).rsqrt()).unsqueeze(-1) + self.predictor.bias
 
     def predictor_loss(self, x: torch.Tensor, lengths: torch.Tensor | None = None) -> torch.Tensor:
         """The predictor's binary cross-entropy, a mean over the real tokens, against what the rule keeps of x.
@@ -314,7 +337,7 @@ class Transformer(nn.Module):
         width: D, which num_heads divides.
         num_heads: H.
         hidden: F, of the network.
-        rotary: the base of rotary positions (Su et al. 2021, arXiv 2104.09864); None for none.
+        rotary: the base of rotary positions; None for none.
         bias: on the linear layers.
         activation: of the network.
     """
@@ -346,17 +369,6 @@ class Transformer(nn.Module):
         linear = sum(part.weight.numel() for part in (self.projections, self.output, self.up, self.down))
         pairs = rows * held + rows * (rows + 1) // 2
         return int(rows.sum()) * linear + int(pairs.sum()) * 2 * width
-
-
-def rotate(heads: torch.Tensor, positions: torch.Tensor, base: float) -> torch.Tensor:
-    """Rotary positions: heads [B, N, H, D], whose halves are pairs, turned by positions [B, N]; in their own dtype."""
-    half = heads.shape[-1] // 2
-    speeds = base ** (-torch.arange(half, dtype=torch.float64, device=heads.device) / half)
-    angles = (positions[..., None] * speeds)[:, :, None]
-    dtype = torch.promote_types(heads.dtype, torch.float32)
-    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
-    first, second = heads[..., :half], heads[..., half:]
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(heads.dtype)
 
 
 def from_dense(layer: nn.TransformerEncoderLayer, config: Config) -> Depth:

@@ -167,7 +167,8 @@ class Cache:
 
     def append(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Adds key [B, T, G, D] and value [B, T, G, Dv] behind the others; returns all of them. See `Growing`."""
-        return self.keys.append(key), self.values.append(value)
+        self.keys, self.values = self.keys.append(key), self.values.append(value)
+        return self.keys.rows, self.values.rows
 
     def bytes(self) -> int:
         """What it holds now, without room to grow."""

@@ -18,9 +18,10 @@ from torch.nn import functional as F
 from sentei.axes.axis import Axis
 from sentei.axes.connections import Config as Attended
 from sentei.axes.connections import Connections
-from sentei.axes.depth import Rows, rotate
+from sentei.axes.depth import Rows
 from sentei.core.cost import Cost
 from sentei.core.errors import FileError, RuleError, SenteiError, ShapeError, UnsupportedError, require
+from sentei.core.rotation import rotate
 from sentei.core.rules import All, Rule
 from sentei.core.shapes import check_shape
 from sentei.core.tracing import Trace

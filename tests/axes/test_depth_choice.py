@@ -5,7 +5,7 @@ from math import log
 
 import pytest
 import torch
-from depth_rooms import LEFT, PADDED, B, D, T, by_hand, hidden, real, room, selection_of
+from depth_rooms import LEFT, PADDED, B, D, Selecting, T, by_hand, hidden, real, room, selection_of
 
 from sentei.axes.depth import Cache, Depth, Rows
 from sentei.core.definition import apply
@@ -81,14 +81,14 @@ def check_by_hand(kind) -> None:
         torch.testing.assert_close(depth(x, lengths), by_hand(depth, x, kept, lengths), rtol=1e-11, atol=1e-11)
 
 
-class LooksAhead(Depth):
+class LooksAhead(Selecting):
     """Generates by the rule of training."""
 
     def select(self, scores, x, lengths=None, cache=None):
         return self.rule(scores)
 
 
-class SharesCapacity(Depth):
+class SharesCapacity(Selecting):
     """One capacity for the whole batch."""
 
     def select(self, scores, x, lengths=None, cache=None):
@@ -96,12 +96,12 @@ class SharesCapacity(Depth):
         return Selection.from_mask(kept, ~scores.isneginf())
 
 
-class Unweighed(Depth):
+class Unweighed(Selecting):
     def weigh(self, selection, scores, *inputs):
         return selection
 
 
-class Detached(Depth):
+class Detached(Selecting):
     """The gate weighs and does not learn."""
 
     def weigh(self, selection, scores, *inputs):
@@ -122,12 +122,7 @@ class HalvesTime(Depth):
         return super().positions(x, lengths, cache) // 2
 
 
-class KeepsPadding(Depth):
-    def score(self, x, lengths=None, cache=None):
-        return super().score(x, None)
-
-
-class CachesAll(Depth):
+class CachesAll(Selecting):
     """Skipped tokens leave keys and values too."""
 
     def apply(self, selection, x, lengths=None, cache=None):
@@ -137,16 +132,57 @@ class CachesAll(Depth):
         return super().apply(selection, x, lengths, cache)
 
 
+class RanksAtOnce(Depth):
+    """Generates by the rule of training, without a selection."""
+
+    def chosen(self, x, lengths):
+        return self.rule(self.score(x, lengths)).mask()[..., 0]
+
+
+class KeepsPadding(Depth):
+    def chosen(self, x, lengths):
+        return super().chosen(x, None)
+
+
+class WeighsAtOnce(Depth):
+    """The gate weighs the rows kept and does not learn."""
+
+    def passed(self, kept, weights, x, *inputs):
+        return super().passed(kept, self.gated(x).detach() if weights is None else weights, x, *inputs)
+
+
+class CountsAtOnce(Depth):
+    def passed(self, kept, weights, x, *inputs):
+        return super().passed(kept, torch.ones_like(x[..., :1]) if weights is None else weights, x, *inputs)
+
+
 RIGHT = [(check_definition, {}), (check_prefix, {}), (check_slots, {}), (check_slots, {"train": True}),
          (check_cache, {}), (check_by_hand, {})]
 WRONG = [(check_prefix, LooksAhead), (check_cache, LooksAhead), (check_slots, SharesCapacity),
          (check_definition, Unweighed), (check_definition, Detached), (check_by_hand, Unweighed),
-         (check_cache, ForgetsTime), (check_by_hand, HalvesTime), (check_slots, KeepsPadding), (check_cache, CachesAll)]
+         (check_prefix, RanksAtOnce), (check_cache, RanksAtOnce), (check_slots, KeepsPadding),
+         (check_definition, WeighsAtOnce), (check_by_hand, CountsAtOnce),
+         (check_cache, ForgetsTime), (check_by_hand, HalvesTime), (check_cache, CachesAll)]
 
 
+@pytest.mark.parametrize("kind", [Depth, Selecting], ids=["at once", "selecting"])
 @pytest.mark.parametrize("check, settings", RIGHT, ids=lambda value: getattr(value, "__name__", str(value)))
-def test_the_room_passes(check, settings):
-    check(Depth, **settings)
+def test_the_room_passes(check, settings, kind):
+    check(kind, **settings)
+
+
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("lengths", [None, PADDED], ids=["whole", "padded"])
+def test_without_a_trace_there_is_no_selection_and_the_same_is_computed(train, lengths, monkeypatch):
+    depth, x = room(train=train), hidden().requires_grad_()
+    wanted = [x, *depth.block.parameters(), *depth.gate.parameters()]
+    with trace(depth):
+        expected = depth(x, lengths)
+    monkeypatch.setattr(Depth, "select", None)
+    output = depth(x, lengths)
+    torch.testing.assert_close(output, expected, rtol=1e-12, atol=1e-12)
+    for found, right in zip(*(torch.autograd.grad(y.sin().sum(), wanted) for y in (output, expected)), strict=True):
+        torch.testing.assert_close(found, right, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("check, kind", WRONG, ids=lambda value: value.__name__)
@@ -186,6 +222,17 @@ def test_the_cache_knows_which_positions_it_holds():
         assert [place for place in held if place >= 0] == places and held == sorted(held)
     assert cache.seen.tolist() == [16, 11, 7]
     assert cache.keys.rows.shape == (B, kept.sum(1).max(), 2, D // 2) == cache.values.rows.shape
+
+
+def test_a_ragged_prompt_does_not_make_each_token_a_copy_of_all():
+    cache, positions, places = Cache(), torch.arange(9).expand(2, 9).clone(), set()
+    positions[1, 6:] = -1
+    with torch.no_grad():
+        cache.extend(*torch.randn(2, 2, 9, 3, 4).unbind(), positions)
+        for step in range(9, 13):
+            cache.extend(*torch.randn(2, 2, 1, 3, 4).unbind(), torch.tensor([[step], [step - 3]]))
+            places.add(cache.keys.rows.data_ptr())
+    assert cache.positions[1].tolist() == [-1, -1, -1, *range(10)] and len(places) == 1
 
 
 def test_slots_of_the_batch_may_advance_by_different_numbers_of_tokens():

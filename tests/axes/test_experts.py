@@ -1,6 +1,5 @@
 """experts: the sum of what is kept, the gates as their papers write them, the balancing bias, and its doors."""
 
-from contextlib import nullcontext
 
 import pytest
 import torch
@@ -139,54 +138,6 @@ def test_a_full_expert_turns_away_what_comes_late():
         with trace(room) as records:
             room(*inputs)
         assert int(records[0].selection.count().sum()) == kept
-
-
-def test_soft_moe_is_the_formula():
-    made, x = layer("soft"), x_of(2, 7)
-    logits = made.router.scale * F.normalize(x, dim=-1) @ F.normalize(made.router.weight, dim=-1).T
-    dispatch, combine = logits.softmax(1), logits.softmax(2)
-    slots = torch.einsum("bts,btd->bsd", dispatch, x)
-    answers = torch.stack([expert(slots[:, 2 * e:2 * e + 2]) for e, expert
-                           in enumerate(made.experts.stack(made.up, made.down))], 1).flatten(1, 2)
-    torch.testing.assert_close(made(x), torch.einsum("bts,bsd->btd", combine, answers), rtol=1e-12, atol=1e-12)
-    assert made.router.scale.item() == 1
-
-
-@pytest.mark.parametrize("spread", [1, 100])
-def test_soft_moe_computes_what_its_selection_says(spread):
-    """Without a trace it is computed without a selection."""
-    made, x = layer("soft").float(), x_of(2, 7).float().requires_grad_()
-    with torch.no_grad():
-        made.router.scale *= spread
-    found = []
-    for listen in (trace(made), nullcontext()):
-        with listen:
-            y = made(x)
-        found.append((y, *torch.autograd.grad(y.square().sum(), (x, *made.parameters()))))
-    for ours, expected in zip(*found, strict=True):
-        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
-
-
-def test_soft_moe_without_a_selection_forbids_and_refuses_as_with_one():
-    made, x = layer("soft").float(), x_of(1, 5).float()
-    logits, _ = made.router(x)
-    logits[:, 2, :3] = -torch.inf
-    inputs = x, logits, made.up, made.down
-    with trace(made.experts):
-        expected = made.experts(*inputs)
-    assert torch.equal(made.experts(*inputs), expected)
-    logits[:, 0, 0] = torch.nan
-    with pytest.raises(RuleError, match="NaN or .inf"):
-        made.experts(*inputs)
-
-
-def test_soft_moe_costs_its_slots_and_not_its_tokens():
-    made = layer("soft")
-    with trace(made) as records:
-        made(x_of(2, 50))
-    an_expert = 3 * UNIT * WIDTH
-    assert records[0].cost.multiply_adds == 2 * 16 * an_expert + 2 * 50 * 16 * 2 * WIDTH
-    assert records[0].cost.dense_multiply_adds == 2 * 50 * E * an_expert
 
 
 def test_a_task_is_extracted_as_a_dense_layer():

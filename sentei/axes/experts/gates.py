@@ -288,11 +288,6 @@ class Soft(Gate):
         some = permitted.any(-2, keepdim=True)
         return near(logits.masked_fill(~permitted, -torch.inf), -2).masked_fill(~some, 0).softmax(-2) * some
 
-    def shares_of_all(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """`dispatch`, and what `weigh` weighs by, [..., T, S], where every token and slot is permitted: in a third of
-        the passes over memory. The logits are finite, in fp32 or wider."""
-        return _Shares.apply(logits, -2), _Shares.apply(logits, -1)
-
 
 def near(logits: torch.Tensor, dim: int) -> torch.Tensor:
     """The logits, -inf where their softmax along `dim` is below FAINT of the largest: it cannot be seen in a sum.
@@ -304,22 +299,6 @@ def near(logits: torch.Tensor, dim: int) -> torch.Tensor:
     with torch.no_grad():
         faint = logits < logits.amax(dim, keepdim=True) + math.log(FAINT)
     return logits.masked_fill(faint, -torch.inf)
-
-
-class _Shares(torch.autograd.Function):
-    """The softmax along a dimension, 0 where it is below FAINT; see `near`. So the gradient is 0 there, too."""
-
-    @staticmethod
-    def forward(ctx, logits, dim):
-        ctx.dim = dim
-        shares = torch.nn.functional.threshold_(logits.softmax(dim), FAINT, 0)
-        ctx.save_for_backward(shares)
-        return shares
-
-    @staticmethod
-    def backward(ctx, gradient):
-        shares, = ctx.saved_tensors
-        return torch._softmax_backward_data(gradient, shares, ctx.dim, shares.dtype), None
 
 
 GATES = {"unit": Unit, "softmax": Softmax, "renormalised": Renormalised, "noisy": Noisy, "task": Task,

@@ -194,14 +194,18 @@ class Experts(Axis):
         return hidden.flatten(0, -2), selection.ids.flatten(0, -2), selection.weights.flatten(0, -2)
 
     def shortcut(self, hidden, logits, up, down, mask=None, noise=None):
-        """The same for the gate Soft without masks of what all tokens keep, which take as long as the products."""
-        if not isinstance(self.gate, Soft) or mask is not None or self.gauge.is_heard or not is_plain_call():
+        """The same for the gate Soft without masks of what all tokens keep, which take as long as the products.
+
+        The reference is left to `apply`: it has gradients of gradients.
+        """
+        can = isinstance(self.gate, Soft) and mask is None and self.impl != "reference" and is_plain_call()
+        if not can or self.gauge.is_heard:
             return None
         self.check(hidden, logits, up, down, mask)
         if not logits.numel() or not logits.detach().sum().isfinite():
             return None
         self.refuse_lookahead()
-        return soft.mix(hidden, *self.gate.shares_of_all(widened(logits)), self.stack(up, down), self.impl)
+        return soft.mix(hidden, widened(logits), self.stack(up, down), self.impl)
 
     def account(self, selection, hidden, logits, up, down, mask=None, noise=None):
         kept, permitted = int(selection.count().sum()), int(selection.permitted.sum())

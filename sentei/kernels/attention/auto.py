@@ -73,11 +73,16 @@ def _power(tokens: int) -> int:
 
 
 def _ways(dtype: torch.dtype, sizes: tuple[int, int, int, int], grid: Grid, trained: bool) -> gains.Ways:
-    """Torch's kernel and ours on random tensors; with the gradients of what a loss is of its output, if `trained`."""
+    """Torch's kernel and ours on random tensors; with the gradients of what a loss is of its output, if `trained`.
+
+    Heads lie as they do where such calls are made: apart in the cache that a few rows read, else side by side.
+    """
     heads, groups, width, value_width = sizes
     generator = torch.Generator("cpu").manual_seed(0)
     shapes = (grid.num_queries, heads, width), (grid.num_keys, groups, width), (grid.num_keys, groups, value_width)
     tensors = [torch.randn(1, *shape, generator=generator, device="cpu").to(dtype) for shape in shapes]
+    if grid.num_queries <= fused_cpp.FEW_ROWS:
+        tensors = [tensor.transpose(1, 2).contiguous().transpose(1, 2) for tensor in tensors]
     tensors = [tensor.requires_grad_(trained) for tensor in tensors]
 
     def way(impl) -> None:

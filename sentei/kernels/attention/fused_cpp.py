@@ -146,8 +146,8 @@ def _rows_forward(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, l
     """The op `sentei::attend_rows`: `_forward`'s output for the plan that is everything, for a few rows."""
     grid = _rows_grid(query, key, value, lengths, sizes)
     rows = [_rows(tensor) for tensor in (query, key, value)]
-    output = rows[0].new_empty(*query.shape[:3], value.shape[3])
-    if output.numel():
+    output = rows[0].new_zeros(*query.shape[:3], value.shape[3])
+    if output.numel() and grid.num_keys:
         problem = _problem(*rows[:2], grid, scale, 0.0)
         _set_value(problem, rows[2])
         problem.output = output.data_ptr()
