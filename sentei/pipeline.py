@@ -25,7 +25,7 @@ from sentei.budget.judge import Judge
 from sentei.budget.proof import RUNS, Proof, best_proven
 from sentei.budget.request import Request
 from sentei.budget.share import Foreseen, kept_of, rooms_of
-from sentei.budget.solver import Forecast, Solution, mean
+from sentei.budget.solver import Forecast, Solution
 from sentei.budget.workload import Workload
 from sentei.conversion import card, export
 from sentei.conversion.checkpoints import load_model, load_tokenizer, locate
@@ -289,13 +289,11 @@ def _fingerprint(model: nn.Module) -> str:
 def _result(request: Request, subject: Subject, proof: Proof, layers: tuple[int, ...], out: Path | None,
             foreseen: Foreseen) -> dict:
     """The public object."""
-    quality, density = proof.judgement.quality, proof.judgement.density
-    work = subject.work
+    quality, work = proof.judgement.quality, subject.work
     result = public(model=subject.name, workload=request.workload, dtype=request.dtype, tokens=work.timed_tokens,
                     measure=work.measure.name, quality=quality, seconds=proof.comparison.seconds(),
                     speedup=proof.comparison.speedup())
-    kept = [(entry, mean(density[entry.layer]) if entry.room == "connections" else kept_of(subject.model, entry))
-            for entry in proof.candidate.plan.entries]
+    kept = [(entry, kept_of(subject.model, entry, proof.judgement)) for entry in proof.candidate.plan.entries]
     plan = [{"layer": entry.layer, "room": entry.room, "option": WAYS[entry.room].words(entry.config),
              "rule": getattr(entry.config, work.lever if entry.room == "connections" else "rule").to_json(),
              "density": share} for entry, share in kept]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from sentei.conversion.families import FAMILIES
+from sentei.conversion.families import named
 
 VOCABULARY = 320
 SPECIAL = ("<unk>", "<s>", "</s>")
@@ -22,6 +22,12 @@ _OWN = {
     "mistral": {"sliding_window": None},
     "gemma3_text": {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 24,
                     "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+    "mixtral": {"num_local_experts": 6},
+    "olmoe": {"num_experts": 6, "num_experts_per_tok": 3},
+    "qwen2_moe": {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 40,
+                  "shared_expert_intermediate_size": 48},
+    "qwen3_moe": {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 40, "head_dim": 16,
+                  "norm_topk_prob": True},
 }
 
 
@@ -29,7 +35,7 @@ def tiny_config(model_type: str, **overrides):
     """The transformers config of a tiny model: 3 layers, 4 heads, 2 key/value heads of size 16."""
     import transformers
 
-    return getattr(transformers, FAMILIES[model_type].config)(**_SHAPE | _OWN[model_type] | overrides)
+    return getattr(transformers, named(model_type).config)(**_SHAPE | _OWN[model_type] | overrides)
 
 
 def tiny_model(model_type: str, **overrides):
@@ -38,7 +44,7 @@ def tiny_model(model_type: str, **overrides):
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = getattr(transformers, FAMILIES[model_type].architecture)._from_config(
+        model = getattr(transformers, named(model_type).architecture)._from_config(
             tiny_config(model_type, **overrides), attn_implementation="sdpa", dtype=torch.float32)
     return model.eval()
 

@@ -34,6 +34,7 @@ from sentei.kernels.linear.calibration import Calibration, sweep
 
 SALIENCIES = ("magnitude", "obd", "wanda", "obs", "fisher")
 AMONG = ("layer", "row", "four", "columns")
+OF_EXPERTS = ("reap", "experts")  # the saliency of whole experts of a mixture, which compete among themselves
 SWEPT = 128  # columns whose weights are chosen together while sweeping, as in SparseGPT
 
 
@@ -46,7 +47,8 @@ class Config:
             dense layer. Saliencies are no logits, and rules of shares of a softmax have no meaning here.
         saliency: one of SALIENCIES; all but magnitude need a calibration.
         among: weights compete within the "layer", the "row" of an output, or each "four" inputs of an output (2:4 is
-            TopK(2)); or whole "columns" do, the inputs of a layer or the neurons of a network.
+            TopK(2)); or whole "columns" do, the inputs of a layer or the neurons of a network. With the saliency "reap"
+            the "experts" of a pretrained mixture do.
         damp: added to the diagonal of G, as a share of its mean, before it is inverted.
     """
 
@@ -59,9 +61,10 @@ class Config:
         number = isinstance(self.damp, int | float) and not isinstance(self.damp, bool)
         counts = isinstance(self.rule, All | TopK | Capacity | Fixed) and not any(
             isinstance(getattr(self.rule, name, None), tuple) for name in ("k", "capacity"))
+        of_experts = (self.saliency, self.among) == OF_EXPERTS
         checks = {"rule All, TopK, Capacity or Fixed, of one number": counts,
-                  f"saliency one of {', '.join(SALIENCIES)}": self.saliency in SALIENCIES,
-                  f"among one of {', '.join(AMONG)}": self.among in AMONG,
+                  f"saliency one of {', '.join(SALIENCIES)}": of_experts or self.saliency in SALIENCIES,
+                  f"among one of {', '.join(AMONG)}": of_experts or self.among in AMONG,
                   "damp from 0 to 1": number and 0 <= self.damp <= 1}
         for expected, holds in checks.items():
             if not holds:
@@ -300,6 +303,9 @@ def from_dense(layer: nn.Linear | Network, config: Config, calibration: Calibrat
         RuleError, ShapeError: see `saliency_of`; weights of a network, which are those of its layers; or inputs that
             are no multiple of four where fours compete.
     """
+    if config.among not in AMONG:
+        raise ShapeError("weights", expected=f"among one of {', '.join(AMONG)} for a layer", got=repr(config.among),
+                         do="drop the experts of a pretrained mixture with sentei.convert")
     if isinstance(layer, Network) and config.among != "columns":
         raise ShapeError("weights", expected="among 'columns' for a network", got=repr(config.among),
                          do="prune the weights of its linear layers one by one")

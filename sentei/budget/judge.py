@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 
 import torch
@@ -13,6 +13,7 @@ from sentei.budget.workload import Workload
 from sentei.conversion import wrapper
 from sentei.conversion.plan import Entry, Plan, attention_path, convert
 from sentei.conversion.rooms import WAYS
+from sentei.conversion.sparing import choice_path
 from sentei.conversion.statistics import Statistics
 from sentei.core.rules import All, Fixed
 from sentei.core.storage import Stages
@@ -30,10 +31,12 @@ class Judgement:
     Args:
         quality: against the dense model, on the same tokens.
         density: kept ÷ permitted a head, by layer, of the layers whose attention the plan names.
+        experts: the share that tokens kept of the experts their router chose, by layer, of those that skip some.
     """
 
     quality: Quality
     density: dict[int, list[float]]
+    experts: dict[int, float] = field(default_factory=dict)
 
     def mean_density(self, layers: tuple[int, ...]) -> float:
         """The mean over `layers`; those the plan does not name count 1."""
@@ -85,15 +88,18 @@ class Judge:
                 density = {entry.layer: [0.0] for entry in plan.entries if takes_attention(entry)}
                 density |= {entry.layer: counts.density_at(f"{attention_path(model, entry.layer)}.connections")
                             for entry in plan.entries if entry.room == "connections"}
+                skipping = {entry.layer: choice_path(model, entry.layer) for entry in plan.entries}
+                experts = {layer: counts.density_at(path)[0] for layer, path in skipping.items() if path in counts.kept}
             finally:
                 convert(self.model, Plan())
             quality = self.workload.measure.compare(self.dense[use], torch.tensor(answers, dtype=torch.float64))
-            return {"quality": asdict(quality), "density": density}
+            return {"quality": asdict(quality), "density": density, "experts": experts}
 
         inputs = {**self.inputs, "use": use, "plan": plan.to_json(), "prompt": self._reads_itself(plan)}
         result = self.stages.run(f"{self.named}{use}-{short_key(plan)}", inputs, work)
         return Judgement(quality=Quality(**result["quality"]),
-                         density={int(layer): heads for layer, heads in result["density"].items()})
+                         density={int(layer): heads for layer, heads in result["density"].items()},
+                         experts={int(layer): share for layer, share in result.get("experts", {}).items()})
 
     def time(self, plan: Plan, use: str, runs: int, step: Step) -> Comparison:
         """Seconds of the workload on the first window of `use`, dense (transformers' sdpa) and pruned, in turn.
@@ -230,13 +236,14 @@ class _Counts(Trace):
         self.permitted: dict[str, torch.Tensor] = {}
 
     def append(self, record: Record) -> None:
-        """Adds the candidates of connections, kept and permitted, to those of their room."""
-        if record.room != "connections":
+        """Adds the candidates of connections, or of a mixture's choice, kept and permitted, to those of their room."""
+        along = {"connections": (0, 2), "sparing": (0,)}.get(record.room)
+        if along is None:
             return
         selection = record.selection
         for counts, number in ((self.kept, selection.count()), (self.permitted, selection.permitted)):
-            counts[record.path] = counts.get(record.path, 0) + number.sum((0, 2)).double()
+            counts[record.path] = counts.get(record.path, 0) + number.sum(along).double()
 
     def density_at(self, path: str) -> list[float]:
-        """Kept ÷ permitted for every head (or KV group) of one room."""
-        return (self.kept[path] / self.permitted[path]).tolist()
+        """Kept ÷ permitted for every head (or KV group) of one room; of a mixture's choice there is one number."""
+        return (self.kept[path] / self.permitted[path]).reshape(-1).tolist()

@@ -4,7 +4,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from sentei.budget.judge import Judgement
 from sentei.budget.proof import Proof
+from sentei.budget.solver import mean
 from sentei.conversion.layers import layer_of, original_at, places_of
 from sentei.conversion.plan import Entry
 from sentei.conversion.rooms import WAYS
@@ -52,8 +54,15 @@ def drops_connections(entry: Entry) -> bool:
         rule not in (All(), Threshold(0.0)) for rule in (entry.config.rule, entry.config.decode))
 
 
-def kept_of(model: nn.Module, entry: Entry) -> float:
-    """The share of its neurons that a token computes, of experts; else of the weights of its parts what is left."""
+def kept_of(model: nn.Module, entry: Entry, judged: Judgement) -> float:
+    """What is left of an entry's candidates: of connections those kept, as judged; of the weights of a part the share.
+
+    Of experts the share of its neurons that a token computes; of a mixture's own, those it was judged to keep.
+    """
+    if entry.room == "connections":
+        return mean(judged.density[entry.layer])
+    if entry.room == "experts" and entry.layer in judged.experts:
+        return judged.experts[entry.layer]
     if entry.room == "experts" and isinstance(entry.config.rule, TopK):
         neurons = layer_of(model, entry.layer, ()).member("down_proj").in_features
         return min(1.0, (entry.config.rule.k + entry.config.shared) * entry.config.unit / neurons)

@@ -134,7 +134,7 @@ class Kind(NamedTuple):
         prove: switches the module, with a Choice of all the rows it is proven on, or says why not.
         steps: numbers of rows that are measured.
         outputs: the numbers it makes of a row.
-        more: what it is called with beside the rows.
+        given: what it is called with, of rows [1, T, D].
         alike: what tells modules of one class and shape apart where they are measured.
         settle: what follows from a module's Choice.
     """
@@ -144,7 +144,7 @@ class Kind(NamedTuple):
     prove: Callable[[nn.Module, type], str]
     steps: Steps
     outputs: Callable[[nn.Module], int]
-    more: Callable[[nn.Module, torch.Tensor], tuple] = lambda module, x: ()
+    given: Callable[[nn.Module, torch.Tensor], tuple] = lambda module, x: (x,)
     alike: Callable[[nn.Module], tuple] = lambda module: ()
     settle: Callable[[nn.Module], None] = lambda module: None
 

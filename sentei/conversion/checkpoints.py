@@ -6,6 +6,7 @@ Safetensors, JSON and GGUF are read; pickles never are. The hub is asked only wh
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -18,7 +19,7 @@ import torch
 
 from sentei.conversion import embedded
 from sentei.conversion.card import CARD, licence_in
-from sentei.conversion.families import Family
+from sentei.conversion.family import Family
 from sentei.conversion.gguf_cache import dequantise
 from sentei.conversion.memory import require_memory
 from sentei.conversion.model_folder import check_side_files, member, read_config, refuse_pickle, weight_files
@@ -122,10 +123,11 @@ def load_model(checkpoint: Checkpoint, dtype: str = "float32", reshape: Callable
     tensors = {name: tensor for file in weight_files(folder, family).values() for name, tensor in file.items()}
     model_class = getattr(transformers, family.architecture)
     check_side_files(folder)
-    family.check_tensors(config, {name: tensor.shape for name, tensor in tensors.items()},
-                         str(folder / "config.json"), reshape)
-    needed = sum(tensor.elements for tensor in tensors.values()) * DTYPES[dtype].itemsize
-    require_memory(folder, needed + max(tensor.bytes for tensor in tensors.values()))
+    shapes = family.check_tensors(config, {name: tensor.shape for name, tensor in tensors.items()},
+                                  str(folder / "config.json"), reshape)
+    size = DTYPES[dtype].itemsize
+    sizes = *(tensor.bytes for tensor in tensors.values()), *(math.prod(shape) * size for shape in shapes.values())
+    require_memory(folder, sum(tensor.elements for tensor in tensors.values()) * size + max(sizes))
     if reshape is not None:
         model = _reshaped(folder, model_class._from_config(config, dtype=DTYPES[dtype], attn_implementation="sdpa",
                                                            **family.options), reshape)

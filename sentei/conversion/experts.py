@@ -69,7 +69,7 @@ def is_experts(module: nn.Module) -> bool:
 def _experts(module: nn.Module) -> Stack | list[Callable]:
     from transformers.integrations.moe import _default_apply_gate
 
-    activation = _activation(module)
+    activation = activation_of(module)
     plain = not (module.has_bias or module.has_post_expert_norm) and activation is not None
     down = module.down_proj.mT if module.is_transposed else module.down_proj
     if plain and not module.has_gate:
@@ -78,6 +78,12 @@ def _experts(module: nn.Module) -> Stack | list[Callable]:
         joint = module.gate_up_proj
         return Stack.from_joint(joint.mT if module.is_transposed else joint, down, activation)
     return [function_of(module, e) for e in range(len(down))]
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether its experts are all here, gated as usual, without biases and of a known activation, [E, O, I]."""
+    return is_experts(module) and not module._is_expert_parallel and isinstance(_experts(module), Stack) and (
+        module.has_gate)
 
 
 def function_of(module: nn.Module, e: int, adapters: Mapping[str, LowRankStack] = MappingProxyType({})
@@ -102,7 +108,7 @@ def function_of(module: nn.Module, e: int, adapters: Mapping[str, LowRankStack] 
     return expert
 
 
-def _activation(module: nn.Module) -> str | None:
+def activation_of(module: nn.Module) -> str | None:
     """The name of the module's activation, which is told by what it computes; looked up once for each."""
     act = getattr(module, "act_fn", None)
     known = module.__dict__.get("activation_of_sentei")

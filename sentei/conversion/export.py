@@ -64,7 +64,7 @@ def export(model: nn.Module, tokenizer, plan: Plan, folder: Path, *, tokens: tor
     try:
         temporary.mkdir(parents=True)
         written, left = plain(model, plan) if rung == "A" else (model, plan)
-        written.save_pretrained(temporary)
+        written.save_pretrained(temporary, save_original_format=rung != "B")  # else the experts as they are stacked
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
         name = LOGITS if family_of(model).causal else STATES
@@ -97,8 +97,9 @@ def load(folder: str | Path) -> nn.Module:
     """
     policy = read_policy(Path(folder))
     plan = Plan.from_json(policy["plan"])
-    uneven = partial(reshape, plan=plan) if plan.standing("in").entries else None
-    model = load_model(locate(str(Path(folder).absolute())), policy["dtype"], uneven)
+    checkpoint = locate(str(Path(folder).absolute()))
+    uneven = partial(reshape, plan=plan) if plan.choosing(checkpoint.family, those=False).entries else None
+    model = load_model(checkpoint, policy["dtype"], uneven)
     try:
         return complete(model, plan) if plan.entries or policy.get("rung") == "A" else convert(model, plan)
     except (RuleError, UnsupportedError) as error:  # it does not fit the model: a layer or a head that is not there

@@ -5,32 +5,17 @@ A config.json is data from a stranger. Only the keys listed here reach transform
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
+from sentei.conversion.family import MIXED, NORMS, NORMS_AROUND, NOT_PASSED, Family
+from sentei.conversion.mixtures import Mixture
 from sentei.core.errors import FileError, UnsupportedError, shown
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
 
 _DECODER_KEYS = frozenset({
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "num_key_value_heads", "head_dim", "hidden_act", "max_position_embeddings", "initializer_range", "rms_norm_eps",
     "use_cache", "tie_word_embeddings", "rope_theta", "rope_scaling", "rope_parameters", "attention_bias",
     "attention_dropout", "pad_token_id", "bos_token_id", "eos_token_id",
-})
-
-# Accepted because published files carry them, and dropped because they do not change what the model computes here.
-NOT_PASSED = frozenset({
-    "model_type", "architectures", "torch_dtype", "dtype", "transformers_version", "_name_or_path", "_commit_hash",
-    "_sliding_window_pattern", "cache_implementation", "is_llama_config", "transformers.js_config", "unsloth_fixed",
-    "unsloth_version", "rope_interleaved", "use_mrope", "max_sequence_length", "dual_chunk_attention_config",
-    "temperature", "top_p", "top_k", "do_sample", "max_length", "max_new_tokens", "repetition_penalty",
-    "return_dict", "output_attentions", "output_hidden_states", "unk_token_id",
 })
 
 _BERT_KEYS = frozenset({
@@ -45,6 +30,9 @@ _BERT_NOT_PASSED = NOT_PASSED | {
     "pooler_fc_size", "pooler_num_attention_heads", "pooler_num_fc_layers", "pooler_size_per_head", "pooler_type",
     "directionality",
 }
+
+# Of what mixtures do in training, or give beside their answers.
+_ROUTER_NOT_PASSED = {"output_router_logits", "router_aux_loss_coef", "router_jitter_noise", "max_window_layers"}
 
 # Keys sentei understands at these values only; anything else would change the attention it replaces.
 _ONLY = {
@@ -65,160 +53,26 @@ _LARGEST = {
     "num_attention_heads": 1 << 12, "num_key_value_heads": 1 << 12, "head_dim": 1 << 13,
     "max_position_embeddings": 1 << 30, "sliding_window": 1 << 30, "max_window_layers": 1 << 30,
     "sliding_window_pattern": 1 << 30, "no_rope_layer_interval": 1 << 30, "query_pre_attn_scalar": 1 << 20,
+    "num_experts": 1 << 12, "num_local_experts": 1 << 12, "num_experts_per_tok": 1 << 12,
+    "moe_intermediate_size": 1 << 20, "shared_expert_intermediate_size": 1 << 20,
 }
 _MAY_BE_ZERO = ("max_window_layers",)
-
-# The two parts of a layer, and where decoders keep them; a family's own names of what is in them are in its row.
-PARTS = ("attention", "network")
-_PLACES = {"attention": ("self_attn",), "network": ("mlp",)}
-_MEMBERS = {name: f"self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "o_proj")} | {
-    name: f"mlp.{name}" for name in ("gate_proj", "up_proj", "down_proj", "act_fn")}
-_NORMS = {"attention": ("input_layernorm",), "network": ("post_attention_layernorm",)}
-_NORMS_AROUND = {"attention": ("input_layernorm", "post_attention_layernorm"),
-                 "network": ("pre_feedforward_layernorm", "post_feedforward_layernorm")}
+_UNUSED = {"sliding_window": "use_sliding_window"}  # may be zero where the other key says that it is not used
 
 
-@dataclass(frozen=True, kw_only=True)
-class Family:
-    """One row of the table.
-
-    Args:
-        model_type: the name in config.json.
-        architecture: the class of transformers, a causal language model or an encoder.
-        config: its config class.
-        attention, network: the classes of its attention and feed-forward modules.
-        window: where sliding-window attention is said: "none", "layer_types", or "every" (one window for all layers).
-        keys: those of config.json that are passed on.
-        layers: where its layers are.
-        places: by part of a layer, its modules: the one that computes, and others that hold linear layers of it.
-        norms: by part, the norms that stand before it and, in some families, behind it.
-        members: by the names that decoders give them, the linear layers of a layer and its activation.
-        causal: a token sees no later one.
-        ignored: more keys that config.json may hold.
-        only: keys that are understood at these values alone.
-        architectures: that config.json may name; by default `architecture`.
-        options: of the class.
-        prefix: before the names of tensors, in files that hold more than the model.
-        left: how names begin of tensors that are left in the file.
-    """
-
-    model_type: str
-    architecture: str
-    config: str
-    attention: str
-    network: str
-    window: str
-    keys: frozenset[str]
-    layers: str = "model.layers"
-    places: dict[str, tuple[str, ...]] = field(default_factory=lambda: _PLACES)
-    norms: dict[str, tuple[str, ...]] = field(default_factory=lambda: _NORMS)
-    members: dict[str, str] = field(default_factory=lambda: _MEMBERS)
-    causal: bool = True
-    ignored: frozenset[str] = NOT_PASSED
-    only: dict[str, tuple] = field(default_factory=dict)
-    architectures: tuple[str, ...] = ()
-    options: dict[str, object] = field(default_factory=dict)
-    prefix: str = ""
-    left: tuple[str, ...] = ()
-
-    def prunable_layers(self, config: PreTrainedConfig) -> tuple[int, ...]:
-        """Indices of the layers whose attention sees the whole past; layers with a sliding window are left out.
-
-        A model whose every layer slides (Mistral 7B v0.1) gives an empty tuple.
-        """
-        if self.window == "layer_types":
-            return tuple(index for index, kind in enumerate(config.layer_types) if kind == "full_attention")
-        if self.window == "every" and config.sliding_window is not None:
-            return ()
-        return tuple(range(config.num_hidden_layers))
-
-    def build_config(self, raw: dict, where: str = "config.json") -> PreTrainedConfig:
-        """The transformers config object made from the whitelisted keys of `raw`, which `family_of` has accepted.
-
-        Raises:
-            FileError: transformers does not accept the values.
-        """
-        import transformers
-
-        settings = {key: value for key, value in raw.items() if key in self.keys}
-        with self._building(where):
-            return getattr(transformers, self.config)(**settings)
-
-    def shapes(self, config: PreTrainedConfig, where: str = "config.json", reshape: Callable | None = None
-               ) -> dict[str, tuple[int, ...]]:
-        """The shapes of the model's tensors by name; no memory is taken for them.
-
-        The layers of a family are alike, so that one is built and stands for all, a thousand would take seconds; unless
-        the model is then changed.
-
-        Args:
-            reshape: changes the model in place first.
-        Raises:
-            FileError: transformers cannot build a model of these settings.
-        """
-        import torch
-        import transformers
-
-        one = copy.deepcopy(config)
-        with self._building(where), torch.device("meta"):
-            if reshape is not None:
-                model = getattr(transformers, self.architecture)(config, **self.options)
-                reshape(model)
-                return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-            one.num_hidden_layers = 1
-            model = getattr(transformers, self.architecture)(one, **self.options)
-        first = f"{self.layers}.0."
-        shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-        return {name: shape for name, shape in shapes.items() if not name.startswith(first)} | {
-            f"{self.layers}.{layer}.{name.removeprefix(first)}": shape for layer in range(config.num_hidden_layers)
-            for name, shape in shapes.items() if name.startswith(first)}
-
-    def own_name(self, name: str) -> str | None:
-        """What the model calls a tensor of a file; None for one that is left in it.
-
-        Checkpoints of 2023 carry the rotary frequencies, which are recomputed.
-        """
-        name = name.removeprefix(self.prefix)
-        if name.startswith(self.left) or name.endswith("rotary_emb.inv_freq"):
-            return None
-        return name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
-
-    def check_tensors(self, config: PreTrainedConfig, found: dict[str, tuple[int, ...]], where: str,
-                      reshape: Callable | None = None) -> None:
-        """Raises FileError unless `found`, shapes by name, are the tensors of such a model; see `shapes`."""
-        expected, do = self.shapes(config, where, reshape), "download the model again"
-        found = {name: shape for name, shape in ((self.own_name(name), shape) for name, shape in found.items()) if name}
-        if config.tie_word_embeddings and "lm_head.weight" not in found:
-            expected.pop("lm_head.weight", None)
-        surplus = sorted(found.keys() - expected.keys())
-        missing = sorted(expected.keys() - found.keys())
-        wrong = sorted(name for name in expected.keys() & found.keys() if found[name] != expected[name])
-        for problem, names in (("missing", missing), ("not in the model", surplus)):
-            if names:
-                raise FileError(where, expected="exactly the tensors that its settings describe",
-                                got=f"{len(names)} {problem}, first {shown(names[0])}", do=do)
-        if wrong:
-            raise FileError(where, expected=f"{wrong[0]} of shape {expected[wrong[0]]}, as its settings say",
-                            got=f"{found[wrong[0]]}", do=do)
-
-    @contextmanager
-    def _building(self, where: str) -> Iterator[None]:
-        """Turns what transformers raises for settings it does not accept into FileError."""
-        from huggingface_hub.errors import StrictDataclassError
-
-        try:
-            yield
-        except (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, AssertionError, RuntimeError,
-                StrictDataclassError) as error:
-            raise FileError(where, expected=f"the settings of a {self.model_type} model", got=shown(error),
-                            do="download the file again from where it was published") from error
-
-
-def _family(model_type: str, prefix: str, *, window: str, keys: tuple[str, ...], norms: dict = _NORMS) -> Family:
+def _family(model_type: str, prefix: str, *, window: str, keys: tuple[str, ...], norms: dict = NORMS) -> Family:
     return Family(model_type=model_type, architecture=f"{prefix}ForCausalLM", attention=f"{prefix}Attention",
                   network=f"{prefix}MLP", norms=norms,
                   config=f"{prefix}{'Text' if prefix == 'Gemma3' else ''}Config", window=window,
                   keys=_DECODER_KEYS | frozenset(keys))
+
+
+def _mixture(model_type: str, prefix: str, mixture: Mixture, *, window: str, keys: tuple[str, ...],
+             only: dict[str, tuple] | None = None) -> Family:
+    return Family(model_type=model_type, architecture=f"{prefix}ForCausalLM", attention=f"{prefix}Attention",
+                  network=f"{prefix}SparseMoeBlock", config=f"{prefix}Config", window=window, mixture=mixture,
+                  members=MIXED, keys=_DECODER_KEYS | {mixture.number, "num_experts_per_tok", *keys}, only=only or {},
+                  ignored=NOT_PASSED | _ROUTER_NOT_PASSED)
 
 
 _QWEN_WINDOW = ("sliding_window", "use_sliding_window", "max_window_layers", "layer_types")
@@ -229,9 +83,25 @@ FAMILIES: dict[str, Family] = {
     "qwen2": _family("qwen2", "Qwen2", window="layer_types", keys=_QWEN_WINDOW),
     "qwen3": _family("qwen3", "Qwen3", window="layer_types", keys=_QWEN_WINDOW),
     "mistral": _family("mistral", "Mistral", window="every", keys=("sliding_window",)),
-    "gemma3_text": _family("gemma3_text", "Gemma3", window="layer_types", norms=_NORMS_AROUND, keys=(
+    "gemma3_text": _family("gemma3_text", "Gemma3", window="layer_types", norms=NORMS_AROUND, keys=(
         "sliding_window", "sliding_window_pattern", "layer_types", "hidden_activation", "rope_local_base_freq",
         "query_pre_attn_scalar", "final_logit_softcapping", "attn_logit_softcapping", "use_bidirectional_attention")),
+}
+
+# Layers that are mixtures of experts, every one of them, as transformers stacks these.
+_QWEN_MIXTURE = ("moe_intermediate_size", "norm_topk_prob", "decoder_sparse_step", "mlp_only_layers")
+_EVERY_LAYER = {"decoder_sparse_step": (1,), "mlp_only_layers": ([], None)}
+MIXTURES: dict[str, Family] = {
+    "mixtral": _mixture("mixtral", "Mixtral", Mixture(
+        number="num_local_experts", matrices=("w1", "w3", "w2"), place="block_sparse_moe"),
+        window="every", keys=("sliding_window",)),
+    "olmoe": _mixture("olmoe", "Olmoe", Mixture(number="num_experts"), window="none",
+                      keys=("norm_topk_prob", "clip_qkv"), only={"clip_qkv": (None,)}),
+    "qwen2_moe": _mixture("qwen2_moe", "Qwen2Moe", Mixture(number="num_experts"),
+                          window="layer_types", only=_EVERY_LAYER, keys=(
+                              *_QWEN_WINDOW, *_QWEN_MIXTURE, "shared_expert_intermediate_size", "qkv_bias")),
+    "qwen3_moe": _mixture("qwen3_moe", "Qwen3Moe", Mixture(number="num_experts"), window="every", only=_EVERY_LAYER,
+                          keys=(*_QWEN_WINDOW[:2], *_QWEN_MIXTURE, "num_local_experts")),  # published, and saved
 }
 
 # Only the encoder is read: a pooler, and heads for a task, are left where they are. Its norms stand behind the sums, in
@@ -257,12 +127,12 @@ ENCODERS: dict[str, Family] = {
 
 def architectures() -> list[str]:
     """The classes of transformers that can be converted."""
-    return [family.architecture for family in (FAMILIES | ENCODERS).values()]
+    return [family.architecture for family in (FAMILIES | MIXTURES | ENCODERS).values()]
 
 
 def named(model_type: object) -> Family | None:
-    """The family of that name, decoder or encoder, or None."""
-    return (FAMILIES | ENCODERS).get(model_type) if isinstance(model_type, str) else None
+    """The family of that name, decoder, mixture or encoder, or None."""
+    return (FAMILIES | MIXTURES | ENCODERS).get(model_type) if isinstance(model_type, str) else None
 
 
 def family_of(raw: dict, where: str = "config.json") -> Family:
@@ -332,7 +202,7 @@ def _check_sizes(raw: dict, where: str) -> None:
         value = raw.get(key)
         if value is None and key not in _REQUIRED:
             continue
-        smallest = 0 if key in _MAY_BE_ZERO else 1
+        smallest = 0 if key in _MAY_BE_ZERO or key in _UNUSED and raw.get(_UNUSED[key]) is False else 1
         if type(value) is not int or not smallest <= value <= largest:
             raise FileError(where, expected=f"{key!r} as a whole number between {smallest} and {largest:,}",
                             got=shown(value), do="download the file again from where it was published")
@@ -360,5 +230,5 @@ def _finite(value: object) -> bool:
 
 
 def _unsupported(where: str, got: str) -> UnsupportedError:
-    return UnsupportedError(where, expected=f"a causal language model of one of: {', '.join(FAMILIES)}, or an encoder: "
-                            f"{', '.join(ENCODERS)}", got=got, do="choose a model of one of these families")
+    return UnsupportedError(where, expected=f"a causal language model of one of: {', '.join(FAMILIES | MIXTURES)}, or "
+                            f"an encoder: {', '.join(ENCODERS)}", got=got, do="choose a model of one of these families")

@@ -11,7 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from sentei.conversion import adapter_header, gguf_header, gguf_weights
-from sentei.conversion.families import Family, family_of
+from sentei.conversion.families import family_of
+from sentei.conversion.family import Family
 from sentei.conversion.model_folder import (
     MAX_CONFIG_BYTES,
     PICKLES,

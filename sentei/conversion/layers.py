@@ -9,7 +9,8 @@ from typing import NamedTuple
 
 from torch import nn
 
-from sentei.conversion.families import PARTS, Family, architectures, named
+from sentei.conversion.families import architectures, named
+from sentei.conversion.family import PARTS, Family
 from sentei.core.errors import UnsupportedError
 
 # The attribute of a model that holds what stood in the places of modules of ours, by path.
@@ -68,14 +69,14 @@ class Layer(NamedTuple):
         """The modules of a part with other members, by name: copies of those that hold them, which share the rest."""
         paths = {name: self.family.members[name].rpartition(".") for name in new}
         changed = {place for place, _, _ in paths.values()}
-        made = {place: _copied(module) if place in changed else module
+        made = {place: copied(module) if place in changed else module
                 for place, module in zip(self.family.places[part], self.places[part], strict=True)}
         for name, (place, _, own) in paths.items():
             setattr(made[place], own, new[name])
         return tuple(made.values())
 
 
-def _copied(module: nn.Module) -> nn.Module:
+def copied(module: nn.Module) -> nn.Module:
     """A copy that shares parameters and children, and can be given others."""
     made = copy.copy(module)
     made._parameters, made._modules = dict(module._parameters), dict(module._modules)

@@ -4,7 +4,8 @@ import re
 import stat
 from pathlib import Path
 
-from sentei.conversion.families import Family, family_of, unmarked
+from sentei.conversion.families import family_of, unmarked
+from sentei.conversion.family import Family
 from sentei.core.errors import FileError, UnsupportedError, shown
 from sentei.core.safetensors_header import Tensor, read_header
 from sentei.core.storage import json_bytes, read_json

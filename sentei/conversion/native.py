@@ -7,12 +7,12 @@ from functools import partial
 import torch
 from torch import nn
 
-from sentei.conversion import block, linear, rows
+from sentei.conversion import block, linear, rows, stacks
 from sentei.conversion.altered import Kind, Proofs, restore
 from sentei.conversion.linear import Choice, input_of, rows_taken
 from sentei.kernels.linear import fused_cpp
 
-KINDS = (*rows.KINDS, block.KIND)
+KINDS = (*rows.KINDS, stacks.KIND, block.KIND)
 # The attribute of a model that holds what was proven of its modules.
 PROVEN = "proofs_of_sentei"
 
@@ -70,8 +70,8 @@ def _install(model: nn.Module, modules: dict[str, nn.Module], kind: Kind, most_r
     refused = {path: "a forward of its own" if "forward" in vars(module) else proofs.prove(module, kind)
                for path, module in modules.items()}
     proven = [module for path, module in modules.items() if not refused[path]]
-    ways = (lambda module, x: type(module).__bases__[1].forward(module, x, *kind.more(module, x)),
-            lambda module, x: module(x, *kind.more(module, x)))
+    ways = (lambda module, x: type(module).__bases__[1].forward(module, *kind.given(module, x)),
+            lambda module, x: module(*kind.given(module, x)))
     if most_rows:  # of a token, of which a norm may have many
         most_rows = min(most_rows, fused_cpp.FEW_ROWS) * kind.steps.few[-1] // linear.ROWS[-1]
     alike = partial(_alike, kind)

@@ -9,6 +9,7 @@ from torch import nn
 from sentei.axes import AXES
 from sentei.conversion import layers as placing
 from sentei.conversion import native, wrapper
+from sentei.conversion.family import Family
 from sentei.conversion.rooms import WAYS
 from sentei.conversion.statistics import Statistics
 from sentei.core.errors import FileError, RuleError, UnsupportedError
@@ -71,6 +72,14 @@ class Plan:
     def standing(self, where: str) -> "Plan":
         """The entries of rooms that stand "in" the place of a part, or "under" one."""
         return Plan(tuple(entry for entry in self.entries if WAYS[entry.room].stands == where))
+
+    def choosing(self, family: Family, *, those: bool = True) -> "Plan":
+        """The entries that choose for each input among a model's weights as they are; or the others.
+
+        These are the rooms under a part, and those of a mixture whose tokens skip experts.
+        """
+        return Plan(tuple(entry for entry in self.entries if those == (
+            WAYS[entry.room].stands == "under" or entry.room == "experts" and family.mixture is not None)))
 
     @classmethod
     def everywhere(cls, layers: Iterable[int], room: str, config: object) -> "Plan":
@@ -136,7 +145,7 @@ def complete(model: nn.Module, plan: Plan) -> nn.Module:
     Raises:
         UnsupportedError, RuleError: as `convert`.
     """
-    return _become(model, plan.standing("under"), None, native.install)
+    return _become(model, plan.choosing(placing.family_of(model)), None, native.install)
 
 
 def _stay(model: nn.Module) -> None:

@@ -252,7 +252,8 @@ def _same(y: torch.Tensor, own: torch.Tensor) -> bool:
 
 KINDS = (
     Kind(NativeHeads, _looks_like_heads, _prove_heads, Steps(),
-         lambda module: sum(len(getattr(module, name).weight) for name in HEADS), turns),
+         lambda module: sum(len(getattr(module, name).weight) for name in HEADS),
+         lambda module, x: (x, *turns(module, x))),
     Kind(NativeGated, _looks_gated, _prove_gated, Steps(), lambda module: len(module.down_proj.weight)),
     Kind(NativeNorm, _looks_like_a_norm, _prove_norm, NORM_STEPS, lambda module: len(module.weight)),
 )

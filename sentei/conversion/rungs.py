@@ -1,7 +1,7 @@
 """How a model whose layers have changed shape is written and read back: the rungs of a ladder.
 
-    A   every layer alike: fewer layers, networks of one width, attentions of as many key/value heads. An ordinary
-        checkpoint of a smaller model.
+    A   every layer alike: fewer layers, networks of one width or of as many experts, attentions of as many key/value
+        heads. An ordinary checkpoint of a smaller model.
     B   layers that differ: the weights as they are, and `sentei.json`, which says what stands where. Its config.json
         has a name that transformers' Auto classes refuse (`families.marked`).
     C   weights as they were and rooms that choose for each input: an ordinary checkpoint of the dense model, and
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 def rung_of(model: nn.Module, plan: Plan) -> str:
     """The rung by which a model converted with this plan is written: "A", "B" or "C"."""
-    if not plan.standing("in").entries:
+    if not plan.choosing(family_of(model), those=False).entries:
         return "C"
     return "B" if _shape(model, plan) is None else "A"
 
@@ -47,16 +47,16 @@ def _tells_heads(model: nn.Module) -> bool:
 
 
 def _shape(model: nn.Module, plan: Plan) -> tuple[set[int], int | None, int | None] | None:
-    """The layers that are gone, and of those left the networks' width and the key/value heads (None: as before).
+    """The layers that are gone, and of those left the networks' size and the key/value heads (None: as before).
 
-    None where they are uneven.
+    A network's size is its width, or how many experts it has. None where they are uneven.
     """
     gone, widths, heads = set(), {}, {}
-    for entry in plan.standing("in").entries:
+    for entry in plan.choosing(family_of(model), those=False).entries:
         if entry.room == "depth" and entry.config.rule == Fixed(()) and entry.config.part == "block":
             gone.add(entry.layer)
         elif entry.room == "weights" and isinstance(entry.config, Weights):
-            widths[entry.layer] = standing(model, entry.layer, "down_proj").in_features
+            widths[entry.layer] = _size(model, entry.layer)
         elif entry.room == "heads" and _tells_heads(model):
             heads[entry.layer] = (standing(model, entry.layer, "k_proj").out_features
                                   // layer_of(model, entry.layer, ()).heads[2])
@@ -68,16 +68,25 @@ def _shape(model: nn.Module, plan: Plan) -> tuple[set[int], int | None, int | No
     return gone, next(iter(widths.values()), None), next(iter(heads.values()), None)
 
 
+def _size(model: nn.Module, layer: int) -> int:
+    """The experts of a mixture, or a network's width."""
+    if family_of(model).mixture is not None:
+        return len(standing(model, layer, "experts").down_proj)
+    return standing(model, layer, "down_proj").in_features
+
+
 def plain(model: PreTrainedModel, plan: Plan) -> tuple[PreTrainedModel, Plan]:
     """The model of rung A: an ordinary one of its family that shares the weights, and what is left of the plan.
 
     Args:
         model: converted with `plan`, for which `rung_of` says "A".
     """
-    gone, width, heads = _shape(model, plan)
+    (gone, size, heads), family = _shape(model, plan), family_of(model)
     left = [index for index in range(model.config.num_hidden_layers) if index not in gone]
     config = copy.deepcopy(model.config)
-    config.num_hidden_layers, config.intermediate_size = len(left), width or config.intermediate_size
+    config.num_hidden_layers = len(left)
+    if size is not None:
+        setattr(config, "intermediate_size" if family.mixture is None else family.mixture.number, size)
     if heads is not None:
         config.num_key_value_heads = heads
     for name in ("layer_types", "no_rope_layers"):
@@ -87,7 +96,6 @@ def plain(model: PreTrainedModel, plan: Plan) -> tuple[PreTrainedModel, Plan]:
     if getattr(config, "max_window_layers", None) is not None:
         config.max_window_layers = min(config.max_window_layers, len(left))
     config._attn_implementation = "sdpa"
-    family = family_of(model)
     made = type(model)._from_config(config, dtype=model.dtype, **family.options)
     numbers, state = {index: number for number, index in enumerate(left)}, {}
     for name, tensor in model.state_dict().items():
@@ -102,8 +110,8 @@ def plain(model: PreTrainedModel, plan: Plan) -> tuple[PreTrainedModel, Plan]:
     made.tie_weights()
     if model.can_generate():
         made.generation_config = model.generation_config
-    under = [replace(entry, layer=numbers[entry.layer]) for entry in plan.standing("under").entries]
-    return made.eval(), Plan(tuple(under))
+    chosen = [replace(entry, layer=numbers[entry.layer]) for entry in plan.choosing(family).entries]
+    return made.eval(), Plan(tuple(chosen))
 
 
 def reshape(model: nn.Module, plan: Plan) -> None:
@@ -112,7 +120,7 @@ def reshape(model: nn.Module, plan: Plan) -> None:
     Raises:
         UnsupportedError: a room that is not written to files.
     """
-    for entry in plan.standing("in").entries:
+    for entry in plan.choosing(family_of(model), those=False).entries:
         way = WAYS[entry.room]
         if way.blank is None:
             raise UnsupportedError("sentei.json", expected="rooms that are written to files", got=entry.room,

@@ -11,6 +11,7 @@
 | network_input | Moment | what the first projections of the network are given, [D, D] |
 | network_hidden | Moment | the neurons, what the last projection of the network is given, [F, F] |
 | network_influence | Influence | the residual stream before and after the network |
+| network_experts | Contributions | how much each expert of a mixture adds to what the network gives, [E] |
 
 A row of a hidden moment counts as much as it is small beside the stream that the part's output is added to, 1 / ‖y‖²:
 what follows is normed, so that is what an error in it is worth, and a few tokens of a thousand times the usual size do
@@ -29,7 +30,9 @@ import torch
 from torch import nn
 
 from sentei.conversion.attended import Attended, Watch
+from sentei.conversion.experts import function_of
 from sentei.conversion.layers import Layer
+from sentei.core.errors import UnsupportedError
 from sentei.kernels.linear.calibration import Calibration
 
 MAX_BUILT = 1 << 29  # numbers, 2 GB in fp32
@@ -127,6 +130,32 @@ class Amplitudes:
         self.rows += other.rows
 
 
+class Contributions:
+    """How much the experts of a mixture add: Σ w ‖expert(x)‖ over the rows x that keep one weighed w, in fp64 [E].
+
+    `kept` [E] is the number of these rows. With the mean over them for a saliency, REAP (arXiv 2510.13999).
+    """
+
+    def __init__(self, experts: int):
+        self.sizes = torch.zeros(experts, dtype=torch.float64)
+        self.kept = torch.zeros(experts, dtype=torch.int64)
+
+    def see(self, expert: int, weights: torch.Tensor, answers: torch.Tensor) -> None:
+        """Adds rows of one expert: its weights [N] and answers [N, D]."""
+        self.sizes[expert] += float((weights.double() * answers.double().norm(dim=-1)).sum())
+        self.kept[expert] += len(weights)
+
+    def merge(self, other: "Contributions") -> None:
+        """Adds the state of other rows."""
+        self.sizes += other.sizes
+        self.kept += other.kept
+
+    @property
+    def saliency(self) -> torch.Tensor:
+        """The mean of w ‖expert(x)‖; 0 of an expert that no row kept."""
+        return self.sizes / self.kept.clamp(min=1)
+
+
 class Kind(NamedTuple):
     """One kind of statistic: an empty state for a layer, and the hooks that add to it, which are returned."""
 
@@ -153,7 +182,7 @@ class Moment(Calibration):
 
 def _input(name: str) -> Kind:
     """The second moment of what a linear layer is given."""
-    return Kind(lambda layer: _empty(layer.member(name)), lambda layer, state: [
+    return Kind(lambda layer: _empty(_member(layer, name)), lambda layer, state: [
         layer.member(name).register_forward_pre_hook(lambda _, inputs: state.see(inputs[0]))])
 
 
@@ -170,7 +199,20 @@ def _hidden(part: str, name: str) -> Kind:
 
         return [layer.given(part).register_forward_pre_hook(before), layer.member(name).register_forward_hook(after)]
 
-    return Kind(lambda layer: _empty(layer.member(name)), listen)
+    return Kind(lambda layer: _empty(_member(layer, name)), listen)
+
+
+def _member(layer: Layer, name: str) -> nn.Module:
+    """A member of a layer, see `Family.members`.
+
+    Raises:
+        UnsupportedError: a layer that is made of others: a mixture, or one that is none.
+    """
+    member = layer.member(name)
+    if member is None:
+        raise UnsupportedError("calibrate", expected=f"a layer with {name}", got=f"one of {layer.family.architecture}",
+                               do="leave the configuration out that wants to know of it, see the rooms' options")
+    return member
 
 
 def _empty(linear: nn.Linear) -> Moment:
@@ -209,17 +251,32 @@ def _listen_amplitudes(layer: Layer, state: Amplitudes) -> list:
             down.register_forward_pre_hook(lambda _, given: state.see(inputs.pop(), given[0]))]
 
 
+def _listen_experts(layer: Layer, state: Contributions) -> list:
+    """Every call of a mixture's experts; each answers its rows once more."""
+    own = layer.member("experts")
+
+    @torch.no_grad()
+    def told(_, inputs: tuple) -> None:
+        hidden, ids, weights = inputs
+        for expert in ids.unique().tolist():
+            token, slot = (ids == expert).nonzero(as_tuple=True)
+            state.see(expert, weights[token, slot], function_of(own, expert)(hidden[token]))
+
+    return [own.register_forward_pre_hook(told)]
+
+
 KINDS = {
     "attention_input": _input("q_proj"),
     "attention_hidden": _hidden("attention", "o_proj"),
     "attention_heads": Kind(lambda layer: Attended(*layer.heads), lambda layer, state: [Watch(layer.attention, state)]),
     "attention_influence": Kind(lambda layer: Influence(), _listen_attention),
     "network_input": _input("up_proj"),
-    "network_neurons": Kind(lambda layer: Activity(layer.member("down_proj").in_features), _listen_neurons),
-    "network_amplitudes": Kind(lambda layer: Amplitudes(layer.member("up_proj").in_features,
-                                                        layer.member("down_proj").in_features), _listen_amplitudes),
+    "network_neurons": Kind(lambda layer: Activity(_member(layer, "down_proj").in_features), _listen_neurons),
+    "network_amplitudes": Kind(lambda layer: Amplitudes(_member(layer, "up_proj").in_features,
+                                                        _member(layer, "down_proj").in_features), _listen_amplitudes),
     "network_hidden": _hidden("network", "down_proj"),
     "network_influence": Kind(lambda layer: Influence(), _listen_network),
+    "network_experts": Kind(lambda layer: Contributions(len(_member(layer, "experts").down_proj)), _listen_experts),
 }
 
 

@@ -18,7 +18,7 @@ from sentei.core.errors import RuleError, ShapeError
 from sentei.core.selection import Selection
 from sentei.core.tracing import Record, Trace
 
-ROOMS = ("experts", "neurons")
+ROOMS = ("experts", "neurons", "sparing")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,11 +2,12 @@
 
 import json
 import math
+from dataclasses import replace
 from itertools import product
 
 import pytest
 import torch
-import transformers
+from alone import loaded_without_sentei
 from tiny import tiny_encoder, tiny_model
 
 from sentei.axes.connections import Config
@@ -16,6 +17,7 @@ from sentei.axes.weights import Config as Weights
 from sentei.budget.even import evenly
 from sentei.budget.mixture import Market
 from sentei.budget.offers import Offer
+from sentei.budget.share import drops_connections
 from sentei.budget.slack import LayerSlack, Option
 from sentei.budget.workload import Prefill
 from sentei.conversion.plan import Entry, convert
@@ -101,13 +103,17 @@ def test_rooms_that_no_ordinary_checkpoint_holds():
 
 
 def test_prune_writes_a_folder_that_transformers_loads_with_the_receipt_s_outputs(prune, tmp_path, monkeypatch):
-    """On offers of which the best for each layer by itself are uneven."""
+    """On offers of which the best for each layer by itself are uneven; connections, which sentei alone chooses, save
+    nothing. The folder is read in a process that has no sentei."""
     monkeypatch.setattr("sentei.budget.offers.measure", lambda *_, **__: offers(without=LEADS))
+    monkeypatch.setattr("sentei.budget.slack.measure", lambda *_, **__: [replace(layer, options=[
+        replace(option, seconds=0.5) for option in layer.options]) for layer in SLACK])
     result = json.loads(prune("--plain", "--json", quality=0.05).stdout)
     policy = json.loads((tmp_path / "out" / "sentei.json").read_text())
     rooms = {entry["room"] for entry in result["plan"]}
     assert policy["rung"] == "A" and rooms & {"weights", "heads", "depth"} and "experts" not in rooms
-    plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
-    assert sum(weight.numel() for weight in plain.parameters()) < sum(
-        weight.numel() for weight in tiny_model("llama").parameters())
+    assert not any(drops_connections(Entry.from_json(entry)) for entry in policy["plan"])
+    told = loaded_without_sentei(tmp_path / "out")
+    assert told["difference"] <= 1e-4 and not told["problems"]
+    assert told["parameters"] < sum(weight.numel() for weight in tiny_model("llama").parameters())
     assert "--plain" in (tmp_path / "out" / "README.md").read_text()

@@ -9,9 +9,12 @@ from sentei.budget import judge as module
 from sentei.budget.judge import Judge, Judgement, short_key
 from sentei.budget.workload import Prefill
 from sentei.conversion import wrapper
+from sentei.conversion.layers import layer_of
 from sentei.conversion.plan import Entry, Plan
+from sentei.conversion.rooms import WAYS
 from sentei.core.rules import All, Threshold
 from sentei.core.storage import Stages
+from sentei.core.tracing import trace
 from sentei.measurement.latency import Comparison
 from sentei.measurement.quality import compare, token_losses
 
@@ -39,6 +42,24 @@ def test_a_plan_that_keeps_everything_loses_nothing(judge):
     found = judge.judge(plan_of(All(), 0, 2), "choose", lambda: None)
     assert found.quality.value == pytest.approx(1.0, abs=1e-5)
     assert set(found.density) == {0, 2} and set(sum(found.density.values(), [])) == {1.0}
+
+
+def test_what_a_mixture_keeps_of_its_routers_choice_is_counted_as_it_is_judged(tmp_path):
+    model = tiny_model("qwen3_moe")
+    judge = Judge(model, Prefill(200), WINDOWS, Stages(tmp_path), {"model": "mixture"})
+    judge.prepare("choose", lambda: None)
+    option = WAYS["experts"].options(layer_of(model, 1), "rule")[2]
+    plan = Plan((Entry(layer=1, room="experts", config=option), *SPARSE.entries))
+    found = judge.judge(plan, "choose", lambda: None)
+    kept, chosen = 0, 0
+    with trace(module.convert(model, plan)) as records, torch.no_grad():
+        for row in WINDOWS["choose"]:
+            model(input_ids=row[None])
+    for record in records.at("model.layers.1.mlp.experts.choice"):
+        kept, chosen = kept + int(record.selection.count().sum()), chosen + int(record.selection.permitted.sum())
+    assert found.experts == {1: pytest.approx(kept / chosen)} and 0.3 < found.experts[1] < 1
+    assert set(found.density) == {1} and len(found.density[1]) == 4
+    assert judge.judge(plan, "choose", lambda: 1 / 0) == found, "it is remembered"
 
 
 @pytest.mark.parametrize("use", WINDOWS)

@@ -15,7 +15,7 @@ from sentei.budget.slack import LayerSlack, Option, whole_plan
 from sentei.budget.solver import Timed
 from sentei.budget.workload import workload_of
 from sentei.conversion import native, wrapper
-from sentei.conversion.families import FAMILIES
+from sentei.conversion.families import FAMILIES, MIXTURES
 from sentei.conversion.layers import originals
 from sentei.conversion.native import is_installed
 from sentei.conversion.plan import Plan, convert, prunable_layers
@@ -81,7 +81,7 @@ def divergence(model, dense) -> float:
     return float((p.exp() * (p - q)).sum(-1)[-96:].mean())
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES | MIXTURES)
 def test_the_cost_is_the_divergence_of_the_whole_model_from_whichever_layer_it_is_run(family):
     judge, dense = judge_of(family, "prefill:80"), tiny_model(family)
     ruler = Ruler(judge.model, TOKENS[:1], PERPLEXITY)
@@ -93,9 +93,10 @@ def test_the_cost_is_the_divergence_of_the_whole_model_from_whichever_layer_it_i
     assert not any("forward" in vars(layer) for layer in judge.model.model.layers)
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen2_moe"])
 @pytest.mark.parametrize("workload", ["prefill:80", "decode:80"])
-def test_every_option_has_an_offer_and_the_model_is_dense_again(workload):
-    judge, steps = judge_of("llama", workload), []
+def test_every_option_has_an_offer_and_the_model_is_dense_again(workload, family):
+    judge, steps = judge_of(family, workload), []
     whole = whole_plan(judge.workload, prunable_layers(judge.model), Config())
     found = measure(judge, TOKENS, whole, step=lambda: steps.append(1))
     assert [(offer.entry, offer.part) for offer in found] == candidates(judge.model, judge.workload.lever)

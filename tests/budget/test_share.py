@@ -1,22 +1,28 @@
 """What each room has part in, told of a plan."""
 
+from dataclasses import replace
+
 import pytest
 from tiny import tiny_model
 
 from sentei.axes.connections import Config as Connections
 from sentei.axes.depth import Config as Depth
 from sentei.axes.experts import Config as Experts
+from sentei.axes.experts.gates import Renormalised
 from sentei.axes.weights import Config as Weights
+from sentei.budget.judge import Judgement
 from sentei.budget.proof import Proof
 from sentei.budget.share import Foreseen, kept_of, rooms_of
 from sentei.budget.solver import Candidate
 from sentei.conversion.plan import Entry, Plan, convert
 from sentei.core.rules import Fixed, Threshold, TopK
 from sentei.measurement.latency import Comparison
+from sentei.measurement.quality import Quality
 
 CHOOSING = Entry(layer=1, room="connections", config=Connections(rule=Threshold(0.1)))
 THIN = Entry(layer=1, room="weights", config=Weights(rule=TopK(64), saliency="magnitude"))
 GONE = Entry(layer=2, room="depth", config=Depth(rule=Fixed(()), part="attention"))
+JUDGED = Judgement(quality=Quality(value=1.0, low=1.0, high=1.0, dense=1.0, pruned=1.0, tokens=1), density={})
 
 
 def proof_of(entries: tuple, saved: dict) -> Proof:
@@ -53,9 +59,18 @@ def test_where_connections_drop_nothing_they_have_no_part(kept):
 @pytest.mark.parametrize("config, share", [(Experts(rule=TopK(24), unit=1), 24 / 96),
                                            (Experts(rule=TopK(2), unit=16, shared=1), 48 / 96)])
 def test_of_experts_it_is_told_what_a_token_computes(config, share):
-    assert kept_of(tiny_model("llama"), Entry(layer=0, room="experts", config=config)) == pytest.approx(share)
+    entry = Entry(layer=0, room="experts", config=config)
+    assert kept_of(tiny_model("llama"), entry, JUDGED) == pytest.approx(share)
+
+
+def test_of_connections_and_of_a_mixtures_own_experts_it_is_told_what_was_judged():
+    judged = replace(JUDGED, density={1: [0.2, 0.4]}, experts={1: 0.7})
+    skipping = Experts(rule=Threshold(0.5), gate=Renormalised(), unit=40)
+    for room, config, share in (("connections", CHOOSING.config, 0.3), ("experts", skipping, 0.7)):
+        entry = Entry(layer=1, room=room, config=config)
+        assert kept_of(tiny_model("qwen3_moe"), entry, judged) == pytest.approx(share)
 
 
 def test_what_is_left_of_a_part_is_told_by_its_weights():
     model = convert(tiny_model("llama"), Plan((THIN, GONE)))
-    assert kept_of(model, THIN) == pytest.approx(64 / 96) and kept_of(model, GONE) == 0
+    assert kept_of(model, THIN, JUDGED) == pytest.approx(64 / 96) and kept_of(model, GONE, JUDGED) == 0

@@ -12,7 +12,7 @@ from tiny import save_tiny, save_tiny_gguf, tiny_model, tiny_tokenizer
 
 from sentei.conversion import checkpoints, embedded
 from sentei.conversion.checkpoints import load_model, load_tokenizer, locate
-from sentei.conversion.families import FAMILIES
+from sentei.conversion.families import FAMILIES, MIXTURES
 from sentei.core.errors import FileError, ResourceError, SenteiError, UnsupportedError
 from sentei.core.progress import Silent
 from sentei.pipeline import Request, opened
@@ -29,13 +29,57 @@ def edit(path, **changes):
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("model_type", FAMILIES | MIXTURES)
 def test_a_folder_loads_as_it_was_saved(tmp_path, model_type):
     checkpoint = locate(str(save_tiny(tmp_path / "model", model_type)))
     model = load_model(checkpoint)
     assert torch.equal(model(TOKENS).logits, tiny_model(model_type)(TOKENS).logits)
     assert (model.training, model.dtype, model.config._attn_implementation) == (False, torch.float32, "sdpa")
     assert (checkpoint.name, checkpoint.family.model_type) == ("model", model_type)
+
+
+@pytest.mark.parametrize("model_type", MIXTURES)
+def test_experts_that_are_stacked_in_the_file_load_too(tmp_path, model_type):
+    folder = save_tiny(tmp_path, model_type)
+    tiny_model(model_type).save_pretrained(folder, save_original_format=False)
+    assert any(name.endswith("experts.gate_up_proj") for name in load_file(folder / "model.safetensors"))
+    expected, found = tiny_model(model_type).state_dict(), load_model(locate(str(folder))).state_dict()
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_memory_is_asked_for_experts_as_they_are_stacked(tmp_path, monkeypatch):
+    """All weights, and once more the largest stack: gates and ups of six experts."""
+    asked, folder = [], save_tiny(tmp_path, "mixtral")
+    monkeypatch.setattr(checkpoints, "require_memory", lambda where, needed: asked.append(needed))
+    model = load_model(locate(str(folder)))
+    assert asked == [4 * sum(weight.numel() for weight in model.parameters()) + 4 * 6 * 192 * 64]
+
+
+EXPERT = "model.layers.1.mlp.experts.5."
+
+
+@pytest.mark.parametrize(("damage", "told"), [
+    pytest.param(lambda tensors: tensors.pop(f"{EXPERT}up_proj.weight"), "of every expert", id="a-matrix-is-missing"),
+    pytest.param(lambda tensors: [tensors.pop(f"{EXPERT}{name}_proj.weight") for name in ("gate", "up", "down")],
+                 r"of shape \(6, 64, 96\), .* got \(5, 64, 96\)", id="an-expert-is-missing"),
+    pytest.param(lambda tensors: tensors.update({f"{EXPERT}up_proj.weight": torch.zeros(96, 65)}), "of every expert",
+                 id="a-matrix-of-another-shape"),
+    pytest.param(lambda tensors: tensors.update({"model.layers.1.mlp.experts.7.up_proj.weight": tensors.pop(
+        f"{EXPERT}up_proj.weight")}), "of every expert", id="a-number-is-left-out"),
+    pytest.param(lambda tensors: tensors.update({"model.layers.1.mlp.experts.down_proj": torch.zeros(6, 64, 96)}),
+                 "of every expert", id="stacked-and-not"),
+    pytest.param(lambda tensors: tensors.pop("model.layers.1.mlp.gate.weight"), "missing", id="no-router"),
+])
+def test_damaged_experts_are_refused_before_anything_is_loaded(tmp_path, monkeypatch, damage, told):
+    import transformers
+
+    folder = save_tiny(tmp_path, "olmoe")
+    tensors = load_file(folder / "model.safetensors")
+    damage(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    monkeypatch.setattr(transformers.OlmoeForCausalLM, "from_pretrained", lambda *_, **__: 1 / 0)
+    with pytest.raises(FileError, match=told):
+        load_model(locate(str(folder)))
 
 
 def test_transformers_is_asked_for_local_safetensors_without_code(folder, monkeypatch):

@@ -5,7 +5,7 @@ import json
 import pytest
 from tiny import tiny_config, tiny_model
 
-from sentei.conversion.families import FAMILIES, family_of
+from sentei.conversion.families import FAMILIES, MIXTURES, family_of
 from sentei.core.errors import FileError, UnsupportedError, shown
 
 
@@ -79,7 +79,31 @@ PUBLISHED = {
                          rope_local_base_freq=10000.0, rope_scaling=None, rope_theta=1000000.0, sliding_window=512,
                          _sliding_window_pattern=6, use_bidirectional_attention=False, pad_token_id=0,
                          layer_types=(["sliding_attention"] * 5 + ["full_attention"]) * 3),
+    "Mixtral-8x7B-v0.1": said("mixtral", "MixtralForCausalLM", (32, 8, 32, 4096, 14336, 32000), hidden_act="silu",
+                              max_position_embeddings=32768, rope_theta=1000000.0, sliding_window=None,
+                              num_experts_per_tok=2, num_local_experts=8, output_router_logits=False,
+                              router_aux_loss_coef=0.02),
+    "OLMoE-1B-7B-0924": said("olmoe", "OlmoeForCausalLM", (16, 16, 16, 2048, 1024, 50304), hidden_act="silu",
+                             max_position_embeddings=4096, rope_theta=10000.0, rope_scaling=None, clip_qkv=None,
+                             attention_bias=False, norm_topk_prob=False, num_experts=64, num_experts_per_tok=8,
+                             output_router_logits=False, router_aux_loss_coef=0.01, pad_token_id=1,
+                             eos_token_id=50279),
+    "Qwen1.5-MoE-A2.7B": said("qwen2_moe", "Qwen2MoeForCausalLM", (16, 16, 24, 2048, 5632, 151936), hidden_act="silu",
+                              max_position_embeddings=8192, max_window_layers=21, rope_theta=1000000.0,
+                              sliding_window=32768, use_sliding_window=False, decoder_sparse_step=1,
+                              moe_intermediate_size=1408, shared_expert_intermediate_size=5632,
+                              num_experts_per_tok=4, num_experts=60, norm_topk_prob=False,
+                              output_router_logits=False, router_aux_loss_coef=0.001),
+    "Qwen3-30B-A3B": said("qwen3_moe", "Qwen3MoeForCausalLM", (32, 4, 48, 2048, 6144, 151936), hidden_act="silu",
+                          head_dim=128, attention_bias=False, max_position_embeddings=40960, max_window_layers=48,
+                          rope_scaling=None, rope_theta=1000000.0, sliding_window=None, use_sliding_window=False,
+                          decoder_sparse_step=1, mlp_only_layers=[], moe_intermediate_size=768, norm_topk_prob=True,
+                          num_experts=128, num_experts_per_tok=8, output_router_logits=False,
+                          router_aux_loss_coef=0.001),
 }
+EXPERTS = {"Mixtral-8x7B-v0.1": (8, 2), "OLMoE-1B-7B-0924": (64, 8), "Qwen1.5-MoE-A2.7B": (60, 4),
+           "Qwen3-30B-A3B": (128, 8)}
+DECODERS = FAMILIES | MIXTURES
 SLIDING = {"Mistral-7B-v0.1": (), "gemma-3-1b-it": (5, 11, 17, 23), "gemma-3-270m": (5, 11, 17)}
 LLAMA = PUBLISHED["Llama-3.2-1B"]
 
@@ -92,6 +116,36 @@ def test_published_config_is_accepted(name):
     assert family.model_type == raw["model_type"] == config.model_type
     assert config.num_key_value_heads == raw["num_key_value_heads"]
     assert family.prunable_layers(config) == SLIDING.get(name, tuple(range(raw["num_hidden_layers"])))
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+def test_a_mixture_is_told_by_its_config(name):
+    """And no memory is taken for one of 30 billion weights."""
+    raw = PUBLISHED[name]
+    family = family_of(raw)
+    config = family.build_config(raw)
+    number, kept = EXPERTS[name]
+    assert (getattr(config, family.mixture.number), config.num_experts_per_tok) == (number, kept)
+    shapes = family.shapes(config)
+    last = f"model.layers.{config.num_hidden_layers - 1}.mlp"
+    assert shapes[f"{last}.gate.weight"] == (number, config.hidden_size)
+    assert shapes[f"{last}.experts.gate_up_proj"][::2] == (number, config.hidden_size)
+    assert family_of({**raw, "num_experts_per_tok": number}).build_config({**raw, "num_experts_per_tok": number})
+    with pytest.raises(FileError, match=f"from 1 to the {number} experts, got {number + 1}"):
+        family.build_config({**raw, "num_experts_per_tok": number + 1})
+
+
+@pytest.mark.parametrize(("name", "change", "error"), [
+    ("Qwen3-30B-A3B", {"mlp_only_layers": [3]}, UnsupportedError),
+    ("Qwen3-30B-A3B", {"decoder_sparse_step": 2}, UnsupportedError),
+    ("OLMoE-1B-7B-0924", {"clip_qkv": 8.0}, UnsupportedError),
+    ("OLMoE-1B-7B-0924", {"num_experts": 1 << 20}, FileError),
+    ("Mixtral-8x7B-v0.1", {"num_local_experts": 0}, FileError),
+    ("Qwen1.5-MoE-A2.7B", {"sliding_window": 0, "use_sliding_window": True}, FileError),
+], ids=str)
+def test_a_mixture_with_other_layers_or_sizes_is_refused(name, change, error):
+    with pytest.raises(error):
+        family_of(PUBLISHED[name] | change)
 
 
 def test_rotary_scaling_reaches_the_config():
@@ -107,17 +161,18 @@ def test_keys_that_are_only_tolerated_are_not_passed_on():
     assert not hasattr(config, "unsloth_fixed")
 
 
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("model_type", DECODERS)
 def test_what_this_transformers_saves_is_accepted(model_type, tmp_path):
-    tiny_config(model_type, architectures=[FAMILIES[model_type].architecture]).save_pretrained(tmp_path)
-    assert family_of(json.loads((tmp_path / "config.json").read_text())) is FAMILIES[model_type]
+    tiny_config(model_type, architectures=[DECODERS[model_type].architecture]).save_pretrained(tmp_path)
+    assert family_of(json.loads((tmp_path / "config.json").read_text())) is DECODERS[model_type]
 
 
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("model_type", DECODERS)
 def test_table_names_the_real_classes(model_type):
-    model = tiny_model(model_type)
-    assert {type(layer.self_attn).__name__ for layer in model.model.layers} == {FAMILIES[model_type].attention}
-    assert model.config.model_type == model_type == FAMILIES[model_type].model_type
+    model, family = tiny_model(model_type), DECODERS[model_type]
+    assert {type(layer.self_attn).__name__ for layer in model.model.layers} == {family.attention}
+    assert {type(layer.mlp).__name__ for layer in model.model.layers} == {family.network}
+    assert model.config.model_type == model_type == family.model_type
 
 
 def test_qwen_layers_above_the_limit_slide():
@@ -173,8 +228,8 @@ def test_a_missing_size_is_named():
 
 def test_an_unsupported_model_is_told_the_list():
     with pytest.raises(UnsupportedError) as error:
-        family_of(LLAMA | {"model_type": "mixtral"})
-    assert all(name in error.value.expected for name in FAMILIES)
+        family_of(LLAMA | {"model_type": "gpt_oss"})
+    assert all(name in error.value.expected for name in DECODERS)
 
 
 @pytest.mark.parametrize("change", [

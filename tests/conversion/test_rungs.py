@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from alone import loaded_without_sentei
 from safetensors.torch import load_file, save_file
 from tiny import tiny_model, tiny_tokenizer
 
@@ -16,10 +17,13 @@ from sentei.budget.calibration import calibrate
 from sentei.conversion import export, native
 from sentei.conversion.checkpoints import load_model, locate
 from sentei.conversion.export import POLICY, RECEIPT, check, check_afresh, load
-from sentei.conversion.families import FAMILIES
+from sentei.conversion.families import FAMILIES, MIXTURES
 from sentei.conversion.inspection import inspect
+from sentei.conversion.layers import layer_of
 from sentei.conversion.plan import Entry, Plan, convert, wanted
+from sentei.conversion.rooms import WAYS
 from sentei.conversion.rungs import rung_of
+from sentei.conversion.sparing import SparingExperts
 from sentei.core.errors import FileError, SenteiError
 from sentei.core.rules import Fixed, Threshold, TopK
 from sentei.kernels.native import missing
@@ -48,6 +52,16 @@ PLANS = {
     "B, two widths": ("B", (thin(0, 32), thin(2, 64), CHOOSING)),
     "B, parts": ("B", (drop(2, "attention"), drop(1, "network"), CHOOSING)), "C": ("C", (CHOOSING,)),
 }
+
+
+DROPPED = tuple(Entry(layer=layer, room="weights", config=Weights(rule=TopK(4), saliency="reap", among="experts"))
+                for layer in range(3))
+
+
+def skipped(family: str, layer: int) -> Entry:
+    """A token of a tiny mixture skips experts."""
+    config, = WAYS["experts"].options(layer_of(tiny_model(family), layer), "rule")[2:3]
+    return Entry(layer=layer, room="experts", config=config)
 
 
 def written(folder, family: str, plan: Plan, dtype: torch.dtype = torch.float32):
@@ -95,6 +109,74 @@ def test_rung_a_is_an_ordinary_checkpoint_that_gives_the_logits_of_the_receipt(f
     torch.testing.assert_close(logits, receipt["logits"], rtol=0, atol=1e-4)
     assert plain.config.num_hidden_layers == 2 and plain.config.intermediate_size == 32
     assert plain.config.num_key_value_heads == 1
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+def test_rung_a_of_a_mixture_is_an_ordinary_one_of_fewer_experts(family, tmp_path):
+    """As many in each of the layers that are left; read by plain transformers, and by sentei."""
+    from transformers import AutoModelForCausalLM
+
+    plan = Plan((*DROPPED[:2], drop(2, "block"), CHOOSING))
+    model = written(tmp_path, family, plan)
+    assert rung_of(model, plan) == "A"
+    plain, receipt = AutoModelForCausalLM.from_pretrained(tmp_path).eval(), load_file(tmp_path / RECEIPT)
+    assert plain.config.num_hidden_layers == 2 and plain.config.num_experts == 4
+    assert [len(layer.mlp.experts.down_proj) for layer in plain.model.layers] == [4, 4]
+    assert check(tmp_path)["met"] and len(load(tmp_path).model.layers[1].mlp.gate.weight) == 4
+    written(tmp_path, family, Plan(plan.entries[:-1]))
+    plain, receipt = AutoModelForCausalLM.from_pretrained(tmp_path).eval(), load_file(tmp_path / RECEIPT)
+    with torch.no_grad():
+        logits = plain(input_ids=receipt["tokens"][None], logits_to_keep=8).logits[0]
+    torch.testing.assert_close(logits, receipt["logits"], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("family, plan", [
+    ("llama", (drop(1, "block"), thin(0, 32), thin(2, 32), MERGED[0], MERGED[2])), ("mixtral", DROPPED),
+    ("qwen3_moe", (*DROPPED[:2], drop(2, "block"), *MERGED[:2]))], ids=["llama", "mixtral", "qwen3_moe"])
+def test_rung_a_gives_the_logits_of_the_receipt_in_a_process_without_sentei(family, plan, tmp_path):
+    model = written(tmp_path, family, Plan(plan))
+    told = loaded_without_sentei(tmp_path)
+    assert told["difference"] <= 1e-4 and not told["problems"]
+    gone = {entry.layer for entry in plan if entry.room == "depth"}
+    assert told["parameters"] == sum(weight.numel() for name, weight in model.named_parameters()
+                                     if not any(f".layers.{layer}." in name for layer in gone))
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe"])
+@pytest.mark.parametrize("rung", ["A", "C"])
+def test_experts_that_tokens_skip_are_all_in_an_ordinary_checkpoint(family, rung, tmp_path):
+    """Of the dense model, or of one of fewer layers: without sentei none are skipped, with it they are."""
+    plan = Plan((skipped(family, 0), skipped(family, 2), CHOOSING, *((drop(1, "block"),) if rung == "A" else ())))
+    plan = Plan(tuple(entry for entry in plan.entries if entry is not CHOOSING)) if rung == "A" else plan
+    model = written(tmp_path, family, plan)
+    policy = json.loads((tmp_path / POLICY).read_text())
+    assert rung_of(model, plan) == policy["rung"] == rung
+    assert [entry["layer"] for entry in policy["plan"] if entry["room"] == "experts"] == [0, 1 if rung == "A" else 2]
+    again = load(tmp_path)
+    assert sum(isinstance(module, SparingExperts) for module in again.modules()) == 2
+    torch.testing.assert_close(again(TOKENS[None]).logits, model(TOKENS[None]).logits, rtol=0, atol=1e-5)
+    assert check(tmp_path)["met"]
+    plain, whole = loaded_without_sentei(tmp_path), tiny_model(family)
+    assert not plain["problems"] and plain["difference"] > 1e-3
+    left = sum(weight.numel() for name, weight in whole.named_parameters() if rung == "C" or ".layers.1." not in name)
+    assert plain["parameters"] == left
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+def test_rung_b_of_a_mixture_is_written_and_read(family, tmp_path):
+    """Experts dropped in one layer and skipped in others."""
+    plan = Plan((DROPPED[1], skipped(family, 0), skipped(family, 2), CHOOSING))
+    model = written(tmp_path, family, plan)
+    assert rung_of(model, plan) == "B" and inspect(tmp_path)[1] is None
+    again = load(tmp_path)
+    torch.testing.assert_close(again(TOKENS[None]).logits, model(TOKENS[None]).logits, rtol=0, atol=1e-5)
+    assert sum(w.numel() for w in again.parameters()) == sum(w.numel() for w in model.parameters())
+    assert check(tmp_path)["met"]
+    policy = json.loads((tmp_path / POLICY).read_text())
+    policy["plan"][0]["config"]["rule"]["k"] = 5
+    (tmp_path / POLICY).write_text(json.dumps(policy))
+    with pytest.raises(FileError, match=r"of shape \(5, .*got \(4, "):
+        load(tmp_path)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -9,7 +9,7 @@ from torch import nn
 
 from sentei.axes.connections import Config, Connections
 from sentei.conversion import wrapper
-from sentei.conversion.families import FAMILIES
+from sentei.conversion.families import FAMILIES, MIXTURES
 from sentei.conversion.plan import Entry, Plan, convert, prunable_layers
 from sentei.core.errors import RuleError, SenteiError, UnsupportedError
 from sentei.core.rules import All, Mass, Threshold
@@ -18,7 +18,8 @@ from sentei.kernels.attention import Tiles
 
 ALL = Config(rule=All(), tile=(8, 4), window=4)
 PRUNED = Config(rule=Mass(0.3), tile=(8, 4), window=2)
-every_family = pytest.mark.parametrize("family", FAMILIES)
+# Of the mixtures those whose attention is another than Llama's.
+every_family = pytest.mark.parametrize("family", [*FAMILIES, *sorted(MIXTURES.keys() & {"mixtral", "olmoe"})])
 
 
 def converted(family: str, config: Config, **overrides) -> nn.Module:

@@ -7,9 +7,12 @@ shared by all tokens, a router from ridge regression that foretells an expert's 
 
     y = Σ over the kept  act(gate_f x) · (up_f x) · down_f         without gates, in experts alone, act(up_f x) · down_f
 
+A layer that is a mixture already keeps its router, and a token leaves out those of its experts that weigh less than a
+share of the largest, the rule Threshold (`sentei.conversion.sparing`); any other rule chooses among the same.
+
 Few tokens read the rows they keep and no others; of many tokens at once single neurons are all computed, which saves
 nothing, and experts by those that keep them. The rows lie as they are read, beside the original's.
-References: CATS 2404.08763, WINA 2505.19427 (the norm of what follows in the score), CMoE 2502.04416.
+References: CATS 2404.08763, WINA 2505.19427 (the norm of what follows in the score), CMoE 2502.04416, NAEE 2402.14800.
 """
 
 import torch
@@ -22,13 +25,15 @@ from sentei.axes.weights import Network
 from sentei.conversion.grouping import Groups, group
 from sentei.conversion.layers import Layer
 from sentei.conversion.rooms.weights import narrowed, network_of
+from sentei.conversion.sparing import gate_of, is_mixture, sizes_of, sparing
 from sentei.conversion.statistics import Activity, State
 from sentei.core.errors import ShapeError, UnsupportedError
-from sentei.core.rules import All, TopK
+from sentei.core.rules import All, Threshold, TopK
 from sentei.kernels.routing.stack import ACTIVATIONS
 
 SHARES = (0.75, 0.5, 0.25)
 UNIT, SHARED = 64, 0.25  # neurons of an expert; the share of the neurons that all tokens keep
+SKIPPED = (0.25, 0.5, 0.75)  # of the largest weight of a token: experts that weigh less are skipped
 WIDE = 16  # numbers that an input is longer by where there are biases: two registers of fp32, one of bf16
 
 
@@ -38,8 +43,8 @@ def parts(config: Config) -> tuple[str, ...]:
 
 
 def wants(config: Config) -> tuple[str, ...]:
-    """How large what the gates multiply is, or how large neurons are where their input points."""
-    if isinstance(config.rule, All):
+    """How large what the gates multiply is, or how large neurons are where their input points; of a mixture nothing."""
+    if isinstance(config.rule, All) or not isinstance(config.gate, Unit):
         return ()
     return ("network_neurons",) if config.unit == 1 else ("network_amplitudes",)
 
@@ -48,8 +53,11 @@ def options(layer: Layer, lever: str) -> list[Config]:
     """All neurons, then fewer and fewer; for a prompt in experts, because its tokens keep nearly every neuron together.
 
     A network of too few neurons to make experts of UNIT from is offered single ones, if these have gates to choose by;
-    one of an activation that the kernels do not know, nothing.
+    one of an activation that the kernels do not know, nothing. A mixture is offered to skip experts.
     """
+    if is_mixture(layer):
+        return [Config(rule=rule, gate=gate_of(layer), unit=sizes_of(layer)[2])
+                for rule in (All(), *map(Threshold, SKIPPED))]
     own = network_of(layer)
     width, every = own.down.in_features, Config(unit=1)
     shared = round(SHARED * width / UNIT)
@@ -65,6 +73,8 @@ def words(config: Config) -> str:
     """What a token keeps."""
     if isinstance(config.rule, All):
         return "all"
+    if not isinstance(config.gate, Unit):
+        return " ".join(["the router's,", type(config.rule).__name__.lower(), *map(str, vars(config.rule).values())])
     kept = f"{getattr(config.rule, 'k', config.rule)}"
     return f"{kept} neurons" if config.unit == 1 else f"{kept} + {config.shared} experts of {config.unit} neurons"
 
@@ -74,12 +84,14 @@ def build(layer: Layer, part: str, config: Config, seen: dict[str, State]) -> tu
 
     Raises:
         UnsupportedError: a gate that weighs, shared single neurons, single neurons of a network without gates, or an
-            activation that the kernels do not know.
+            activation that the kernels do not know; of a mixture see `sparing`.
         ShapeError: neurons that do not make whole experts.
         RuleError: a rule that looks at later tokens.
     """
     if isinstance(config.rule, All):
         return layer.places[part]
+    if is_mixture(layer):
+        return sparing(layer, config)
     own, single = network_of(layer), config.unit == 1
     if (single and (config.shared or not _is_gated(own)) or not isinstance(config.gate, Unit)
             or config.metric != "dot" or _activation(own) is None):
@@ -96,6 +108,8 @@ def build(layer: Layer, part: str, config: Config, seen: dict[str, State]) -> tu
 
 def blank(layer: Layer, part: str, config: Config) -> tuple[nn.Module, ...]:
     """The network whose tokens choose, with neither its weights nor what it chooses by."""
+    if is_mixture(layer):
+        return sparing(layer, config)
     neurons, width = layer.member("up_proj").weight.shape
     if config.unit == 1:
         return build(layer, part, config, {"network_neurons": Activity(neurons)})

@@ -60,9 +60,13 @@ def wants(config: Config) -> tuple[str, ...]:
 
 
 def options(layer: Layer, lever: str) -> list[Config]:
-    """All heads, then fewer and fewer, down to one of `attended.MOST_MERGED`; heads of odd size have no pairs."""
+    """All heads, then fewer and fewer, down to one of `attended.MOST_MERGED`; heads of odd size have no pairs.
+
+    Where one norm is over all keys of a token together (OLMoE) none are merged.
+    """
     _, kv_heads, size = layer.heads
-    most = max(m for m in range(1, MOST_MERGED + 1) if kv_heads % m == 0) if size % 2 == 0 else 1
+    merges = size % 2 == 0 and not _is_normed_together(layer)
+    most = max(m for m in range(1, MOST_MERGED + 1) if kv_heads % m == 0) if merges else 1
     groups = [m for m in range(2, most + 1) if most % m == 0]
     return [Config(merge="joint"), *(Config(num_kv_heads=kv_heads // m, merge="joint") for m in groups)]
 
@@ -77,7 +81,7 @@ def build(layer: Layer, part: str, config: Config, seen: dict[str, State]) -> tu
 
     Raises:
         UnsupportedError: key/value heads that do not divide the layer's, or that merge more than were calibrated
-            together.
+            together; or a norm over all keys of a token together.
     Cost: see `merge_keys` and `merge_values`, for every head that is left.
     """
     own = layer.attention
@@ -85,6 +89,9 @@ def build(layer: Layer, part: str, config: Config, seen: dict[str, State]) -> tu
     kept = kv_heads if config.num_kv_heads is None else config.num_kv_heads
     if kept == kv_heads:
         return layer.places[part]
+    if _is_normed_together(layer):
+        raise UnsupportedError("heads", expected="keys without a norm over all heads", got=type(own).__name__,
+                               do="keep all key/value heads of this model")
     attended = seen.get("attention_heads") if config.merge == "joint" else None
     if kv_heads % kept or attended is not None and attended.group % (kv_heads // kept):
         most = "" if attended is None else f", at most {attended.group} into one"
@@ -113,6 +120,12 @@ def blank(layer: Layer, part: str, config: Config) -> tuple[nn.Module, ...]:
     made = build(layer, part, replace(config, merge="mean"), {})
     made[0].__dict__.pop(FOLD, None)  # it is not known how its weights were made
     return made
+
+
+def _is_normed_together(layer: Layer) -> bool:
+    """Whether one norm stands over the keys of all heads, whose sizes then hang together."""
+    norm = getattr(layer.attention, "k_norm", None)
+    return norm is not None and norm.weight.numel() != layer.heads[2]
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from sentei.axes.depth import Config as Depth
 from sentei.axes.weights import Config as Weights
 from sentei.budget.calibration import calibrate, wanted_by_rooms
 from sentei.conversion import native, wrapper
-from sentei.conversion.families import FAMILIES
+from sentei.conversion.families import FAMILIES, MIXTURES
 from sentei.conversion.layers import layer_of, layers_of, originals
 from sentei.conversion.plan import Entry, Plan, convert, place, prunable_layers, wanted
 from sentei.conversion.rooms import WAYS
@@ -23,7 +23,9 @@ from sentei.core.errors import RuleError, UnsupportedError
 from sentei.core.rules import Fixed, Mass, TopK
 
 INSIDE = [room for room, way in WAYS.items() if way.stands == "in"]
-every_family = pytest.mark.parametrize("family", FAMILIES)
+# OLMoE's one norm over all keys leaves its heads no other option than to keep all.
+everywhere = pytest.mark.parametrize("family, room", [
+    (family, room) for family in FAMILIES | MIXTURES for room in INSIDE if (family, room) != ("olmoe", "heads")])
 every_room = pytest.mark.parametrize("room", INSIDE)
 TEXT = torch.randint(3, 320, (2, 200), generator=torch.Generator().manual_seed(5))
 
@@ -53,8 +55,7 @@ def plan_of(model: nn.Module, room: str, choice: int) -> Plan:
                       for layer in layers_of(model)))
 
 
-@every_family
-@every_room
+@everywhere
 def test_keeping_all_is_the_dense_model_bit_for_bit(family, room):
     model, ids = tiny_model(family), tokens(40)
     expected, modules = logits(model, ids), dict(model.named_modules())
@@ -63,8 +64,7 @@ def test_keeping_all_is_the_dense_model_bit_for_bit(family, room):
     assert dict(model.named_modules()) == modules, "the original itself stands where all is kept"
 
 
-@every_family
-@every_room
+@everywhere
 def test_the_empty_plan_gives_the_same_modules_and_weights_back(family, room):
     model, ids = tiny_model(family), tokens(40)
     expected, modules = logits(model, ids), dict(model.named_modules())
@@ -79,8 +79,7 @@ def test_the_empty_plan_gives_the_same_modules_and_weights_back(family, room):
         assert tensor.data_ptr() == before.data_ptr() and torch.equal(tensor, copy), name
 
 
-@every_family
-@every_room
+@everywhere
 def test_a_later_token_changes_no_earlier_logit(family, room):
     model, ids = tiny_model(family), tokens(48)
     convert(model, plan_of(model, room, -1), statistics(family))
@@ -91,8 +90,7 @@ def test_a_later_token_changes_no_earlier_logit(family, room):
     assert not torch.allclose(got[:, 30:], expected[:, 30:])
 
 
-@every_family
-@every_room
+@everywhere
 def test_with_a_cache_the_model_writes_what_it_writes_without(family, room):
     """Three rows, two of them padded, and a window that some layers of gemma leave."""
     model, ids = tiny_model(family), tokens(31, batch=3)
