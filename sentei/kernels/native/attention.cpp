@@ -166,7 +166,7 @@ bool takes_pairs(int64_t machine) {
 extern "C" {
 
 // Changes whenever `Problem`, `Backward` or a function does; compared when the library is loaded.
-int sentei_abi() { return 18; }
+int sentei_abi() { return 19; }
 int sentei_problem_size() { return int(sizeof(Problem)); }
 int sentei_machines() { return machines(); }
 
