@@ -65,6 +65,44 @@ def test_pairs_are_taken_where_all_is_even_and_begins_where_floats_may(monkeypat
         assert not is_paired(*placed(which, 0, 1)), "an odd number from row to row"
 
 
+@pytest.mark.skipif(native.missing() or native.machines() <= 3, reason="a processor without products of pairs")
+@pytest.mark.parametrize("tokens", range(1, 9))
+def test_few_rows_are_pairs_of_any_numbers(tokens, monkeypatch):
+    """Of odd sizes, which begin anywhere: pairs or not, what is rounded between two products tells them apart."""
+    leaves, ids, stack = drawn(tokens, 1, experts=1, inner=77, width=135, outputs=67, dtype=HALF)
+    ids[:] = 0
+    found = []
+    for machine in (2, 3):
+        monkeypatch.setattr(native, "MACHINE", machine)
+        check("fused_cpp", leaves, ids, stack)
+        with torch.no_grad():
+            found.append(route(leaves[0], ids, leaves[1], stack(), impl="fused_cpp"))
+    assert not torch.equal(*found)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, HALF])
+def test_a_row_of_few_depends_on_nothing_but_itself(dtype, machine_or_pairs):
+    leaves, ids, stack = drawn(8, 1, experts=1, inner=77, width=135, outputs=67, dtype=dtype)
+    ids[:] = 0
+    hidden, weights = leaves[:2]
+    one_by_one = [route(hidden[i:i + 1], ids[:1], weights[i:i + 1], stack(), impl="fused_cpp") for i in range(8)]
+    for rows in range(1, 9):
+        assert torch.equal(route(hidden[:rows], ids[:rows], weights[:rows], stack(), impl="fused_cpp"),
+                           torch.cat(one_by_one[:rows]))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("inner", [1, 10])
+@pytest.mark.parametrize("tokens", [3, 60])
+def test_weights_of_any_dtype_count_what_they_are(inner, tokens):
+    leaves, ids, stack = drawn(tokens, 2, inner=inner, dtype=HALF)
+    narrow = leaves[1]
+    expected = route(leaves[0], ids, narrow.float(), stack(), impl="fused_cpp")
+    for weights in (narrow, narrow.T.contiguous().T, narrow.double()):
+        assert torch.equal(route(leaves[0], ids, weights, stack(), impl="fused_cpp"), expected), weights.dtype
+
+
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf])
 @pytest.mark.parametrize("tokens", [5, 83])
 def test_what_is_not_finite_reaches_only_who_keeps_it(tokens, poison, machine_or_pairs):

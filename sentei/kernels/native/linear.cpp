@@ -24,17 +24,24 @@ INLINE void outputs(const Linear& p, const float* inputs, int64_t first, int64_t
   Vec sum[R][K]{};
   const Number *weight = static_cast<const Number*>(p.weight) + first * p.weight_stride, *from[K];
   auto add = [&](int64_t at) INLINE_LAMBDA {
-    Vec part[2][K];
+    constexpr int vectors = Kind::pairs ? 1 : 2;
+    Vec part[vectors][K];
 #pragma GCC unroll 8
-    for (int k = 0; k < K; ++k) Kind::template load<L>(from[k], part[0][k], part[1][k]);
+    for (int k = 0; k < K; ++k) {
+      if constexpr (Kind::pairs)
+        std::memcpy(&part[0][k], from[k], sizeof(Vec));
+      else
+        Kind::template load<L>(from[k], part[0][k], part[1][k]);
+    }
 #pragma GCC unroll 2
-    for (int half = 0; half < 2; ++half)
+    for (int v = 0; v < vectors; ++v)
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
-        Vec x = Simd<L>::load(inputs + at * R + (2 * r + half) * L);
+        Vec x = Simd<L>::load(inputs + (at / 2 * R + r * L) * vectors + v * L);
         if (K > 1) hold(x);
 #pragma GCC unroll 8
-        for (int k = 0; k < K; ++k) sum[r][k] += part[half][k] * x;
+        for (int k = 0; k < K; ++k)
+          sum[r][k] = Simd<L>::template multiply_add<Kind::pairs>(sum[r][k], part[v][k], x);
       }
   };
   constexpr int64_t line = kCacheLine / sizeof(Number);
@@ -76,7 +83,7 @@ INLINE void outputs(const Linear& p, const float* inputs, int64_t first, int64_t
 // than to rows beside each other.
 template <class Kind, int L, int R>
 INLINE void run(const Linear& p, const float* inputs, int64_t first, int64_t last) {
-  constexpr int K = L == 16 ? (R <= 5 ? 4 : 3) : R <= 2 ? 4 : R <= 4 ? 2 : 1;
+  constexpr int K = L == 16 ? (R <= (Kind::pairs ? 6 : 5) ? 4 : 3) : R <= 2 ? 4 : R <= 4 ? 2 : 1;
   const int64_t apart = (last - first) / K;
   for (int64_t o = first; o < first + apart; ++o) outputs<Kind, L, R, K>(p, inputs, o, apart);
   for (int64_t o = first + K * apart; o < last; ++o) outputs<Kind, L, R, 1>(p, inputs, o, 1);
@@ -109,6 +116,10 @@ INLINE void run_bfloat16(const Linear& p, const float* inputs, int64_t first, in
 }
 ON_EVERY_MACHINE(run_bfloat16, (const Linear& p, const float* inputs, int64_t first, int64_t last),
                  (p, inputs, first, last))
+
+AVX512_BF16 void run_pairs(const Linear& p, const float* inputs, int64_t first, int64_t last) {
+  run_rows<Pairs, kPairLanes>(p, inputs, first, last);
+}
 
 // Inputs as `LaidOut` has them; the last dimension of the tensor is contiguous.
 template <class Kind, int L>
@@ -259,7 +270,7 @@ void gated(const Gated& p, Run run, int64_t threads, int machine) {
     for (int64_t r = 0; r < p.rows; ++r) {
       float* row = gates.data() + r * p.hidden;
       activate_on[machine](row + first, ups.data() + r * p.hidden + first, last - first, p.tanh);
-      hidden.write(r, first, last, [&](int64_t i) { return row[i]; });
+      hidden.write(r, first, last, row);
     }
   });
   in_pieces(p.outputs, p.hidden * size, threads, [&](int64_t first, int64_t last) {
@@ -329,18 +340,18 @@ void joined_and_gated(const After& p, Run run, Normalize normalize, int64_t thre
 
 }  // namespace
 
-ProductOfRows product_of_rows(bool bfloat16, int machine) {
-  return (bfloat16 ? run_bfloat16_on : run_float32_on)[machine];
+ProductOfRows product_of_rows(bool bfloat16, bool pairs, int machine) {
+  return pairs ? run_pairs : (bfloat16 ? run_bfloat16_on : run_float32_on)[machine];
 }
 
-void before_attention(const Before& p, bool bfloat16, int64_t threads, int machine) {
+void before_attention(const Before& p, bool bfloat16, int64_t threads, int64_t machine) {
   if (bfloat16)
     normed_heads<BFloat16>(p, run_bfloat16_on[machine], norm_bfloat16_on[machine], threads, machine);
   else
     normed_heads<Float32>(p, run_float32_on[machine], norm_float32_on[machine], threads, machine);
 }
 
-void after_attention(const After& p, bool bfloat16, int64_t threads, int machine) {
+void after_attention(const After& p, bool bfloat16, int64_t threads, int64_t machine) {
   if (bfloat16)
     joined_and_gated<BFloat16>(p, run_bfloat16_on[machine], norm_bfloat16_on[machine], threads, machine);
   else

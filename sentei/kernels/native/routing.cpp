@@ -189,10 +189,12 @@ void in_waves(Call& call, int64_t few, int64_t bytes, Work work) {
 // Few rows of each expert: every weight is read once, for all of them.
 template <class Kind>
 class FewRows {
+  using Number = typename Kind::Number;
+
  public:
   FewRows(Call& call, const std::vector<Share>& shares, float* answers)
       : call_(call), p_(call.p), shares_(shares), answers_(answers),
-        product_(product_of_rows(call.half(), call.machine)) {
+        product_(product_of_rows(call.half(), Kind::pairs, call.machine)) {
     int64_t rows = 0;
     for (const Share& share : shares) {
       inputs_.emplace_back(share.rows, p_.width, lanes());
@@ -205,13 +207,7 @@ class FewRows {
   }
 
   void run() {
-    call_.rooms.each(int64_t(shares_.size()), [&](int64_t i, Rooms::Room&) {
-      for (int64_t r = 0; r < shares_[i].rows; ++r) {
-        const int64_t token = call_.order.token[shares_[i].first + r];
-        const auto* from = static_cast<const typename Kind::Number*>(p_.hidden) + token * p_.hidden_stride;
-        inputs_[i].write(r, 0, p_.width, [&](int64_t d) { return Kind::widen(from[d]); });
-      }
-    });
+    lay_out();
     in_pieces(p_.inner, (p_.gate ? 2 : 1) * p_.width, [&](int64_t i, int64_t first, int64_t last) {
       up(i, first, last);
     });
@@ -225,6 +221,19 @@ class FewRows {
 
  private:
   int lanes() const { return 4 << call_.machine; }
+
+  void lay_out() {
+    const auto lay = [&](int64_t i) {
+      for (int64_t r = 0; r < shares_[i].rows; ++r) {
+        const int64_t token = call_.order.token[shares_[i].first + r];
+        inputs_[i].write(r, 0, p_.width, static_cast<const Number*>(p_.hidden) + token * p_.hidden_stride);
+      }
+    };
+    const int64_t count = int64_t(shares_.size());
+    if (call_.order.token.size() * p_.width * sizeof(Number) >= kAlone)
+      return call_.rooms.each(count, [&](int64_t i, Rooms::Room&) { lay(i); });
+    for (int64_t i = 0; i < count; ++i) lay(i);
+  }
 
   Linear linear(const void* weight, const int64_t* stride, const Share& share, int64_t width, int64_t outputs,
                 float* to) const {
@@ -242,7 +251,7 @@ class FewRows {
       float* row = gates + r * p_.inner;
       activate_row_on[call_.machine](row + first, p_.gate ? ups + r * p_.inner + first : nullptr, last - first,
                                      p_.activation);
-      hidden_[i].write(r, first, last, [&](int64_t f) { return row[f]; });
+      hidden_[i].write(r, first, last, row);
     }
   }
 
@@ -250,9 +259,10 @@ class FewRows {
   template <class Work>
   void in_pieces(int64_t lines, int64_t numbers, Work work) {
     const int64_t threads = std::max<int64_t>(p_.threads, 1), count = int64_t(shares_.size());
-    const int64_t all = count * lines * numbers * int64_t(sizeof(typename Kind::Number));
+    const int64_t all = count * lines * numbers * int64_t(sizeof(Number));
     const int64_t most = all < kAlone ? 1 : threads * ((all + threads * kPiece - 1) / (threads * kPiece));
-    const int64_t piece = std::max<int64_t>((count * lines + most - 1) / most, 4), each = (lines + piece - 1) / piece;
+    const int64_t least = std::max<int64_t>((count * lines + most - 1) / most, 4), each = (lines + least - 1) / least;
+    const int64_t piece = (lines + each - 1) / each;
     call_.rooms.each(all < kAlone ? 1 : count * each, [&](int64_t task, Rooms::Room&) {
       for (int64_t i = all < kAlone ? 0 : task; i < (all < kAlone ? count * each : task + 1); ++i)
         work(i / each, i % each * piece, std::min(lines, (i % each + 1) * piece));
@@ -314,8 +324,9 @@ void forward(const Route& p) {
   for (int64_t e = 0; e < p.experts; ++e)
     if (!p.saved && 0 < call.order.rows(e) && call.order.rows(e) <= kFew)
       few.push_back({e, call.order.start[e], call.order.rows(e), 0, 0});
-  if (!few.empty() && call.half()) FewRows<BFloat16>(call, few, answers.get()).run();
-  if (!few.empty() && !call.half()) FewRows<Float32>(call, few, answers.get()).run();
+  const auto run = [&](auto kind) { FewRows<decltype(kind)>(call, few, answers.get()).run(); };
+  if (!few.empty() && !call.half()) run(Float32());
+  if (!few.empty() && call.half()) takes_pairs(p.machine) ? run(Pairs()) : run(BFloat16());
   Lent inputs, acts;
   int64_t room_for = 0;
   const int64_t width = call.floats(p.width), inner = call.floats(p.inner);
@@ -499,16 +510,19 @@ void backward(const RouteBackward& q) {
 extern "C" {
 
 // Statuses are those of call.h; kBadPlan is an expert that does not exist. After any but kDone the output is unfinished.
-// Plain arguments, in the order of the struct: one filled from Python costs more than some calls.
-int sentei_route(const void* hidden, const int64_t* ids, const float* weights, const void* up, const void* gate,
+// Plain arguments, in the order of the struct: one filled from Python costs more than some calls. The weights are
+// bfloat16 where `half` says so.
+int sentei_route(const void* hidden, const int64_t* ids, const void* weights, const void* up, const void* gate,
                  const void* down, void* output, float* saved, int64_t hidden_stride, int64_t up_stride, int64_t up_row,
                  int64_t gate_stride, int64_t gate_row, int64_t down_stride, int64_t down_row, int64_t tokens,
                  int64_t slots, int64_t experts, int64_t width, int64_t inner, int64_t outputs, int64_t activation,
-                 int64_t bfloat16, int64_t threads, int64_t machine) {
+                 int64_t bfloat16, int64_t threads, int64_t machine, int64_t half) {
   return status_of([&] {
-    const Route p{hidden, ids, weights, up, gate, down, output, saved, hidden_stride, {up_stride, up_row},
-                  {gate_stride, gate_row}, {down_stride, down_row}, tokens, slots, experts, width, inner, outputs,
-                  activation, bfloat16, threads, machine};
+    std::vector<float> wide(half ? tokens * slots : 0);
+    if (half) widen_row(weights, true, tokens * slots, wide.data());
+    const Route p{hidden, ids, half ? wide.data() : static_cast<const float*>(weights), up, gate, down, output, saved,
+                  hidden_stride, {up_stride, up_row}, {gate_stride, gate_row}, {down_stride, down_row}, tokens, slots,
+                  experts, width, inner, outputs, activation, bfloat16, threads, machine};
     const int set = set_of(machine);
     if (inner != 1 || saved)
       forward(p);

@@ -60,24 +60,26 @@ void gated_of_many(const Gated& p, bool bfloat16, int64_t threads, int64_t machi
 void heads_of_many(const Heads& p, bool bfloat16, int64_t threads, int64_t machine);
 
 // Of few.
-void before_attention(const Before& p, bool bfloat16, int64_t threads, int machine);
-void after_attention(const After& p, bool bfloat16, int64_t threads, int machine);
+void before_attention(const Before& p, bool bfloat16, int64_t threads, int64_t machine);
+void after_attention(const After& p, bool bfloat16, int64_t threads, int64_t machine);
 
 // Outputs first … last - 1 of one to eight rows of inputs `LaidOut`.
 using ProductOfRows = void (*)(const Linear& p, const float* inputs, int64_t first, int64_t last);
 
-// For float32 or bfloat16 weights, on an instruction set.
-ProductOfRows product_of_rows(bool bfloat16, int machine);
+// For float32 or bfloat16 weights, which may be multiplied as pairs, on an instruction set.
+ProductOfRows product_of_rows(bool bfloat16, bool pairs, int machine);
 
 namespace {
 
-constexpr int64_t kPiece = 512 << 10;  // bytes of weights that are one piece of work, about
+constexpr int64_t kPiece = 1 << 20;   // bytes of weights that are one piece of work, about
 constexpr int64_t kAlone = 64 << 10;   // bytes that are not worth a second thread
 
 // What a dtype is in memory, and how 2 L of its numbers become two vectors: number i of them stands at place(i, L).
-// The inputs are laid out so beforehand, and no weight crosses a vector.
+// The inputs are laid out so beforehand, as `laid` numbers, and no weight crosses a vector.
 struct Float32 {
   using Number = float;
+  static constexpr bool pairs = false, in_order = true;
+  static INLINE float laid(float number) { return number; }
   static INLINE float widen(float number) { return number; }
   static INLINE float narrow(float number) { return number; }
   static INLINE int place(int i, int) { return i; }
@@ -90,18 +92,11 @@ struct Float32 {
 
 struct BFloat16 {
   using Number = uint16_t;  // the upper half of a float's bits
-  static INLINE float widen(uint16_t number) {
-    const uint32_t bits = uint32_t(number) << 16;
-    float wide;
-    std::memcpy(&wide, &bits, sizeof wide);
-    return wide;
-  }
-  // To nearest, ties to even.
-  static INLINE uint16_t narrow(float number) {
-    uint32_t bits;
-    std::memcpy(&bits, &number, sizeof bits);
-    return number == number ? uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16) : 0x7fc0;
-  }
+  static constexpr bool pairs = false, in_order = false;
+  static INLINE float laid(float number) { return number; }
+  static INLINE float laid(uint16_t number) { return widen(number); }
+  static INLINE float widen(uint16_t number) { return ::widen(number); }
+  static INLINE uint16_t narrow(float number) { return ::narrow(number); }
   // Numbers at even places are the lower halves of the bits of the first vector, those at odd places of the second.
   static INLINE int place(int i, int lanes) { return i / 2 + i % 2 * lanes; }
   template <int L>
@@ -114,26 +109,39 @@ struct BFloat16 {
   }
 };
 
+// bfloat16 numbers that are multiplied as pairs, as they are: 2 L of them are one vector.
+struct Pairs : BFloat16 {
+  static constexpr bool pairs = kPairs, in_order = true;
+  static INLINE uint16_t laid(float number) { return narrow(number); }
+  static INLINE uint16_t laid(uint16_t number) { return number; }
+  static INLINE int place(int i, int) { return i; }
+};
+
 // Inputs as `outputs` reads them: for every 2 L places the rows in turn, zeros beyond the end.
 template <class Kind>
 class LaidOut {
  public:
   LaidOut(int64_t rows, int64_t width, int lanes)
       : rows_(rows), step_(2 * lanes), numbers_((width + step_ - 1) / step_ * step_ * rows) {}
-  // Numbers first … last - 1 of a row, which begins at `from`.
-  template <class Read>
-  void write(int64_t row, int64_t first, int64_t last, Read from) {
+  // Numbers from[first] … from[last - 1] of a row.
+  template <class Number>
+  void write(int64_t row, int64_t first, int64_t last, const Number* from) {
     for (int64_t i = first; i < last;) {
       const int64_t begin = i / step_ * step_, end = std::min(begin + step_, last);
-      float* to = numbers_.data() + begin * rows_ + row * step_;
-      for (; i < end; ++i) to[Kind::place(int(i - begin), int(step_ / 2))] = from(i);
+      Laid* to = numbers_.data() + begin * rows_ + row * step_;
+      if constexpr (std::is_same_v<Number, Laid> && Kind::in_order)
+        std::copy(from + i, from + end, to + (i - begin));
+      else
+        for (int64_t j = i; j < end; ++j) to[Kind::place(int(j - begin), int(step_ / 2))] = Kind::laid(from[j]);
+      i = end;
     }
   }
-  const float* data() const { return numbers_.data(); }
+  const float* data() const { return reinterpret_cast<const float*>(numbers_.data()); }
 
  private:
+  using Laid = decltype(Kind::laid(0.0f));
   int64_t rows_, step_;
-  Zeros numbers_;
+  std::vector<Laid, Aligned<Laid>> numbers_;
 };
 
 template <class Kind>
@@ -141,7 +149,7 @@ LaidOut<Kind> laid_out(const void* input, int64_t rows, int64_t width, int64_t s
   LaidOut<Kind> inputs(rows, width, lanes);
   for (int64_t r = 0; r < rows; ++r) {
     const auto* from = static_cast<const typename Kind::Number*>(input) + r * stride;
-    inputs.write(r, 0, width, [&](int64_t i) { return Kind::widen(from[i]); });
+    inputs.write(r, 0, width, from);
   }
   return inputs;
 }

@@ -175,13 +175,23 @@ struct Simd {
   // sum + a b; of pairs of bfloat16 numbers, each in the place of a float, that is the sum of two products; numbers below
   // 2^-126 count as 0 there.
   template <bool Pairs>
+  static INLINE Vec multiply_add(Vec sum, Vec a, Vec b) {
+    if constexpr (Pairs)
+      asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
+    else
+      sum += a * b;
+    return sum;
+  }
+  // The same of one number, or pair, with each of b.
+  template <bool Pairs>
   static INLINE Vec multiply_add(Vec sum, const float* a, Vec b) {
     if constexpr (Pairs) {
       int32_t bits;
       std::memcpy(&bits, a, sizeof bits);
       const Ints pair = Ints{} + bits;
-      asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(pair), "v"(b));
-      return sum;
+      Vec every;
+      std::memcpy(&every, &pair, sizeof every);
+      return multiply_add<Pairs>(sum, every, b);
     } else {
       return sum + *a * b;
     }

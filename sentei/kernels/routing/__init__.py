@@ -120,7 +120,7 @@ def _under_autocast(impl: str, hidden: torch.Tensor, ids: torch.Tensor, weights:
 
 
 def _check(hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, experts: Sequence) -> None:
-    if not (hidden.dim() == ids.dim() == 2 and ids.shape == weights.shape and len(ids) == len(hidden)):
+    if not (hidden.dim() == ids.dim() == 2 and ids.shape == weights.shape and ids.shape[0] == hidden.shape[0]):
         sizes = check_shape("route", "hidden", hidden, "T D")
         sizes = check_shape("route", "ids", ids, "T K", T=sizes["T"])
         check_shape("route", "weights", weights, "T K", **sizes)

@@ -36,7 +36,7 @@ def fastest(hidden: torch.Tensor, ids: torch.Tensor, experts) -> tuple[str, str]
     told = _all_or_kept(hidden, ids, experts)
     if told:
         return told
-    if hidden.dtype is not torch.bfloat16 or not is_plain_call() or ids.numel() < MANY * len(experts):
+    if hidden.dtype is not torch.bfloat16 or ids.numel() < MANY * len(experts) or not is_plain_call():
         return "fused_cpp", "made for experts in a stack"
     shape = *(min(size, SIZE - size % 2) for size in (*experts.up.shape[1:], experts.down.shape[1])), (
         experts.gate is not None)
@@ -47,7 +47,7 @@ def fastest(hidden: torch.Tensor, ids: torch.Tensor, experts) -> tuple[str, str]
 
 def pays_to_narrow(hidden: torch.Tensor, ids: torch.Tensor, experts: Stack) -> bool:
     """Whether float32 experts are worth a copy in bfloat16 for tokens in bfloat16, which autocast asks for."""
-    if hidden.dtype is not torch.bfloat16 or not is_plain_call() or ids.numel() < COPIED * len(experts):
+    if hidden.dtype is not torch.bfloat16 or ids.numel() < COPIED * len(experts) or not is_plain_call():
         return False
     return native.takes_pairs() or fastest(hidden, ids, experts)[0] == "eager"
 

@@ -69,7 +69,7 @@ def run(hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, experts:
     kind, wants = _KINDS.index(experts.activation), _wants_gradients(hidden, weights, experts)
     if wants or _is_watched(tensors):
         return torch.ops.sentei.route(*tensors, kind, wants)[0]
-    return _run(*tensors, kind, False)[0]
+    return _run(*tensors, kind)
 
 
 def refusal(hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, experts: Sequence) -> str:
@@ -112,24 +112,25 @@ def _is_watched(tensors: tuple[torch.Tensor | None, ...]) -> bool:
 
 
 def _run(hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, up: torch.Tensor, down: torch.Tensor,
-         gate: torch.Tensor | None, kind: int, save: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The output [T, O] and, if asked, what the backward needs."""
-    output = hidden.new_empty(len(hidden), down.shape[1])
-    saved = _room(_numbers_saved(ids, up, gate) if save else 0)
+         gate: torch.Tensor | None, kind: int, saved: torch.Tensor | None = None) -> torch.Tensor:
+    """The output [T, O]; `saved` gets what the backward needs."""
+    output = hidden.new_empty(hidden.shape[0], down.shape[1])
     if _is_nothing(ids, up, down):
-        return _checked_ids(ids, up, output.zero_()), saved
+        return _checked_ids(ids, up, output.zero_())
+    if weights.dtype is not torch.bfloat16:  # a conversion takes as long as some products do
+        weights = weights.float()
     arguments, held = _arguments(hidden, ids, weights, up, down, gate, kind)
-    _finish(_library()(*arguments[:6], output.data_ptr(), saved.data_ptr() if save else None, *arguments[6:]), up)
+    _finish(_library()(*arguments[:6], output.data_ptr(), None if saved is None else saved.data_ptr(), *arguments[6:],
+                       weights.dtype is torch.bfloat16), up)
     del held
-    return output, saved
+    return output
 
 
 def _arguments(hidden, ids, weights, up, down, gate, kind) -> tuple[tuple, tuple]:
     """The fields of the struct but for output and saved, and what must live as long."""
     hidden = hidden if hidden.stride(1) == 1 else hidden.contiguous()
     ids = ids if ids.is_contiguous() else ids.contiguous()
-    if weights.dtype is not torch.float32 or not weights.is_contiguous():
-        weights = weights.to(torch.float32).contiguous()
+    weights = weights if weights.is_contiguous() else weights.contiguous()
     tokens, slots = ids.shape
     experts, inner, width = up.shape
     up_stride, down_stride, gate_stride = up.stride(), down.stride(), (0, 0, 0) if gate is None else gate.stride()
@@ -190,7 +191,7 @@ def _no_memory() -> ResourceError:
 def _library():
     """The forward of the library; its arguments are pointers and 64-bit integers."""
     function = native.load().sentei_route
-    function.argtypes = [ctypes.c_void_p] * 8 + [ctypes.c_int64] * len(_LONGS)
+    function.argtypes = [ctypes.c_void_p] * 8 + [ctypes.c_int64] * (len(_LONGS) + 1)
     return function
 
 
@@ -218,7 +219,8 @@ def _panel(machine: int) -> int:
 def _forward(hidden, ids, weights, up, down, gate, kind, save):
     """The op `sentei::route`."""
     _check(hidden, ids, weights, up, down, gate, kind)
-    return _run(hidden, ids, weights, up, down, gate, kind, save)
+    saved = _room(_numbers_saved(ids, up, gate) if save else 0)
+    return _run(hidden, ids, weights, up, down, gate, kind, saved if save else None), saved
 
 
 def _forward_shapes(hidden, ids, weights, up, down, gate, kind, save):
@@ -242,7 +244,7 @@ def _backward(gradient: torch.Tensor, given: list[torch.Tensor], gate: torch.Ten
     if _is_nothing(ids, up, down):
         _checked_ids(ids, up, gradient)
         return [tensor.zero_() for tensor in found]
-    arguments, held = _arguments(*given, gate, kind)
+    arguments, held = _arguments(hidden, ids, weights.float(), up, down, gate, kind)
     call = _Route(*arguments[:6], None, saved.data_ptr(), *arguments[6:])
     gradient = gradient.contiguous()
     of_weights = found[1].float()
