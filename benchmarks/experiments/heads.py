@@ -31,28 +31,18 @@ EXPERIMENT = Experiment(name="heads", text=("code", "prose", "french"), flops=1.
 
 
 class Decoder:
-    """Decodes one token after a prompt of KEYS, always the same one."""
-
-    def __init__(self, model: Transformer):
-        self.model, self.token = model, torch.zeros(1, 1, dtype=torch.int64)
-        self.start()
+    """Decodes one token after another behind a prompt of KEYS."""
 
     @torch.no_grad()
-    def start(self) -> None:
-        """Reads the prompt."""
-        self.cache = self.model.cache()
+    def __init__(self, model: Transformer):
+        self.model, self.cache = model, model.cache()
         self.model(torch.zeros(1, KEYS, dtype=torch.int64), cache=self.cache)
-        self.held = [dict(vars(layer)) for layer in self.cache]
-
-    def forget(self) -> None:
-        """Takes the decoded token out of the cache again."""
-        for layer, held in zip(self.cache, self.held, strict=True):
-            vars(layer).update(held)
+        self()  # the first makes room for the others
 
     @torch.no_grad()
     def __call__(self) -> None:
-        """Decodes it."""
-        self.model(self.token, cache=self.cache)
+        """Decodes the next one."""
+        self.model(torch.zeros(1, 1, dtype=torch.int64), cache=self.cache)
 
 
 def decoding(place: Place) -> str:
@@ -61,7 +51,7 @@ def decoding(place: Place) -> str:
     whole, lines = made[EXPERIMENT.baseline], []
     for name, groups in NAMES.items():
         ours = made[name]
-        timed = interleave(whole, ours, runs=RUNS, before=(whole.forget, ours.forget))
+        timed = interleave(whole, ours, runs=RUNS)
         share, times = groups / HEADS, [1 / ratio for ratio in timed.ratios()]
         size = cache_bytes(groups, SHAPE["width"] // HEADS, torch.float32) * SHAPE["layers"]
         lines.append([name, f"{size:,}", f"{share:.1%}", f"{1e3 * timed.seconds()[1]:.2f}",

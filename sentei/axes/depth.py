@@ -27,6 +27,7 @@ from torch.nn import functional as F
 from sentei.axes.axis import Axis
 from sentei.core.cost import Cost
 from sentei.core.errors import FileError, RuleError, ShapeError
+from sentei.core.growing import Growing
 from sentei.core.precision import in_full, widened
 from sentei.core.rotation import rotate
 from sentei.core.rows import add, dots, places_of, take
@@ -87,12 +88,18 @@ class Config:
 class Cache:
     """What one block remembers between calls of a generation: the rows it kept, and how many tokens it was shown.
 
-    `seen` int64 [B]; `positions` int64 [B, P], -1 where a slot of the batch holds fewer than P rows; `key` and
-    `value` [B, P, G, D]. The real rows of a slot are its last.
+    `seen` int64 [B]; `positions` int64 [B, P], -1 where a slot of the batch holds fewer than P rows; `keys` and
+    `values` of [B, P, G, D]. The real rows of a slot are its last.
     """
 
     def __init__(self):
-        self.seen = self.positions = self.key = self.value = None
+        self.seen = self.positions = None
+        self.keys, self.values = Growing(), Growing()
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether it holds no keys."""
+        return self.keys.rows is None
 
     def show(self, tokens: torch.Tensor) -> None:
         """Counts the tokens [B] of a call, kept or not."""
@@ -102,18 +109,20 @@ class Cache:
                ) -> tuple[torch.Tensor, torch.Tensor]:
         """Appends key and value [B, N, G, D] of the rows at `positions` [B, N], -1 for padding; returns all of them.
 
-        Cost: a copy of what is held, as a concatenation is.
+        Cost: that of `Growing`; a copy of what is held where there is padding among the new rows.
         """
-        if self.key is not None:
-            key, value = torch.cat([self.key, key], 1), torch.cat([self.value, value], 1)
+        is_padded = bool((positions < 0).any())  # what is held has its own in front already
+        self.keys, self.values = self.keys.append(key), self.values.append(value)
+        if self.positions is not None:
             positions = torch.cat([self.positions, positions], 1)
-        if bool((positions < 0).any()):
+        if is_padded:
             real = positions >= 0
             order = torch.sort(real, dim=1, stable=True).indices[:, real.shape[1] - int(real.sum(1).max()):]
-            key, value = (x.take_along_dim(order[..., None, None], 1) for x in (key, value))
+            self.keys, self.values = (Growing(x.rows.take_along_dim(order[..., None, None], 1))
+                                      for x in (self.keys, self.values))
             positions = positions.gather(1, order)
-        self.key, self.value, self.positions = key, value, positions
-        return key, value
+        self.positions = positions
+        return self.keys.rows, self.values.rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,7 +146,7 @@ class Rows:
         """Causal attention among these rows and those in the cache; [B, N, H, D] and [B, N, G, D] → [B, N, H, D]."""
         lengths = None
         if self.cache is not None:
-            is_first = self.cache.key is None
+            is_first = self.cache.is_empty
             keys, values = self.cache.extend(key, value, self.positions)
             if not is_first:
                 key, value, real = keys, values, (self.cache.positions >= 0).sum(1)
@@ -240,7 +249,7 @@ class Depth(Axis):
         """x with the update of the rows kept, bool [B, T], weighed by `weights` [B, T, 1]; if None, by the gate."""
         counts, positions = kept.sum(1), self.positions(x, lengths, cache)
         least, rows = (int(number) for number in counts.aminmax()) if len(counts) else (0, 0)
-        places = places_of(kept, rows, last=cache is not None and cache.key is not None)
+        places = places_of(kept, rows, last=cache is not None and not cache.is_empty)
         hidden, rest = take(x, places) if least < x.shape[1] else (x, x)
         own = positions.gather(1, places)
         if least < rows:  # others are computed and count 0 (see Rows)

@@ -21,6 +21,7 @@ from torch import nn
 from sentei.axes.axis import Axis
 from sentei.core.cost import Cost
 from sentei.core.errors import FileError, RuleError, ShapeError
+from sentei.core.growing import Growing
 from sentei.core.rules import MAX_K, Rule
 from sentei.kernels.attention import Grid, Tiles, attend, choose_impl
 
@@ -159,22 +160,20 @@ def share_saved(num_heads: int, num_kv_heads: int) -> float:
 
 
 class Cache:
-    """The keys and values of earlier tokens of one layer; empty at first. An append copies what is there."""
+    """The keys and values of earlier tokens of one layer; empty at first."""
 
     def __init__(self):
-        self.key: torch.Tensor | None = None
-        self.value: torch.Tensor | None = None
+        self.keys, self.values = Growing(), Growing()
 
     def append(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Adds key [B, T, G, D] and value [B, T, G, Dv] behind the others; returns all of them."""
-        if self.key is not None:
-            key, value = torch.cat([self.key, key], 1), torch.cat([self.value, value], 1)
-        self.key, self.value = key, value
-        return key, value
+        """Adds key [B, T, G, D] and value [B, T, G, Dv] behind the others; returns all of them. See `Growing`."""
+        self.keys, self.values = self.keys.append(key), self.values.append(value)
+        return self.keys.rows, self.values.rows
 
     def bytes(self) -> int:
-        """What it holds now."""
-        return sum(kept.numel() * kept.element_size() for kept in (self.key, self.value) if kept is not None)
+        """What it holds now, without room to grow."""
+        held = self.keys.rows, self.values.rows
+        return sum(rows.numel() * rows.element_size() for rows in held if rows is not None)
 
 
 class SharedAttention(nn.Module):

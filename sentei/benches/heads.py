@@ -2,8 +2,9 @@
 
 One query row over a long cache, 8 query heads, and 8, 4, 2 or 1 key/value heads: MHA, GQA and MQA. The peer is MHA of
 the same room, timed in turn; "bytes" is the share of MHA's cache, and what stands over it is the share of the time ÷
-that share, less one. The other peer is torch's sdpa over the same heads. As in a model, the caches of many layers are
-read in turn, so that none waits in the processor; a time is that of one layer, GB/s are those of its keys and values.
+that share, less one. The other peer is torch's sdpa over the same heads. As in a model, the heads of a cache lie apart,
+and the caches of many layers are read in turn, so that none waits in the processor; a time is that of one layer, GB/s
+are those of its keys and values.
 """
 
 from collections.abc import Callable, Iterator
@@ -38,9 +39,9 @@ class Case:
         return self.keys * cache_bytes(self.groups, WIDTH, self.dtype)
 
     def layers(self) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-        """Query [1, 1, H, D], key and value [1, keys, G, D] of each layer."""
+        """Query [1, 1, H, D], key and value [1, keys, G, D] of each layer, heads apart in memory."""
         generator = torch.Generator().manual_seed(0)
-        return [tuple(torch.randn(1, rows, heads, WIDTH, generator=generator).to(self.dtype)
+        return [tuple(torch.randn(1, heads, rows, WIDTH, generator=generator).to(self.dtype).transpose(1, 2)
                       for rows, heads in ((1, HEADS), (self.keys, self.groups), (self.keys, self.groups)))
                 for _ in range(max(2, cold.size() // self.bytes))]
 

@@ -123,7 +123,7 @@ class Attention(nn.Module):
         query, key = (rotate(heads, rows.positions, ROTARY_BASE) for heads in (query, key))
         positions = rows.positions
         if rows.cache is not None:
-            held = rows.cache.key is not None
+            held = not rows.cache.is_empty
             keys, values = rows.cache.extend(key, value, positions)
             if held:  # else these rows are all there is, and stand where their queries do, padding behind included
                 key, value, positions = keys, values, rows.cache.positions

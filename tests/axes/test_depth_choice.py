@@ -221,7 +221,18 @@ def test_the_cache_knows_which_positions_it_holds():
         held = cache.positions[slot].tolist()
         assert [place for place in held if place >= 0] == places and held == sorted(held)
     assert cache.seen.tolist() == [16, 11, 7]
-    assert cache.key.shape == (B, kept.sum(1).max(), 2, D // 2) == cache.value.shape
+    assert cache.keys.rows.shape == (B, kept.sum(1).max(), 2, D // 2) == cache.values.rows.shape
+
+
+def test_a_ragged_prompt_does_not_make_each_token_a_copy_of_all():
+    cache, positions, places = Cache(), torch.arange(9).expand(2, 9).clone(), set()
+    positions[1, 6:] = -1
+    with torch.no_grad():
+        cache.extend(*torch.randn(2, 2, 9, 3, 4).unbind(), positions)
+        for step in range(9, 13):
+            cache.extend(*torch.randn(2, 2, 1, 3, 4).unbind(), torch.tensor([[step], [step - 3]]))
+            places.add(cache.keys.rows.data_ptr())
+    assert cache.positions[1].tolist() == [-1, -1, -1, *range(10)] and len(places) == 1
 
 
 def test_slots_of_the_batch_may_advance_by_different_numbers_of_tokens():

@@ -118,14 +118,16 @@ def test_what_stands_in_padding_reaches_nothing():
 @GROUPS
 @pytest.mark.parametrize("steps", [[1] * 7, [3, 1, 3], [7]], ids=str)
 @pytest.mark.parametrize("lengths", [None, LENGTHS], ids=["whole", "padded"])
-def test_cache_is_no_cache(groups, steps, lengths):
+@pytest.mark.parametrize("trained", [True, False])
+def test_cache_is_no_cache(groups, steps, lengths, trained):
     layer, x = layer_of(groups), torch.randn(2, 7, 12, dtype=torch.float64)
     cache, parts, done = Cache(), [], 0
     assert cache.bytes() == 0
     for step in steps:
         done += step
         known = None if lengths is None else lengths.clamp(max=done)
-        parts.append(layer(x[:, done - step:done], known, cache))
+        with torch.set_grad_enabled(trained):
+            parts.append(layer(x[:, done - step:done], known, cache))
     torch.testing.assert_close(torch.cat(parts, 1), layer(x, lengths), rtol=1e-12, atol=1e-12)
     assert cache.bytes() == 2 * 7 * layer.cache_bytes() == 2 * 7 * 2 * groups * 2 * 8
 

@@ -1,6 +1,7 @@
 """What the tests of native code share."""
 
 import pytest
+import torch
 
 from sentei.kernels import native
 
@@ -28,3 +29,15 @@ def machine(request, monkeypatch) -> None:
 def machine_or_pairs(request, monkeypatch) -> None:
     """Each instruction set of this processor in turn, and products of pairs."""
     monkeypatch.setattr(native, "MACHINE", request.param)
+
+
+@pytest.fixture
+def poison():
+    """Uninitialised memory is NaN."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(before[0])
+    torch.utils.deterministic.fill_uninitialized_memory = before[1]

@@ -89,18 +89,6 @@ def test_strides_do_not_matter(impl, name):
                                rtol=1e-12, atol=1e-12)
 
 
-@pytest.fixture
-def poison():
-    """Uninitialised memory is NaN."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    assert torch.empty(3).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(before[0])
-    torch.utils.deterministic.fill_uninitialized_memory = before[1]
-
-
 @every_impl
 @every_case
 def test_nothing_uninitialised_is_read(impl, case, poison):

@@ -57,18 +57,27 @@ def test_nothing_is_measured_under_a_mode_and_so_nothing_wrong_is_remembered(mon
         assert choose_impl("auto", *given, DENSE)[0] == "fused_cpp"
 
 
+@pytest.mark.parametrize(("queries", "keys"), [(0, 2 * TOKENS), (2 * TOKENS, 0)])
+def test_nothing_is_measured_where_there_is_nothing_to_attend_to(monkeypatch, queries, keys):
+    clock(monkeypatch, 3.0, 2.0)
+    given = [torch.randn(1, tokens, 2, 8) for tokens in (queries, keys, keys)]
+    grid = replace(DENSE.grid, num_queries=queries, num_keys=keys, causal=False)
+    assert choose_impl("auto", *given, Tiles(grid=grid))[0] == "eager" and not gains._known
+
+
 @pytest.mark.parametrize("change", [
-    {"heads": (4, 4)}, {"widths": (8, 16)}, {"dtype": torch.bfloat16}, {"causal": False}, {"tokens": 2 * TOKENS}],
-    ids=str)
+    {"heads": (4, 4)}, {"widths": (8, 16)}, {"dtype": torch.bfloat16}, {"causal": False}, {"tokens": 2 * TOKENS},
+    {"queries": 1}], ids=str)
 def test_every_kind_of_call_is_measured_for_itself_and_remembered_beyond_the_process(monkeypatch, change):
     clock(monkeypatch, 3.0, 2.0)
 
-    def chosen(heads=(4, 2), widths=(8, 8), dtype=torch.float32, causal=True, tokens=TOKENS):
-        given = [torch.randn(1, tokens, count, width).to(dtype) for count, width in (
-            (heads[0], widths[0]), (heads[1], widths[0]), (heads[1], widths[1]))]
+    def chosen(heads=(4, 2), widths=(8, 8), dtype=torch.float32, causal=True, tokens=TOKENS, queries=None):
+        rows = queries or tokens
+        given = [torch.randn(1, *shape).to(dtype) for shape in (
+            (rows, heads[0], widths[0]), (tokens, heads[1], widths[0]), (tokens, heads[1], widths[1]))]
         with torch.no_grad():
             return choose_impl("auto", *given, Tiles(grid=replace(
-                DENSE.grid, num_queries=tokens, num_keys=tokens, causal=causal)))
+                DENSE.grid, num_queries=rows, num_keys=tokens, causal=causal)))
 
     first = chosen()
     clock(monkeypatch, 1.0, 2.0)

@@ -12,6 +12,7 @@ from oracle import CASES, Case, check_attend, drawn_cases
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from sentei.core.errors import ImplError, ResourceError, ShapeError
+from sentei.core.growing import Growing
 from sentei.kernels import native
 from sentei.kernels.attention import Grid, Tiles, attend, choose_impl, fused_cpp
 from sentei.kernels.attention.select import Sampled, estimate
@@ -27,6 +28,19 @@ LARGER = [
     *(Case(name=f"far above a cap of {cap:g}", queries=70, keys=70, tile=(64, 64), softcap=cap, logits=3.0)
       for cap in (0.1, 1e-3)),
 ]
+# Rows that read every key where it lies, four at most, and the first number that packs them.
+FEW = [
+    Case(name="one row, a page and a key", queries=1, keys=17, tile=(64, 64), kept=None, heads=3, groups=1,
+         widths=(24, 5)),
+    Case(name="one row, padded", queries=1, keys=90, tile=(32, 16), kept=None, lengths=((17, 90), (0, 41), (3, 3))),
+    Case(name="two rows, several runs of pages", queries=2, keys=600, tile=(64, 64), kept=None, heads=6, groups=2),
+    Case(name="three rows, both ways", queries=3, keys=40, tile=(2, 16), kept=None, causal=False, heads=5, groups=5),
+    Case(name="four rows, padded, values wider", queries=4, keys=33, tile=(4, 8), kept=None, lengths=((2, 33), (0, 31)),
+         widths=(12, 20)),
+    Case(name="four rows of four", queries=4, keys=4, tile=(64, 64), kept=None),
+    Case(name="five rows", queries=5, keys=90, tile=(64, 64), kept=None),
+    Case(name="four rows, huge scores", queries=4, keys=130, tile=(64, 64), kept=None, logits=3e4),
+]
 
 
 # It sums in another order than torch, and the gradients make the weights again from the scores.
@@ -39,9 +53,19 @@ def test_the_native_library_was_built_wherever_there_is_a_compiler():
 
 @needs_library
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("case", CASES + LARGER, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", CASES + LARGER + FEW, ids=lambda case: case.name)
 def test_output_and_gradients_are_as_near_to_fp64_as_masked_attention_in_the_same_dtype(case, dtype, machine_or_pairs):
     check(fused_cpp.attend, case, dtype)
+
+
+@needs_library
+@pytest.mark.parametrize("case", FEW, ids=lambda case: case.name)
+def test_rows_that_are_trained_give_the_gradients_of_those_with_lse(case):
+    leaves = [tensor.requires_grad_() for tensor in case.tensors(torch.float32)]
+    found, expected = (torch.autograd.grad(output.square().sum(), leaves) for output in (
+        fused_cpp.attend(*leaves, case.tiles(), scale=0.3),
+        fused_cpp.attend(*leaves, case.tiles(), scale=0.3, return_lse=True)[0]))
+    assert all(map(torch.equal, found, expected))
 
 
 @needs_library
@@ -90,6 +114,51 @@ def test_it_is_a_proper_op_of_torch(case):
     plan = [tiles.full_count, tiles.full_ids, tiles.partial_count, tiles.partial_ids]
     arguments = *tensors, plan, grid.lengths, [*case.tile, int(grid.causal), 0], 0.3, 0.0
     torch.library.opcheck(torch.ops.sentei.attend.default, arguments)
+
+
+@needs_library
+@pytest.mark.parametrize("case", [FEW[1], FEW[2]], ids=lambda case: case.name)
+def test_so_is_that_of_few_rows_and_it_has_no_gradients(case):
+    grid, tensors = case.grid(), case.tensors(torch.float32)
+    arguments = grid.lengths, [*case.tile, int(grid.causal), 0], 0.3
+    torch.library.opcheck(torch.ops.sentei.attend_rows.default, (*tensors, *arguments))
+    output = torch.ops.sentei.attend_rows(*(tensor.requires_grad_() for tensor in tensors), *arguments)
+    with pytest.raises(ImplError, match="no gradients"):
+        output.sum().backward()
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_few_rows_read_a_growing_cache(dtype, machine):
+    case = FEW[2]
+    query, key, value = case.tensors(dtype)
+    with torch.no_grad():
+        keys, values = (Growing(part[:, :599]).append(part[:, 599:]).rows for part in (key, value))
+        assert keys.stride() != key.stride()
+        found, expected = (fused_cpp.attend(query, *given, case.tiles(), scale=0.3)
+                           for given in ((keys, values), (key, value)))
+    assert torch.equal(found, expected)
+
+
+@needs_library
+@pytest.mark.parametrize("queries", [1, 4, 5])
+def test_rows_without_keys_give_zeros(queries, poison):
+    tensors = [torch.randn(2, tokens, 2, 8) for tokens in (queries, 0, 0)]
+    grid = Grid(num_queries=queries, num_keys=0, query_block=64, key_block=64, causal=False)
+    assert (fused_cpp.attend(*tensors, Tiles(grid=grid), scale=0.3) == 0).all()
+
+
+@needs_library
+def test_a_compiled_decoder_keeps_few_rows_in_one_graph():
+    case = FEW[2]
+    tensors, tiles = case.tensors(torch.float32), case.tiles()
+
+    def function(query, key, value):
+        return attend(query + 0, key, value, tiles, scale=0.3, impl="fused_cpp") * 2
+
+    with torch.no_grad():
+        compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+        assert torch.equal(compiled(*tensors), function(*tensors))
 
 
 @needs_library

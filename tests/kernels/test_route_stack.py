@@ -366,8 +366,8 @@ def test_attention_leaves_its_room_where_experts_do():
     kept.restype = ctypes.c_int64
     del rooms
     before = kept()
-    query, key = torch.zeros(1, 1, 1, 64), torch.zeros(1, 80_000, 1, 64)  # packed, 20 MiB and as much of values
-    grid = Grid(num_queries=1, num_keys=80_000, query_block=64, key_block=64)
+    query, key = torch.zeros(1, 5, 1, 64), torch.zeros(1, 80_000, 1, 64)  # packed, 20 MiB and as much of values
+    grid = Grid(num_queries=5, num_keys=80_000, query_block=64, key_block=64)
     attend(query, key, key, Tiles(grid=grid), impl="fused_cpp")
     assert kept() != before and kept() <= 256 << 20
 

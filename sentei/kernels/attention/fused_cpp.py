@@ -23,6 +23,7 @@ _LONGS = ("batch", "queries", "keys", "heads", "groups", "width", "value_width",
 ESTIMATES = ("exact", "pooled", "bounds", "folded")  # EstimateKind of native/select.cpp, by number
 NATIVE_RULES = ("All", "TopK", "Mass", "Threshold")  # RuleKind of native/rules.h, by number
 LOG2_E = 1.4426950408889634
+FEW_ROWS = 4  # that read every key where it lies: more are faster over packed ones
 BAD_SCORES = 2  # what sentei_keep returns for them
 _PLAN = ("full_count", "full_ids", "partial_count", "partial_ids")
 
@@ -90,6 +91,8 @@ def attend(
     reason = refusal(query, key, value)
     if reason:
         raise ImplError("fused_cpp", expected="tensors it can take", got=reason, do="use impl='auto'")
+    if _are_few(query, key, value, tiles) and not softcap and not return_lse:
+        return torch.ops.sentei.attend_rows(query, key, value, tiles.grid.lengths, _sizes(tiles.grid), scale)
     plan = [] if tiles.is_everything else [getattr(tiles, name) for name in _PLAN]
     output, lse, _ = torch.ops.sentei.attend(query, key, value, plan, tiles.grid.lengths, _sizes(tiles.grid), scale,
                                              softcap)
@@ -128,6 +131,42 @@ def _computed(problem: _Problem, rows: list[torch.Tensor], grid: Grid,
         problem.output, problem.lse, problem.softmax = (tensor.data_ptr() for tensor in (output, lse, softmax))
         _finish(native.load().sentei_attend(ctypes.byref(problem)), grid)
     return output.to(dtype), lse, softmax
+
+
+def _are_few(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, tiles: Tiles) -> bool:
+    """Whether rows are so few that they read every key where it lies. Those that are trained do not: their gradients
+    make the scores again, and must sum them in the order that the softmax was made in.
+    """
+    return (tiles.is_everything and tiles.grid.num_queries <= FEW_ROWS and tiles.grid.window is None
+            and not (torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))))
+
+
+def _rows_forward(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: torch.Tensor | None,
+                  sizes: list[int], scale: float) -> torch.Tensor:
+    """The op `sentei::attend_rows`: `_forward`'s output for the plan that is everything, for a few rows."""
+    grid = _rows_grid(query, key, value, lengths, sizes)
+    rows = [_rows(tensor) for tensor in (query, key, value)]
+    output = rows[0].new_zeros(*query.shape[:3], value.shape[3])
+    if output.numel() and grid.num_keys:
+        problem = _problem(*rows[:2], grid, scale, 0.0)
+        _set_value(problem, rows[2])
+        problem.output = output.data_ptr()
+        _finish(native.load().sentei_attend_rows(ctypes.byref(problem)), grid)
+    return output.to(query.dtype)
+
+
+def _rows_shape(query, key, value, lengths, sizes, scale):
+    _rows_grid(query, key, value, lengths, sizes)
+    return query.new_empty(*query.shape[:3], value.shape[3])
+
+
+def _rows_grid(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: torch.Tensor | None,
+               sizes: list[int]) -> Grid:
+    """The grid of `_rows_forward`."""
+    grid = _grid("attend_rows", [query, key, value], [], lengths, sizes)
+    if grid.window is not None:
+        raise ShapeError("attend_rows", expected="no window", got=str(grid.window), do="call it through attend")
+    return grid
 
 
 def _forward_shapes(query, key, value, plan, lengths, sizes, scale, softcap):
@@ -279,6 +318,9 @@ ops.define("attend(Tensor query, Tensor key, Tensor value, Tensor[] plan, Tensor
 ops.define("attend_backward(Tensor[] given, Tensor[] plan, Tensor? lengths, int[] sizes, float scale, float softcap)"
            " -> (Tensor, Tensor, Tensor)", _backward, _backward_shapes)
 ops.differentiate_once("attend", _differentiate, _save, impl="fused_cpp", do="use impl='eager' or 'reference'")
+ops.define("attend_rows(Tensor query, Tensor key, Tensor value, Tensor? lengths, int[] sizes, float scale) -> Tensor",
+           _rows_forward, _rows_shape)
+ops.differentiate_never("attend_rows", impl="fused_cpp", do="call it through attend")
 ops.define("certify(Tensor query, Tensor key, Tensor value, Tensor? lengths, int[] sizes, float scale, float cut)"
            " -> (Tensor, Tensor)", _certify, _certify_shapes)
 ops.define("estimate(Tensor query, Tensor key, Tensor? lengths, int[] sizes, int[] rows, bool square, float scale)"

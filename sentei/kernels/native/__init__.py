@@ -12,7 +12,7 @@ from sentei.core.errors import ImplError
 from sentei.core.storage import sha256
 
 LIBRARY = "_native*.so"
-ABI = 18  # of attention.cpp's sentei_abi()
+ABI = 19  # of attention.cpp's sentei_abi()
 BAD_PLAN = 2  # the status of a call whose plan is none; of call.h
 MACHINE = -1  # the instruction set to run: the best this processor has; the tests run each, see `machines`
 

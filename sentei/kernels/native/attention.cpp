@@ -1,7 +1,7 @@
 // Attention over chosen tiles: one tiled online-softmax path, sums in fp32.
 #include <chrono>
 
-#include "call.h"
+#include "pages.h"
 
 namespace {
 
@@ -166,7 +166,7 @@ bool takes_pairs(int64_t machine) {
 extern "C" {
 
 // Changes whenever `Problem`, `Backward` or a function does; compared when the library is loaded.
-int sentei_abi() { return 18; }
+int sentei_abi() { return 19; }
 int sentei_problem_size() { return int(sizeof(Problem)); }
 int sentei_machines() { return machines(); }
 
@@ -190,6 +190,25 @@ int sentei_attend(const Problem* problem) {
       in_parallel(int64_t(order.size()), p.threads, [&] { return Scratch(p, s); },
                   [&](int64_t i, Scratch& t) { attend_one(p, s, order[i], keys, values, t); });
     });
+  });
+}
+
+// A few rows over every key they may see, read where it lies: packing the keys would be most of the work. There is no
+// plan, window, cap or cut, and neither lse nor softmax is written.
+int sentei_attend_rows(const Problem* problem) {
+  return status_of([&] {
+    const Problem& p = *problem;
+    constexpr int64_t page = 16;
+    std::vector<uint8_t> kept(p.batch * p.groups * p.queries * ((p.keys + page - 1) / page), 1);
+    Paged rows{p.query, p.key, p.value, nullptr, p.lengths, p.output, nullptr, kept.data()};
+    std::copy_n(p.query_stride, 3, rows.query_stride);
+    std::copy_n(p.key_stride, 3, rows.key_stride);
+    std::copy_n(p.value_stride, 3, rows.value_stride);
+    rows.batch = p.batch, rows.rows = p.queries, rows.keys = p.keys, rows.heads = p.heads, rows.groups = p.groups;
+    rows.width = p.width, rows.value_width = p.value_width, rows.page = page, rows.causal = p.causal;
+    rows.is_half = rows.is_query_half = p.bfloat16, rows.task = kAttendToKept;
+    rows.threads = p.threads, rows.machine = p.machine, rows.scale = p.scale;
+    read_pages(rows);
   });
 }
 }

@@ -29,13 +29,15 @@ INLINE typename Simd<L>::Vec log2_of(typename Simd<L>::Vec x) {
   return __builtin_convertvector(exponent, Vec) + t * series * (2 * kLog2E);
 }
 
-// use(N, first) for runs of N heads, 4 at most, from head `first` on: what the registers hold.
-template <class Use>
+// use(N, first) for runs of N heads, `Most` at most, 4 or 2, from head `first` on: what the registers hold.
+template <int Most = 4, class Use>
 INLINE void by_heads(int64_t heads, Use use) {
   int64_t h = 0;
-  for (; h + 4 <= heads; h += 4) use(std::integral_constant<int, 4>(), h);
-  if (heads - h == 3) use(std::integral_constant<int, 3>(), h);
-  if (heads - h == 2) use(std::integral_constant<int, 2>(), h);
+  for (; h + Most <= heads; h += Most) use(std::integral_constant<int, Most>(), h);
+  if constexpr (Most > 3)
+    if (heads - h == 3) use(std::integral_constant<int, 3>(), h);
+  if constexpr (Most > 2)
+    if (heads - h == 2) use(std::integral_constant<int, 2>(), h);
   if (heads - h == 1) use(std::integral_constant<int, 1>(), h);
 }
 
@@ -58,17 +60,37 @@ INLINE void add_rest(const float* rows, int64_t apart, const T* key, int64_t wid
 
 // The sums of the lanes of N vectors, 4 at most: of all of them at once.
 template <int L, int N>
-INLINE void totals(const typename Simd<L>::Vec* sum, float* result) {
-  Four part[4]{};
+INLINE Four totals(const typename Simd<L>::Vec* sum) {
+  typename Simd<L>::Vec part[4]{};
 #pragma GCC unroll 4
-  for (int n = 0; n < N; ++n) part[n] = Simd<L>::quarter(sum[n]);
-  const auto join = [](Four one, Four other) INLINE_LAMBDA {
-    return SHUFFLE(one, other, 0, 4, 1, 5) + SHUFFLE(one, other, 2, 6, 3, 7);
-  };
-  const Four front = join(part[0], part[1]), back = join(part[2], part[3]);
-  const Four all = SHUFFLE(front, back, 0, 1, 4, 5) + SHUFFLE(front, back, 2, 3, 6, 7);
+  for (int n = 0; n < N; ++n) part[n] = sum[n];
+  return Simd<L>::quarter(folded<L, 2>(folded<L, 1>(part[0], part[1]), folded<L, 1>(part[2], part[3])));
+}
+
+// The scores of N heads and J keys, 4 at most of either: those of a head are neighbours, heads a line apart.
+template <int L, int N, int J, class T>
+INLINE void score_keys(const float* query, const T* key, int64_t next, int64_t width, float* scores, int64_t line) {
+  typename Simd<L>::Vec sum[N][J]{};
+  for (int64_t d = 0; d + L <= width; d += L) {
+    typename Simd<L>::Vec keys[J];
 #pragma GCC unroll 4
-  for (int n = 0; n < N; ++n) result[n] = all[n];
+    for (int j = 0; j < J; ++j) keys[j] = wide<L>(key + j * next + d);
+#pragma GCC unroll 4
+    for (int n = 0; n < N; ++n) {
+      const auto head = Simd<L>::load(query + n * width + d);
+#pragma GCC unroll 4
+      for (int j = 0; j < J; ++j) sum[n][j] += head * keys[j];
+    }
+  }
+#pragma GCC unroll 4
+  for (int n = 0; n < N; ++n) {
+    const Four found = totals<L, J>(sum[n]);
+#pragma GCC unroll 4
+    for (int j = 0; j < J; ++j) scores[n * line + j] = found[j];
+  }
+  for (int64_t d = width / L * L; d < width; ++d)
+    for (int n = 0; n < N; ++n)
+      for (int j = 0; j < J; ++j) scores[n * line + j] += query[n * width + d] * wide_one(key + j * next + d);
 }
 
 // What a row may see: keys start … stop - 1 of the whole sequence.
@@ -165,7 +187,8 @@ INLINE void bound_page(const Work& w, int64_t choice, const T* low, const T* hig
     const float *positive = w.query_of(choice) + w.block + h * width, *negative = positive + w.block;
     add_products<L, N>(positive, width, high, width, sum);
     add_products<L, N>(negative, width, low, width, sum);
-    totals<L, N>(sum, most);
+    const Four found = totals<L, N>(sum);
+    for (int n = 0; n < N; ++n) most[n] = found[n];
     add_rest<L, N>(positive, width, high, width, most);
     add_rest<L, N>(negative, width, low, width, most);
     const float mass = keys == w.p.page ? w.mass : std::log2(float(keys));
@@ -318,19 +341,20 @@ INLINE void attend_run(const Work& w, int64_t choice, int64_t run, Scratch& t) {
     const T* value = w.row_of<T>(p.value, p.value_stride, group, part.first);
     const int64_t after = std::min(ids[std::min(i + 1, last - 1)] * p.page, p.keys - (part.end - part.first));
     const T* next = w.row_of<T>(p.key, p.key_stride, group, after);
-    by_heads(w.per_group, [&](auto heads, int64_t h) INLINE_LAMBDA {
-      constexpr int N = decltype(heads)::value;
-      for (int64_t j = 0; j < part.end - part.first; ++j) {
-        if (h == 0) fetch(next + j * p.key_stride[1], p.width);
-        if (h == 0) fetch(value + j * p.value_stride[1], p.value_width);
-        typename Simd<L>::Vec sum[N]{};
-        float found[N];
-        const float* query = w.query_of(choice) + h * p.width;
-        add_products<L, N>(query, p.width, key + j * p.key_stride[1], p.width, sum);
-        totals<L, N>(sum, found);
-        add_rest<L, N>(query, p.width, key + j * p.key_stride[1], p.width, found);
-        for (int n = 0; n < N; ++n) t.scores[(h + n) * line + place + j] = found[n];
-      }
+    by_heads<L == 16 ? 4 : 2>(w.per_group, [&](auto heads, int64_t h) INLINE_LAMBDA {
+      const auto score = [&](auto keys, int64_t j) INLINE_LAMBDA {
+        score_keys<L, decltype(heads)::value, decltype(keys)::value>(
+            w.query_of(choice) + h * p.width, key + j * p.key_stride[1], p.key_stride[1], p.width,
+            t.scores.data() + h * line + place + j, line);
+        if (h == 0)
+          for (int64_t i = j; i < j + keys; ++i) {
+            fetch(next + i * p.key_stride[1], p.width);
+            fetch(value + i * p.value_stride[1], p.value_width);
+          }
+      };
+      int64_t j = 0;
+      for (; j + 4 <= part.end - part.first; j += 4) score(std::integral_constant<int, 4>(), j);
+      for (; j < part.end - part.first; ++j) score(std::integral_constant<int, 1>(), j);
     });
   }
   float* output = w.partial_of(choice, run);

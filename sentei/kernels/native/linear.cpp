@@ -5,7 +5,7 @@
 
 namespace {
 
-constexpr int64_t kAhead = 1024;  // bytes ahead at which each row of weights is prefetched; at its end, a later row
+constexpr int64_t kAhead = 1024;  // bytes ahead at which weights are prefetched, from one row into the next
 constexpr int kLevel = 2;         // to which cache: the second holds more requests on their way than the first
 
 // Keeps a vector in its register, where the compiler would load it again for each product.
@@ -16,9 +16,9 @@ INLINE void hold(Vec& vector) {
 #endif
 }
 
-// Outputs first … first + K - 1 of R rows. The order in which one is summed depends on neither R nor K.
+// Outputs first, first + apart … of R rows, K of them. The order in which one is summed depends on neither R nor K.
 template <class Kind, int L, int R, int K>
-INLINE void outputs(const Linear& p, const float* inputs, int64_t first) {
+INLINE void outputs(const Linear& p, const float* inputs, int64_t first, int64_t apart) {
   using Number = typename Kind::Number;
   using Vec = typename Simd<L>::Vec;
   Vec sum[R][K]{};
@@ -37,25 +37,21 @@ INLINE void outputs(const Linear& p, const float* inputs, int64_t first) {
         for (int k = 0; k < K; ++k) sum[r][k] += part[half][k] * x;
       }
   };
-  // What is prefetched beyond the end of a row belongs to the rows that come after these K.
-  constexpr int64_t size = sizeof(Number), line = 64, step = 2 * L * size;
-  const int64_t row = p.weight_stride * size, turn = p.width * size - kAhead;
-  const char* ahead = reinterpret_cast<const char*>(weight) + kAhead;
-  const int64_t whole = p.width / (2 * L) * (2 * L);
+  constexpr int64_t line = kCacheLine / sizeof(Number);
+  const int64_t whole = p.width / (2 * L) * (2 * L), next = apart * p.weight_stride;
   for (int64_t j = 0; j < whole; j += 2 * L) {
-    const char* next = ahead + j * size + (j * size < turn ? 0 : (K - 1) * row);
 #pragma GCC unroll 8
     for (int k = 0; k < K; ++k) {
-      from[k] = weight + k * p.weight_stride + j;
+      from[k] = weight + k * next + j;
 #pragma GCC unroll 2
-      for (int64_t at = 0; at < step; at += line) __builtin_prefetch(next + k * row + at, 0, kLevel);
+      for (int64_t i = 0; i < 2 * L; i += line) __builtin_prefetch(from[k] + kAhead / sizeof(Number) + i, 0, kLevel);
     }
     add(j);
   }
   if (whole < p.width) {
     Number rest[K][2 * L]{};
     for (int k = 0; k < K; ++k) {
-      std::copy_n(weight + k * p.weight_stride + whole, p.width - whole, rest[k]);
+      std::copy_n(weight + k * next + whole, p.width - whole, rest[k]);
       from[k] = rest[k];
     }
     add(whole);
@@ -66,8 +62,8 @@ INLINE void outputs(const Linear& p, const float* inputs, int64_t first) {
     for (int k = 0; k < K; ++k) {
       const float total = Simd<L>::total(sum[r][k]);
       const auto* bias = static_cast<const Number*>(p.bias);
-      const float value = bias ? total + Kind::widen(bias[first + k]) : total;
-      const int64_t at = r * p.outputs + first + k;
+      const float value = bias ? total + Kind::widen(bias[first + k * apart]) : total;
+      const int64_t at = r * p.outputs + first + k * apart;
       if (p.wide)
         p.wide[at] = value;
       else
@@ -76,11 +72,14 @@ INLINE void outputs(const Linear& p, const float* inputs, int64_t first) {
 }
 
 // Outputs first … last - 1; as many at once as the registers hold sums of: an input is then read once for all of them.
+// They lie far apart, so that each goes on where the last one of its kind ended: memory gives more to several streams
+// than to rows beside each other.
 template <class Kind, int L, int R>
 INLINE void run(const Linear& p, const float* inputs, int64_t first, int64_t last) {
   constexpr int K = L == 16 ? (R <= 5 ? 4 : 3) : R <= 2 ? 4 : R <= 4 ? 2 : 1;
-  for (; first + K <= last; first += K) outputs<Kind, L, R, K>(p, inputs, first);
-  for (; first < last; ++first) outputs<Kind, L, R, 1>(p, inputs, first);
+  const int64_t apart = (last - first) / K;
+  for (int64_t o = first; o < first + apart; ++o) outputs<Kind, L, R, K>(p, inputs, o, apart);
+  for (int64_t o = first + K * apart; o < last; ++o) outputs<Kind, L, R, 1>(p, inputs, o, 1);
 }
 
 template <class Kind, int L>

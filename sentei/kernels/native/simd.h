@@ -8,6 +8,7 @@
 #include <cstring>
 #include <limits>
 #include <type_traits>
+#include <utility>
 
 #define INLINE inline __attribute__((always_inline))
 #define INLINE_LAMBDA __attribute__((always_inline))
@@ -350,6 +351,26 @@ typedef int32_t Places __attribute__((vector_size(16)));
 #else
 #define SHUFFLE(one, two, a, b, c, d) __builtin_shuffle(one, two, Places{a, b, c, d})
 #endif
+
+template <int L, int Width, int Last, int... I>
+INLINE typename Simd<L>::Vec in_turn(typename Simd<L>::Vec one, typename Simd<L>::Vec two,
+                                     std::integer_sequence<int, I...>) {
+#define PLACE (I / 4 * 4 + (Width == 1 ? I % 4 / 2 + I % 2 * L : I % 2 + I % 4 / 2 * L) + 2 * Last)
+#if defined(__clang__)
+  return __builtin_shufflevector(one, two, PLACE...);
+#else
+  return __builtin_shuffle(one, two, typename Simd<L>::Ints{PLACE...});
+#endif
+#undef PLACE
+}
+
+// Of every four lanes of two vectors the first half plus the last, `Width` numbers of one and of the other in turn. Of
+// four vectors, by 1 and the results by 2, that is in every four lanes a part of the sum of each vector's.
+template <int L, int Width>
+INLINE typename Simd<L>::Vec folded(typename Simd<L>::Vec one, typename Simd<L>::Vec two) {
+  constexpr auto lanes = std::make_integer_sequence<int, L>();
+  return in_turn<L, Width, 0>(one, two, lanes) + in_turn<L, Width, 1>(one, two, lanes);
+}
 
 // to[j][i] = from[i][j] for 4 x 4 numbers.
 INLINE void transpose_four(const float* from, int64_t from_stride, float* to, int64_t to_stride) {
