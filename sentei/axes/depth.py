@@ -211,18 +211,20 @@ class Depth(Axis):
         least, rows = (int(number) for number in counts.aminmax()) if len(counts) else (0, 0)
         places = places_of(kept, rows, last=cache is not None and not cache.is_empty)
         hidden, rest = take(x, places) if least < x.shape[1] else (x, x)
-        real = kept.gather(1, places)
+        own = positions.gather(1, places)
         if least < rows:  # others are computed and count 0 (see Rows)
-            hidden = hidden.masked_fill(~real[..., None], 0)
+            real = kept.gather(1, places)
+            hidden, own = hidden.where(real[..., None], 0), own.where(real, -1)
         weights = self.gated(hidden) if weights is None else weights.gather(1, places[..., None])
-        if not bool((weights.isfinite() | ~real[..., None]).all()):
+        if least < rows:
+            weights = weights.where(real[..., None], 0)
+        if not bool(weights.isfinite().all()):
             raise bad_scores("depth")
         if cache is not None:
             cache.show((positions >= 0).sum(1))
         if rows == 0:
             return x.clone()
-        own = Rows(positions=positions.gather(1, places).where(real, -1), cache=cache, tasks=tasks)
-        update = weights.where(real[..., None], 0) * self.block(hidden, own)
+        update = weights * self.block(hidden, Rows(positions=own, cache=cache, tasks=tasks))
         return x + update.to(x.dtype) if hidden is x else add(rest, places, update)
 
     def account(self, selection, x, lengths=None, cache=None, tasks=None):

@@ -10,8 +10,13 @@ def is_watched() -> bool:
     return bool(torch.compiler.is_compiling() or _C._len_torch_dispatch_stack() or _C._get_tracing_state() is not None)
 
 
+def is_transformed() -> bool:
+    """Whether a function transform or a forward-mode gradient is on."""
+    return _C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+
+
 def is_plain_call() -> bool:
     """False while a graph is compiled or traced, or a dispatch or function mode, transform, autocast or forward-mode
     gradient is on. About a microsecond; some kernels are no longer than that."""
     return not (is_watched() or _C._len_torch_function_stack() or _C._is_any_autocast_enabled()
-                or _C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0)
+                or is_transformed())

@@ -2,6 +2,8 @@
 
 import torch
 
+from sentei.core.modes import is_transformed
+
 AT_ONCE = 1024  # rows: their products stay near, and few parts have to be started
 
 
@@ -20,7 +22,7 @@ def take(x: torch.Tensor, places: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
     part, made and added at the cost of three.
     """
     flat, every = _flat(x, places), x.flatten(0, 1)
-    if torch.is_grad_enabled() and x.requires_grad:
+    if _learns(x):
         rows, every = _Take.apply(every, flat)
     else:
         rows = every.index_select(0, flat)
@@ -35,7 +37,7 @@ def add(x: torch.Tensor, places: torch.Tensor, update: torch.Tensor) -> torch.Te
 def dots(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """The products [...] of the rows of x [..., D] with `weight` [D]: row by row, and not as a product of matrices, so
     that the same row gives the same bits whatever stands beside it."""
-    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+    if _learns(x, weight):
         return _Dots.apply(x, weight)
     return torch.cat([(part * weight).sum(-1) for part in x.flatten(0, -2).split(AT_ONCE)]).view(x.shape[:-1])
 
@@ -45,50 +47,35 @@ def _flat(x: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
     return (places + torch.arange(len(x), device=x.device)[:, None] * x.shape[1]).flatten()
 
 
+def _learns(*tensors: torch.Tensor) -> bool:
+    """Whether autograd alone looks on, for one of these."""
+    return (torch.is_grad_enabled() and any([tensor.requires_grad for tensor in tensors])
+            and not torch.compiler.is_compiling() and not is_transformed())
+
+
 class _Take(torch.autograd.Function):
     """Rows of x [M, D] at places [N], and x."""
 
-    generate_vmap_rule = True
-
     @staticmethod
-    def forward(x, places):
+    def forward(ctx, x, places):
+        ctx.save_for_backward(places)
         return x.index_select(0, places), x.view_as(x)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(inputs[1])
-        ctx.save_for_forward(inputs[1])
 
     @staticmethod
     def backward(ctx, of_rows, of_all):
         return of_all.index_add(0, ctx.saved_tensors[0], of_rows), None
 
-    @staticmethod
-    def jvp(ctx, x, _):
-        return x.index_select(0, ctx.saved_tensors[0]), x.view_as(x)
-
 
 class _Dots(torch.autograd.Function):
     """`dots`, that keeps x and not all the numbers which are summed."""
 
-    generate_vmap_rule = True
-
     @staticmethod
-    def forward(x, weight):
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
         return dots(x, weight)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs)
-        ctx.save_for_forward(*inputs)
 
     @staticmethod
     def backward(ctx, gradient):
         (x, weight), (wants_x, wants_weight) = ctx.saved_tensors, ctx.needs_input_grad
         return (gradient.unsqueeze(-1) * weight if wants_x else None,
                 gradient.flatten() @ x.flatten(0, -2) if wants_weight else None)
-
-    @staticmethod
-    def jvp(ctx, of_x, of_weight):
-        x, weight = ctx.saved_tensors
-        return dots(of_x, weight) + dots(x, of_weight)

@@ -36,6 +36,8 @@ def test_what_is_taken_and_added_is_as_by_hand_with_gradients_of_any_order(strid
     found, expected = (torch.autograd.grad(way(x, places).square().sum(), x)[0] for way in (by_rows, by_hand))
     torch.testing.assert_close(found, expected)
     assert torch.autograd.gradcheck(by_rows, (x, places), check_forward_ad=True)
+    of_function = torch.func.grad(lambda given: by_rows(given, places).square().sum())(x.detach())
+    torch.testing.assert_close(of_function, expected)
     assert torch.autograd.gradgradcheck(by_rows, (x, places))
 
 
