@@ -179,7 +179,7 @@ class Difference:
 
     @property
     def verdict(self) -> str:
-        """Lower or higher where both intervals leave out 0, or the text's does of one seed, which is said; else open."""
+        """Lower or higher where both intervals leave out 0, of one seed the text's, which is said; else open."""
         one = math.isinf(self.seeds)
         if abs(self.mean) <= max(self.text, 0 if one else self.seeds):
             return "open"

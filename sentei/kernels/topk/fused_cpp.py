@@ -120,11 +120,15 @@ def _backward_shapes(given, ids, lengths, sizes, scale):
 def _save(ctx, inputs, output):
     query, key, value, lengths, ctx.sizes, ctx.scale = inputs
     ctx.mark_non_differentiable(output[2])
+    ctx.set_materialize_grads(False)  # zeros, as many as there are ids
     ctx.save_for_backward(query, key, value, output[2], lengths)
 
 
 def _differentiate(ctx, gradient, lse_gradient, _):
     query, key, value, ids, lengths = ctx.saved_tensors
+    rows = query.shape[:3]
+    gradient = query.new_zeros(*rows, value.shape[3]) if gradient is None else gradient
+    lse_gradient = query.new_zeros(rows) if lse_gradient is None else lse_gradient
     given = [query, key, value, gradient, lse_gradient]
     return *torch.ops.sentei.topk_backward(given, ids, lengths, ctx.sizes, ctx.scale), None, None, None
 
