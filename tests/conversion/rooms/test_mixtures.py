@@ -80,6 +80,16 @@ def test_a_token_skips_the_experts_that_weigh_little_beside_its_largest(family):
 
 
 @every_family
+@pytest.mark.parametrize("rule", [Threshold(0.5), TopK(2)], ids=str)
+def test_a_trace_changes_nothing(family, rule):
+    made = built(family, "experts", skipping(family, rule), {}).eval()
+    with torch.no_grad():
+        expected = made(X)
+        with trace(made):
+            assert torch.equal(made(X), expected)
+
+
+@every_family
 def test_what_skips_nothing_is_the_same_kernel_on_the_same_choice(family):
     """Bit for bit, whatever the kernel; keep-all is the model's own module."""
     layer = layer_of(tiny_model(family), 1)
