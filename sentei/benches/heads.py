@@ -81,9 +81,7 @@ def rows(names: list[str], runs: int, absent: Callable[[str], None]) -> Iterator
         peers = {"torch sdpa": (sdpa, layers)} | ({} if case == whole else {"8/8, MHA": (ROOM, whole.layers())})
         for peer, (attention, read) in peers.items():
             timed = interleave(everywhere(attention, read), everywhere(ROOM, layers), runs=runs)
-            a_layer = replace(timed, dense=[spent / len(read) for spent in timed.dense],
-                              pruned=[spent / len(layers) for spent in timed.pruned])
-            row = measured("rooms", str(case), peer, a_layer)
+            row = measured("rooms", str(case), peer, timed.per_call(len(read), len(layers)))
             row["gb_s"] = case.bytes / row["ours_s"] / 1e9
             share = case.bytes / whole.bytes
             yield row if read is layers else row | {"share": share, "over": 1 / row["ratio"] / share - 1}

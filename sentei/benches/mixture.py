@@ -4,8 +4,8 @@ The peer is the sparse block of Mixtral with each of its backends that can run; 
 Renormalised, in evaluation where tokens are few and in training where there is a backward. Outputs, and the gradient of
 the input, are compared before anything is timed (in bfloat16 loosely: the block's router rounds too, and a near tie
 then goes to another expert), and both run in turn on the same tokens: where these are few, on other ones each call, of
-several copies of the layer, so that together they read more than the caches hold. What the kernel
-does alone, and how near it is to the speed of memory, `experts` measures.
+several copies of the layer, so that together they read more than the caches hold. What the kernel does alone, and how
+near it is to the speed of memory, `experts` measures.
 """
 
 from collections.abc import Callable, Iterator
@@ -20,7 +20,7 @@ from sentei.benches.experts import PEERS, Case
 from sentei.core.rules import TopK
 from sentei.measurement.latency import LEAST, interleave, measured
 
-INPUTS = 16  # of a layer, in turn
+INPUTS = 4  # of a layer, in turn
 CASES = {name.replace("experts", "mixture"): cases for name, cases in experts.CASES.items()}
 
 
@@ -48,8 +48,9 @@ def step(layers: list[nn.Module], inputs: list[torch.Tensor], case: Case) -> Cal
     def call() -> list[torch.Tensor]:
         for layer in layers:
             for x in inputs:
-                layer.zero_grad()
-                x.grad = None
+                if case.backward:
+                    layer.zero_grad()
+                    x.grad = None
                 output = layer(x)
                 if case.backward:
                     output.square().sum().backward()
@@ -82,7 +83,7 @@ def rows(names: list[str], runs: int, absent: Callable[[str], None]) -> Iterator
         ours, theirs = ([layers[which] for layers in copies] for which in (0, 1))
         inputs = [torch.randn(1, case.tokens, case.width).to(case.dtype).requires_grad_(case.backward)
                   for _ in range(INPUTS if few else 1)]
-        calls, least = len(copies) * len(inputs), {"least": LEAST} if few else {}
+        calls = len(copies) * len(inputs)
         with torch.set_grad_enabled(case.backward):
             mine = step(ours, inputs, case)
             for backend in PEERS if few else PEERS[:2]:
@@ -90,7 +91,5 @@ def rows(names: list[str], runs: int, absent: Callable[[str], None]) -> Iterator
                 for found, expected in zip(mine(), peer(), strict=True):
                     gap = (found.float() - expected.float()).norm() / expected.float().norm()
                     assert gap < (1e-5 if case.dtype == torch.float32 else 0.1), f"{case}: differs by {gap:.2g}"
-                timed = interleave(peer, mine, runs=runs, **least)
-                each = type(timed)(dense=[spent / calls for spent in timed.dense],
-                                   pruned=[spent / calls for spent in timed.pruned], date=timed.date)
-                yield measured("rooms", f"layer, {case}", f"block, {backend}", each, operations=case.operations)
+                timed = interleave(peer, mine, runs=runs, least=LEAST if few else 0.0).per_call(calls, calls)
+                yield measured("rooms", f"layer, {case}", f"block, {backend}", timed, operations=case.operations)

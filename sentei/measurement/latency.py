@@ -24,6 +24,11 @@ class Comparison:
     pruned: list[float]
     date: str
 
+    def per_call(self, dense: int, pruned: int) -> "Comparison":
+        """The same a call, of runs that made so many."""
+        return Comparison(dense=[spent / dense for spent in self.dense],
+                          pruned=[spent / pruned for spent in self.pruned], date=self.date)
+
     def seconds(self) -> tuple[float, float]:
         """The two medians."""
         return statistics.median(self.dense), statistics.median(self.pruned)

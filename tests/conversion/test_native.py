@@ -18,19 +18,12 @@ from sentei.conversion.rows import NativeGated, NativeHeads, NativeNorm
 from sentei.core.rules import Fixed, Threshold, TopK
 from sentei.kernels import native
 
-pytestmark = pytest.mark.skipif(bool(native.missing()), reason=native.missing())
+pytestmark = [pytest.mark.skipif(bool(native.missing()), reason=native.missing()), pytest.mark.usefixtures("always")]
 THIN = Entry(layer=1, room="weights", config=Weights(rule=TopK(64), saliency="magnitude"))
 GONE = Entry(layer=2, room="depth", config=Depth(rule=Fixed(()), part="network"))
 CHOOSING = Entry(layer=0, room="connections", config=Connections(rule=Threshold(0.1)))
 PAGED = Entry(layer=0, room="connections", config=Connections(decode=Threshold(0.0)))
 TOKENS = torch.arange(12)[None] * 7 + 3
-
-
-@pytest.fixture(autouse=True)
-def always(monkeypatch):
-    """Whatever is faster here, few rows and many are native."""
-    right = conversion.install
-    monkeypatch.setattr(conversion, "install", lambda model: right(model, most_rows=8, many_rows=9))
 
 
 @pytest.fixture

@@ -17,16 +17,9 @@ from sentei.conversion.stacks import NativeExperts
 from sentei.core.rules import Fixed
 from sentei.kernels import native
 
-pytestmark = pytest.mark.skipif(bool(native.missing()), reason=native.missing())
+pytestmark = [pytest.mark.skipif(bool(native.missing()), reason=native.missing()), pytest.mark.usefixtures("always")]
 GONE = Plan((Entry(layer=2, room="depth", config=Depth(rule=Fixed(()), part="network")),))
 every_family = pytest.mark.parametrize("family", MIXTURES)
-
-
-@pytest.fixture(autouse=True)
-def always(monkeypatch):
-    """Whatever is faster here, few tokens and many are native."""
-    right = conversion.install
-    monkeypatch.setattr(conversion, "install", lambda model: right(model, most_rows=8, many_rows=9))
 
 
 @pytest.fixture

@@ -148,14 +148,19 @@ def test_rows_without_keys_give_zeros(queries, poison):
     assert (fused_cpp.attend(*tensors, Tiles(grid=grid), scale=0.3) == 0).all()
 
 
-@needs_library
-def test_a_compiled_decoder_keeps_few_rows_in_one_graph():
-    case = FEW[2]
-    tensors, tiles = case.tensors(torch.float32), case.tiles()
+def between(case: Case):
+    """A function whose attention stands between other operations."""
+    tiles = case.tiles()
 
     def function(query, key, value):
         return attend(query + 0, key, value, tiles, scale=0.3, impl="fused_cpp") * 2
 
+    return function
+
+
+@needs_library
+def test_a_compiled_decoder_keeps_few_rows_in_one_graph():
+    tensors, function = FEW[2].tensors(torch.float32), between(FEW[2])
     with torch.no_grad():
         compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
         assert torch.equal(compiled(*tensors), function(*tensors))
@@ -163,12 +168,7 @@ def test_a_compiled_decoder_keeps_few_rows_in_one_graph():
 
 @needs_library
 def test_a_compiled_function_keeps_it_in_one_graph():
-    case = LARGER[0]
-    tensors, tiles = case.tensors(torch.float32), case.tiles()
-
-    def function(query, key, value):
-        return attend(query + 0, key, value, tiles, scale=0.3, impl="fused_cpp") * 2
-
+    tensors, function = LARGER[0].tensors(torch.float32), between(LARGER[0])
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(*tensors), function(*tensors))
     leaves = [tensor.clone().requires_grad_() for tensor in tensors]
